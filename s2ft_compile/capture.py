@@ -1,0 +1,106 @@
+"""Stage 1, capture: a model and example inputs -> an aten graph whose parameters carry their names."""
+
+import logging
+import warnings
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .errors import CaptureError, ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """graph_module: aten. parameters: placeholder name -> the parameter's (first) name. tied: other name -> first."""
+
+    graph_module: torch.fx.GraphModule
+    parameters: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, str]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def arguments(example_inputs: Any) -> tuple[tuple, dict]:
+    """`example_inputs`, a tuple or a dict of the forward's arguments, as (args, kwargs)."""
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return tuple(example_inputs), {}
+    raise ConfigError(f"example_inputs is a tuple or a dict of the forward's arguments, got {type(example_inputs).__name__}")
+
+
+def capture(model: nn.Module, example_inputs: Any) -> Captured:
+    """Traces `model` (in eval mode, without a KV cache; both are put back). Raises `CaptureError`."""
+    args, kwargs = arguments(example_inputs)
+    with inference_mode_of(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(model, args, kwargs, strict=False).run_decompositions({})
+        except Exception as error:  # export raises many unrelated types
+            raise CaptureError(_explain(model, error)) from error
+    tied = tied_names(model)
+    names = {p: tied.get(n, n) for p, n in program.graph_signature.inputs_to_parameters.items()}
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    log.info("captured %s: %d nodes, %d parameters", type(model).__name__, len(program.graph.nodes), len(names))
+    return Captured(program.graph_module, names, shapes, tied)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further name -> first name, for parameters that a model holds under several."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    return tied
+
+
+@contextmanager
+def inference_mode_of(model: nn.Module):
+    """Eval mode and no KV cache, and afterwards whatever it was before, module by module."""
+    training = {m: m.training for m in model.modules()}
+    configs = [c for c in _configs(getattr(model, "config", None)) if getattr(c, "use_cache", None)]
+    with ExitStack() as stack:
+        for module, was in training.items():
+            stack.callback(setattr, module, "training", was)
+        for config in configs:
+            stack.callback(setattr, config, "use_cache", config.use_cache)
+            config.use_cache = False
+        model.eval()
+        yield
+
+
+def _configs(config: Any):
+    if hasattr(config, "to_dict"):
+        yield config
+        for value in vars(config).values():
+            yield from _configs(value)
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    where = [line.strip() for line in lines if line.strip().startswith('File "') and "/torch/" not in line]
+    place = f" ({where[-1]})" if where else ""
+    return (
+        f"{type(model).__name__} could not be traced by torch.export: {type(error).__name__}: "
+        f"{lines[0] if lines else 'no message'}{place}. The forward has to run on the example inputs without "
+        f"branching on tensor values; example inputs that avoid the branch, or a forward without it, trace."
+    )

@@ -1,0 +1,32 @@
+"""What can go wrong, as exceptions that say what was found and what would be valid.
+
+Each one is also the built-in exception a caller would expect, so `except ValueError` works too.
+"""
+
+
+class S2FTError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(S2FTError, ValueError):
+    """A target, ratio, option or data file that cannot be used."""
+
+
+class CaptureError(S2FTError, RuntimeError):
+    """The model could not be traced."""
+
+
+class StateError(S2FTError, RuntimeError):
+    """A call that does not fit the model's present state (not prepared, prepared twice, ...)."""
+
+
+class AdapterError(S2FTError, ValueError):
+    """An adapter file that is damaged, or that belongs to another base model."""
+
+
+class ExportError(S2FTError, RuntimeError):
+    """A model or an output path that cannot be exported to."""
+
+
+class CompileError(S2FTError, RuntimeError):
+    """A graph whose backward could not be rewritten."""
