@@ -1,0 +1,41 @@
+# Everything a person runs on this repository. `make` alone lists the targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# Nothing here needs a model hub: tests and demo build their own models.
+test test-slow demo: export HF_HUB_OFFLINE = 1
+test test-slow demo bench-cpu: export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-slow gpu-test demo bench-cpu clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+setup: $(STAMP)  ## create .venv with the tested set of packages (constraints.txt)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
+	$(PY) -m pip install --quiet --no-compile -c constraints.txt -e ".[test,bench]"
+	touch $@
+
+test: $(STAMP)  ## the test suite
+	$(PY) -m pytest
+
+test-slow: $(STAMP)  ## the sweeps that take minutes, too
+	$(PY) -m pytest -m "slow or not slow"
+
+gpu-test: $(STAMP)  ## the tests that need a CUDA GPU
+	$(PY) -m pytest -m gpu
+
+demo: $(STAMP)  ## pretrain, fine-tune, export and compare a small model (minutes; writes demo/)
+	$(VENV)/bin/s2ft demo
+
+bench-cpu: $(STAMP)  ## step times and memory against LoRA and full fine-tuning (writes benchmarks/results/cpu.json)
+	$(PY) benchmarks/cpu.py
+
+clean:  ## remove .venv, demo/ and caches
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
