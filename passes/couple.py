@@ -16,7 +16,7 @@ from torch import fx
 from ..capture import Captured
 from ..structure import Analysis, Coupling, Member, Refusal
 from .axes import PRODUCT, Axis, Pin, atoms, find, pin
-from .layout import Layout, Leaf, Product, Sum, leaves
+from .layout import Layout, Leaf, Product, Sum, leaf_roles
 from .rules import Context, Value, rule_for
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ def couple(captured: Captured) -> Analysis:
     }
     members: dict[int, list[Member]] = {}
     for (name, dim), layout in layouts.items():
-        for leaf in leaves(layout):
+        for leaf, role in leaf_roles(layout):
             if leaf.size > 1:
-                members.setdefault(leaf.axis, []).append(Member(name, dim, leaf.role))
+                members.setdefault(leaf.axis, []).append(Member(name, dim, role))
     couplings, refusals = [], []
     for atom, axis in ids.items():
         listed = tuple(dict.fromkeys(members.get(axis, ())))

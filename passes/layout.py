@@ -83,14 +83,34 @@ def coordinates(layout: Layout, axis: int) -> Tensor:
     return torch.cat([coordinates(term, axis) for term in layout.terms])
 
 
-def position_roles(layout: Layout) -> list[str | None]:
-    """The role of each position: that of the first leaf with a role on the way to it."""
+def end_roles(layout: Layout) -> list[str | None]:
+    """The roles of a layout's positions, each once. A position has the role of the minor-most leaf it lies in."""
     if isinstance(layout, Leaf):
-        return [layout.role] * layout.size
+        return [layout.role]
     if isinstance(layout, Product):
-        result: list[str | None] = [None]
-        for factor in layout.factors:
-            inner = position_roles(factor)
-            result = [outer or role for outer in result for role in inner]
-        return result
-    return [role for term in layout.terms for role in position_roles(term)]
+        return end_roles(layout.factors[-1])
+    return list(dict.fromkeys(role for term in layout.terms for role in end_roles(term)))
+
+
+def role_mask(layout: Layout, role: str) -> Tensor:
+    """Which positions have a role: bool (layout.size,)."""
+    if isinstance(layout, Leaf):
+        return torch.full((layout.size,), layout.role == role)
+    if isinstance(layout, Product):
+        minor = role_mask(layout.factors[-1], role)
+        return minor.repeat(layout.size // len(minor))
+    return torch.cat([role_mask(term, role) for term in layout.terms])
+
+
+def leaf_roles(layout: Layout) -> Iterator[tuple[Leaf, str | None]]:
+    """Every leaf with each role that positions along it have."""
+    if isinstance(layout, Leaf):
+        yield layout, layout.role
+    elif isinstance(layout, Product):
+        roles = end_roles(layout)
+        for factor in layout.factors[:-1]:
+            yield from ((leaf, role) for leaf in leaves(factor) for role in roles)
+        yield from leaf_roles(layout.factors[-1])
+    else:
+        for term in layout.terms:
+            yield from leaf_roles(term)

@@ -1,0 +1,17 @@
+"""S²FT as a compiler: train a few dense slices of a transformer's coupled weights, get an ordinary model back."""
+
+from . import exporters
+from .config import S2FTConfig
+from .errors import AdapterError, CaptureError, CompileError, ConfigError, ExportError, S2FTError, StateError
+from .plan import Plan, Slice
+from .prepare import analyze, permute, prepare
+from .state import disabled, is_prepared, parameters, release
+from .structure import Analysis, Coupling, Member, Refusal
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "S2FTConfig", "analyze", "permute", "prepare", "parameters", "release", "disabled", "is_prepared", "exporters",
+    "Plan", "Slice", "Analysis", "Coupling", "Member", "Refusal",
+    "S2FTError", "ConfigError", "CaptureError", "StateError", "AdapterError", "ExportError", "CompileError",
+]

@@ -1,0 +1,55 @@
+"""Stage 3, permute: weights reordered in place along their layouts, and orders that make a selection dense.
+
+Inverse of `move(p, dim, index)`: `move(p, dim, argsort(index))`.
+"""
+
+from typing import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..structure import Analysis
+from .layout import coordinates, gather_index, leaves
+from .select import Selection
+
+
+@torch.no_grad()
+def move(parameter: nn.Parameter, dim: int, index: Tensor) -> None:
+    """parameter[..., i, ...] = old parameter[..., index[i], ...] along `dim`, in place."""
+    parameter.copy_(parameter.index_select(dim, index.to(parameter.device)))
+
+
+def moves_for(orders: Mapping[int, Tensor], layouts) -> dict[tuple[str, int], Tensor]:
+    """The gather index of every parameter dimension that reordering these axes changes."""
+    return {
+        place: gather_index(layout, orders)
+        for place, layout in layouts.items()
+        if any(leaf.axis in orders for leaf in leaves(layout))
+    }
+
+
+def dense_orders(analysis: Analysis, selections: Sequence[Selection]) -> dict[int, Tensor]:
+    """For each axis, its selected units first, those that most selections share in front, else in base order.
+
+    What can be one range becomes one; heads chosen inside different groups become a few ranges of whole heads.
+    """
+    counts: dict[int, Tensor] = {}
+    for selection in selections:
+        layout = analysis.layouts[selection.parameter_name, selection.dim]
+        for axis in {leaf.axis for leaf in leaves(layout)} & analysis.free:
+            unit = coordinates(layout, axis)
+            size = int(unit.max()) + 1
+            taken = unit[selection.indices]
+            if len(taken) and (taken >= 0).any():
+                hit = torch.zeros(size, dtype=torch.int64)
+                hit[taken[taken >= 0].unique()] = 1
+                if not hit.all():  # an axis inside the unit is taken whole
+                    counts[axis] = counts.get(axis, 0) + hit
+    return {axis: torch.argsort(-count, stable=True) for axis, count in counts.items()}
+
+
+def ranges(mask: Tensor) -> tuple[tuple[int, int], ...]:
+    """The runs of True as (start, length)."""
+    edges = torch.diff(mask.to(torch.int8), prepend=torch.zeros(1, dtype=torch.int8), append=torch.zeros(1, dtype=torch.int8))
+    starts, ends = (edges == 1).nonzero().squeeze(1), (edges == -1).nonzero().squeeze(1)
+    return tuple((int(s), int(e - s)) for s, e in zip(starts, ends))

@@ -1,0 +1,91 @@
+"""`Plan`: what was selected, as values that can be written down."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .config import S2FTConfig
+from .errors import ConfigError
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """The part of one parameter that trains.
+
+    dim: along which it was selected. indices: int64 (n,), in the base model's order. delta: float32, of the
+    parameter's shape with n along `dim`, entry i belongs to indices[i]; the weight there is W0 + delta in the wider of
+    the two types, cast to the parameter's. None in a plan that was read from JSON. shape: the whole parameter's.
+    """
+
+    parameter_name: str
+    dim: int
+    indices: Tensor
+    shape: tuple[int, ...]
+    roles: tuple[str, ...]
+    delta: nn.Parameter | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """config: what was asked for. fingerprint: of the base weights. slices: one for each parameter that trains."""
+
+    config: S2FTConfig
+    fingerprint: str
+    slices: tuple[Slice, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": PLAN_VERSION,
+            "config": self.config.to_dict(),
+            "fingerprint": self.fingerprint,
+            "slices": [
+                {
+                    "parameter_name": s.parameter_name,
+                    "dim": s.dim,
+                    "shape": list(s.shape),
+                    "roles": list(s.roles),
+                    "indices": s.indices.tolist(),
+                }
+                for s in self.slices
+            ],
+        }
+
+    def to_json(self) -> str:
+        """Everything but the deltas."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
+        """The inverse of `to_dict`. Raises `ConfigError` on anything else."""
+        try:
+            if values["version"] != PLAN_VERSION:
+                raise ConfigError(f"plan version {values['version']!r}; this release reads version {PLAN_VERSION}")
+            slices = tuple(
+                Slice(s["parameter_name"], int(s["dim"]), torch.tensor(s["indices"], dtype=torch.int64),
+                      tuple(s["shape"]), tuple(s["roles"]))
+                for s in values["slices"]
+            )
+            return cls(S2FTConfig.from_dict(values["config"]), str(values["fingerprint"]), slices)
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"not a plan: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not a plan: {error}") from error
+        return cls.from_dict(values)
+
+    def __str__(self) -> str:
+        trained = sum(s.delta.numel() for s in self.slices if s.delta is not None)
+        lines = [f"{len(self.slices)} slices, {trained:,} parameters train"]
+        lines += [f"  {s.parameter_name}[{s.dim}]: {len(s.indices)} of {s.shape[s.dim]} ({', '.join(s.roles)})" for s in self.slices]
+        return "\n".join(lines)

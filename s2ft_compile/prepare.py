@@ -1,0 +1,104 @@
+"""`analyze`, `permute` and `prepare`: from a model to a prepared one."""
+
+import logging
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .capture import capture, unwrap
+from .config import S2FTConfig
+from .errors import ConfigError, StateError
+from .fingerprint import fingerprint
+from .passes.couple import couple
+from .passes.permute import dense_orders, move, moves_for, ranges
+from .passes.select import Selection, select
+from .plan import Plan, Slice
+from .state import Block, State, find_state, watch_optimizers
+from .structure import Analysis, Coupling
+
+log = logging.getLogger(__name__)
+
+
+def analyze(model: nn.Module, example_inputs: Any) -> Analysis:
+    """Finds every coupled structure of a model; changes nothing.
+
+    example_inputs: a tuple or a dict of the forward's arguments. Raises `CaptureError` if the model cannot be traced.
+    """
+    return couple(capture(unwrap(model), example_inputs))
+
+
+def permute(model: nn.Module, coupling: Coupling, order: Tensor | Sequence[int]) -> None:
+    """Reorders one coupling's units in place, everywhere they occur: new unit i is old unit order[i].
+
+    order: int64 (coupling.units,). Raises `ConfigError` if it is not a permutation or the model is another one.
+    """
+    model = unwrap(model)
+    if find_state(model) is not None:
+        raise StateError("this model is prepared, and its plan records where its units are; call s2ft.release(model) first")
+    order = torch.as_tensor(order, dtype=torch.int64).cpu()
+    if order.shape != (coupling.units,) or not torch.equal(order.sort().values, torch.arange(coupling.units)):
+        raise ConfigError(f"order must hold each of 0 to {coupling.units - 1} once, got {order.numel()} values")
+    parameters = dict(model.named_parameters())
+    for (name, dim), layout in coupling.layouts.items():
+        if name not in parameters or parameters[name].ndim <= dim or parameters[name].shape[dim] != layout.size:
+            raise ConfigError(f"this coupling is of another model: {name} has no dimension {dim} of size {layout.size} here")
+    for (name, dim), index in moves_for({coupling.axis: order}, coupling.layouts).items():
+        move(parameters[name], dim, index)
+
+
+def prepare(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = None) -> Plan:
+    """Selects slices, permutes the weights so that they are dense, freezes the rest and registers the deltas.
+
+    The model stays the user's: same class, same `state_dict()` keys, same outputs (up to the rounding of reordered
+    sums). Raises `ConfigError`, `CaptureError` or `StateError`, each before anything is changed.
+    """
+    model, config = unwrap(model), config or S2FTConfig()
+    if not isinstance(config, S2FTConfig):
+        raise ConfigError(f"config must be an S2FTConfig, got {type(config).__name__}")
+    if find_state(model) is not None:
+        raise StateError("this model is prepared already; call s2ft.release(model) before preparing it again")
+    parameters = dict(model.named_parameters())
+    analysis = analyze(model, example_inputs)
+    selections = select(analysis, config, parameters)
+    _check_trainable(selections, parameters)
+    base = fingerprint(model)
+    index = moves_for(dense_orders(analysis, selections), analysis.layouts)
+    moves = [(parameters[name], dim, order) for (name, dim), order in index.items()]
+    for move_arguments in moves:
+        move(*move_arguments)
+    blocks, slices = [], []
+    for selection in selections:
+        block, piece = _block(model, parameters[selection.parameter_name], selection, index)
+        blocks.append(block)
+        slices.append(piece)
+    frozen = [p for p in parameters.values() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    plan = Plan(config, base, tuple(slices))
+    State(plan, blocks, moves, frozen).install(model)
+    watch_optimizers()
+    log.info("prepared %s: %d slices, %d parameters train", type(model).__name__, len(blocks), sum(b.delta.numel() for b in blocks))
+    return plan
+
+
+def _check_trainable(selections: Sequence[Selection], parameters) -> None:
+    for s in selections:
+        if not parameters[s.parameter_name].is_floating_point():
+            raise ConfigError(f"{s.parameter_name} is {parameters[s.parameter_name].dtype}; only floating-point weights train")
+
+
+def _block(model: nn.Module, weight: nn.Parameter, selection: Selection, index) -> tuple[Block, Slice]:
+    """The block of a selection in the permuted weight. Its order along `dim` is the order of `indices`."""
+    name, dim = selection.parameter_name, selection.dim
+    moved = index.get((name, dim), torch.arange(weight.shape[dim]))
+    mask = torch.isin(moved, selection.indices)
+    found = ranges(mask)
+    shape = list(weight.shape)
+    shape[dim] = len(selection.indices)
+    delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
+    places = [(m, key) for m in model.modules() for key, p in m._parameters.items() if p is weight]
+    block = Block(name, weight, dim, found, delta, torch.empty(0), places)
+    block.backup = block.read()
+    block.version = delta._version
+    return block, Slice(name, dim, moved[mask], tuple(weight.shape), selection.roles, delta)

@@ -1,0 +1,288 @@
+"""What `prepare` leaves on a model: the deltas, the backups, and the way back.
+
+`State` is a child module named `s2ft` of the user's model. Its parameters are the deltas, so optimizers, Trainer,
+`clip_grad_norm_` and DDP see them; it keeps out of `state_dict`. Invariant, whenever weights are "trained":
+W[block] == cast(W0 + delta) for every block.
+"""
+
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .capture import unwrap
+from .errors import StateError
+from .passes.attach import attach
+from .passes.permute import move
+from .plan import Plan
+
+STATE_NAME = "s2ft"
+_live: "weakref.WeakSet[State]" = weakref.WeakSet()
+
+
+@dataclass(eq=False)
+class Block:
+    """A slice while it trains. ranges: the (start, length) it occupies along `dim` of the permuted weight."""
+
+    name: str
+    weight: nn.Parameter
+    dim: int
+    ranges: tuple[tuple[int, int], ...]
+    delta: nn.Parameter
+    backup: Tensor  # W0 of the block, the weight's dtype
+    places: list[tuple[nn.Module, str]]  # the modules that hold the weight
+    version: int = -1  # of the delta, when the weight was last written
+    attached: bool = False  # whether a compiled graph gives the delta its gradient
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        """Copies a block of the delta's shape into the weight."""
+        offset = 0
+        for start, length in self.ranges:
+            self.weight.narrow(self.dim, start, length).copy_(values.narrow(self.dim, offset, length))
+            offset += length
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        return torch.cat([self.weight.narrow(self.dim, s, n) for s, n in self.ranges], self.dim)
+
+    @torch.no_grad()
+    def trained(self) -> Tensor:
+        """cast(W0 + delta): the sum in the wider of the two types, rounded once."""
+        wide = torch.promote_types(self.backup.dtype, self.delta.dtype)
+        return (self.backup.to(wide) + self.delta.to(wide)).to(self.backup.dtype)
+
+    def refresh(self) -> None:
+        self.write(self.trained())
+        self.version = self.delta._version
+
+    @property
+    def stale(self) -> bool:
+        return self.version != self.delta._version
+
+
+class State(nn.Module):
+    """blocks: what trains. moves: (parameter, dim, gather index) that made the blocks dense. frozen: the parameters
+    that `prepare` froze. `active` is False while the weights are not the trained ones in training order."""
+
+    def __init__(self, plan: Plan, blocks: list[Block], moves: list, frozen: list[nn.Parameter]):
+        super().__init__()
+        self.plan = plan
+        self.blocks = blocks
+        self.moves = moves
+        self.frozen = frozen
+        self.active = True
+        self._hooks: list = []
+        self._swapped = 0
+        for block in blocks:
+            self.register_parameter(block.name.replace(".", "__"), block.delta)
+        _live.add(self)
+
+    def __setstate__(self, state):  # copy.deepcopy and pickle arrive here
+        super().__setstate__(state)
+        _live.add(self)
+
+    def block_of(self, parameter: Tensor) -> Block | None:
+        return next((b for b in self.blocks if b.weight is parameter), None)
+
+    def owns(self, parameter: Tensor) -> bool:
+        return any(p is parameter for p in self.frozen)
+
+    def refresh(self) -> None:
+        """Writes every delta that has changed into its weight."""
+        if self.active:
+            for block in self.blocks:
+                if block.stale:
+                    block.refresh()
+
+    # the deltas are not part of the model's own state
+
+    def state_dict(self, *args, destination=None, **kwargs):
+        return {} if destination is None else destination
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        pass
+
+    def _apply(self, fn, recurse=True):
+        """Moves with the model, but stays float32 under `model.half()` and its kin."""
+        def keep_type(tensor):
+            moved = fn(tensor)
+            return moved.to(torch.float32) if moved.is_floating_point() else moved
+
+        super()._apply(keep_type, recurse)
+        for block in self.blocks:
+            block.backup = fn(block.backup)
+            block.version = -1
+        return self
+
+    # eager training: correct, at the cost of full-size gradients
+
+    def install(self, model: nn.Module) -> None:
+        model.register_module(STATE_NAME, self)
+        self._hooks = [
+            model.register_forward_pre_hook(self._enter_eager, with_kwargs=True),
+            model.register_forward_hook(self._leave_eager, always_call=True),
+        ]
+
+    def uninstall(self, model: nn.Module) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        del model._modules[STATE_NAME]
+
+    def _enter_eager(self, model, args, kwargs):
+        if torch.compiler.is_compiling() or _under_dynamo():
+            return
+        self.refresh()
+        if not (self.active and torch.is_grad_enabled()):
+            return
+        self._swapped += 1
+        if self._swapped > 1:
+            return
+        for block in self.blocks:
+            block.attached = True
+            tensor = attach(block.weight, block.delta, block.dim, block.ranges)
+            for module, key in block.places:
+                module._parameters[key] = tensor
+
+    def _leave_eager(self, model, args, output):
+        if self._swapped:
+            self._swapped -= 1
+            if not self._swapped:
+                for block in self.blocks:
+                    for module, key in block.places:
+                        module._parameters[key] = block.weight
+
+
+def _under_dynamo() -> bool:
+    return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
+
+
+def find_state(model: nn.Module) -> State | None:
+    state = unwrap(model)._modules.get(STATE_NAME)
+    return state if isinstance(state, State) else None
+
+
+def is_prepared(model: nn.Module) -> bool:
+    return find_state(model) is not None
+
+
+def state_of(model: nn.Module) -> State:
+    """The model's state. Raises `StateError` for a model that was not prepared."""
+    state = find_state(model)
+    if state is None:
+        raise StateError(f"{type(unwrap(model)).__name__} is not prepared; call s2ft.prepare(model, example_inputs) first")
+    return state
+
+
+def live_states() -> list[State]:
+    return list(_live)
+
+
+def blocks_for(parameter: Tensor) -> tuple[State, Block] | None:
+    """The state and block that train this very parameter, in whatever model it is."""
+    for state in _live:
+        block = state.block_of(parameter) if state.active else None
+        if block is not None:
+            return state, block
+    return None
+
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The deltas of a prepared model, for an optimizer."""
+    return [block.delta for block in state_of(model).blocks]
+
+
+@contextmanager
+def _arranged(model: nn.Module, trained: bool) -> Iterator[None]:
+    """The base model's order, with the trained weights or the base's; afterwards the prepared model again."""
+    state = state_of(model)
+    if not state.active:
+        raise StateError("the model is already inside disabled() or merged()")
+    _to_base_order(state, trained)
+    try:
+        yield
+    finally:
+        for parameter, dim, index in state.moves:
+            move(parameter, dim, index)
+        state.active = True
+        for block in state.blocks:
+            block.refresh()
+
+
+def _to_base_order(state: State, trained: bool) -> None:
+    state.refresh()
+    if not trained:
+        for block in state.blocks:
+            block.write(block.backup)
+    state.active = False
+    for parameter, dim, index in reversed(state.moves):
+        move(parameter, dim, torch.argsort(index))
+
+
+def disabled(model: nn.Module):
+    """Context in which the model has the base model's weights, bit for bit, in the base model's order."""
+    return _arranged(model, trained=False)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Context in which the model is a plain one in the base model's order, with the trained weights in place."""
+    state, module = state_of(model), unwrap(model)
+    with _arranged(model, trained=True):
+        state.uninstall(module)
+        try:
+            yield
+        finally:
+            state.install(module)
+
+
+def release(model: nn.Module) -> None:
+    """Turns a prepared model into a plain one: original order, trained weights, what was frozen trains again."""
+    state, module = state_of(model), unwrap(model)
+    _to_base_order(state, trained=True)
+    state.uninstall(module)
+    for parameter in state.frozen:
+        parameter.requires_grad_(True)
+    _live.discard(state)
+
+
+# --- optimizers ------------------------------------------------------------------------------------------------
+
+
+def _before_step(optimizer, args, kwargs) -> None:
+    for state, blocks in _blocks_in(optimizer):
+        lost = [b.name for b in blocks if b.delta.grad is None and not b.attached]
+        if lost and len(lost) < len(blocks) or lost and state.active and not any(b.attached for b in state.blocks):
+            raise StateError(
+                f"{len(lost)} of {len(blocks)} slices have no gradient ({', '.join(lost[:3])}): their weights were used "
+                f'outside a graph that torch.compile(model, backend="s2ft") compiled. Compile the whole model with it, '
+                f"or call the prepared model itself"
+            )
+
+
+def _after_step(optimizer, args, kwargs) -> None:
+    for state, blocks in _blocks_in(optimizer):
+        if state.active:
+            for block in blocks:
+                block.refresh()
+
+
+def _blocks_in(optimizer) -> list[tuple[State, list[Block]]]:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found = [(state, [b for b in state.blocks if id(b.delta) in held]) for state in _live]
+    return [(state, blocks) for state, blocks in found if blocks]
+
+
+_optimizer_hooks: list = []
+
+
+def watch_optimizers() -> None:
+    """Has every optimizer's step write the deltas it changed into the weights. Once per process."""
+    if not _optimizer_hooks:
+        _optimizer_hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _optimizer_hooks.append(register_optimizer_step_post_hook(_after_step))
