@@ -12,6 +12,8 @@ from typing import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback as _dynamo_callback
+from torch._dynamo.eval_frame import skip_code
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .capture import unwrap
@@ -135,8 +137,8 @@ class State(nn.Module):
         del model._modules[STATE_NAME]
 
     def _enter_eager(self, model, args, kwargs):
-        if torch.compiler.is_compiling() or _under_dynamo():
-            return
+        if torch.compiler.is_compiling() or callable(_dynamo_callback()):
+            return  # the compiled graph attaches the deltas itself
         self.refresh()
         if not (self.active and torch.is_grad_enabled()):
             return
@@ -158,8 +160,8 @@ class State(nn.Module):
                         module._parameters[key] = block.weight
 
 
-def _under_dynamo() -> bool:
-    return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
+for _hook in (State._enter_eager, State._leave_eager):
+    skip_code(_hook.__code__)  # dynamo need not trace them
 
 
 def find_state(model: nn.Module) -> State | None:

@@ -1,0 +1,208 @@
+"""`torch.compile(model, backend="s2ft")`.
+
+dynamo graph ── attach deltas ──▶ joint graph ── slice pushdown ──▶ Inductor. Every stage is a function of a graph; this
+module only puts them in order and hands them to AOTAutograd.
+"""
+
+import logging
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.source import LocalSource
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from .config import S2FTConfig
+from .errors import ConfigError, StateError
+from .passes import attach as attach_pass
+from .passes import slice_pushdown as pushdown_pass
+from .prepare import prepare
+from .state import Block, State, blocks_for, find_state, live_states
+
+log = logging.getLogger(__name__)
+
+INNER = ("inductor", "aot_eager", "eager")
+
+
+def s2ft(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
+         mode: str | None = None, **unknown: Any) -> Callable:
+    """The backend. options: the fields of `S2FTConfig`, and `inner` (inductor, aot_eager or eager).
+
+    Raises `ConfigError` for an unknown option, `StateError` where there is no model to prepare.
+    """
+    if unknown:
+        raise ConfigError(f"unknown argument {', '.join(map(repr, unknown))} to backend 's2ft'; use options={{...}}")
+    inner, config = _parse(options or {})
+    if not torch.is_grad_enabled():
+        return _compile(gm, example_inputs, inner, mode)
+    found = [(i, *hit) for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter) and (hit := blocks_for(x))]
+    if not found:
+        _prepare_or_check(example_inputs, config)
+        return _compile(gm, example_inputs, inner, mode)
+    _check_config(found[0][1], config)
+    blocks = [block for _, _, block in found]
+    attached = attach_deltas(gm, [(i, block) for i, _, block in found])
+    compiled = _compile(attached, [*example_inputs, *(b.delta for b in blocks)], inner, mode)
+    for block in blocks:
+        block.attached = True
+    return _with_deltas(compiled, found[0][1], [b.delta for b in blocks])
+
+
+def _with_deltas(compiled: Callable, state: State, deltas: list[Tensor]) -> Callable:
+    """Keeps the weights fresh, and passes the deltas on after dynamo's inputs."""
+
+    def run(*args):
+        state.refresh()
+        return compiled(*args, *deltas)
+
+    return run
+
+
+def _parse(options: Mapping[str, Any]) -> tuple[str, S2FTConfig | None]:
+    options = dict(options)
+    inner = options.pop("inner", INNER[0])
+    if inner not in INNER:
+        raise ConfigError(f"unknown inner backend {inner!r}; valid: {', '.join(INNER)}")
+    try:
+        return inner, S2FTConfig.from_dict(options) if options else None
+    except ConfigError as error:
+        raise ConfigError(f"{error}, inner") from None if "unknown option" in str(error) else error
+
+
+def _check_config(state: State, config: S2FTConfig | None) -> None:
+    if config is not None and config != state.plan.config:
+        raise ConfigError(f"options {config} differ from those the model was prepared with: {state.plan.config}; "
+                          f"leave them out, or call s2ft.release(model) first")
+
+
+# --- preparing at the first call -------------------------------------------------------------------------------
+
+
+class _Prepared(TensorifyScalarRestartAnalysis):
+    """Has dynamo trace the frame again: its weights are frozen and permuted now."""
+
+
+def _prepare_or_check(example_inputs: Sequence[Any], config: S2FTConfig | None) -> None:
+    """A graph without trained weights belongs to a prepared model (a piece between graph breaks), or its model is
+    prepared now, from the frame that dynamo is tracing."""
+    weights = [x for x in example_inputs if isinstance(x, nn.Parameter)]
+    if any(state.owns(w) for state in live_states() for w in weights):
+        return
+    model, inputs = _frame_being_traced()
+    if model is not None and find_state(model) is not None:
+        return
+    if model is None:
+        if not weights:
+            return
+        raise StateError("backend 's2ft' found no module to prepare in what is compiled; call "
+                         "s2ft.prepare(model, example_inputs) before torch.compile")
+    with tracing(None), torch.no_grad():
+        prepare(model, inputs, config)
+    raise _Prepared(restart_reason="the model was prepared")
+
+
+def _frame_being_traced() -> tuple[nn.Module | None, dict]:
+    """The module whose forward is being compiled, and the arguments it was called with."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    frame = InstructionTranslator.current_tx()
+    while getattr(frame, "parent", None) is not None:
+        frame = frame.parent
+    values = dict(frame.f_locals)
+    model = values.pop("self", None)
+    if not isinstance(model, nn.Module):
+        return None, {}
+    return model, _forward_arguments(model, values)
+
+
+def _forward_arguments(model: nn.Module, values: dict) -> dict:
+    """The frame's locals as keyword arguments of the forward."""
+    code = model.forward.__code__
+    names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    given = {n: values[n] for n in names if values.get(n) is not None}
+    extra = code.co_varnames[code.co_argcount + code.co_kwonlyargcount :]
+    if code.co_flags & 0x08 and extra and isinstance(values.get(extra[-0]), dict):  # **kwargs
+        given.update({k: v for k, v in values[extra[0]].items() if isinstance(v, Tensor)})
+    return given
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------
+
+
+def attach_deltas(gm: fx.GraphModule, found: Sequence[tuple[int, Block]]) -> fx.GraphModule:
+    """A copy of a dynamo graph in which each found weight (by input position) is `attach`ed to a new input.
+
+    The copy matters: dynamo reads its own graph's placeholders after the backend returns.
+    """
+    copy = _copy(gm)
+    inputs = copy.graph.find_nodes(op="placeholder")
+    mode = TracingContext.get().fake_mode
+    for number, (position, block) in enumerate(found):
+        with copy.graph.inserting_after(copy.graph.find_nodes(op="placeholder")[-1]):
+            delta = copy.graph.placeholder(f"s2ft_delta_{number}")
+        delta._dynamo_source = LocalSource(f"__s2ft_delta_{number}")
+        delta.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        delta.meta["example_value"] = mode.from_tensor(block.delta, static_shapes=True)
+    deltas = copy.graph.find_nodes(op="placeholder")[len(inputs):]
+    with copy.graph.inserting_after(deltas[-1]):
+        for delta, (position, block) in zip(deltas, found):
+            weight = inputs[position]
+            starts, lengths = [s for s, _ in block.ranges], [n for _, n in block.ranges]
+            made = copy.graph.call_function(attach_pass.ATTACH, (weight, delta, block.dim, starts, lengths))
+            weight.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+    copy.graph.lint()
+    copy.recompile()
+    log.info("attached %d deltas to a graph of %d inputs", len(found), len(inputs))
+    return copy
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    graph, mapping = fx.Graph(), {}
+    output = graph.graph_copy(gm.graph, mapping)
+    graph.output(output)
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    copy._param_name_to_source = gm._param_name_to_source
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return copy
+
+
+class SlicePushdown(CustomGraphPass):
+    """The pass as Inductor's hook on the joint graph. Its uuid is its source, so compile caches stay valid."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        pushdown_pass.slice_pushdown(graph)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((attach_pass.__file__, pushdown_pass.__file__))
+
+
+def _compile(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, mode: str | None) -> Callable:
+    if inner == "eager":
+        return gm
+    if inner == "aot_eager":
+        return aot_autograd(fw_compiler=_boxed, bw_compiler=_boxed, inference_compiler=_boxed,
+                            partition_fn=_partition)(gm, list(inputs))
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), "joint_custom_pre_pass": SlicePushdown()}
+    return compile_fx(gm, list(inputs), config_patches=patches)
+
+
+def _boxed(gm: fx.GraphModule, inputs) -> Callable:
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(gm.forward)
+
+
+def _partition(joint: fx.GraphModule, inputs, **kwargs):
+    pushdown_pass.slice_pushdown(joint.graph)
+    joint.recompile()
+    return min_cut_rematerialization_partition(joint, inputs, **kwargs)

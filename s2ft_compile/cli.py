@@ -1,0 +1,183 @@
+"""The command line: `s2ft inspect`, `s2ft train`, `s2ft export`, `s2ft demo`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from .config import BUDGETS, ROLES, SELECTIONS, S2FTConfig
+from .errors import ConfigError
+from .terminal import reported
+
+app = typer.Typer(
+    help="Fine-tune a few dense slices of a transformer's weights (S²FT) and get an ordinary model back.",
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+)
+export_app = typer.Typer(help="Turn a base model and an adapter into files that other programs run.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
+
+out, err = Console(), Console(stderr=True)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[str, typer.Option("--model", help="The base model: a Hugging Face folder, or a hub id.")]
+ADAPTER = "An adapter folder, or the output folder of `s2ft train`."
+Adapter = Annotated[Path, typer.Option("--adapter", help=ADAPTER)]
+Output = Annotated[Path, typer.Option("--output", help="The folder to write; must not exist yet.")]
+Dtype = Annotated[Optional[str], typer.Option(
+    help="Type of the weights: auto (as stored), float32, bfloat16 or float16. [default: that of the training run, or auto]")]
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show a model's coupled structures: which roles can train, their units, and what was refused and why."""
+    with reported(err, debug):
+        from .data import example_inputs, load_model
+        from .summary import describe, tables
+        from .prepare import analyze
+
+        with err.status(f"tracing {model}"):
+            loaded = load_model(model)
+            facts = describe(loaded, analyze(loaded, example_inputs(loaded)))
+        if as_json:
+            print(json.dumps(facts, indent=2))
+        else:
+            out.print(*tables(facts), sep="\n")
+
+
+@app.command()
+def train(
+    model: Model,
+    data: Annotated[Path, typer.Option("--data", help="Plain text, or JSONL with `text`, `prompt`/`completion` or `messages` on every line.")],
+    output: Output,
+    targets: Annotated[str, typer.Option(help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or a glob on parameter names.")] = "ffn.out=0.03",
+    selection: Annotated[str, typer.Option(help=f"How units are ranked: {' or '.join(SELECTIONS)}.")] = "random",
+    smallest: Annotated[bool, typer.Option("--smallest", help="Take the lowest-ranked units rather than the highest.")] = False,
+    budget: Annotated[str, typer.Option(help=f"Count units for each layer, or over the whole model: {' or '.join(BUDGETS)}.")] = "layer",
+    steps: Annotated[Optional[int], typer.Option(help="Optimizer steps. [default: one pass over the data]")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW; cosine decay.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence, at most.")] = 512,
+    grad_accum: Annotated[int, typer.Option(help="Forwards in an optimizer step.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the selection and the order of the data.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    inner: Annotated[str, typer.Option(help="What compiles the rewritten graph: inductor, aot_eager or eager.")] = "inductor",
+    held_out: Annotated[float, typer.Option(help="Share of the data that is only measured, before and after.")] = 0.05,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a causal language model; leaves OUTPUT/adapter, OUTPUT/merged and OUTPUT/metrics.json.
+
+    Example: s2ft train --model ./llama --data notes.txt --output run --targets ffn.out=0.03,attention.out=0.05
+    """
+    with reported(err, debug):
+        from .train import TrainOptions, parse_targets, report
+        from .train import train as run
+
+        config = S2FTConfig(parse_targets(targets), selection, not smallest, budget, seed)
+        options = TrainOptions(model, data, output, config, steps, lr, batch_size, seq_len, grad_accum, seed, dtype,
+                               inner, held_out)
+        out.print(report(run(options, out), output))
+
+
+@export_app.command("merged")
+def export_merged(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
+    """Write base + adapter as an ordinary Hugging Face folder, with the tokenizer."""
+    with reported(err, debug):
+        from .exporters import save_merged
+
+        with err.status("merging"):
+            tokenizer = _tokenizer(model)
+            save_merged(_adapted(model, adapter, dtype), output)
+            if tokenizer:
+                tokenizer.save_pretrained(output)
+        out.print(f"merged model: {output}")
+
+
+@export_app.command("adapter")
+def export_adapter(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
+    """Check an adapter against its base model and write it to a folder of its own, to hand on."""
+    with reported(err, debug):
+        from .exporters import save_adapter
+        from .state import state_of
+
+        with err.status("checking"):
+            adapted = _adapted(model, adapter, dtype)
+            save_adapter(adapted, output)
+        out.print(state_of(adapted).plan)
+        out.print(f"adapter: {output}")
+
+
+@export_app.command("onnx")
+def export_onnx(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", help="The .onnx file to write; must not exist yet.")],
+    adapter: Annotated[Optional[Path], typer.Option("--adapter", help=ADAPTER + " [default: the model as it is]")] = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Write a model, or base + adapter, as an ONNX file with dynamic batch and sequence."""
+    with reported(err, debug):
+        from .data import example_inputs
+        from .exporters import export_onnx as write
+
+        with err.status("exporting"):
+            adapted = _adapted(model, adapter, dtype)
+            write(adapted, output, example_inputs(adapted))
+        out.print(f"ONNX model: {output}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="The demo's own folder; a previous demo in it is replaced.")] = Path("demo"),
+    minutes: Annotated[float, typer.Option(help="Roughly how long to train altogether.")] = 1.75,
+    debug: Debug = False,
+) -> None:
+    """Pretrain a small model, fine-tune it with S²FT, export it three ways, and compare them all."""
+    with reported(err, debug):
+        from .demo import run
+
+        run(output, 60 * minutes, out)
+
+
+def _adapted(model: str, adapter: Optional[Path], dtype: Optional[str]):
+    """The base model, prepared and trained as the adapter says, where there is one."""
+    from .data import load_model
+    from .errors import AdapterError
+    from .exporters import load_adapter
+
+    if adapter is None:
+        return load_model(model, dtype or "auto")
+    folder = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
+    if not folder.is_dir():
+        raise AdapterError(f"adapter folder {adapter} does not exist; valid: an adapter, or the output of `s2ft train`")
+    loaded = load_model(model, dtype or _trained_dtype(adapter))
+    load_adapter(loaded, folder)
+    return loaded
+
+
+def _trained_dtype(run: Path) -> str:
+    """The type that a training run loaded its base model in: an adapter fits those weights only."""
+    try:
+        return json.loads((run / "metrics.json").read_text())["options"]["dtype"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "auto"  # an adapter by itself does not say
+
+
+def _tokenizer(model: str):
+    """The model's tokenizer, or None for one that has none."""
+    from .data import load_tokenizer
+
+    try:
+        return load_tokenizer(model)
+    except ConfigError as error:
+        err.print(f"[yellow]{error}; the merged folder will have no tokenizer[/]")
+        return None
+
+
+if __name__ == "__main__":
+    app()
