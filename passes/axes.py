@@ -18,6 +18,7 @@ from math import prod
 from typing import Iterable, Iterator, Sequence
 
 ATOM, PRODUCT, SUM = "atom", "product", "sum"
+MAX_TERMS = 256  # x[1:] + x[:-1] takes an axis apart one element at a time; the rest of such a sum is refused
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def pin(axis: Axis, why: Pin) -> None:
 def factors(axis: Axis) -> list[Axis]:
     """The factors from major to minor; an atom or a sum is its own only factor."""
     root = find(axis)
-    return [f for part in root.parts for f in factors(part)] if root.kind == PRODUCT else [axis]
+    return [f for part in root.parts if part.size != 1 for f in factors(part)] if root.kind == PRODUCT else [axis]
 
 
 def terms(axis: Axis) -> list[Axis]:
@@ -185,9 +186,12 @@ def cut(axis: Axis, offsets: Sequence[int], why: Pin) -> list[Axis]:
 
 
 def unify(a: Axis, b: Axis, why: Pin = Pin("two axes that cannot be aligned")) -> None:
-    """States that two axes of the same size are one."""
-    if a.size == 1 or a is b:
+    """States that two axes are one. A size of 1 broadcasts and says nothing; other sizes that differ pin both."""
+    if a.size == 1 or b.size == 1:
         return
+    if a.size != b.size:
+        pin(a, why)
+        return pin(b, why)
     a, b = find(a), find(b)
     if a is b:
         return
@@ -230,7 +234,11 @@ def _unify_sums(a: Axis, b: Axis, why: Pin) -> bool:
     left, right = terms(a), terms(b)
     if len(left) == len(right) == 1:
         return False
-    while left and right:
+    if all(atom.pin for axis in (a, b) for atom in atoms(axis)):
+        return True
+    for _ in range(MAX_TERMS):
+        if not left:
+            return True
         left, right = [t for x in left for t in terms(x)], [t for x in right for t in terms(x)]
         size = min(left[0].size, right[0].size)
         xs, ys = split_terms(left, size), split_terms(right, size)
@@ -238,7 +246,7 @@ def _unify_sums(a: Axis, b: Axis, why: Pin) -> bool:
             return False
         unify(concat(xs[0]), concat(ys[0]), why)
         left, right = xs[1], ys[1]
-    return True
+    return False
 
 
 def reshape(dims: Sequence[Axis], sizes: Sequence[int], why: Pin) -> list[Axis]:

@@ -101,7 +101,14 @@ def pointwise_rule(cx, node, *args, **kwargs):
 
 
 def same_rule(cx, node, x, *args, **kwargs):
-    return list(x.dims)
+    """Alike for every position: casts, copies, softmax (symmetric), dropout (alike in distribution)."""
+    several = isinstance(node.meta["val"], (list, tuple))
+    return [list(x.dims) for _ in node.meta["val"]] if several else list(x.dims)
+
+
+def view_dtype_rule(cx, node, x, dtype):
+    """The bits as another type; of another width, elements of the last dimension are joined or taken apart."""
+    return list(x.dims) if shape(node) == x.sizes else unknown_rule(cx, node, x)
 
 
 def fresh_rule(cx, node, *args, **kwargs):
@@ -187,7 +194,10 @@ def slice_rule(cx, node, x, dim=0, start=None, end=None, step=1):
     why = Pin(f"a slice of {size} of its {axis.size} elements crosses units", node)
     if size == axis.size:
         return dims
-    if step != 1 or size == 0:
+    if size == 0:
+        dims[dim] = Axis(0)
+        return dims
+    if step != 1:
         pin(axis, Pin(f"a slice with step {step}", node))
         dims[dim] = Axis(size, pin=why)
         return dims
@@ -233,7 +243,9 @@ def split_rule(cx, node, x, sizes, dim=0):
 
 
 def cat_rule(cx, node, values, dim=0):
-    values = [v for v in values if 0 not in v.sizes] or values[:1]
+    values = [v for v in values if 0 not in v.sizes]
+    if not values:
+        return [Axis(size) for size in shape(node)]
     rank = len(values[0].dims)
     dim %= rank
     dims = [ONE] * rank
@@ -280,7 +292,7 @@ def reduce_rule(cx, node, x, *args, **kwargs):
 def layer_norm_rule(cx, node, x, normalized_shape, weight=None, bias=None, *args):
     why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
     for param in (weight, bias):
-        if param is not None:
+        if isinstance(param, Value):  # rms_norm has its eps where layer_norm has the bias
             for a, b in zip(x.dims[-len(normalized_shape):], param.dims):
                 unify(a, b, why)
     if not isinstance(node.meta["val"], (list, tuple)):
@@ -310,7 +322,7 @@ def contract(cx, node, left: Value, right: Value, batch, contracted, left_free, 
         cx.project(node, left, left_free, [a for a, _ in contracted])
     if right.weight:
         cx.project(node, right, right_free, [b for _, b in contracted])
-    both = [left.dims[a] if not left.weight else right.dims[b] for a, b in batch]
+    both = [_activation(left, a, right, b) for a, b in batch]
     scores = False
     if left.weight or right.weight:
         cx.experts += both
@@ -320,17 +332,27 @@ def contract(cx, node, left: Value, right: Value, batch, contracted, left_free, 
     return Value(dims, left.weight and right.weight, scores)
 
 
+def _activation(left: Value, a: int, right: Value, b: int) -> Axis:
+    """A batch axis by the handle of the activation, unless that is broadcast."""
+    x, y = (right.dims[b], left.dims[a]) if left.weight else (left.dims[a], right.dims[b])
+    return x if x.size != 1 else y
+
+
 def linear_rule(cx, node, x, weight, bias=None):
     rank = len(x.dims)
-    out = contract(cx, node, x, weight, [], [(rank - 1, 1)], list(range(rank - 1)), [0])
-    add_bias(bias, weight.dims[0], node)
+    made = list(range(len(weight.dims) - 1))  # a weight of one dimension makes a scalar
+    out = contract(cx, node, x, weight, [], [(rank - 1, len(made))], list(range(rank - 1)), made)
+    add_bias(bias, [weight.dims[d] for d in made], node)
     return out
 
 
-def add_bias(bias: Value | None, axis: Axis, node) -> None:
-    if bias is not None and bias.dims:
-        bias.dims[-1].twin = axis
-        unify(bias.dims[-1], axis, Pin(f"{name(node)} of two axes that cannot be aligned", node))
+def add_bias(bias: Value | None, dims: Sequence[Axis], node) -> None:
+    """Aligns a bias with the dimensions of what it is added to, from the right."""
+    why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
+    for a, b in zip(reversed(bias.dims if bias else ()), reversed(dims)):
+        unify(a, b, why)
+    if bias and bias.dims and dims and bias.dims[-1].size == dims[-1].size:
+        bias.dims[-1].twin = dims[-1]
 
 
 def mm_rule(cx, node, left, right):
@@ -338,7 +360,7 @@ def mm_rule(cx, node, left, right):
 
 
 def addmm_rule(cx, node, bias, left, right, **kwargs):
-    add_bias(bias, right.dims[1], node)
+    add_bias(bias, [left.dims[0], right.dims[1]], node)
     return mm_rule(cx, node, left, right)
 
 
@@ -384,24 +406,26 @@ def einsum_rule(cx, node, equation, operands, **kwargs):
     return replace(value, dims=[value.dims[made.index(c)] for c in output])
 
 
-def attention_rule(cx, node, q, k, v, mask=None, dropout=0.0, causal=False, **kwargs):
+def attention_rule(cx, node, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
     """softmax(q kᵀ + mask) v over (..., heads, length, head_dim); k and v may have fewer heads (enable_gqa)."""
     why = Pin("attention over two axes that cannot be aligned", node)
-    heads = list(q.dims[:-2])
+    if not len(q.dims) == len(k.dims) == len(v.dims):
+        return unknown_rule(cx, node, q, k, v, attn_mask)
+    heads = [a if a.size == size else Axis(size) for a, size in zip(q.dims, shape(node)[:-2])]
     cx.attention += [*q.dims, *k.dims, *v.dims]
     cx.heads += heads
     for value, role in ((q, "query"), (k, "key"), (v, "value")):
         mark(value.dims, role)
-    for value in (k, v):
-        for a, b in zip(heads, value.dims[:-2]):
+    for value in (q, k, v):
+        for a, b in zip(heads, value.dims):
             unify(a, b if a.size == b.size or b.size == 1 else product([b, Axis(a.size // b.size)]), why)
     unify(q.dims[-1], k.dims[-1], why)
     unify(k.dims[-2], v.dims[-2], why)
-    if causal:
+    if is_causal:
         for axis in (q.dims[-2], k.dims[-2]):
             pin(axis, Pin("causal attention depends on the order along the axis", node))
-    if mask is not None:
-        broadcast(cx, node, Value([*heads, q.dims[-2], k.dims[-2]]), mask)
+    if attn_mask is not None:
+        broadcast(cx, node, Value([*heads, q.dims[-2], k.dims[-2]]), attn_mask)
     return Value([*heads, q.dims[-2], v.dims[-1]])
 
 
@@ -417,7 +441,7 @@ def convolution_rule(cx, node, x, weight, bias=None, *args, **kwargs):
     unify(group_x, group_w, why)
     unify(inner, weight.dims[1], why)
     cx.project(node, weight, [0], [1])
-    add_bias(bias, weight.dims[0], node)
+    add_bias(bias, [weight.dims[0]], node)
     spatial = [Axis(size, pin=why) for size in shape(node)[2:]]
     return Value([x.dims[0], weight.dims[0], *spatial], x.weight and weight.weight)
 
@@ -537,8 +561,9 @@ RULES: dict[Any, Callable] = {
     **family(triangle_rule, "tril", "triu"),
     **family(reshape_rule, "view", "_unsafe_view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze",
              "view_as"),
+    aten.view.dtype: view_dtype_rule,
     **family(permute_rule, "permute"),
-    **family(transpose_rule, "transpose", "t", "swapaxes", "mT", "numpy_T"),
+    **family(transpose_rule, "transpose", "t", "swapaxes", "mT"),
     **family(expand_rule, "expand", "expand_as", "broadcast_to"),
     **family(repeat_rule, "repeat"),
     aten.repeat_interleave.self_int: repeat_interleave_rule,
@@ -551,6 +576,12 @@ RULES: dict[Any, Callable] = {
     **family(stack_rule, "stack"),
     **family(pad_rule, "constant_pad_nd"),
     aten.pad.default: pad_rule,
+    aten.max.other: pointwise_rule,
+    aten.min.other: pointwise_rule,
+    aten.max.default: reduce_rule,
+    aten.min.default: reduce_rule,
+    aten.max.dim: argmax_rule,
+    aten.min.dim: argmax_rule,
     **family(reduce_rule, "sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "logsumexp", "any",
              "all", "linalg_vector_norm", "prod"),
     **family(layer_norm_rule, "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"),
