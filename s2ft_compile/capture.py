@@ -4,7 +4,7 @@ import logging
 import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import nn
@@ -36,14 +36,23 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def arguments(example_inputs: Any) -> tuple[tuple, dict]:
+class Inputs(NamedTuple):
+    """A call's arguments."""
+
+    args: tuple
+    kwargs: dict
+
+
+def arguments(example_inputs: Any) -> Inputs:
     """`example_inputs`, a tuple or a dict of the forward's arguments, as (args, kwargs)."""
+    if isinstance(example_inputs, Inputs):
+        return example_inputs
     if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
+        return Inputs((example_inputs,), {})
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
+        return Inputs((), dict(example_inputs))
     if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        return tuple(example_inputs), {}
+        return Inputs(tuple(example_inputs), {})
     raise ConfigError(f"example_inputs is a tuple or a dict of the forward's arguments, got {type(example_inputs).__name__}")
 
 
