@@ -39,23 +39,26 @@ def s2ft(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[
     if unknown:
         raise ConfigError(f"unknown argument {', '.join(map(repr, unknown))} to backend 's2ft'; use options={{...}}")
     inner, config = _parse(options or {})
-    if not torch.is_grad_enabled():
-        return _compile(gm, example_inputs, inner, mode)
     found = [(i, *hit) for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter) and (hit := blocks_for(x))]
     if not found:
-        _prepare_or_check(example_inputs, config)
+        if torch.is_grad_enabled():
+            _prepare_or_check(example_inputs, config)
         return _compile(gm, example_inputs, inner, mode)
-    _check_config(found[0][1], config)
+    state = found[0][1]
+    _check_config(state, config)
+    if not torch.is_grad_enabled():
+        return _kept_fresh(_compile(gm, example_inputs, inner, mode), state, [])
     blocks = [block for _, _, block in found]
+    deltas = [block.delta for block in blocks]
     attached = attach_deltas(gm, [(i, block) for i, _, block in found])
-    compiled = _compile(attached, [*example_inputs, *(b.delta for b in blocks)], inner, mode)
+    compiled = _compile(attached, [*example_inputs, *deltas], inner, mode)
     for block in blocks:
         block.attached = True
-    return _with_deltas(compiled, found[0][1], [b.delta for b in blocks])
+    return _kept_fresh(compiled, state, deltas)
 
 
-def _with_deltas(compiled: Callable, state: State, deltas: list[Tensor]) -> Callable:
-    """Keeps the weights fresh, and passes the deltas on after dynamo's inputs."""
+def _kept_fresh(compiled: Callable, state: State, deltas: list[Tensor]) -> Callable:
+    """Writes changed deltas into the weights, and passes the deltas on after dynamo's inputs."""
 
     def run(*args):
         state.refresh()

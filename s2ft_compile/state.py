@@ -94,6 +94,7 @@ class State(nn.Module):
     def owns(self, parameter: Tensor) -> bool:
         return any(p is parameter for p in self.frozen)
 
+    @torch._dynamo.disable
     def refresh(self) -> None:
         """Writes every delta that has changed into its weight."""
         if self.active:
@@ -106,8 +107,13 @@ class State(nn.Module):
     def state_dict(self, *args, destination=None, **kwargs):
         return {} if destination is None else destination
 
+    @torch.no_grad()
     def _load_from_state_dict(self, *args, **kwargs):
-        pass
+        """`load_state_dict` on the model comes here last: what it wrote into the blocks is taken as trained."""
+        for block in self.blocks:
+            wide = torch.promote_types(block.backup.dtype, block.delta.dtype)
+            block.delta.copy_(block.read().to(wide) - block.backup.to(wide))
+            block.refresh()
 
     def _apply(self, fn, recurse=True):
         """Moves with the model, but stays float32 under `model.half()` and its kin."""
@@ -137,11 +143,11 @@ class State(nn.Module):
         del model._modules[STATE_NAME]
 
     def _enter_eager(self, model, args, kwargs):
-        if torch.compiler.is_compiling() or callable(_dynamo_callback()):
-            return  # the compiled graph attaches the deltas itself
-        self.refresh()
-        if not (self.active and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling():
             return
+        self.refresh()
+        if callable(_dynamo_callback()) or not (self.active and torch.is_grad_enabled()):
+            return  # a compiled graph attaches the deltas itself
         self._swapped += 1
         if self._swapped > 1:
             return
@@ -259,7 +265,7 @@ def release(model: nn.Module) -> None:
 def _before_step(optimizer, args, kwargs) -> None:
     for state, blocks in _blocks_in(optimizer):
         lost = [b.name for b in blocks if b.delta.grad is None and not b.attached]
-        if lost and len(lost) < len(blocks) or lost and state.active and not any(b.attached for b in state.blocks):
+        if lost:
             raise StateError(
                 f"{len(lost)} of {len(blocks)} slices have no gradient ({', '.join(lost[:3])}): their weights were used "
                 f'outside a graph that torch.compile(model, backend="s2ft") compiled. Compile the whole model with it, '
