@@ -11,6 +11,7 @@ Ensures: every gradient of a delta is computed at the delta's own size.
 """
 
 import logging
+import operator
 from math import prod
 from typing import Any, Callable
 
@@ -81,9 +82,10 @@ def _pushed(editor: _Editor, node: fx.Node) -> fx.Node:
     rule = _rule_for(x.target) if x.op == "call_function" else None
     made = rule(editor, node, x, dim) if rule else None
     if made is None:
+        maker = x.args[0] if x.target is operator.getitem else x
         raise CompileError(
             f"the gradient of a frozen weight would be computed at its full size {list(x.meta['val'].shape)} by "
-            f"{x.target} ({x.name}), which has no slice rule for dimension {dim}; "
+            f"{maker.target} ({maker.name}), which has no slice rule for dimension {dim}; "
             f"choose other targets than this weight"
         )
     return made

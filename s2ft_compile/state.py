@@ -86,6 +86,8 @@ class State(nn.Module):
 
     def __setstate__(self, state):  # copy.deepcopy and pickle arrive here
         super().__setstate__(state)
+        for block in self.blocks:
+            block.version = -1  # a copied delta counts its versions anew
         _live.add(self)
 
     def block_of(self, parameter: Tensor) -> Block | None:
@@ -119,7 +121,7 @@ class State(nn.Module):
         """Moves with the model, but stays float32 under `model.half()` and its kin."""
         def keep_type(tensor):
             moved = fn(tensor)
-            return moved.to(torch.float32) if moved.is_floating_point() else moved
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(keep_type, recurse)
         for block in self.blocks:
