@@ -6,6 +6,7 @@ module only puts them in order and hands them to AOTAutograd.
 
 import inspect
 import logging
+import sys
 from typing import Any, Callable, Mapping, Sequence
 
 import torch
@@ -17,13 +18,13 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from .capture import Inputs
+from .capture import Inputs, unwrap
 from .config import S2FTConfig
 from .errors import ConfigError, StateError
 from .passes import attach as attach_pass
 from .passes import slice_pushdown as pushdown_pass
 from .prepare import prepare
-from .state import Block, State, blocks_for, find_state, live_states
+from .state import Block, State, blocks_for, live_states
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +98,10 @@ def _prepare_or_check(example_inputs: Sequence[Any], config: S2FTConfig | None) 
     weights = [x for x in example_inputs if isinstance(x, nn.Parameter)]
     if any(state.owns(w) for state in live_states() for w in weights):
         return
-    model, inputs = _frame_being_traced()
-    if model is not None and find_state(model) is not None:
+    model, inputs = _module_being_called()
+    if model is None:
+        model, inputs = _frame_being_traced()
+    if model is not None and any(isinstance(m, State) for m in model.modules()):
         return
     if model is None:
         if not weights:
@@ -108,6 +111,19 @@ def _prepare_or_check(example_inputs: Sequence[Any], config: S2FTConfig | None) 
     with tracing(None), torch.no_grad():
         prepare(model, inputs, config)
     raise _Prepared(restart_reason="the model was prepared")
+
+
+def _module_being_called() -> tuple[nn.Module | None, Inputs | None]:
+    """The compiled module that was called, and with what. After a graph break the frame that dynamo traces may be a
+    submodule's, so this looks for the call on the Python stack."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._wrapped_call_impl.__code__:
+            module = frame.f_locals["self"]
+            if unwrap(module) is not module or module._compiled_call_impl is not None:
+                return unwrap(module), Inputs(tuple(frame.f_locals["args"]), dict(frame.f_locals["kwargs"]))
+        frame = frame.f_back
+    return None, None
 
 
 def _frame_being_traced() -> tuple[nn.Module | None, Inputs | None]:

@@ -81,7 +81,7 @@ class State(nn.Module):
         self._hooks: list = []
         self._swapped = 0
         for block in blocks:
-            self.register_parameter(block.name.replace(".", "__"), block.delta)
+            self.register_parameter("delta__" + block.name.replace(".", "__"), block.delta)
         _live.add(self)
 
     def __setstate__(self, state):  # copy.deepcopy and pickle arrive here
