@@ -1,0 +1,108 @@
+"""Output that is complete or not there.
+
+Everything is written into a fresh folder beside its target, flushed to the disk, and renamed into place at the end.
+Nothing that exists is overwritten.
+"""
+
+import os
+import secrets
+import shutil
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Iterator
+
+from ..errors import ExportError
+
+
+@contextmanager
+def new_directory(target: str | os.PathLike) -> Iterator[Path]:
+    """Yields a folder to write into that becomes `target` when the block ends without an error.
+
+    `target` may exist only as an empty folder; folders above it are made. Raises `ExportError` for one that cannot be
+    written, before the block runs where it can be known then.
+    """
+    path = _resolved(target)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ExportError(f"{target} exists{'' if path.is_dir() else ' and is not a folder'}; "
+                          f"name a folder that does not exist yet, or an empty one")
+    if path.is_dir() and (os.path.ismount(path) or path == Path.cwd()):
+        raise ExportError(f"{target} is a mount point or the current folder, which cannot be replaced; "
+                          f"name a new folder inside it")
+    with _staging(path, target) as folder:
+        yield folder
+        _flush(folder)
+        os.rename(folder, path)  # replaces an empty folder, and refuses one that has been filled meanwhile
+
+
+@contextmanager
+def new_files(*targets: str | os.PathLike) -> Iterator[Path]:
+    """Yields a folder; those of `targets` (of one parent) that are written there under their names are moved into place.
+
+    The first target appears last, so that whoever sees it can rely on the others. Raises `ExportError` if one of them
+    exists, before the block runs.
+    """
+    paths = [_resolved(target) for target in targets]
+    _refuse_existing(paths)
+    with _staging(paths[0], targets[0]) as folder, ExitStack() as undo:
+        yield folder
+        _flush(folder)
+        _refuse_existing(paths)
+        for path in reversed(paths):
+            if (folder / path.name).exists():
+                os.rename(folder / path.name, path)
+                undo.callback(path.unlink, missing_ok=True)
+        undo.pop_all()
+
+
+def _resolved(target) -> Path:
+    """Absolute and through symbolic links, so that the temporary folder is on the target's file system."""
+    return Path(target).resolve()
+
+
+def _refuse_existing(paths: list[Path]) -> None:
+    for path in paths:
+        if path.exists():
+            raise ExportError(f"{path} exists; name a file that does not exist yet, or remove it first")
+
+
+@contextmanager
+def _staging(path: Path, target) -> Iterator[Path]:
+    """A temporary folder beside `path`, gone afterwards; on failure so are the folders above that it needed."""
+    made = [parent for parent in path.parents if not parent.exists()]
+    folder = path.parent / f".s2ft-{secrets.token_hex(6)}.tmp"  # mkdtemp would make it private to its owner
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        _flush_folder(path.parent)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            _remove_if_empty(parent)
+        if isinstance(error, OSError):
+            raise ExportError(f"could not write {target}: {error}") from error
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        pass  # never made, or something else lives in it by now
+
+
+def _flush(folder: Path) -> None:
+    """Waits until what lies in `folder` is on the disk: a rename may otherwise arrive there before the content."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(root, name), "rb") as file:
+                os.fsync(file.fileno())
+        _flush_folder(root)
+
+
+def _flush_folder(folder) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

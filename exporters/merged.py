@@ -1,0 +1,46 @@
+"""The trained model as an ordinary one: in the base model's order, the trained blocks in place."""
+
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from safetensors.torch import save_model
+from torch import nn
+
+from ..capture import unwrap
+from ..errors import ExportError
+from ..state import is_prepared, merged
+from .files import new_directory
+
+log = logging.getLogger(__name__)
+WEIGHTS = "model.safetensors"
+
+
+def plain(model: nn.Module) -> AbstractContextManager:
+    """Context in which `model` is a plain model with its trained weights: `merged`, if it is prepared at all."""
+    return merged(model) if is_prepared(model) else nullcontext()
+
+
+def save_merged(model: nn.Module, directory: str | os.PathLike) -> Path:
+    """Writes the model into a new folder, and returns its path.
+
+    A Hugging Face model (one with `save_pretrained`) becomes a folder for `from_pretrained`; any other becomes
+    `model.safetensors`, in which tied weights are stored once (`safetensors.torch.load_model` ties them again). The
+    weights keep their type, and the model is afterwards as it was. Raises `ExportError` if the folder exists.
+    """
+    module = unwrap(model)
+    with new_directory(directory) as folder, plain(model):
+        if hasattr(module, "save_pretrained"):
+            module.save_pretrained(folder)
+        else:
+            _save(module, folder / WEIGHTS)
+    log.info("merged model written to %s", directory)
+    return Path(directory)
+
+
+def _save(module: nn.Module, path: Path) -> None:
+    try:
+        save_model(module, str(path))
+    except (RuntimeError, ValueError, TypeError) as error:  # tensors that overlap in part, or that are no tensors
+        raise ExportError(f"{type(module).__name__} cannot be stored as safetensors: {error}") from error
