@@ -1,0 +1,26 @@
+"""Hypothesis profiles, and settings that make runs alike.
+
+`HYPOTHESIS_PROFILE=ci` (default) draws the same examples every time; `wide` draws new ones, and more.
+"""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# the first trace in a process takes seconds, which says nothing about the strategies
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=25, derandomize=True, database=None, **COMMON)
+settings.register_profile("wide", max_examples=400, print_blob=True, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
