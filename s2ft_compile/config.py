@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
+from math import ceil
 from numbers import Integral, Real
 from typing import Any, Mapping
 
@@ -25,7 +26,7 @@ def units_for(amount: int | float, available: int, what: str) -> int:
     if units == 0:
         raise ConfigError(
             f"{what} = {amount} is less than one of {available} units; the smallest ratio that works is "
-            f"{1 / available:.6g}, or ask for 1 unit"
+            f"{ceil(1e6 / available) / 1e6:g}, or ask for 1 unit"
         )
     return units
 
