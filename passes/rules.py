@@ -97,7 +97,9 @@ def broadcast(cx, node, *values: Value) -> list[Axis]:
 
 
 def pointwise_rule(cx, node, *args, **kwargs):
-    return broadcast(cx, node, *tensors((args, kwargs)))
+    dims = broadcast(cx, node, *tensors((args, kwargs)))
+    several = isinstance(node.meta["val"], (list, tuple))
+    return [list(dims) for _ in node.meta["val"]] if several else dims
 
 
 def same_rule(cx, node, x, *args, **kwargs):
@@ -461,7 +463,7 @@ def index_rule(cx, node, x, indices):
     for d in used_dims:
         pin(x.dims[d], why)
     if any(i is not None and node_dtype(node, d) in (torch.bool, torch.uint8) for d, i in enumerate(indices)):
-        return unknown_rule(cx, node, x)
+        return unknown_rule(cx, node, x, *indices)
     where = broadcast(cx, node, *[indices[d] for d in used_dims])
     rest = [axis for d, axis in enumerate(x.dims) if d not in used_dims]
     adjacent = used_dims[-1] - used_dims[0] + 1 == len(used_dims)
