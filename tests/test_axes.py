@@ -6,7 +6,7 @@ random order, and each equation is checked as arithmetic on positions, which kno
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -105,6 +105,7 @@ def programs(draw):
 
 
 @given(programs(), st.integers(0, 99))
+@settings(max_examples=20 * settings.default.max_examples)
 def test_every_equation_holds(program, seed):
     axes, checks = program
     solution = Solution(axes, seed)
