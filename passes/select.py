@@ -6,6 +6,7 @@ and down of one layer) share one ranking of their units, so that a channel is ch
 
 import random
 from dataclasses import dataclass
+from math import prod
 from typing import Callable, Mapping, Sequence
 
 import torch
@@ -81,7 +82,8 @@ def bands(analysis: Analysis, names: Sequence[str] | None = None) -> list[Band]:
                 axes = [a for a in axes if a in analysis.heads]  # a unit is a whole head
             elif not axes:
                 continue
-            if all(a in analysis.free for a in axes):
+            units = prod(int(coordinates(layout, a).max()) + 1 for a in axes)
+            if all(a in analysis.free for a in axes) and int(mask.sum()) % units == 0:  # else not one unit everywhere
                 group = tuple(axes) or (name, dim)
                 found.append(Band(name, dim, role, group, _unit_positions(layout, mask, axes)))
     return found
