@@ -1,0 +1,108 @@
+"""`S2FTConfig`: what is accepted, and that every refusal says what is valid."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2ft_compile import ConfigError, S2FTConfig
+from s2ft_compile.config import BUDGETS, ROLES, SELECTIONS, is_glob, matches, units_for
+
+amounts = st.one_of(st.integers(1, 10**6), st.floats(0, 1, exclude_min=True, allow_nan=False))
+targets = st.dictionaries(st.one_of(st.sampled_from(ROLES), st.text(min_size=1, max_size=8)), amounts, min_size=1, max_size=4)
+configs = st.builds(S2FTConfig, targets=targets, selection=st.sampled_from(SELECTIONS), largest=st.booleans(),
+                    budget=st.sampled_from(BUDGETS), seed=st.integers(0, 2**63 - 1))
+
+
+@given(configs)
+def test_a_dict_and_back(config):
+    assert S2FTConfig.from_dict(config.to_dict()) == config
+    assert set(config.to_dict()) == {"targets", "selection", "largest", "budget", "seed"}
+
+
+def test_the_default():
+    config = S2FTConfig()
+    assert config.targets == {"ffn.out": 0.03} and config.selection == "random" and config.budget == "layer"
+
+
+def test_the_targets_are_a_copy():
+    mine = {"ffn.out": 0.5}
+    config = S2FTConfig(targets=mine)
+    mine["ffn.in"] = 1.0
+    assert config.targets == {"ffn.out": 0.5}
+
+
+BAD = {  # arguments -> words of the message: what was found, what is valid
+    "no targets": (dict(targets={}), ["{}", "ffn.out"]),
+    "targets as text": (dict(targets="ffn.out"), ["'ffn.out'", "0.03"]),
+    "targets as None": (dict(targets=None), ["None"]),
+    "an empty target": (dict(targets={"": 0.1}), ["''", *ROLES]),
+    "a target that is no text": (dict(targets={3: 0.1}), ["3", *ROLES]),
+    "ratio 0": (dict(targets={"ffn.out": 0.0}), ["ffn.out", "0.0", "(0, 1]"]),
+    "ratio above 1": (dict(targets={"ffn.out": 1.5}), ["1.5", "(0, 1]", "integer"]),
+    "ratio below 0": (dict(targets={"ffn.out": -0.1}), ["-0.1", "(0, 1]"]),
+    "ratio nan": (dict(targets={"ffn.out": float("nan")}), ["nan", "(0, 1]"]),
+    "no units": (dict(targets={"ffn.out": 0}), ["0", "at least 1"]),
+    "fewer than none": (dict(targets={"ffn.out": -3}), ["-3", "at least 1"]),
+    "amount as text": (dict(targets={"ffn.out": "0.1"}), ["'0.1'", "(0, 1]"]),
+    "amount True": (dict(targets={"ffn.out": True}), ["True", "(0, 1]"]),
+    "unknown selection": (dict(selection="best"), ["'best'", *SELECTIONS]),
+    "selection as a list": (dict(selection=["random"]), ["random", *SELECTIONS]),
+    "unknown budget": (dict(budget="all"), ["'all'", *BUDGETS]),
+    "largest as text": (dict(largest="yes"), ["'yes'", "True", "False"]),
+    "negative seed": (dict(seed=-1), ["-1", "0"]),
+    "seed too large": (dict(seed=2**63), [str(2**63), "2**63 - 1"]),
+    "seed as a float": (dict(seed=1.0), ["1.0", "integer"]),
+    "seed True": (dict(seed=True), ["True", "integer"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values_are_refused(case):
+    values, words = BAD[case]
+    with pytest.raises(ConfigError) as caught:
+        S2FTConfig(**values)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unknown_field_is_refused_by_name():
+    with pytest.raises(ConfigError, match="'ratio'.*valid options: targets, selection, largest, budget, seed"):
+        S2FTConfig.from_dict({"ratio": 0.1})
+
+
+def test_errors_are_value_errors():
+    with pytest.raises(ValueError):
+        S2FTConfig(budget="all")
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_a_number_of_units(amount, available):
+    if amount <= available:
+        assert units_for(amount, available, "x") == amount
+    else:
+        with pytest.raises(ConfigError, match=f"x .*{amount}.*1 to {available}"):
+            units_for(amount, available, "x")
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_a_ratio_of_exactly_k_units_is_k_units(k, available):
+    """k / n is not exact in floating point; rounding down must not lose a unit."""
+    k = min(k, available)
+    assert units_for(k / available, available, "x") == k
+
+
+@given(st.floats(1e-6, 1), st.integers(1, 5000))
+def test_a_ratio_rounds_down_or_names_the_smallest_that_works(ratio, available):
+    if ratio * available >= 1:
+        assert 1 <= units_for(ratio, available, "x") <= ratio * available + 1e-6
+    elif ratio * available < 1 - 1e-6:
+        with pytest.raises(ConfigError) as caught:
+            units_for(ratio, available, "x")
+        assert "x = " in str(caught.value) and "1 unit" in str(caught.value)
+        smallest = float(str(caught.value).split("works is ")[1].split(",")[0])
+        assert units_for(smallest, available, "x") == 1
+
+
+def test_roles_are_no_globs():
+    assert not any(is_glob(role) for role in ROLES) and is_glob("*.weight") and is_glob("head.weight")
+    assert matches("blocks.*.up.weight", "blocks.0.ffn.up.weight") and not matches("*.Up.*", "blocks.0.up.weight")
