@@ -1,9 +1,9 @@
 """The adapter: what was trained, and nothing else.
 
-A folder of two files. `adapter_model.safetensors` holds, for each slice, `<parameter>.delta` (float32, the parameter's
-shape with n along the slice's dim) and `<parameter>.indices` (int32 (n,), ascending, in the base model's order): entry
-i of the delta belongs to indices[i]. `adapter_config.json` holds what they mean: the plan, the base model's
-fingerprint, checksums, versions. Inverse of each other, bit for bit:
+A folder of two files. `adapter_model.safetensors` holds, for each slice, `<parameter>.delta` (float32, the
+parameter's shape with n along the slice's dim) and `<parameter>.indices` (int32 (n,), ascending, in the
+base model's order): entry i of the delta belongs to indices[i]. `adapter_config.json` holds what they mean:
+the plan, the base model's fingerprint, checksums, versions. Inverse of each other, bit for bit:
 
     load(base, save(prepared)) == merged(prepared)        W[indices] = cast(W0 + delta)
 
@@ -40,14 +40,17 @@ FORMAT, FORMAT_VERSION = "s2ft", 1
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     """Writes what a prepared model has trained into a new folder, and returns its path.
 
-    Raises `StateError` for a model that is not prepared, `ExportError` if the folder exists or a delta is not finite.
+    Raises `StateError` for a model that is not prepared, `ExportError` if the folder exists or a delta is
+    not finite.
     """
     plan = _ascending(state_of(model).plan)
     tensors = {}
     for s in plan.slices:
         if not s.delta.isfinite().all():
-            raise ExportError(f"the delta of {s.parameter_name} has NaN or infinite entries: training diverged; "
-                              f"a lower learning rate may help")
+            raise ExportError(
+                f"the delta of {s.parameter_name} has NaN or infinite entries: training diverged; "
+                f"a lower learning rate may help"
+            )
         tensors[f"{s.parameter_name}.delta"] = s.delta.float().cpu().contiguous()
         tensors[f"{s.parameter_name}.indices"] = s.indices.to("cpu", torch.int32)
     with new_directory(directory) as folder:
@@ -71,9 +74,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> Plan:
     """Puts an adapter on the model it was trained from, and returns its plan.
 
-    A plain model's weights become the trained ones, bit for bit those of `save_merged`. On a model prepared with the
-    same slices the deltas (and the weights) become the adapter's. Raises `AdapterError` for files that are missing,
-    damaged or made for another base, and for a model prepared with other slices; the model is then unchanged.
+    A plain model's weights become the trained ones, bit for bit those of `save_merged`. On a model prepared
+    with the same slices the deltas (and the weights) become the adapter's. Raises `AdapterError` for files
+    that are missing, damaged or made for another base, and for a model prepared with other slices; the
+    model is then unchanged.
     """
     folder, module = Path(directory), unwrap(model)
     config = _read_config(folder)
@@ -94,6 +98,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> Plan:
 @torch.no_grad()
 def _ascending(plan: Plan) -> Plan:
     """The plan with each slice's indices in ascending order, and a copy of its delta in theirs."""
+
     def sort(s: Slice) -> Slice:
         indices, order = s.indices.sort()
         return replace(s, indices=indices, delta=s.delta.index_select(s.dim, order.to(s.delta.device)))
@@ -101,7 +106,7 @@ def _ascending(plan: Plan) -> Plan:
     return replace(plan, slices=tuple(map(sort, plan.slices)))
 
 
-# --- into the model: computed first, then written -----------------------------------------------------------------
+# --- into the model: computed first, then written ----------------------------------------------------------
 
 
 @torch.no_grad()
@@ -121,8 +126,11 @@ def _into_weights(module: nn.Module, plan: Plan, deltas: Mapping[str, Tensor]) -
 def _into_deltas(state: State, plan: Plan, deltas: Mapping[str, Tensor]) -> None:
     mine = {s.parameter_name: s for s in state.plan.slices}
     theirs = {s.parameter_name: s for s in plan.slices}
-    differ = [name for name in sorted(mine.keys() | theirs.keys())
-              if not (name in mine and name in theirs and _same(mine[name], theirs[name]))]
+    differ = [
+        name
+        for name in sorted(mine.keys() | theirs.keys())
+        if not (name in mine and name in theirs and _same(mine[name], theirs[name]))
+    ]
     if differ:
         raise AdapterError(
             f"the model is prepared with other slices than the adapter's: {', '.join(differ[:3])}"
@@ -138,26 +146,38 @@ def _same(mine: Slice, ascending: Slice) -> bool:
     return mine.dim == ascending.dim and torch.equal(mine.indices.cpu().sort().values, ascending.indices)
 
 
-# --- checks ---------------------------------------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------------------
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise AdapterError(f"{folder} is not an adapter: it has no file {name}; save_adapter writes {CONFIG} "
-                               f"and {WEIGHTS}")
+            raise AdapterError(
+                f"{folder} is not an adapter: it has no file {name}; save_adapter writes {CONFIG} "
+                f"and {WEIGHTS}"
+            )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{folder / CONFIG} is not valid JSON ({error}); it was cut off or edited") from error
+        raise AdapterError(
+            f"{folder / CONFIG} is not valid JSON ({error}); it was cut off or edited"
+        ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format", config.get("peft_type")) if isinstance(config, dict) else type(config).__name__
+        found = (
+            config.get("format", config.get("peft_type"))
+            if isinstance(config, dict)
+            else type(config).__name__
+        )
         raise AdapterError(f"{folder / CONFIG} describes an adapter of format {found!r}; valid: {FORMAT!r}")
     if config.get("format_version") != FORMAT_VERSION:
-        raise AdapterError(f"{folder} has format version {config.get('format_version')!r}; this release reads "
-                           f"version {FORMAT_VERSION}")
+        raise AdapterError(
+            f"{folder} has format version {config.get('format_version')!r}; this release reads "
+            f"version {FORMAT_VERSION}"
+        )
     if config.get("config_sha256") != _hash_of_config(config):
-        raise AdapterError(f"{folder / CONFIG} does not match its own checksum: it was edited after it was saved")
+        raise AdapterError(
+            f"{folder / CONFIG} does not match its own checksum: it was edited after it was saved"
+        )
     return config
 
 
@@ -171,12 +191,14 @@ def _read_plan(folder: Path, config: Mapping[str, Any]) -> Plan:
         raise AdapterError(f"{folder / CONFIG}: {error}") from error
     names = [s.parameter_name for s in plan.slices]
     if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise AdapterError(f"{folder / CONFIG}: each slice has a parameter's name, and each parameter one slice")
+        raise AdapterError(
+            f"{folder / CONFIG}: each slice has a parameter's name, and each parameter one slice"
+        )
     return plan
 
 
 def _read_deltas(folder: Path, config: Mapping[str, Any], plan: Plan) -> dict[str, Tensor]:
-    """Parameter name -> delta. `safe_open` compares its header with the file's size before it maps anything."""
+    """Parameter name -> delta. `safe_open` checks its header against the file's size before it maps it."""
     path, deltas = folder / WEIGHTS, {}
     if config.get("weights_sha256") != _hash_of_file(path):
         raise AdapterError(f"{path} does not match its checksum in {CONFIG}: it was cut off or edited")
@@ -185,11 +207,15 @@ def _read_deltas(folder: Path, config: Mapping[str, Any], plan: Plan) -> dict[st
         with safe_open(path, framework="pt") as file:
             if set(file.keys()) != expected:
                 odd = sorted(set(file.keys()) ^ expected)
-                raise AdapterError(f"{path} and the plan in {CONFIG} do not have the same tensors: {', '.join(odd[:4])}")
+                raise AdapterError(
+                    f"{path} and the plan in {CONFIG} do not have the same tensors: {', '.join(odd[:4])}"
+                )
             for s in plan.slices:
                 indices = file.get_tensor(f"{s.parameter_name}.indices")
                 if indices.dtype != torch.int32 or not torch.equal(indices.to(torch.int64), s.indices):
-                    raise AdapterError(f"{path}: the indices of {s.parameter_name} are not those of the plan, as int32")
+                    raise AdapterError(
+                        f"{path}: the indices of {s.parameter_name} are not those of the plan, as int32"
+                    )
                 deltas[s.parameter_name] = file.get_tensor(f"{s.parameter_name}.delta")
     except SafetensorError as error:
         raise AdapterError(f"{path} is not a valid safetensors file: {error}") from error
@@ -199,41 +225,51 @@ def _read_deltas(folder: Path, config: Mapping[str, Any], plan: Plan) -> dict[st
 def _check_fingerprint(module: nn.Module, plan: Plan, base: Mapping[str, Any]) -> None:
     found = fingerprint(module)
     if base.get("fingerprint") != plan.fingerprint:
-        raise AdapterError(f"the adapter names two base models: {base.get('fingerprint')} and {plan.fingerprint}")
+        raise AdapterError(
+            f"the adapter names two base models: {base.get('fingerprint')} and {plan.fingerprint}"
+        )
     if found != plan.fingerprint:
         raise AdapterError(
-            f"the adapter was trained from another base model: a {base.get('class')} in {base.get('dtype')} with "
-            f"fingerprint {plan.fingerprint}; this is a {type(module).__name__} in {_dtypes(module)} with "
-            f"fingerprint {found}"
+            f"the adapter was trained from another base model: a {base.get('class')} in {base.get('dtype')} "
+            f"with fingerprint {plan.fingerprint}; this is a {type(module).__name__} in {_dtypes(module)} "
+            f"with fingerprint {found}"
         )
 
 
 def _check_slice(module: nn.Module, s: Slice, delta: Tensor, blocks: Mapping[str, str]) -> None:
-    """That the slice is one of `module`, in base order, and that its block there is the one that was trained."""
+    """That the slice is one of `module`, in base order, and that its block there is what was trained."""
     W, where = dict(module.named_parameters()).get(s.parameter_name), f"adapter slice {s.parameter_name!r}"
     if W is None or tuple(W.shape) != s.shape:
-        raise AdapterError(f"{where}: a parameter of shape {s.shape}; the model has "
-                           f"{'none of this name' if W is None else tuple(W.shape)}")
+        raise AdapterError(
+            f"{where}: a parameter of shape {s.shape}; the model has "
+            f"{'none of this name' if W is None else tuple(W.shape)}"
+        )
     if not 0 <= s.dim < W.dim():
         raise AdapterError(f"{where}: dim {s.dim} of a parameter with {W.dim()} dimensions")
     size, ascending = W.shape[s.dim], s.indices.dim() == 1 and bool((s.indices.diff() > 0).all())
     if not ascending or not len(s.indices) or s.indices[0] < 0 or s.indices[-1] >= size:
-        raise AdapterError(f"{where}: its indices must be one or more, ascending, each once, from 0 to {size - 1}")
+        raise AdapterError(
+            f"{where}: its indices must be one or more, ascending, each once, from 0 to {size - 1}"
+        )
     shape = (*W.shape[: s.dim], len(s.indices), *W.shape[s.dim + 1 :])
     if delta.dtype != torch.float32 or tuple(delta.shape) != shape:
-        raise AdapterError(f"{where}: a delta of {delta.dtype} {tuple(delta.shape)}; valid: torch.float32 {shape}")
+        raise AdapterError(
+            f"{where}: a delta of {delta.dtype} {tuple(delta.shape)}; valid: torch.float32 {shape}"
+        )
     if not delta.isfinite().all():
         raise AdapterError(f"{where}: the delta has NaN or infinite entries")
     if _hash_of_block(W, s) != blocks.get(s.parameter_name):
-        raise AdapterError(f"{where}: the model has other values there than the base model; was an adapter loaded into "
-                           f"it before, or was it trained?")
+        raise AdapterError(
+            f"{where}: the model has other values there than the base model; was an adapter loaded into "
+            f"it before, or was it trained?"
+        )
 
 
-# --- what is recorded of the base model, and checksums --------------------------------------------------------------
+# --- what is recorded of the base model, and checksums -----------------------------------------------------
 
 
 def _base(module: nn.Module, plan: Plan) -> dict[str, Any]:
-    """The fingerprint samples; the blocks that were trained are recorded whole, so that a sum is never made twice."""
+    """The fingerprint samples; blocks that were trained are hashed whole, so that no sum is made twice."""
     weights = dict(module.named_parameters())
     return {
         "class": type(module).__name__,

@@ -1,7 +1,7 @@
 """Output that is complete or not there.
 
-Everything is written into a fresh folder beside its target, flushed to the disk, and renamed into place at the end.
-Nothing that exists is overwritten.
+Everything is written into a fresh folder beside its target, flushed to the disk, and renamed into place at
+the end. Nothing that exists is overwritten.
 """
 
 import os
@@ -18,16 +18,20 @@ from ..errors import ExportError
 def new_directory(target: str | os.PathLike) -> Iterator[Path]:
     """Yields a folder to write into that becomes `target` when the block ends without an error.
 
-    `target` may exist only as an empty folder; folders above it are made. Raises `ExportError` for one that cannot be
-    written, before the block runs where it can be known then.
+    `target` may exist only as an empty folder; folders above it are made. Raises `ExportError` for one that
+    cannot be written, before the block runs where it can be known then.
     """
     path = _resolved(target)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ExportError(f"{target} exists{'' if path.is_dir() else ' and is not a folder'}; "
-                          f"name a folder that does not exist yet, or an empty one")
+        raise ExportError(
+            f"{target} exists{'' if path.is_dir() else ' and is not a folder'}; "
+            f"name a folder that does not exist yet, or an empty one"
+        )
     if path.is_dir() and (os.path.ismount(path) or path == Path.cwd()):
-        raise ExportError(f"{target} is a mount point or the current folder, which cannot be replaced; "
-                          f"name a new folder inside it")
+        raise ExportError(
+            f"{target} is a mount point or the current folder, which cannot be replaced; "
+            f"name a new folder inside it"
+        )
     with _staging(path, target) as folder:
         yield folder
         _flush(folder)
@@ -36,10 +40,10 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def new_files(*targets: str | os.PathLike) -> Iterator[Path]:
-    """Yields a folder; those of `targets` (of one parent) that are written there under their names are moved into place.
+    """Yields a folder; what is written there under the names of `targets` (of one parent) moves into place.
 
-    The first target appears last, so that whoever sees it can rely on the others. Raises `ExportError` if one of them
-    exists, before the block runs.
+    The first target appears last, so that whoever sees it can rely on the others. Raises `ExportError` if
+    one of them exists, before the block runs.
     """
     paths = [_resolved(target) for target in targets]
     _refuse_existing(paths)
@@ -67,7 +71,7 @@ def _refuse_existing(paths: list[Path]) -> None:
 
 @contextmanager
 def _staging(path: Path, target) -> Iterator[Path]:
-    """A temporary folder beside `path`, gone afterwards; on failure so are the folders above that it needed."""
+    """A temporary folder beside `path`, gone afterwards; on failure so are the folders above that it made."""
     made = [parent for parent in path.parents if not parent.exists()]
     folder = path.parent / f".s2ft-{secrets.token_hex(6)}.tmp"  # mkdtemp would make it private to its owner
     try:
@@ -92,7 +96,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Waits until what lies in `folder` is on the disk: a rename may otherwise arrive there before the content."""
+    """Waits until what lies in `folder` is on the disk: a rename may otherwise get there before it."""
     for root, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(root, name), "rb") as file:

@@ -18,16 +18,17 @@ WEIGHTS = "model.safetensors"
 
 
 def plain(model: nn.Module) -> AbstractContextManager:
-    """Context in which `model` is a plain model with its trained weights: `merged`, if it is prepared at all."""
+    """Context in which `model` is a plain model with its trained weights: `merged`, if it is prepared."""
     return merged(model) if is_prepared(model) else nullcontext()
 
 
 def save_merged(model: nn.Module, directory: str | os.PathLike) -> Path:
     """Writes the model into a new folder, and returns its path.
 
-    A Hugging Face model (one with `save_pretrained`) becomes a folder for `from_pretrained`; any other becomes
-    `model.safetensors`, in which tied weights are stored once (`safetensors.torch.load_model` ties them again). The
-    weights keep their type, and the model is afterwards as it was. Raises `ExportError` if the folder exists.
+    A Hugging Face model (one with `save_pretrained`) becomes a folder for `from_pretrained`; any other
+    becomes `model.safetensors`, in which tied weights are stored once (`safetensors.torch.load_model` ties
+    them again). The weights keep their type, and the model is afterwards as it was. Raises `ExportError` if
+    the folder exists.
     """
     module = unwrap(model)
     with new_directory(directory) as folder, plain(model):
@@ -42,5 +43,9 @@ def save_merged(model: nn.Module, directory: str | os.PathLike) -> Path:
 def _save(module: nn.Module, path: Path) -> None:
     try:
         save_model(module, str(path))
-    except (RuntimeError, ValueError, TypeError) as error:  # tensors that overlap in part, or that are no tensors
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ) as error:  # tensors that overlap in part, or that are no tensors
         raise ExportError(f"{type(module).__name__} cannot be stored as safetensors: {error}") from error

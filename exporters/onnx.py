@@ -1,7 +1,7 @@
 """The trained model as an ONNX file that ONNX Runtime runs.
 
-torch.export traces the merged model with its first two dimensions dynamic, torch.onnx translates the graph, and the
-file is checked before it appears: by onnx.checker, and by ONNX Runtime against the model itself.
+torch.export traces the merged model with its first two dimensions dynamic, torch.onnx translates the graph,
+and the file is checked before it appears: by onnx.checker, and by ONNX Runtime against the model itself.
 """
 
 import logging
@@ -16,12 +16,14 @@ from typing import Any, Iterator, Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from ..capture import arguments, inference_mode_of, tied_names, unwrap
 from ..errors import CaptureError, ExportError
 from .files import new_files
 from .merged import plain
+from .verify import check, first_line, named_tensors, tensors
 
 log = logging.getLogger(__name__)
 OPSET = 20  # 18, 20, 21, 22 and 24 ran in ONNX Runtime; 23 failed on RotaryEmbedding
@@ -32,12 +34,13 @@ AXES = ("batch", "sequence")  # the names of an input's first two dimensions
 def export_onnx(model: nn.Module, path: str | os.PathLike, example_inputs: Any) -> Path:
     """Writes the model, merged, in eval mode and without a KV cache, as an ONNX file, and returns its path.
 
-    Inputs are named like the forward's arguments, outputs as the model names them (`logits`; `output`, or `output_0`
-    and so on, where it does not), weights like the parameters. The first two dimensions of each input are dynamic
-    where the model's code allows it; a warning names what is not. Weights over 1 MiB in total lie beside the file, in
-    `<path>.data`. bfloat16 weights are written as float32, because ONNX Runtime has no bfloat16 kernels on a CPU. The
-    model is afterwards as it was. Raises `CaptureError` for a model that cannot be traced, `ExportError` for a file
-    that exists, an operator without translation, or a result that differs from the model's.
+    Inputs are named like the forward's arguments, outputs as the model names them (`logits`; `output`, or
+    `output_0` and so on, where it does not), weights like the parameters. The first two dimensions of each
+    input are dynamic where the model's code allows it; a warning names what is not. Weights over 1 MiB in
+    total lie beside the file, in `<path>.data`. bfloat16 weights are written as float32, because ONNX
+    Runtime has no bfloat16 kernels on a CPU. The model is afterwards as it was. Raises `CaptureError` for a
+    model that cannot be traced, `ExportError` for a file that exists, an operator without translation, or a
+    result that differs from the model's.
     """
     target, module = Path(path), unwrap(model)
     if target.suffix != ".onnx":
@@ -51,40 +54,43 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, example_inputs: Any) 
         _quiet(),
     ):
         file = folder / target.name
-        onnx_model = _translated(module, _traced(module, inputs))
-        _name_values(onnx_model.graph, module, inputs)
+        program = _traced(module, inputs)
+        onnx_model = _translated(module, program)
+        _name_values(onnx_model.graph, module, program, inputs)
         _write(onnx_model, file)
-        _check(module, file, inputs)
+        check(module, file, inputs)
     log.info("ONNX model written to %s", target)
     return target
 
 
-# --- from module to graph -------------------------------------------------------------------------------------------
+# --- from module to graph ----------------------------------------------------------------------------------
 
 
 def _traced(module: nn.Module, inputs: tuple[tuple, dict]) -> torch.export.ExportedProgram:
-    """The module's graph: dynamic where it can be, of the example's sizes if it cannot be traced otherwise."""
+    """The module's graph: dynamic where it can be, of the example's sizes if it is not traced otherwise."""
     args, kwargs = _without_ones(inputs)
     dims = torch.export.ShapesCollection()
-    for tensor in _tensors((args, kwargs)):
+    for tensor in tensors((args, kwargs)):
         dims[tensor] = {d: torch.export.Dim.AUTO for d in range(min(tensor.dim(), len(AXES)))}
     try:
         return torch.export.export(module, args, kwargs, dynamic_shapes=dims, strict=False)
     except Exception as error:  # export raises many unrelated types
-        refused = _first_line(error)
+        refused = first_line(error)
     args, kwargs = inputs
     try:
         program = torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:
-        raise CaptureError(f"{type(module).__name__} could not be traced by torch.export: {_first_line(error)}. The "
-                           f"forward has to run on the example inputs without branching on tensor values") from error
+        raise CaptureError(
+            f"{type(module).__name__} could not be traced by torch.export: {first_line(error)}. The "
+            f"forward has to run on the example inputs without branching on tensor values"
+        ) from error
     log.warning("the ONNX file takes inputs of the example's sizes only: %s", refused)
     return program
 
 
 def _without_ones(inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
-    """The inputs, doubled along a dimension that is 1 in all of them: the tracer takes every 1 for a constant."""
-    rows = [t for t in _tensors(inputs) if t.dim() > 0]
+    """The inputs, doubled along a dimension that is 1 in all of them: the tracer takes a 1 for a constant."""
+    rows = [t for t in tensors(inputs) if t.dim() > 0]
     tokens = [t for t in rows if t.dim() > 1 and not t.is_floating_point()]
     for dim, group in ((0, rows), (1, tokens)):
         if group and all(t.shape[dim] == 1 for t in group):
@@ -98,25 +104,38 @@ def _without_ones(inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
 def _translated(module: nn.Module, program: torch.export.ExportedProgram) -> Any:
     """The traced graph as an `onnx_ir.Model` whose initializers are the module's parameters, each once.
 
-    torch.onnx folds the transposition of a weight into a new constant, a second copy of a weight that is tied. So its
-    optimizer sees the weights as inputs of unknown value; ONNX Runtime does that folding when it loads the file.
+    torch.onnx folds the transposition of a weight into a new constant, a second copy of a weight that is
+    tied. So its optimizer sees the weights as inputs of unknown value; ONNX Runtime does that folding when
+    it loads the file.
     """
+    import onnx_ir as ir
+
     try:
-        onnx_program = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+        onnx_program = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
+        )
         graph, tied = onnx_program.model.graph, tied_names(module)
-        weights = {value: value.const_value for name, value in graph.initializers.items() if name in program.state_dict}
+        weights = {
+            value: value.const_value
+            for name, value in graph.initializers.items()
+            if name in program.state_dict
+        }
         for value in weights:
             del graph.initializers[value.name]
             value.const_value = None
             graph.inputs.append(value)
         onnx_program.optimize()
     except Exception as error:  # onnxscript and torch.onnx raise many unrelated types
-        raise ExportError(f"{type(module).__name__} could not be translated to ONNX opset {OPSET}: "
-                          f"{_first_line(_innermost(error))}") from error
+        raise ExportError(
+            f"{type(module).__name__} could not be translated to ONNX opset {OPSET}: "
+            f"{first_line(_innermost(error))}"
+        ) from error
     for value, content in weights.items():
         graph.inputs.remove(value)
         value.const_value, value.name = content, tied.get(value.name, value.name)
-        if value.uses():
+        if value.name in graph.initializers:  # the other name of a tied weight
+            ir.convenience.replace_all_uses_with(value, graph.initializers[value.name])
+        elif value.uses():
             graph.initializers.add(value)
     _mask_with_infinity(graph)
     return onnx_program.model
@@ -125,15 +144,18 @@ def _translated(module: nn.Module, program: torch.export.ExportedProgram) -> Any
 def _mask_with_infinity(graph: Any) -> None:
     """Replaces Where(mask, 0, lowest) with Where(mask, 0, -inf) in front of a Softmax whose NaN become 0.
 
-    A row that may attend to nothing (padding on the left) is 0 in torch: softmax of -inf is NaN, and the exporter
-    writes the Where(IsNaN) for that, but masks with the lowest finite number, which gives the mean of the values.
+    A row that may attend to nothing (padding on the left) is 0 in torch: softmax of -inf is NaN, and the
+    exporter writes the Where(IsNaN) for that, but masks with the lowest finite number, which gives the mean
+    of the values.
     """
     for guard in [node for node in graph.all_nodes() if node.op_type == "IsNaN"]:
         softmax = guard.inputs[0].producer()
         add = softmax and softmax.op_type == "Softmax" and softmax.inputs[0].producer()
         for where in [v.producer() for v in add.inputs] if add and add.op_type == "Add" else ():
             mask = where.inputs[2] if where and where.op_type == "Where" else None
-            lowest = mask.const_value.numpy() if mask is not None and mask.const_value is not None else np.zeros(2)
+            if mask is None or mask.const_value is None:
+                continue
+            lowest = mask.const_value.numpy()
             if lowest.size == 1 and lowest == np.finfo(lowest.dtype).min:
                 _replace_constant(graph, mask, np.full_like(lowest, -np.inf), f"{mask.name}_infinite", where)
 
@@ -143,46 +165,43 @@ def _replace_constant(graph: Any, old: Any, content: np.ndarray, name: str, user
 
     if name not in graph.initializers:
         tensor = ir.tensor(content, name=name)
-        graph.initializers.add(ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor))
+        graph.initializers.add(
+            ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        )
     user.replace_input_with(2, graph.initializers[name])
     if not old.uses():
-        del graph.initializers[old.name]
+        graph.initializers.pop(old.name, None)
 
 
-# --- names ----------------------------------------------------------------------------------------------------------
+# --- names -------------------------------------------------------------------------------------------------
 
 
-def _name_values(graph: Any, module: nn.Module, inputs: tuple[tuple, dict]) -> None:
-    """Names outputs as the module does, and dynamic dimensions by `AXES`; warns of those that are not dynamic."""
+def _name_values(
+    graph: Any, module: nn.Module, program: torch.export.ExportedProgram, inputs: tuple[tuple, dict]
+) -> None:
+    """Names inputs like the forward's arguments, outputs as the module does, dynamic dimensions by `AXES`."""
     args, kwargs = inputs
     with torch.no_grad():
-        names = [name for name, _ in _named_tensors(module(*args, **kwargs))]
-    taken = {value.name for value in graph.inputs} | set(graph.initializers)
+        names = [name for name, _ in named_tensors(module(*args, **kwargs))]
+    arguments = [
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
+    ]
     for value, name in zip(graph.outputs, names, strict=True):
-        value.name = name if name not in taken else f"{name}_out"
+        value.name = f"{name}_out" if name in arguments or name in graph.initializers else name
     axes: dict[str, str] = {}
     sizes: dict[str, int] = {}
-    for value, tensor in zip(graph.inputs, _tensors(inputs), strict=True):
+    for value, name, tensor in zip(graph.inputs, arguments, tensors(inputs), strict=True):
+        value.name = name
         for axis, dim, size in zip(AXES, value.shape, tensor.shape):
-            if isinstance(dim, int):
-                _warn_of_fixed(value.name, axis, tensor)
-            elif dim.value not in axes:
+            if str(dim).isdigit():
+                _warn_of_fixed(name, axis, tensor)
+            elif str(dim) not in axes:
                 shared = sizes.setdefault(axis, size) == size
-                axes[dim.value] = axis if shared else f"{axis}_{value.name}"
+                axes[str(dim)] = axis if shared else f"{axis}_{name}"
     for value in chain(graph.inputs, (v for node in graph.all_nodes() for v in node.outputs)):
         _rename_dims(value, axes)
-
-
-def _named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of what a forward returns, in the order of its pytree."""
-    if isinstance(output, Tensor):
-        yield name or "output", output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from _named_tensors(value, f"{name}_{key}" if name else str(key))
-    elif isinstance(output, (tuple, list)):
-        for i, value in enumerate(output):
-            yield from _named_tensors(value, f"{name or 'output'}_{i}")
 
 
 def _warn_of_fixed(name: str, axis: str, tensor: Tensor) -> None:
@@ -195,16 +214,21 @@ def _warn_of_fixed(name: str, axis: str, tensor: Tensor) -> None:
 def _rename_dims(value: Any, axes: Mapping[str, str]) -> None:
     import onnx_ir as ir
 
-    for i, dim in enumerate(value.shape or ()):
-        if not isinstance(dim, int) and dim.value is not None:
-            value.shape[i] = ir.SymbolicDim(re.sub(r"\w+", lambda m: axes.get(m[0], m[0]), dim.value))
+    def renamed(dim: Any) -> int | str | None:
+        text = re.sub(r"\w+", lambda m: axes.get(m[0], m[0]), str(dim))
+        if text.isdigit():  # torch leaves "2" for what it fixed
+            return int(text)
+        return None if text == "None" else text
+
+    if value.shape is not None:
+        value.shape = ir.Shape([renamed(dim) for dim in value.shape])
 
 
-# --- the file, and its check ----------------------------------------------------------------------------------------
+# --- the file, and its check -------------------------------------------------------------------------------
 
 
 def _write(onnx_model: Any, file: Path) -> None:
-    """Without the tracer's notes on where in the source each node comes from, ten times the size of the graph."""
+    """Without the tracer's notes on where in the source a node is from, ten times the size of the graph."""
     import onnx_ir as ir
 
     ir.passes.common.ClearMetadataAndDocStringPass()(onnx_model)
@@ -212,79 +236,7 @@ def _write(onnx_model: Any, file: Path) -> None:
     ir.save(onnx_model, file, external_data=f"{file.name}.data" if size > INLINE_BYTES else None)
 
 
-def _check(module: nn.Module, file: Path, inputs: tuple[tuple, dict]) -> None:
-    """The file is valid ONNX, and gives the module's outputs for the example, and for a larger batch of other length."""
-    import onnx
-    import onnxruntime
-
-    try:
-        onnx.checker.check_model(str(file))
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
-        log.warning("the ONNX file was not run: ONNX Runtime has no CPU kernel for it (%s)", _first_line(error))
-        return
-    except Exception as error:  # neither library has a base class for its errors
-        raise ExportError(f"the exported graph is not valid: {_first_line(error)}") from error
-    _compare(module, session, inputs)
-    resized = _resized(session, inputs)
-    try:
-        with torch.no_grad():
-            module(*resized[0], **resized[1])
-    except Exception as error:  # whatever a model raises on sizes that it does not take
-        log.info("the model itself does not take inputs of another size: %s", _first_line(error))
-    else:
-        _compare(module, session, resized)
-
-
-def _compare(module: nn.Module, session: Any, inputs: tuple[tuple, dict]) -> None:
-    args, kwargs = inputs
-    with torch.no_grad():
-        expected = dict(_named_tensors(module(*args, **kwargs)))
-    feeds = {i.name: t.detach().cpu().numpy() for i, t in zip(session.get_inputs(), _tensors(inputs), strict=True)}
-    try:
-        found = session.run(None, feeds)
-    except Exception as error:
-        shapes = {name: value.shape for name, value in feeds.items()}
-        raise ExportError(f"ONNX Runtime cannot run the exported graph on {shapes}: {_first_line(error)}") from error
-    for (name, want), got in zip(expected.items(), found, strict=True):
-        want, got = want.detach().cpu(), torch.from_numpy(got)
-        if want.shape != got.shape or not _close(want, got):
-            difference = f"{(want - got).abs().max():.3g}" if want.shape == got.shape else f"shape {tuple(got.shape)}"
-            raise ExportError(f"ONNX Runtime differs from the model in output {name!r} {tuple(want.shape)}: {difference}")
-
-
-def _close(want: Tensor, got: Tensor) -> bool:
-    """Half the digits of the type, of the largest entry: the sums are the same, in another order."""
-    if not want.is_floating_point():
-        return torch.equal(want, got)
-    finite = want[want.isfinite()].abs()
-    scale = float(finite.max()) if len(finite) else 1.0
-    eps = max(torch.finfo(want.dtype).eps, torch.finfo(torch.float32).eps)  # float64 models have float32 inside
-    return torch.allclose(want, got, rtol=0, atol=eps**0.5 * scale, equal_nan=True)
-
-
-def _resized(session: Any, inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
-    """The inputs with a row more (the first again) and a token less, where these dimensions are dynamic."""
-    dynamic = {id(t): [isinstance(d, str) for d in i.shape] for i, t in zip(session.get_inputs(), _tensors(inputs))}
-
-    def resize(x):
-        for dim, free in enumerate(dynamic.get(id(x), ())[: len(AXES)]):
-            if free:
-                size = x.shape[dim]
-                more = dim == 0 or size < 3
-                x = x.index_select(dim, torch.arange(size + 1 if more else size - 1, device=x.device) % size)
-        return x
-
-    return pytree.tree_map(resize, inputs)
-
-
-# --- small things ---------------------------------------------------------------------------------------------------
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+# --- small things ------------------------------------------------------------------------------------------
 
 
 def _widened(x: Any) -> Any:
@@ -305,7 +257,7 @@ def _bfloat16_as_float32(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter notes every rule it tries, packages that are not installed, outputs that are None: no faults."""
+    """The exporter notes each rule it tries, packages that are missing, outputs that are None: no faults."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -323,8 +275,3 @@ def _innermost(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

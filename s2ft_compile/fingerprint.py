@@ -14,11 +14,11 @@ OWN = "s2ft."  # the child module that a prepared model holds its deltas in
 def fingerprint(model: nn.Module) -> str:
     """sha256 (hex) over the name, shape, dtype and a sample of the content of each parameter, sorted by name.
 
-    `model` has to be in base order: a plain model, or a prepared one inside `disabled`. Tied parameters count once,
-    under their first name, and deltas do not count. The sample is evenly spaced from the first element to the last,
-    read as raw bytes, so the device and strides do not matter; a parameter on the meta device has no content.
-    Two models that differ only between the samples have the same fingerprint: it tells models, checkpoints and
-    dtypes apart, and does not prove that a file was not edited.
+    `model` has to be in base order: a plain model, or a prepared one inside `disabled`. Tied parameters
+    count once, under their first name, and deltas do not count. The sample is evenly spaced from the first
+    element to the last, read as raw bytes, so the device and strides do not matter; a parameter on the meta
+    device has no content. Two models that differ only between the samples have the same fingerprint: it
+    tells models, checkpoints and dtypes apart, and does not prove that a file was not edited.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(unwrap(model).named_parameters()):

@@ -1,4 +1,4 @@
-"""Merged models and adapters: bit-exact round trips, and refusals that leave nothing behind and change nothing."""
+"""Merged models and adapters: bit-exact round trips, and refusals that leave and change nothing."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 class Toy(nn.Module):
-    """Two FFN blocks between a tied embedding and head; `head` comes last, so `embed.weight` is the first name."""
+    """Two FFN blocks between a tied embedding and head; the first name is `embed.weight`."""
 
     def __init__(self, d: int = 8, ffn: int = 12, seed: int = 0, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -77,7 +77,8 @@ def bits(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(
-        x.dtype == b[n].dtype and torch.equal(x.contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8))
+        x.dtype == b[n].dtype and x.shape == b[n].shape
+        and torch.equal(x.contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8))
         for n, x in a.items()
     )
 
@@ -91,7 +92,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"/" for p in folder.rglob("*")}
 
 
-# --- files: complete, or not there -------------------------------------------------------------------------------
+# --- files: complete, or not there -------------------------------------------------------------------------
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.binary(max_size=50), max_size=4), st.integers(0, 4),
@@ -168,7 +169,7 @@ def test_files_appear_together(tmp_path):
     assert tree(tmp_path) == {"x.onnx.data": b"b"}
 
 
-# --- fingerprint -------------------------------------------------------------------------------------------------
+# --- fingerprint -------------------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_is_of_the_base_model():
@@ -194,8 +195,8 @@ def test_the_fingerprint_sees_name_shape_dtype_and_content_but_not_strides(shape
     first, last = W.clone().reshape(-1), W.clone().reshape(-1)
     first[0] += 1
     last[-1] += 1
-    changed = [module(W, "v"), module(W[None]), module(W.double()), module(first.view(shape)), module(last.view(shape))]
-    assert reference not in changed
+    assert reference not in [module(W, "v"), module(W[None]), module(W.double())]
+    assert reference not in [module(first.view(shape)), module(last.view(shape))]
     if W.numel() <= SAMPLES:
         flat = W.clone().reshape(-1)
         flat[data.draw(st.integers(0, W.numel() - 1))] += 1
@@ -207,7 +208,7 @@ def test_the_fingerprint_needs_no_content_on_the_meta_device():
     assert fingerprint(nn.Linear(3, 4, device="meta")) != fingerprint(nn.Linear(4, 3, device="meta"))
 
 
-# --- merged ------------------------------------------------------------------------------------------------------
+# --- merged ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -276,7 +277,8 @@ def test_an_output_that_exists_is_refused(tmp_path, save):
     assert tree(tmp_path) == {"out": b"/", "out/mine": b"kept"} and same(bits(model), before)
 
 
-@pytest.mark.parametrize("save, writer", [(save_merged, "merged.save_model"), (save_adapter, "adapter.save_file")])
+@pytest.mark.parametrize("save, writer", [
+    (save_merged, "merged.save_model"), (save_adapter, "adapter.save_file")])
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch, save, writer):
     def half(tensors, path, **_):
         Path(path).write_bytes(b"half")
@@ -290,7 +292,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch, save, wri
     assert tree(tmp_path) == {} and same(bits(model), before)
 
 
-# --- adapter: round trips ----------------------------------------------------------------------------------------
+# --- adapter: round trips ----------------------------------------------------------------------------------
 
 
 @cache
@@ -357,7 +359,7 @@ def test_only_a_prepared_and_finite_model_has_an_adapter(tmp_path):
     assert tree(tmp_path) == {}
 
 
-# --- adapter: refusals, after which the model has the bits it had -------------------------------------------------
+# --- adapter: refusals, after which the model has the bits it had ------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +393,7 @@ def test_the_receivers_would_take_the_undamaged_adapter(saved):
 
 
 @settings(max_examples=2 * settings.default.max_examples)
-@given(name=st.sampled_from([WEIGHTS, CONFIG]), how=st.sampled_from(["cut", "flip", "append", "swap"]), data=st.data())
+@given(st.sampled_from([WEIGHTS, CONFIG]), st.sampled_from(["cut", "flip", "append", "swap"]), st.data())
 def test_damaged_files_are_refused(saved, receivers, tmp_path_factory, name, how, data):
     folder = copied(saved, tmp_path_factory)
     content = bytearray((folder / name).read_bytes())
@@ -500,7 +502,8 @@ FORGERIES = {
     "indices of two dimensions": (indices_become([[1, 2, 3]]), "ascending"),
     "other indices": (indices_become([0, 1, 2, 3]), "a delta of"),
     "indices unlike the plan's": ({"tensors": indices_become([0, 1, 2])["tensors"]}, "not those of the plan"),
-    "indices as int64": ({"tensors": lambda t: t.update({k: v.long() for k, v in t.items() if "indices" in k})}, "int32"),
+    "indices as int64": (
+        {"tensors": lambda t: t.update({k: v.long() for k, v in t.items() if "indices" in k})}, "int32"),
     "tensor missing": ({"tensors": lambda t: t.pop(sorted(t)[0])}, "same tensors"),
     "tensor too many": ({"tensors": lambda t: t.update(more=torch.zeros(3))}, "same tensors: more"),
     "slice too few": ({"config": lambda c: c["plan"]["slices"].pop()}, "same tensors"),
@@ -531,7 +534,7 @@ FORGERIES = {
     "format version of words": ({"config": lambda c: c.update(format_version="1")}, "format version '1'"),
     "no bytes": ({"raw": b""}, "not a valid safetensors"),
     "header longer than the file": ({"raw": struct.pack("<Q", 1 << 60) + b"{}"}, "not a valid safetensors"),
-    "header claims a terabyte": ({"raw": header({"blocks.0.down.weight.delta": HUGE})}, "not a valid safetensors"),
+    "header claims terabytes": ({"raw": header({"blocks.0.down.weight.delta": HUGE})}, "not a valid"),
     "a pickle": ({"raw": b"\x80\x02}q\x00."}, "not a valid safetensors"),
 }
 
@@ -544,7 +547,10 @@ def test_forged_files_are_refused(saved, receivers, tmp_path_factory, forgery):
     refused(receivers, folder, match)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "3", "{", '{"format": NaN', "[" * 100_000, "\ud800", '{"a": ' + "9" * 5000 + "}"])
+NO_CONFIGURATION = ["", "[]", "null", "3", "{", '{"format": NaN', "[" * 100_000, "\ud800", "9" * 5000]
+
+
+@pytest.mark.parametrize("text", NO_CONFIGURATION)
 def test_what_is_no_configuration_is_refused(saved, receivers, tmp_path_factory, text):
     folder = copied(saved, tmp_path_factory)
     (folder / CONFIG).write_bytes(text.encode("utf-8", "surrogatepass"))
