@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 # Nothing here needs a model hub: tests and demo build their own models.
 test test-slow demo: export HF_HUB_OFFLINE = 1
 test test-slow demo bench-cpu: export TOKENIZERS_PARALLELISM = false
+# Where other work shares the cores, threads that spin while they wait make a step several times slower.
+demo: export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-slow gpu-test demo bench-cpu clean

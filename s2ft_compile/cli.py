@@ -1,6 +1,7 @@
 """The command line: `s2ft inspect`, `s2ft train`, `s2ft export`, `s2ft demo`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -8,14 +9,18 @@ import typer
 from rich.console import Console
 
 from .config import BUDGETS, ROLES, SELECTIONS, S2FTConfig
-from .errors import ConfigError
+from .errors import AdapterError, ConfigError
 from .terminal import reported
 
 app = typer.Typer(
     help="Fine-tune a few dense slices of a transformer's weights (S²FT) and get an ordinary model back.",
-    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
 )
-export_app = typer.Typer(help="Turn a base model and an adapter into files that other programs run.", no_args_is_help=True)
+export_app = typer.Typer(
+    help="Turn a base model and an adapter into files that other programs run.", no_args_is_help=True
+)
 app.add_typer(export_app, name="export")
 
 out, err = Console(), Console(stderr=True)
@@ -25,8 +30,12 @@ Model = Annotated[str, typer.Option("--model", help="The base model: a Hugging F
 ADAPTER = "An adapter folder, or the output folder of `s2ft train`."
 Adapter = Annotated[Path, typer.Option("--adapter", help=ADAPTER)]
 Output = Annotated[Path, typer.Option("--output", help="The folder to write; must not exist yet.")]
-Dtype = Annotated[Optional[str], typer.Option(
-    help="Type of the weights: auto (as stored), float32, bfloat16 or float16. [default: that of the training run, or auto]")]
+Dtype = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Type of the weights: auto, float32, bfloat16 or float16. [default: the training run's]"
+    ),
+]
 
 
 @app.command()
@@ -38,8 +47,8 @@ def inspect(
     """Show a model's coupled structures: which roles can train, their units, and what was refused and why."""
     with reported(err, debug):
         from .data import example_inputs, load_model
-        from .summary import describe, tables
         from .prepare import analyze
+        from .summary import describe, tables
 
         with err.status(f"tracing {model}"):
             loaded = load_model(model)
@@ -53,39 +62,82 @@ def inspect(
 @app.command()
 def train(
     model: Model,
-    data: Annotated[Path, typer.Option("--data", help="Plain text, or JSONL with `text`, `prompt`/`completion` or `messages` on every line.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            help="Plain text, or JSONL with `text`, `prompt`/`completion` or `messages` on every line.",
+        ),
+    ],
     output: Output,
-    targets: Annotated[str, typer.Option(help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or a glob on parameter names.")] = "ffn.out=0.03",
-    selection: Annotated[str, typer.Option(help=f"How units are ranked: {' or '.join(SELECTIONS)}.")] = "random",
-    smallest: Annotated[bool, typer.Option("--smallest", help="Take the lowest-ranked units rather than the highest.")] = False,
-    budget: Annotated[str, typer.Option(help=f"Count units for each layer, or over the whole model: {' or '.join(BUDGETS)}.")] = "layer",
-    steps: Annotated[Optional[int], typer.Option(help="Optimizer steps. [default: one pass over the data]")] = None,
+    targets: Annotated[
+        str,
+        typer.Option(
+            help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs."
+        ),
+    ] = "ffn.out=0.03",
+    selection: Annotated[
+        str, typer.Option(help=f"How units are ranked: {' or '.join(SELECTIONS)}.")
+    ] = "random",
+    smallest: Annotated[
+        bool, typer.Option("--smallest", help="Take the lowest-ranked units rather than the highest.")
+    ] = False,
+    budget: Annotated[
+        str,
+        typer.Option(help=f"Count units for each layer, or over the whole model: {' or '.join(BUDGETS)}."),
+    ] = "layer",
+    steps: Annotated[
+        Optional[int], typer.Option(help="Optimizer steps. [default: one pass over the data]")
+    ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW; cosine decay.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence, at most.")] = 512,
     grad_accum: Annotated[int, typer.Option(help="Forwards in an optimizer step.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the selection and the order of the data.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16 or float16.")] = "auto",
-    inner: Annotated[str, typer.Option(help="What compiles the rewritten graph: inductor, aot_eager or eager.")] = "inductor",
-    held_out: Annotated[float, typer.Option(help="Share of the data that is only measured, before and after.")] = 0.05,
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16 or float16.")
+    ] = "auto",
+    inner: Annotated[
+        str, typer.Option(help="What compiles the rewritten graph: inductor, aot_eager or eager.")
+    ] = "inductor",
+    held_out: Annotated[
+        float, typer.Option(help="Share of the data that is only measured, before and after.")
+    ] = 0.05,
     debug: Debug = False,
 ) -> None:
     """Fine-tune a causal language model; leaves OUTPUT/adapter, OUTPUT/merged and OUTPUT/metrics.json.
 
-    Example: s2ft train --model ./llama --data notes.txt --output run --targets ffn.out=0.03,attention.out=0.05
+    Example: s2ft train --model ./llama --data notes.txt --output run --targets
+    ffn.out=0.03,attention.out=0.05
     """
     with reported(err, debug):
-        from .train import TrainOptions, parse_targets, report
+        from .options import TrainOptions, parse_targets
+        from .train import report
         from .train import train as run
 
         config = S2FTConfig(parse_targets(targets), selection, not smallest, budget, seed)
-        options = TrainOptions(model, data, output, config, steps, lr, batch_size, seq_len, grad_accum, seed, dtype,
-                               inner, held_out)
+        options = TrainOptions(
+            model,
+            data,
+            output,
+            config,
+            steps,
+            lr,
+            batch_size,
+            seq_len,
+            grad_accum,
+            seed,
+            dtype,
+            inner,
+            held_out,
+        )
         out.print(report(run(options, out), output))
 
 
 @export_app.command("merged")
-def export_merged(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
+def export_merged(
+    model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False
+) -> None:
     """Write base + adapter as an ordinary Hugging Face folder, with the tokenizer."""
     with reported(err, debug):
         from .exporters import save_merged
@@ -99,16 +151,20 @@ def export_merged(model: Model, adapter: Adapter, output: Output, dtype: Dtype =
 
 
 @export_app.command("adapter")
-def export_adapter(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
-    """Check an adapter against its base model and write it to a folder of its own, to hand on."""
+def export_adapter(
+    model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False
+) -> None:
+    """Check an adapter against its base model, and copy it to a folder of its own to hand on."""
     with reported(err, debug):
-        from .exporters import save_adapter
-        from .state import state_of
+        from .data import load_model
+        from .exporters import load_adapter
+        from .exporters.files import new_directory
 
-        with err.status("checking"):
-            adapted = _adapted(model, adapter, dtype)
-            save_adapter(adapted, output)
-        out.print(state_of(adapted).plan)
+        with err.status("checking"), new_directory(output) as work:
+            folder = _adapter_folder(adapter)
+            plan = load_adapter(load_model(model, dtype or _trained_dtype(adapter)), folder)
+            shutil.copytree(folder, work, dirs_exist_ok=True)
+        out.print(str(plan))
         out.print(f"adapter: {output}")
 
 
@@ -116,7 +172,9 @@ def export_adapter(model: Model, adapter: Adapter, output: Output, dtype: Dtype 
 def export_onnx(
     model: Model,
     output: Annotated[Path, typer.Option("--output", help="The .onnx file to write; must not exist yet.")],
-    adapter: Annotated[Optional[Path], typer.Option("--adapter", help=ADAPTER + " [default: the model as it is]")] = None,
+    adapter: Annotated[
+        Optional[Path], typer.Option("--adapter", help=ADAPTER + " [default: the model as it is]")
+    ] = None,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
@@ -133,7 +191,9 @@ def export_onnx(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", help="The demo's own folder; a previous demo in it is replaced.")] = Path("demo"),
+    output: Annotated[
+        Path, typer.Option("--output", help="The demo's own folder; a previous demo in it is replaced.")
+    ] = Path("demo"),
     minutes: Annotated[float, typer.Option(help="Roughly how long to train altogether.")] = 1.75,
     debug: Debug = False,
 ) -> None:
@@ -145,19 +205,25 @@ def demo(
 
 
 def _adapted(model: str, adapter: Optional[Path], dtype: Optional[str]):
-    """The base model, prepared and trained as the adapter says, where there is one."""
+    """The base model, with the adapter in its weights where there is one."""
     from .data import load_model
-    from .errors import AdapterError
     from .exporters import load_adapter
 
     if adapter is None:
         return load_model(model, dtype or "auto")
-    folder = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
-    if not folder.is_dir():
-        raise AdapterError(f"adapter folder {adapter} does not exist; valid: an adapter, or the output of `s2ft train`")
-    loaded = load_model(model, dtype or _trained_dtype(adapter))
+    folder, loaded = _adapter_folder(adapter), load_model(model, dtype or _trained_dtype(adapter))
     load_adapter(loaded, folder)
     return loaded
+
+
+def _adapter_folder(path: Path) -> Path:
+    """The adapter that `path` is, or that a training run left in it."""
+    folder = path / "adapter" if (path / "adapter").is_dir() else path
+    if not folder.is_dir():
+        raise AdapterError(
+            f"adapter folder {path} does not exist; valid: an adapter, or the output of `s2ft train`"
+        )
+    return folder
 
 
 def _trained_dtype(run: Path) -> str:

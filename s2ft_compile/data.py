@@ -1,8 +1,8 @@
 """What a person brings: a model folder, its tokenizer and a file of text, checked and turned into tensors.
 
-Every block of tokens has the same length, so a training run compiles once: running text is cut into blocks, examples
-are padded on the right. There is no attention mask: under causal attention nothing looks at the padding that follows
-it, and its labels are `IGNORE`.
+Every block of tokens has the same length, so a training run compiles once: running text is cut into blocks,
+examples are padded on the right. There is no attention mask: under causal attention nothing looks at the
+padding that follows it, and its labels are `IGNORE`.
 """
 
 import json
@@ -18,12 +18,16 @@ from .errors import ConfigError
 
 IGNORE = -100  # the label that a cross-entropy skips
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-FORMS = ('{"text": "..."}', '{"prompt": "...", "completion": "..."}',
-         '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}')
+FORMS = (
+    '{"text": "..."}',
+    '{"prompt": "...", "completion": "..."}',
+    '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
+)
 VALID = f"valid: a plain text file, or a .jsonl file whose lines are all {', or all '.join(FORMS)}"
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Files ------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Records:
@@ -51,12 +55,15 @@ def read_records(path: Path) -> Records:
     forms = [form for _, form, _ in rows]
     for number, form, _ in rows:
         if form != forms[0]:
-            raise ConfigError(f"{path}, line {number}: has {form!r}, but line {rows[0][0]} has {forms[0]!r}; {VALID}")
+            raise ConfigError(
+                f"{path}, line {number}: has {form!r}, but line {rows[0][0]} has {forms[0]!r}; {VALID}"
+            )
     return Records(forms[0], tuple(row for _, _, row in rows))
 
 
 def _row(path: Path, number: int, line: str) -> tuple[int, str, Mapping]:
     """(line number, form, row) of one line of JSON."""
+
     def refuse(found):
         raise ConfigError(f"{path}, line {number}: {found}; {VALID}")
 
@@ -83,7 +90,9 @@ def _check_messages(messages: Any, refuse) -> None:
     if not isinstance(messages, list) or not messages:
         refuse(f"'messages' is {_kind(messages)}, a list of messages was expected")
     for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(k), str) for k in ("role", "content")
+        ):
             refuse("a message needs the strings 'role' and 'content'")
     if all(message["role"] != "assistant" for message in messages):
         refuse("no message has the role 'assistant', so there is nothing to train on")
@@ -94,14 +103,15 @@ def _kind(value: Any) -> str:
     return "an empty list" if value == [] else names.get(type(value), "a number")
 
 
-# Tokens --------------------------------------------------------------------------------------------------------------
+# Tokens -----------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Blocks:
     """Blocks of tokens, all of one length. `input_ids` and `labels` are int64 of shape (blocks, length).
 
-    A label is the token itself (the model shifts), or `IGNORE` where nothing is to be learned. truncated: how many
-    examples were cut at the end. dropped: how many had nothing left to learn, or (text) tokens that filled no block.
+    A label is the token itself (the model shifts), or `IGNORE` where nothing is to be learned. truncated: how
+    many examples were cut at the end. dropped: how many were left out, with nothing to learn in what is left.
     """
 
     input_ids: torch.Tensor
@@ -120,7 +130,9 @@ class Blocks:
 
 
 def tokenize(records: Records, tokenizer, seq_len: int) -> Blocks:
-    """Records as blocks of at most `seq_len` tokens. Raises `ConfigError` when they are too few or do not fit."""
+    """Records as blocks of at most `seq_len` tokens. Raises `ConfigError` when they are too few or do not
+    fit.
+    """
     if records.form == "text":
         return cut(_encode(tokenizer, [row["text"] for row in records.rows], end=True), seq_len)
     encode = _encode_prompt if records.form == "prompt" else _chat_encoder(tokenizer)
@@ -128,23 +140,31 @@ def tokenize(records: Records, tokenizer, seq_len: int) -> Blocks:
 
 
 def cut(documents: Sequence[Sequence[int]], seq_len: int) -> Blocks:
-    """Documents one after the other, cut into blocks of `seq_len`; what does not fill the last one is dropped."""
-    tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int64)
+    """Documents one after the other, cut into blocks of `seq_len`; what does not fill the last one is
+    dropped.
+    """
+    tokens = torch.cat([torch.tensor(document, dtype=torch.int64) for document in documents])
     count = len(tokens) // seq_len
     if count < 2:
-        raise ConfigError(f"the data has {len(tokens)} tokens, which is less than two blocks of {seq_len} (one to "
-                          f"train on, one held out); use a sequence length of at most {max(len(tokens) // 2, 1)}")
+        raise ConfigError(
+            f"the data has {len(tokens)} tokens, which is less than two blocks of {seq_len} (one to "
+            f"train on, one held out); use a sequence length of at most {max(len(tokens) // 2, 1)}"
+        )
     blocks = tokens[: count * seq_len].view(count, seq_len)
-    return Blocks(blocks, blocks.clone(), dropped=len(tokens) - count * seq_len)
+    return Blocks(blocks, blocks.clone())
 
 
 def pad(examples: Sequence[tuple[list[int], list[bool]]], seq_len: int, pad_id: int) -> Blocks:
-    """(tokens, which of them to learn) of each example, cut at `seq_len` and padded on the right to one length."""
+    """(tokens, which of them to learn) of each example, cut at `seq_len` and padded on the right to one
+    length.
+    """
     kept = [(tokens[:seq_len], learn[:seq_len]) for tokens, learn in examples]
     kept = [(tokens, learn) for tokens, learn in kept if any(learn[1:])]  # the first token is never predicted
     if len(kept) < 2:
-        raise ConfigError(f"{len(kept)} of {len(examples)} examples have something to learn within {seq_len} tokens, "
-                          f"at least two are needed; the longest has {max(len(t) for t, _ in examples)} tokens")
+        raise ConfigError(
+            f"{len(kept)} of {len(examples)} examples have something to learn within {seq_len} tokens, "
+            f"at least two are needed; the longest has {max(len(t) for t, _ in examples)} tokens"
+        )
     longest = max(len(tokens) for tokens, _ in kept)
     length = min(seq_len, -(-longest // 16) * 16)
     input_ids = torch.full((len(kept), length), pad_id, dtype=torch.int64)
@@ -158,8 +178,9 @@ def pad(examples: Sequence[tuple[list[int], list[bool]]], seq_len: int, pad_id: 
 
 
 def split(blocks: Blocks, share: float, seed: int, shuffle: bool) -> tuple[Blocks, Blocks]:
-    """(to train on, held out): the last blocks of a text, a random draw of examples; at least one of each, and no
-    more than 64 held out, which is measured twice."""
+    """(to train on, held out): the last blocks of a text, a random draw of examples; at least one of each,
+    and no more than 64 held out, which is measured twice.
+    """
     count = min(max(1, round(share * len(blocks))), 64, len(blocks) - 1)
     order = torch.arange(len(blocks))
     if shuffle:
@@ -169,13 +190,15 @@ def split(blocks: Blocks, share: float, seed: int, shuffle: bool) -> tuple[Block
 
 def _encode(tokenizer, texts: list[str], end: bool) -> list[list[int]]:
     """Token ids of each text, with the end-of-text token behind where there is one and `end` asks for it."""
-    documents = tokenizer(texts, verbose=False)["input_ids"]  # verbose: a text longer than the model is to be cut
+    documents = tokenizer(texts, verbose=False)[
+        "input_ids"
+    ]  # verbose: a text longer than the model is to be cut
     eos = tokenizer.eos_token_id
     return [ids if not end or eos is None or ids[-1:] == [eos] else [*ids, eos] for ids in documents]
 
 
 def _encode_prompt(tokenizer, row: Mapping[str, str]) -> tuple[list[int], list[bool]]:
-    """Prompt and completion as one text; learned is what follows the tokens they share with the prompt alone."""
+    """Prompt and completion as one text; learned is what follows the tokens shared with the prompt alone."""
     (prompt,) = _encode(tokenizer, [row["prompt"]], end=False) if row["prompt"] else ([],)
     (tokens,) = _encode(tokenizer, [row["prompt"] + row["completion"]], end=True)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, tokens)))
@@ -183,12 +206,19 @@ def _encode_prompt(tokenizer, row: Mapping[str, str]) -> tuple[list[int], list[b
 
 
 def _chat_encoder(tokenizer):
-    """(tokenizer, row) -> (tokens, which to learn): the assistant's turns, or all of it if they cannot be told."""
+    """(tokenizer, row) -> (tokens, which to learn): the assistant's turns, or all of it if they cannot be
+    told.
+    """
     template = assistant_template(tokenizer)
 
     def encode(tokenizer, row):
-        encoded = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True,
-                                                chat_template=template, return_assistant_tokens_mask=bool(template))
+        encoded = tokenizer.apply_chat_template(
+            row["messages"],
+            tokenize=True,
+            return_dict=True,
+            chat_template=template,
+            return_assistant_tokens_mask=bool(template),
+        )
         tokens = encoded["input_ids"]
         return tokens, [bool(m) for m in encoded["assistant_masks"]] if template else [True] * len(tokens)
 
@@ -196,12 +226,16 @@ def _chat_encoder(tokenizer):
 
 
 def assistant_template(tokenizer) -> str | None:
-    """The chat template with the assistant's turns marked, as the tokenizer or TRL knows it; None if neither does."""
+    """The chat template with the assistant's turns marked, as the tokenizer or TRL knows it; None if neither
+    does.
+    """
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     if not tokenizer.chat_template:
-        raise ConfigError("the data has 'messages', but the model's tokenizer has no chat template; use the fields "
-                          "'prompt' and 'completion', or a tokenizer with a chat template")
+        raise ConfigError(
+            "the data has 'messages', but the model's tokenizer has no chat template; use the fields "
+            "'prompt' and 'completion', or a tokenizer with a chat template"
+        )
     if has_generation_markers(tokenizer.chat_template):
         return tokenizer.chat_template
     try:
@@ -214,7 +248,8 @@ def _pad_id(tokenizer) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-# Models --------------------------------------------------------------------------------------------------------------
+# Models -----------------------------------------------------------------------------------------------------
+
 
 def load_config(model: str | Path):
     """The configuration of a Hugging Face folder or hub id. Raises `ConfigError` with one line."""
@@ -237,7 +272,7 @@ def model_class(config):
 
 
 def load_model(model: str | Path, dtype: str = "auto") -> nn.Module:
-    """A model in eval mode, from a Hugging Face folder or hub id. dtype: `auto` (as stored) or a torch name."""
+    """A model in eval mode, from a folder or hub id. dtype: `auto` (as stored) or the name of one."""
     config = load_config(model)
     with _one_line(model, "model"):
         return model_class(config).from_pretrained(model, dtype=dtype).eval()
@@ -262,8 +297,10 @@ class _one_line:
     def __exit__(self, kind, error, _):
         if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError)):
             lines = str(error).strip().splitlines() or [kind.__name__]
-            raise ConfigError(f"no {self.what} could be loaded from {self.model}: {lines[0]} "
-                              f"Valid: a Hugging Face folder, or the id of a model that can be reached") from error
+            raise ConfigError(
+                f"no {self.what} could be loaded from {self.model}: {lines[0]} "
+                f"Valid: a Hugging Face folder, or the id of a model that can be reached"
+            ) from error
 
 
 def example_inputs(model: nn.Module, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
@@ -275,12 +312,19 @@ def example_inputs(model: nn.Module, batch: int = 2, length: int = 16) -> dict[s
     config = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(text_config, "vocab_size", None)
-    if getattr(model, "main_input_name", "input_ids") != "input_ids" or not vocabulary:
-        dummy = getattr(model, "dummy_inputs", None)
-        if not dummy:
-            raise ConfigError(f"no example inputs are known for {type(model).__name__}: it takes "
-                              f"{getattr(model, 'main_input_name', 'no tokens')} and has no dummy_inputs")
+    main = getattr(model, "main_input_name", "input_ids")
+    if main != "input_ids" or not vocabulary:
+        dummy = getattr(model, "dummy_inputs", {})
+        if main not in dummy:
+            raise ConfigError(
+                f"no example inputs are known for {type(model).__name__}: it takes {main}, and has "
+                f"neither a vocabulary nor dummy_inputs with that name"
+            )
         return {name: value.to(device) for name, value in dummy.items()}
     generator = torch.Generator().manual_seed(0)
-    names = ("input_ids", "decoder_input_ids") if getattr(config, "is_encoder_decoder", False) else ("input_ids",)
-    return {name: torch.randint(vocabulary, (batch, length), generator=generator).to(device) for name in names}
+    names = (
+        ("input_ids", "decoder_input_ids") if getattr(config, "is_encoder_decoder", False) else ("input_ids",)
+    )
+    return {
+        name: torch.randint(vocabulary, (batch, length), generator=generator).to(device) for name in names
+    }

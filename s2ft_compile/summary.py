@@ -20,15 +20,28 @@ def describe(model: nn.Module, analysis: Analysis) -> dict[str, Any]:
         "parameters": sum(sizes.values()),
         "couplings": [_coupling(c, sizes) for c in analysis.couplings],
         "targets": {role: _target(role, analysis, sizes) for role in ROLES},
-        "refusals": [{"units": r.units, "reason": r.reason, "operator": r.operator, "source": r.source,
-                      "members": [m._asdict() for m in r.members]} for r in analysis.refusals],
+        "refusals": [
+            {
+                "units": r.units,
+                "reason": r.reason,
+                "operator": r.operator,
+                "source": r.source,
+                "members": [m._asdict() for m in r.members],
+            }
+            for r in analysis.refusals
+        ],
     }
 
 
 def _coupling(coupling: Coupling, sizes: Mapping[str, int]) -> dict[str, Any]:
     names = dict.fromkeys(m.parameter_name for m in coupling.members)
-    return {"layer": _layer(names), "role": coupling.role, "units": coupling.units,
-            "parameters": sum(sizes[n] for n in names), "members": [m._asdict() for m in coupling.members]}
+    return {
+        "layer": _layer(names),
+        "role": coupling.role,
+        "units": coupling.units,
+        "parameters": sum(sizes[n] for n in names),
+        "members": [m._asdict() for m in coupling.members],
+    }
 
 
 def _target(role: str, analysis: Analysis, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -51,12 +64,20 @@ def tables(facts: Mapping[str, Any]) -> list[Table]:
 
 
 def _couplings(facts: Mapping[str, Any]) -> Table:
-    table = Table("layers", "role", "units", "parameters of each", "permuted together",
-                  title=f"{facts['model']}: {facts['parameters']:,} parameters, {len(facts['couplings'])} couplings")
+    table = Table(
+        "layers",
+        "role",
+        "units",
+        "parameters of each",
+        "permuted together",
+        title=f"{facts['model']}: {facts['parameters']:,} parameters, {len(facts['couplings'])} couplings",
+    )
     for layers, coupling in _merge(facts["couplings"], lambda c: c["layer"]):
         members = ", ".join(f"{_shorten(m['parameter_name'])}[{m['dim']}]" for m in coupling["members"][:6])
         more = f", and {len(coupling['members']) - 6} more" if len(coupling["members"]) > 6 else ""
-        table.add_row(layers, coupling["role"], str(coupling["units"]), f"{coupling['parameters']:,}", members + more)
+        table.add_row(
+            layers, coupling["role"], str(coupling["units"]), f"{coupling['parameters']:,}", members + more
+        )
     return table
 
 
@@ -69,13 +90,18 @@ def _targets(facts: Mapping[str, Any]) -> Table:
 
 
 def _refusals(facts: Mapping[str, Any]) -> Table:
-    table = Table("layers", "units", "parameters", "why", title=f"{len(facts['refusals'])} axes that must keep their order")
+    table = Table(
+        "layers",
+        "units",
+        "parameters",
+        "why",
+        title=f"{len(facts['refusals'])} axes that must keep their order",
+    )
     rows = [{**r, "layer": _layer(m["parameter_name"] for m in r["members"])} for r in facts["refusals"]]
     for layers, refusal in _merge(rows, lambda r: r["layer"]):
         members = ", ".join(f"{_shorten(m['parameter_name'])}[{m['dim']}]" for m in refusal["members"][:4])
         more = f", and {len(refusal['members']) - 4} more" if len(refusal["members"]) > 4 else ""
-        where = f" ({refusal['source']})" if refusal["source"] else ""
-        table.add_row(layers, str(refusal["units"]), members + more, refusal["reason"] + where)
+        table.add_row(layers, str(refusal["units"]), members + more, refusal["reason"])
     return table
 
 
@@ -103,4 +129,4 @@ def _spans(numbers: list[int]) -> str:
 def _shorten(name: str) -> str:
     """A parameter's name without what leads to its layer."""
     match = LAYER.search(name)
-    return name[match.end():] if match else name
+    return name[match.end() :] if match else name

@@ -10,7 +10,14 @@ from typing import Any, Callable, Iterator
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .errors import S2FTError
 
@@ -18,6 +25,9 @@ from .errors import S2FTError
 @contextmanager
 def reported(console: Console, debug: bool) -> Iterator[None]:
     """An error of this package becomes one red line and exit code 1; `debug` lets it through as it is."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # those of single files; the commands show their own
     try:
         yield
     except S2FTError as error:
@@ -28,8 +38,14 @@ def reported(console: Console, debug: bool) -> Iterator[None]:
 
 
 def progress(console: Console) -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                    TimeRemainingColumn(), console=console)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def counter(bars: Progress, description: str) -> Callable[[int, int], None]:

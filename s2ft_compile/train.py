@@ -1,16 +1,14 @@
 """`s2ft train`: a model folder and a data file in, an adapter, a merged model and metrics out.
 
-The loop is transformers' Trainer. TRL supplies the chat templates that mark what an assistant says; its SFTTrainer
-replaces the model's forward by one that computes the head outside the compiled graph, so it is not used.
+The loop is transformers' Trainer. TRL supplies the chat templates that mark what an assistant says; its
+SFTTrainer replaces the model's forward by one that computes the head outside the compiled graph, so it is not
+used.
 """
 
-import os
-import shutil
 import statistics
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
@@ -20,140 +18,22 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from .config import ROLES, S2FTConfig, is_glob
-from .data import Blocks, Records, example_inputs, load_config, load_model, load_tokenizer, model_class, read_records, \
-    split, tokenize
-from .errors import ConfigError, ExportError
+from .data import Blocks, example_inputs, load_model, load_tokenizer, split, tokenize
+from .errors import ConfigError
+from .exporters import save_adapter, save_merged
+from .exporters.files import new_directory
+from .options import TrainOptions, check
+from .prepare import prepare
+from .state import parameters
 from .terminal import counter, progress, versions, write_json
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-INNERS = ("inductor", "aot_eager", "eager")
 WARM_UP = 3  # steps left out of the timings: the first ones compile
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """Everything `s2ft train` takes. steps: optimizer steps, None for one pass over the data. held_out: the share of
-    the blocks that is only measured. batch_size: blocks in a forward. Raises `ConfigError` when it is made."""
-
-    model: str
-    data: Path
-    output: Path
-    s2ft: S2FTConfig = field(default_factory=S2FTConfig)
-    steps: int | None = None
-    lr: float = 2e-4
-    batch_size: int = 4
-    seq_len: int = 512
-    grad_accum: int = 1
-    seed: int = 0
-    dtype: str = "auto"
-    inner: str = "inductor"
-    held_out: float = 0.05
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "grad_accum", "seq_len"):
-            least, value = (2 if name == "seq_len" else 1), getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} is at least {least}, got {value}")
-        if not 0 < self.lr < 100:
-            raise ConfigError(f"lr is a positive number such as 2e-4, got {self.lr}")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out is a share between 0 and 1, got {self.held_out}")
-        for name, valid in (("dtype", DTYPES), ("inner", INNERS)):
-            if getattr(self, name) not in valid:
-                raise ConfigError(f"unknown {name} {getattr(self, name)!r}; valid: {', '.join(valid)}")
-
-
-def parse_targets(text: str) -> dict[str, int | float]:
-    """`ffn.out=0.03,attention.out=4` as {role or glob: ratio or units}; an amount without a point is units."""
-    targets: dict[str, int | float] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, amount = (piece.strip() for piece in part.rpartition("="))
-        if not equals or not name:
-            raise ConfigError(f"target {part!r} is not of the form ROLE=AMOUNT, such as ffn.out=0.03 (a ratio) or "
-                              f"ffn.out=4 (units); roles: {', '.join(ROLES)}")
-        if name in targets:
-            raise ConfigError(f"target {name!r} is given twice")
-        targets[name] = _amount(name, amount)
-    if not targets:
-        raise ConfigError(f"no target in {text!r}; for example ffn.out=0.03,attention.out=0.05")
-    return targets
-
-
-def _amount(name: str, text: str) -> int | float:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise ConfigError(f"target {name}: {text!r} is no amount; write a ratio such as 0.03 or a number of units such as 4")
-
-
-# Checks that come before anything slow --------------------------------------------------------------------------------
-
-def check(options: TrainOptions) -> Records:
-    """Everything that can be refused without loading weights; the data file's records."""
-    check_free(options.output)
-    config = load_config(options.model)
-    _check_causal(options.model, config)
-    _check_globs(config, options.s2ft)
-    return read_records(options.data)
-
-
-def check_free(output: Path) -> None:
-    """Raises `ExportError` unless `output` can be made: it does not exist, or is an empty folder."""
-    output = Path(output)
-    if output.is_dir() and any(output.iterdir()):
-        raise ExportError(f"output folder {output} exists and is not empty; give a new folder, or remove this one")
-    if output.exists() and not output.is_dir():
-        raise ExportError(f"output {output} exists and is a file; give a new folder")
-
-
-def _check_causal(model: str, config) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if model_class(config).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        raise ConfigError(f"{model} is a {model_class(config).__name__}; `s2ft train` trains causal language models "
-                          f"(a class of AutoModelForCausalLM), other models are trained from Python")
-
-
-def _check_globs(config, s2ft: S2FTConfig) -> None:
-    """Targets that are no roles must match parameters; their names come from a model without storage."""
-    globs = [target for target in s2ft.targets if is_glob(target)]
-    if not globs:
-        return
-    with torch.device("meta"):
-        names = [name for name, _ in model_class(config)(config).named_parameters()]
-    for target in globs:
-        if not any(fnmatchcase(name, target) for name in names):
-            raise ConfigError(f"unknown target {target!r}: neither a role ({', '.join(ROLES)}) nor a glob that matches "
-                              f"a parameter, such as {names[len(names) // 2]!r}")
-
-
-@contextmanager
-def finished_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes `output` at the end, or vanishes if anything fails."""
-    output = Path(os.path.abspath(output))
-    check_free(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = output.parent / f".{output.name}.{os.getpid()}.part"
-    work.mkdir()
-    try:
-        yield work
-        check_free(output)
-        if output.is_dir():
-            output.rmdir()
-        work.rename(output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-# Training ------------------------------------------------------------------------------------------------------------
-
 def train(options: TrainOptions, console: Console) -> dict[str, Any]:
-    """Runs the whole job and returns what it wrote to metrics.json. Raises an `S2FTError`, leaving nothing behind."""
-    from . import exporters, prepare  # here, so that the checks of a command line do not wait for torch's compiler
-
+    """Runs the whole job and returns what it wrote to metrics.json. Raises an `S2FTError`, leaving nothing
+    behind.
+    """
     started = time.perf_counter()
     records = check(options)
     tokenizer = load_tokenizer(options.model)
@@ -161,11 +41,15 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
         blocks = tokenize(records, tokenizer, options.seq_len)
     training, held_out = split(blocks, options.held_out, options.seed, shuffle=records.form != "text")
     if len(training) < options.batch_size:
-        raise ConfigError(f"the data gives {len(training)} blocks of {blocks.input_ids.shape[1]} tokens to train on, "
-                          f"less than one batch of {options.batch_size}; use a batch size of at most {len(training)}")
-    with finished_folder(options.output) as work:
+        raise ConfigError(
+            f"the data gives {len(training)} blocks of {blocks.input_ids.shape[1]} tokens to train on, "
+            f"less than one batch of {options.batch_size}; use a batch size of at most {len(training)}"
+        )
+    with new_directory(options.output) as work:
         with console.status("loading the model"):
-            model = load_model(options.model, options.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+            model = load_model(options.model, options.dtype).to(
+                "cuda" if torch.cuda.is_available() else "cpu"
+            )
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
             plan = prepare(model, example_inputs(model), options.s2ft)
@@ -174,16 +58,23 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
             times = fit(model, training, options, work, bars)
             after = loss(model, held_out, options.batch_size, on_batch=counter(bars, "loss after"))
         with console.status("writing adapter and merged model"):
-            exporters.save_adapter(model, work / "adapter")
-            exporters.save_merged(model, work / "merged")
+            save_adapter(model, work / "adapter")
+            save_merged(model, work / "merged")
             tokenizer.save_pretrained(work / "merged")
         metrics = {
-            "loss_before": before, "loss_after": after,
-            **_sizes(model, plan), **_speed(times, options, blocks),
-            "blocks": len(training), "held_out_blocks": len(held_out), "form": records.form,
-            "examples_truncated": blocks.truncated, "examples_dropped": blocks.dropped,
-            "seconds": time.perf_counter() - started, "device": str(next(model.parameters()).device),
-            "options": asdict(options), "versions": versions(),
+            "loss_before": before,
+            "loss_after": after,
+            **_sizes(model, plan),
+            **_speed(times, options, blocks),
+            "blocks": len(training),
+            "held_out_blocks": len(held_out),
+            "form": records.form,
+            "examples_truncated": blocks.truncated,
+            "examples_dropped": blocks.dropped,
+            "seconds": time.perf_counter() - started,
+            "device": str(next(model.parameters()).device),
+            "options": asdict(options),
+            "versions": versions(),
         }
         write_json(work / "metrics.json", metrics)
     return metrics
@@ -193,23 +84,38 @@ def fit(model: nn.Module, blocks: Blocks, options: TrainOptions, work: Path, bar
     """Trains a prepared model through torch.compile(backend="s2ft") and Trainer; the seconds of each step."""
     from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
-    from .state import parameters
-
     steps = options.steps or max(1, len(blocks) // (options.batch_size * options.grad_accum))
     arguments = TrainingArguments(
-        output_dir=str(work), max_steps=steps, per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.grad_accum, learning_rate=options.lr, lr_scheduler_type="cosine",
-        warmup_steps=min(10, steps // 10), seed=options.seed, dataloader_drop_last=True, logging_steps=1,
-        logging_nan_inf_filter=False, save_strategy="no", report_to="none", disable_tqdm=True,
-        use_cpu=next(model.parameters()).device.type == "cpu", remove_unused_columns=False,
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.grad_accum,
+        learning_rate=options.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(10, steps // 10),
+        seed=options.seed,
+        dataloader_drop_last=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        remove_unused_columns=False,
     )
     _use_one_gpu(arguments)
     with _without_cache(model):
         model.compile(backend="s2ft", options={"inner": options.inner})
         optimizer = torch.optim.AdamW(parameters(model), lr=options.lr, weight_decay=0.0, fused=True)
         watch = _watch(bars, steps)
-        trainer = Trainer(model, arguments, default_data_collator, train_dataset=blocks, callbacks=[watch],
-                          optimizers=(optimizer, None))
+        trainer = Trainer(
+            model,
+            arguments,
+            default_data_collator,
+            train_dataset=blocks,
+            callbacks=[watch],
+            optimizers=(optimizer, None),
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model._compiled_call_impl = None  # what model.compile() set; the exporters want the plain call
@@ -218,16 +124,20 @@ def fit(model: nn.Module, blocks: Blocks, options: TrainOptions, work: Path, bar
 
 
 @torch.no_grad()
-def loss(model: nn.Module, blocks: Blocks, batch_size: int, on_batch: Callable[[int, int], None] | None = None) -> float:
-    """Cross-entropy per learned token in nats over all blocks. Eager: a second compilation would cost more."""
+def loss(
+    model: nn.Module, blocks: Blocks, batch_size: int, on_batch: Callable[[int, int], None] | None = None
+) -> float:
+    """Cross-entropy per learned token, in nats. Eager: a second compilation would cost more."""
     device = next(model.parameters()).device
     model.eval()
     total, count = 0.0, 0
     batches = range(0, len(blocks), batch_size)
     with torch.compiler.set_stance("force_eager"):
         for number, start in enumerate(batches, 1):
-            batch = {k: v.to(device) for k, v in blocks[start: start + batch_size].items()}
-            tokens = int((batch["labels"][:, 1:] >= 0).sum())  # the model shifts: the first label is never used
+            batch = {k: v.to(device) for k, v in blocks[start : start + batch_size].items()}
+            tokens = int(
+                (batch["labels"][:, 1:] >= 0).sum()
+            )  # the model shifts: the first label is never used
             if tokens:
                 total += model(**batch, use_cache=False).loss.double().item() * tokens
                 count += tokens
@@ -255,7 +165,11 @@ def _watch(bars: Progress, steps: int):
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs and "loss" in logs:
-                bars.update(self.task, completed=state.global_step, description=f"training, loss {float(logs['loss']):.3f}")
+                bars.update(
+                    self.task,
+                    completed=state.global_step,
+                    description=f"training, loss {float(logs['loss']):.3f}",
+                )
 
     return Watch()
 
@@ -271,18 +185,20 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
 
 
 def _use_one_gpu(arguments) -> None:
-    """Several visible GPUs in one process would make Trainer use nn.DataParallel, whose replicas have no slices."""
+    """Several visible GPUs in one process would make Trainer use nn.DataParallel, whose replicas have no
+    slices.
+    """
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
 def _check_vocabulary(model: nn.Module, blocks: Blocks) -> None:
     rows, highest = model.get_input_embeddings().weight.shape[0], int(blocks.input_ids.max())
     if highest >= rows:
-        raise ConfigError(f"the tokenizer gives token {highest}, but the model has {rows} embeddings; "
-                          f"they do not belong together")
+        raise ConfigError(
+            f"the tokenizer gives token {highest}, but the model has {rows} embeddings; "
+            f"they do not belong together"
+        )
 
-
-# What is reported -----------------------------------------------------------------------------------------------------
 
 def _sizes(model: nn.Module, plan) -> dict[str, Any]:
     deltas = {id(s.delta) for s in plan.slices}
@@ -295,8 +211,13 @@ def _speed(seconds: list[float], options: TrainOptions, blocks: Blocks) -> dict[
     """Step time and tokens per second without the first steps, which compile."""
     tokens = options.batch_size * options.grad_accum * blocks.input_ids.shape[1]
     median = statistics.median(seconds[WARM_UP:] or seconds[-1:])
-    return {"steps": len(seconds), "tokens_per_step": tokens, "step_ms": 1e3 * median,
-            "tokens_per_second": tokens / median, "first_step_seconds": seconds[0]}
+    return {
+        "steps": len(seconds),
+        "tokens_per_step": tokens,
+        "step_ms": 1e3 * median,
+        "tokens_per_second": tokens / median,
+        "first_step_seconds": seconds[0],
+    }
 
 
 def report(metrics: Mapping[str, Any], output: Path) -> Table:
@@ -305,10 +226,10 @@ def report(metrics: Mapping[str, Any], output: Path) -> Table:
     rows = {
         "held-out loss": f"{metrics['loss_before']:.4f} → {metrics['loss_after']:.4f}",
         "trainable": f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,} parameters "
-                     f"({metrics['trainable_fraction']:.2%})",
+        f"({metrics['trainable_fraction']:.2%})",
         "steps": f"{metrics['steps']} × {metrics['tokens_per_step']:,} tokens",
         "step time": f"{metrics['step_ms']:.1f} ms, {metrics['tokens_per_second']:,.0f} tokens/s "
-                     f"(first step, with compilation: {metrics['first_step_seconds']:.1f} s)",
+        f"(first step, with compilation: {metrics['first_step_seconds']:.1f} s)",
         "data": f"{metrics['blocks']} blocks, {metrics['held_out_blocks']} held out",
         "adapter": str(Path(output) / "adapter"),
         "merged model": str(Path(output) / "merged"),

@@ -1,0 +1,348 @@
+"""The command line on tiny models: what each command leaves behind, and one line for each bad input."""
+
+import json
+
+import pytest
+import torch
+from test_data import TEXT, lines, tiny_tokenizer
+from typer.testing import CliRunner
+
+from s2ft_compile.cli import app
+from s2ft_compile.errors import ConfigError, S2FTError
+from s2ft_compile.options import TrainOptions, parse_targets
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder, tokenizer = tmp_path_factory.mktemp("models") / "base", tiny_tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("\n".join(f"{i}: {TEXT}" for i in range(60)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(base, text, tmp_path_factory):
+    """The output folder of one training run, and what it printed."""
+    output = tmp_path_factory.mktemp("runs") / "deep" / "run"
+    result = invoke(
+        "train",
+        "--model",
+        base,
+        "--data",
+        text,
+        "--output",
+        output,
+        "--targets",
+        "ffn.out=0.5,attention.out=2",
+        "--steps",
+        8,
+        "--lr",
+        0.02,
+        "--batch-size",
+        2,
+        "--seq-len",
+        16,
+        "--inner",
+        "aot_eager",
+    )
+    assert result.exit_code == 0, result.output
+    return output, result.output
+
+
+def invoke(*arguments):
+    torch._dynamo.reset()  # as if each command were a process of its own
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def refused(*arguments) -> str:
+    """The error of a command that must fail with one line and no traceback."""
+    result = invoke(*arguments)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    message = result.output.strip().splitlines()
+    assert len(message) == 1 and message[0].startswith("error: "), result.output
+    return message[0]
+
+
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+# inspect
+
+
+def test_inspect_prints_tables(base):
+    result = invoke("inspect", base)
+    assert result.exit_code == 0, result.output
+    for expected in (
+        "LlamaForCausalLM",
+        "mlp.down_proj.weight[1]",
+        "0-1",
+        "ffn.out",
+        "attention.value",
+        "embed_tokens",
+    ):
+        assert expected in result.output
+
+
+def test_inspect_json_adds_up(base):
+    facts = json.loads(invoke("inspect", base, "--json").stdout)
+    model = load(base)
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    down = sum(p.numel() for n, p in model.named_parameters() if "down_proj" in n)
+    assert facts["targets"]["ffn.out"] == {
+        "weights": 2,
+        "parameters": down,
+        "share": down / facts["parameters"],
+    }
+    ffn = [c for c in facts["couplings"] if c["role"] == "ffn"]
+    assert [(c["layer"], c["units"]) for c in ffn] == [(0, 48), (1, 48)]
+    assert all(r["reason"] for r in facts["refusals"])
+
+
+def test_inspect_refuses_what_is_no_model(tmp_path):
+    assert "config.json is missing (found: nothing)" in refused("inspect", tmp_path)
+    assert "no model could be loaded from" in refused("inspect", "nobody/nothing")
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = invoke("inspect", tmp_path, "--debug")
+    assert isinstance(result.exception, ConfigError)
+
+
+# train
+
+
+def test_train_leaves_a_complete_folder(run):
+    output, printed = run
+    assert sorted(p.name for p in output.iterdir()) == ["adapter", "merged", "metrics.json"]
+    assert [p.name for p in output.parent.iterdir()] == ["run"]  # nothing temporary is left
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["loss_after"] < metrics["loss_before"] - 0.1
+    assert metrics["steps"] == 8 and metrics["tokens_per_step"] == 32
+    assert metrics["trainable_parameters"] == 2 * (24 * 32 + 2 * 8 * 32)
+    assert metrics["trainable_fraction"] == metrics["trainable_parameters"] / metrics["parameters"]
+    assert f"{metrics['loss_after']:.4f}" in printed and "merged model" in printed
+
+
+def test_train_changes_only_what_was_selected(run, base):
+    before, after = dict(load(base).named_parameters()), dict(load(run[0] / "merged").named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {n for n in before if n.endswith(("down_proj.weight", "o_proj.weight"))}
+    down = before["model.layers.0.mlp.down_proj.weight"] != after["model.layers.0.mlp.down_proj.weight"]
+    assert down.any(0).sum() == 24
+
+
+def test_the_merged_folder_has_the_tokenizer_and_the_measured_loss(run, text):
+    from transformers import AutoTokenizer
+
+    from s2ft_compile.data import read_records, split, tokenize
+    from s2ft_compile.train import loss
+
+    output, _ = run
+    tokenizer = AutoTokenizer.from_pretrained(output / "merged")
+    _, held_out = split(tokenize(read_records(text), tokenizer, 16), 0.05, 0, shuffle=False)
+    expected = json.loads((output / "metrics.json").read_text())["loss_after"]
+    assert loss(load(output / "merged"), held_out, 2) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("row", [{"text": TEXT * 3}, {"prompt": "the quick", "completion": " brown fox"}])
+def test_train_takes_jsonl_and_its_options(base, tmp_path, row):
+    data = lines(tmp_path / "data.jsonl", *[row] * 8)
+    result = invoke(
+        "train",
+        "--model",
+        base,
+        "--data",
+        data,
+        "--output",
+        tmp_path / "run",
+        "--targets",
+        "*.up_proj.weight=3",
+        "--selection",
+        "weight",
+        "--smallest",
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--seq-len",
+        16,
+        "--grad-accum",
+        2,
+        "--dtype",
+        "bfloat16",
+        "--inner",
+        "eager",
+        "--seed",
+        7,
+    )
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["options"]["s2ft"]["largest"] is False and metrics["options"]["dtype"] == "bfloat16"
+    assert metrics["trainable_parameters"] == 2 * 3 * 32
+    assert next(load(tmp_path / "run" / "merged").parameters()).dtype == torch.bfloat16
+    exported = invoke(
+        "export", "merged", "--model", base, "--adapter", tmp_path / "run", "--output", tmp_path / "again"
+    )
+    assert exported.exit_code == 0, exported.output  # in the run's type, or the fingerprint would not fit
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        ({"--model": "{tmp}/none"}, "no model could be loaded"),
+        ({"--model": "{tmp}"}, "config.json is missing"),
+        ({"--data": "{tmp}/none.txt"}, "does not exist; valid"),
+        ({"--data": "{tmp}/bad.jsonl"}, "bad.jsonl, line 2: not JSON"),
+        ({"--output": "{tmp}"}, "exists and is not empty"),
+        ({"--output": "{tmp}/bad.jsonl"}, "exists and is a file"),
+        ({"--targets": "ffn.oot=0.1"}, "unknown target 'ffn.oot': neither a role (attention.out"),
+        ({"--targets": "ffn.out"}, "not of the form ROLE=AMOUNT"),
+        ({"--targets": "ffn.out=many"}, "'many' is no amount"),
+        ({"--targets": "ffn.out=1.5"}, "a ratio lies in (0, 1]"),
+        ({"--targets": "ffn.out=0.001"}, "the smallest ratio that works is 0.02083"),
+        ({"--targets": "ffn.out=49"}, "use 1 to 48"),
+        ({"--selection": "best"}, "unknown selection 'best'; valid: random, weight"),
+        ({"--budget": "all"}, "unknown budget 'all'"),
+        ({"--inner": "tvm"}, "unknown inner 'tvm'"),
+        ({"--dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"--steps": 0}, "steps is at least 1"),
+        ({"--lr": -1}, "lr is a positive number"),
+        ({"--seq-len": 100_000}, "less than two blocks of 100000"),
+        ({"--batch-size": 10_000}, "less than one batch of 10000"),
+    ],
+)
+def test_train_refuses_with_one_line_and_leaves_nothing(base, text, tmp_path, change, found):
+    lines(tmp_path / "bad.jsonl", {"text": "a"}, "{")
+    options = {"--model": base, "--data": text, "--output": tmp_path / "run", "--seq-len": 16, **change}
+    flat = [str(piece).replace("{tmp}", str(tmp_path)) for pair in options.items() for piece in pair]
+    assert found in refused("train", *flat)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_train_refuses_a_model_that_is_no_causal_language_model(text, tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    BertForMaskedLM(
+        BertConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20
+        )
+    ).save_pretrained(tmp_path / "bert")
+    message = refused("train", "--model", tmp_path / "bert", "--data", text, "--output", tmp_path / "run")
+    assert "is a BertForMaskedLM" in message
+
+
+def test_targets():
+    assert parse_targets("ffn.out=0.03, attention.out=4") == {"ffn.out": 0.03, "attention.out": 4}
+    assert [
+        type(v) for v in parse_targets("ffn.out=1.0,ffn.in=1,a*[0-9]=b=1e-2".replace("b=", "")).values()
+    ] == [float, int, float]
+    for wrong in ("", ",", "=1", "ffn.out=", "ffn.out=1,ffn.out=2", "ffn.out=nan"):
+        with pytest.raises(S2FTError):
+            TrainOptions("m", "d", "o", s2ft=_config(wrong))
+
+
+def _config(targets):
+    from s2ft_compile import S2FTConfig
+
+    return S2FTConfig(targets=parse_targets(targets))
+
+
+# export
+
+
+def test_export_merged_equals_the_run(run, base, tmp_path):
+    for adapter in (run[0], run[0] / "adapter"):
+        output = tmp_path / f"merged-{adapter.name}"
+        result = invoke("export", "merged", "--model", base, "--adapter", adapter, "--output", output)
+        assert result.exit_code == 0, result.output
+        expected = dict(load(run[0] / "merged").named_parameters())
+        assert all(torch.equal(p, expected[name]) for name, p in load(output).named_parameters())
+        assert (output / "tokenizer.json").is_file()
+
+
+def test_export_adapter_copies_what_fits(run, base, tmp_path):
+    result = invoke(
+        "export", "adapter", "--model", base, "--adapter", run[0], "--output", tmp_path / "adapter"
+    )
+    assert result.exit_code == 0, result.output
+    assert "4 slices" in result.output
+    files = {p.name: p.read_bytes() for p in (run[0] / "adapter").iterdir()}
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()}
+
+
+def test_export_adapter_refuses_another_base_and_leaves_nothing(run, base, tmp_path):
+    other = load(base)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    message = refused(
+        "export", "adapter", "--model", tmp_path / "other", "--adapter", run[0], "--output", tmp_path / "out"
+    )
+    assert "fingerprint" in message or "another base" in message
+    assert [p.name for p in tmp_path.iterdir()] == ["other"]
+
+
+def test_export_onnx_equals_the_run(run, base, tmp_path):
+    import onnxruntime
+
+    path = tmp_path / "tuned.onnx"
+    result = invoke("export", "onnx", "--model", base, "--adapter", run[0], "--output", path)
+    assert result.exit_code == 0, result.output
+    tokens = torch.randint(280, (3, 11), generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"input_ids": tokens.numpy()})
+    expected = load(run[0] / "merged")(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("command, output", [("merged", "out"), ("adapter", "out"), ("onnx", "out.onnx")])
+def test_export_refuses_missing_adapters_and_taken_outputs(run, base, tmp_path, command, output):
+    target = tmp_path / output
+    assert "does not exist" in refused(
+        "export", command, "--model", base, "--adapter", tmp_path / "none", "--output", target
+    )
+    assert not any(tmp_path.iterdir())
+    (target if command == "onnx" else tmp_path / "out" / "file").parent.mkdir(exist_ok=True)
+    (target if command == "onnx" else target / "file").write_text("mine")
+    assert "exists" in refused("export", command, "--model", base, "--adapter", run[0], "--output", target)
+    assert (target if command == "onnx" else target / "file").read_text() == "mine"
+
+
+def test_demo_keeps_a_folder_that_is_not_its_own(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert "no earlier demo" in refused("demo", "--output", tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_help_names_the_roles_and_the_forms():
+    assert "attention.value" in invoke("train", "--help").output
+    assert "messages" in invoke("train", "--help").output
+    for command in ("inspect", "train", "export", "demo"):
+        assert command in invoke("--help").output

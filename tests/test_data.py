@@ -1,0 +1,245 @@
+"""Data files and tokens: what is accepted, what a block holds, and what each error says."""
+
+import json
+
+import pytest
+import torch
+
+from s2ft_compile.data import (
+    IGNORE,
+    Records,
+    cut,
+    example_inputs,
+    load_config,
+    load_model,
+    pad,
+    read_records,
+    split,
+    tokenize,
+)
+from s2ft_compile.errors import ConfigError
+
+TEXT = "the quick brown fox jumps over the lazy dog. "
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def tiny_tokenizer(vocabulary: int = 300):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<|end|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator([TEXT * 20], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+
+
+def lines(path, *rows):
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+# Files
+
+
+def test_plain_text_is_one_record(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("{not json}\nsecond line\n")
+    assert read_records(path) == Records("text", ({"text": "{not json}\nsecond line\n"},))
+
+
+@pytest.mark.parametrize(
+    "form, row",
+    [
+        ("text", {"text": "a", "extra": 1}),
+        ("prompt", {"prompt": "", "completion": "b"}),
+        ("messages", {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "b"}]}),
+    ],
+)
+def test_jsonl_forms(tmp_path, form, row):
+    records = read_records(lines(tmp_path / "data.jsonl", row, "", row))
+    assert records == Records(form, (row, row))
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ('{"text": "b"', "not JSON"),
+        ("[1]", "a JSON object was expected, found a list"),
+        ("{}", "an empty object"),
+        ('{"txt": "b"}', "found 'txt'"),
+        ('{"text": 3}', "'text' is a number, a string was expected"),
+        ('{"text": ""}', "'text' is empty"),
+        ('{"prompt": "b"}', "'completion' is missing"),
+        ('{"prompt": "b", "completion": null}', "'completion' is null"),
+        ('{"prompt": "b", "completion": ""}', "'completion' is empty"),
+        ('{"messages": []}', "an empty list"),
+        ('{"messages": [{"role": "user"}]}', "'role' and 'content'"),
+        ('{"messages": [{"role": "user", "content": "b"}]}', "no message has the role 'assistant'"),
+        ('{"prompt": "b", "completion": "c"}', "has 'prompt', but line 1 has 'text'"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, found):
+    path = lines(tmp_path / "data.jsonl", {"text": "a"}, line)
+    with pytest.raises(ConfigError) as error:
+        read_records(path)
+    assert (
+        f"{path}, line 2" in str(error.value) and found in str(error.value) and '"prompt"' in str(error.value)
+    )
+
+
+@pytest.mark.parametrize(
+    "content, found", [(b"", "is empty"), (b" \n", "is empty"), (b"a\xff", "not UTF-8 text (byte 1)")]
+)
+@pytest.mark.parametrize("name", ["data.txt", "data.jsonl"])
+def test_a_bad_file_is_named(tmp_path, name, content, found):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=found.replace("(", r"\(").replace(")", r"\)")):
+        read_records(tmp_path / name)
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist; valid: a plain text file"):
+        read_records(tmp_path / "none.txt")
+    with pytest.raises(ConfigError, match="is a folder"):
+        read_records(tmp_path)
+
+
+# Tokens
+
+
+def test_text_is_cut_without_loss_or_overlap(tokenizer):
+    documents = [TEXT * 9, TEXT * 7]
+    blocks = tokenize(Records("text", tuple({"text": t} for t in documents)), tokenizer, 16)
+    expected = [i for t in documents for i in [*tokenizer(t)["input_ids"], tokenizer.eos_token_id]]
+    assert blocks.input_ids.shape == (len(expected) // 16, 16)
+    assert blocks.input_ids.flatten().tolist() == expected[: len(blocks) * 16]
+    assert torch.equal(blocks.input_ids, blocks.labels) and blocks.labels.dtype == torch.int64
+
+
+def test_too_little_text_names_a_length_that_works():
+    with pytest.raises(ConfigError, match="has 9 tokens.*at most 4"):
+        cut([[1, 2, 3], [4] * 6], 5)
+    assert len(cut([[1, 2, 3], [4] * 6], 4)) == 2
+
+
+def test_only_the_completion_is_learned(tokenizer):
+    rows = ({"prompt": "the quick ", "completion": "brown fox"}, {"prompt": "", "completion": "lazy dog"})
+    blocks = tokenize(Records("prompt", rows), tokenizer, 64)
+    assert blocks.input_ids.shape[1] % 16 == 0
+    for row, ids, labels in zip(rows, blocks.input_ids, blocks.labels):
+        learned = labels[labels != IGNORE]
+        assert tokenizer.decode(learned[:-1]) in (row["completion"], " " + row["completion"])
+        assert learned[-1] == tokenizer.eos_token_id
+        kept = ids[: len(ids) - int((labels.flip(0) == IGNORE).cumprod(0).sum())]
+        assert tokenizer.decode(kept[:-1]) == row["prompt"] + row["completion"]
+
+
+def test_only_the_assistant_is_learned(tokenizer):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+    messages = [
+        {"role": r, "content": c}
+        for r, c in (("user", "fox"), ("assistant", "dog"), ("user", "the"), ("assistant", "lazy"))
+    ]
+    blocks = tokenize(Records("messages", ({"messages": messages},) * 2), tokenizer, 64)
+    learned = blocks.labels[0][blocks.labels[0] != IGNORE]
+    assert tokenizer.decode(learned) == "doglazy"
+    assert (blocks.labels == blocks.input_ids)[blocks.labels != IGNORE].all()
+
+
+def test_an_unmarked_chat_template_learns_the_whole_conversation():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    messages = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]
+    blocks = tokenize(Records("messages", ({"messages": messages},) * 2), tokenizer, 64)
+    assert tokenizer.decode(blocks.labels[0][blocks.labels[0] != IGNORE]) == "<user>fox<assistant>dog"
+
+
+def test_messages_need_a_chat_template(tokenizer):
+    messages = [{"role": "assistant", "content": "dog"}]
+    with pytest.raises(ConfigError, match="no chat template; use the fields 'prompt' and 'completion'"):
+        tokenize(Records("messages", ({"messages": messages},)), tokenizer, 64)
+
+
+def test_padding_cuts_drops_and_counts():
+    examples = [
+        ([1] * 40, [False] * 30 + [True] * 10),
+        ([2] * 5, [False, True, True, True, True]),
+        ([3] * 9, [True] * 9),
+    ]
+    blocks = pad(examples, 20, pad_id=0)
+    assert (len(blocks), blocks.truncated, blocks.dropped) == (2, 1, 1)  # the first learns only beyond 20
+    assert blocks.input_ids.shape == (2, 16)
+    assert blocks.labels[0].tolist() == [IGNORE, 2, 2, 2, 2] + [IGNORE] * 11
+    assert blocks.input_ids[0].tolist() == [2] * 5 + [0] * 11
+    with pytest.raises(
+        ConfigError, match="1 of 2 examples have something to learn within 4 tokens.*longest has 5"
+    ):
+        pad([([2] * 5, [True] * 5), ([2] * 4, [True, False, False, False])], 4, pad_id=0)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_split_is_a_partition(shuffle):
+    blocks = cut([list(range(400))], 4)
+    training, held_out = split(blocks, 0.1, seed=3, shuffle=shuffle)
+    assert (len(training), len(held_out)) == (90, 10)
+    both = torch.cat([training.input_ids, held_out.input_ids])
+    assert torch.equal(both.sort(0).values, blocks.input_ids)
+    assert shuffle or torch.equal(both, blocks.input_ids)
+    again = split(blocks, 0.1, seed=3, shuffle=shuffle)[1]
+    assert torch.equal(again.input_ids, held_out.input_ids)
+    assert len(split(cut([list(range(8))], 4), 0.9, 0, shuffle)[0]) == 1
+
+
+# Models
+
+
+def test_example_inputs_of_decoders_and_encoder_decoders():
+    from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
+    inputs = example_inputs(gpt2)
+    assert set(inputs) == {"input_ids"}
+    assert inputs["input_ids"].shape == (2, 16) and inputs["input_ids"].dtype == torch.int64
+    assert 0 <= inputs["input_ids"].min() and inputs["input_ids"].max() < 20
+    t5 = T5ForConditionalGeneration(
+        T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20)
+    )
+    assert set(example_inputs(t5)) == {"input_ids", "decoder_input_ids"}
+    t5(**example_inputs(t5))
+
+
+def test_example_inputs_of_other_modules():
+    class Features(torch.nn.Linear):
+        main_input_name, dummy_inputs = "features", {"features": torch.ones(1, 2)}
+
+    assert list(example_inputs(Features(2, 2))) == ["features"]
+    with pytest.raises(ConfigError, match="no example inputs are known for Linear: it takes input_ids"):
+        example_inputs(torch.nn.Linear(2, 2))
+
+
+def test_a_model_folder_that_is_none(tmp_path):
+    with pytest.raises(ConfigError, match="config.json is missing .found: nothing"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no model could be loaded from"):
+        load_model(tmp_path)
+    with pytest.raises(ConfigError, match="no model could be loaded from nowhere/at-all"):
+        load_model("nowhere/at-all")
