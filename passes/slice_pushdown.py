@@ -180,10 +180,9 @@ def elementwise_rule(editor, node, x, dim):
         source = dim - rank + value.ndim
         if source < 0 or value.shape[source] == 1:
             return arg
-        return _recurse(editor, arg, source, node) if _rule_for(arg.target) else editor.take(arg, source, node)
+        computed = arg.op == "call_function"  # what is given can be sliced as it is
+        return _recurse(editor, arg, source, node) if computed else editor.take(arg, source, node)
 
-    if not any(isinstance(a, fx.Node) and _rule_for(a.target) for a in x.args):
-        return None  # the full-size value would stay
     return editor.call(x.target, *[sliced(a) for a in x.args], like=x, **x.kwargs)
 
 

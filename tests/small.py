@@ -1,0 +1,174 @@
+"""What the tests of training share: drawn and tiny Hugging Face models, the eager oracle, and snapshots of a model."""
+
+import copy
+
+import pytest
+import torch
+from drawn import Drawn, Spec, models
+from hypothesis import Phase
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import s2ft_compile as s2ft
+
+U32 = 2.0**-24  # unit roundoff of float32, in which deltas and their gradients live
+QUICK = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking compiled models takes minutes
+INNER = ("aot_eager", "eager")  # without Inductor: seconds less for every test
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Every test compiles anew."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: nn.Module, inner: str = "aot_eager", **options) -> nn.Module:
+    return torch.compile(model, backend="s2ft", options={"inner": inner, **options})
+
+
+def drawn(**spec) -> Drawn:
+    """A fixed model of two blocks: 4 query heads on 2 kv heads of 4 channels, 6 hidden, 8 FFN channels, float64."""
+    return Drawn(Spec(**{"blocks": 2, "ffn": 8, **spec}))
+
+
+def prepared(targets=None, **spec) -> tuple[Drawn, nn.Module]:
+    """A fixed drawn model, prepared; its `.make()` gives the base model."""
+    case = drawn(**spec)
+    model = case.make()
+    s2ft.prepare(model, case.inputs, s2ft.S2FTConfig(targets=targets or {"ffn.out": 0.5, "attention.out": 1}))
+    return case, model
+
+
+def cases(max_blocks: int = 2, **kwargs):
+    """Drawn models in which every role can be told apart. Not so: two rotated channels (halves of one have no axis),
+    and a fused projection viewed per kv head (its queries, keys and values are one axis of channels)."""
+    return models(max_blocks=max_blocks, **kwargs).filter(
+        lambda case: case.spec.qkv != "grouped" and not (case.spec.positions == "rope" and case.spec.head_dim == 2))
+
+
+@st.composite
+def configs(draw) -> s2ft.S2FTConfig:
+    """Any combination of roles, with amounts that every drawn model has."""
+    roles = draw(st.lists(st.sampled_from(s2ft.config.ROLES), min_size=1, max_size=4, unique=True))
+    targets = {r: draw(st.sampled_from([1, 1.0] + [0.5, 2] * r.startswith("ffn"))) for r in roles}
+    return s2ft.S2FTConfig(
+        targets=targets,
+        selection=draw(st.sampled_from(s2ft.config.SELECTIONS)),
+        largest=draw(st.booleans()),
+        budget=draw(st.sampled_from(s2ft.config.BUDGETS)),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+# --- Hugging Face models -------------------------------------------------------------------------------------------
+
+LLAMA = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=4, max_position_embeddings=32, use_cache=False)
+GPT2 = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=32, use_cache=False, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0)
+BERT = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def hf(name: str, **changes) -> nn.Module:
+    """llama (grouped queries), qwen2 (biases), gpt2 (fused, transposed) or bert; tiny, float32, every weight random."""
+    import transformers as t
+
+    config, model, fields = {
+        "llama": (t.LlamaConfig, t.LlamaForCausalLM, LLAMA),
+        "qwen2": (t.Qwen2Config, t.Qwen2ForCausalLM, LLAMA),
+        "gpt2": (t.GPT2Config, t.GPT2LMHeadModel, GPT2),
+        "bert": (t.BertConfig, t.BertForMaskedLM, BERT),
+    }[name]
+    torch.manual_seed(0)
+    made = model(config(**{**fields, **changes})).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return made
+
+
+def tokens(batch: int = 2, length: int = 8, seed: int = 0) -> Tensor:
+    return torch.randint(0, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+# --- oracles -------------------------------------------------------------------------------------------------------
+
+
+def full_gradients(base: nn.Module, loss) -> dict[str, Tensor]:
+    """Eager gradients of every parameter of a plain model; a parameter the loss does not reach has zeros."""
+    made = torch.autograd.grad(loss(base), list(base.parameters()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(base.named_parameters(), made)}
+
+
+def assert_gradients(plan, full: dict[str, Tensor], tolerance: float) -> None:
+    """delta.grad == the slice of the full gradient: to `tolerance` of the largest entry, and float32's rounding."""
+    for s in plan.slices:
+        expected = full[s.parameter_name].index_select(s.dim, s.indices)
+        assert s.delta.grad is not None, s.parameter_name
+        assert s.delta.grad.shape == expected.shape and s.delta.grad.dtype == torch.float32
+        error = (s.delta.grad.to(expected.dtype) - expected).abs()
+        allowed = tolerance * full[s.parameter_name].abs().max() + 2 * U32 * expected.abs()
+        assert (error <= allowed).all(), f"{s.parameter_name}: off by {error.max():.3g}, allowed {allowed.max():.3g}"
+
+
+def tuned(base: nn.Module, plan) -> dict[str, Tensor]:
+    """What the weights have to be: the base's, with cast(W0 + delta) at the indices."""
+    expected = {n: p.detach().clone() for n, p in base.named_parameters()}
+    for s in plan.slices:
+        W = expected[s.parameter_name]
+        wide = torch.promote_types(W.dtype, torch.float32)
+        block = W.index_select(s.dim, s.indices).to(wide) + s.delta.detach().to(wide)
+        W.index_copy_(s.dim, s.indices, block.to(W.dtype))
+    return expected
+
+
+def assert_weights(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    """Every parameter, bit for bit."""
+    found = dict(model.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert same_bits(found[name], value), name
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    a, b = a.detach().contiguous(), b.detach().contiguous()
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def randomize(model: nn.Module, seed: int = 0, scale: float = 0.1) -> None:
+    """Deltas as if something had been trained."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for delta in s2ft.parameters(model):
+            delta.copy_(scale * torch.randn(delta.shape, generator=random))
+
+
+def snapshot(model: nn.Module) -> dict:
+    """Everything about a model that a refused call must leave as it was."""
+    return {
+        "weights": {n: p.detach().clone() for n, p in model.named_parameters()},
+        "identities": {n: id(p) for n, p in model.named_parameters()},
+        "trainable": {n: p.requires_grad for n, p in model.named_parameters()},
+        "gradients": {n: p.grad is None for n, p in model.named_parameters()},
+        "buffers": {n: b.clone() for n, b in model.named_buffers()},
+        "modules": {n: id(m) for n, m in model.named_modules()},
+        "training": {n: m.training for n, m in model.named_modules()},
+        "hooks": {n: (list(m._forward_hooks), list(m._forward_pre_hooks), list(m._backward_hooks))
+                  for n, m in model.named_modules()},
+        "keys": list(model.state_dict()),
+        "config": copy.deepcopy(model.config.to_dict()) if hasattr(model, "config") else None,
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict) -> None:
+    after = snapshot(model)
+    for what, old in before.items():
+        new = after[what]
+        if what in ("weights", "buffers"):
+            assert old.keys() == new.keys() and all(same_bits(old[n], new[n]) for n in old), what
+        else:
+            assert old == new, what

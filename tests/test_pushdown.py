@@ -1,0 +1,303 @@
+"""Slice pushdown: each rule keeps its graph's value, no full-size gradient stays, and the FLOPs are dX + sliced dW."""
+
+import operator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import QUICK, compiled, fresh, hf, prepared, tokens  # noqa: F401
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+import s2ft_compile as s2ft
+from s2ft_compile.errors import CompileError
+from s2ft_compile.passes.attach import ATTACH, TAKE, attach
+from s2ft_compile.passes.slice_pushdown import RULES, slice_pushdown
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+# A gradient of 8 × 6 everywhere, and no other tensor of 48 elements in the graph.
+ROWS, COLUMNS = 8, 6
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def graph_of(function, *inputs):
+    return make_fx(function, tracing_mode="fake")(*inputs)
+
+
+def sizes(gm) -> list[int]:
+    """The number of elements of every tensor the graph makes."""
+    return [n.meta["val"].numel() for n in gm.graph.nodes
+            if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+def pushed(function, inputs, full=ROWS * COLUMNS):
+    """Runs the pass on function's graph; asserts the value, and that nothing of the gradient's full size is left."""
+    gm = graph_of(function, *inputs)
+    expected = gm(*inputs)
+    assert full in sizes(gm), "the case makes a full-size gradient to begin with"
+    slice_pushdown(gm.graph)
+    gm.recompile()
+    found = gm(*inputs)
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # sums of at most 8 terms, float64
+    assert full not in sizes(gm), gm.graph
+    assert not gm.graph.find_nodes(op="call_function", target=TAKE)
+    return gm
+
+
+RANGES = [((0, 3),), ((2, 1),), ((0, 2), (4, 1)), ((0, 1), (2, 1), (5, 1))]
+
+
+def take(x, dim, ranges):
+    return torch.ops.s2ft.take(x, dim, [s for s, _ in ranges], [n for _, n in ranges])
+
+
+# operator -> (function of inputs whose result is 8 × 6, or has 48 elements; inputs; the dimensions that can be sliced)
+MM = (ROWS, 5), (5, COLUMNS)
+CASES = {
+    "mm": (lambda a, b: aten.mm(a, b), MM, (0, 1)),
+    "t": (lambda a, b: aten.t(aten.mm(b.t(), a.t())), MM, (0, 1)),
+    "permute": (lambda a, b: aten.permute(aten.mm(b.t(), a.t()), [1, 0]), MM, (0, 1)),
+    "permute negative": (lambda a, b: aten.permute(aten.mm(b.t(), a.t()), [-1, -2]), MM, (0, 1)),
+    "transpose": (lambda a, b: aten.transpose(aten.mm(b.t(), a.t()), 0, 1), MM, (0, 1)),
+    "transpose negative": (lambda a, b: aten.transpose(aten.mm(b.t(), a.t()), -2, -1), MM, (0, 1)),
+    "t of a vector": (lambda a: aten.t(aten.sum(a, [0])), ((3, 48),), (0,)),
+    "view": (lambda a, b: aten.view(aten.mm(a, b), [1, ROWS, COLUMNS]), MM, (1, 2)),
+    "view that joins others": (lambda a, b: aten.view(aten.bmm(a, b), [4, 2 * 6]), ((4, 2, 5), (4, 5, 6)), (0,)),
+    "_unsafe_view": (lambda a, b: aten._unsafe_view(aten.mm(a, b), [1, ROWS, COLUMNS]), MM, (1, 2)),
+    "reshape": (lambda a, b: aten.reshape(aten.mm(a, b), [1, ROWS, COLUMNS]), MM, (1, 2)),
+    "unsqueeze": (lambda a, b: aten.unsqueeze(aten.mm(a, b), 0), MM, (1, 2)),
+    "squeeze": (lambda a, b: aten.squeeze(aten.bmm(a, b), 0), ((1, ROWS, 5), (1, 5, COLUMNS)), (0, 1)),
+    "squeeze dims": (lambda a, b: aten.squeeze(aten.bmm(a, b), [0]), ((1, ROWS, 5), (1, 5, COLUMNS)), (0, 1)),
+    "bmm": (lambda a, b: aten.bmm(a, b), ((2, 4, 5), (2, 5, 6)), (0, 1, 2)),
+    "addmm": (lambda c, a, b: aten.addmm(c, a, b), ((COLUMNS,), *MM), (0, 1)),
+    "addmm scaled": (lambda c, a, b: aten.addmm(c, a, b, beta=0.5, alpha=2.0), ((1, COLUMNS), *MM), (0, 1)),
+    "sum": (lambda a: aten.sum(a, [0]), ((7, ROWS, COLUMNS),), (0, 1)),
+    "sum keepdim": (lambda a: aten.sum(a, [0], True), ((7, ROWS, COLUMNS),), (1, 2)),
+    "sum of several": (lambda a: aten.sum(a, [0, -2]), ((7, ROWS, 5, COLUMNS),), (0, 1)),
+    "to_copy": (lambda a, b: aten._to_copy(aten.mm(a, b), dtype=torch.float32), MM, (0, 1)),
+    "convert": (lambda a, b: prims.convert_element_type(aten.mm(a, b), torch.float32), MM, (0, 1)),
+    "clone": (lambda a, b: aten.clone(aten.mm(a, b)), MM, (0, 1)),
+    "alias": (lambda a, b: aten.alias(aten.mm(a, b)), MM, (0, 1)),
+    "detach": (lambda a, b: aten.detach(aten.mm(a, b)), MM, (0, 1)),
+    "add of two uses": (lambda a, b, c, d: aten.add(aten.mm(a, b), aten.mm(c, d)), MM + MM, (0, 1)),
+    "add of a row": (lambda a, b, c: aten.add(aten.mm(a, b), c), (*MM, (COLUMNS,)), (0, 1)),
+    "scaled": (lambda a, b: aten.mul(aten.mm(a, b), 0.25), MM, (0, 1)),
+    "plus a weight": (lambda a, b, c: aten.add(aten.mm(a, b), aten.sign(c)), (*MM, (ROWS, COLUMNS)), (0, 1)),
+    "divided": (lambda a, b: aten.div(aten.neg(aten.mm(a, b)), 3.0), MM, (0, 1)),
+    "a long way": (lambda a, b: aten._to_copy(aten.view(aten.permute(aten.mm(b.t(), a.t()), [1, 0]), [ROWS, 1, COLUMNS]) * 2.0,
+                                              dtype=torch.float32), MM, (0, 2)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rule_keeps_the_value_of_its_graph(case):
+    function, shapes, dims = CASES[case]
+    inputs = [randn(*shape) for shape in shapes]
+    for dim in dims:
+        made = function(*inputs)
+        for ranges in RANGES:
+            ranges = [r for r in ranges if sum(r) <= made.shape[dim]][: made.shape[dim] - 1]
+            if 0 < sum(n for _, n in ranges) < made.shape[dim]:
+                pushed(lambda *args: take(function(*args), dim, ranges), inputs)
+
+
+def test_the_rule_for_embeddings_slices_channels():
+    grad, ids = randn(2, 3, COLUMNS), torch.randint(ROWS, (2, 3))
+    for ranges in RANGES:
+        pushed(lambda g, i: take(aten.embedding_dense_backward(g, i, ROWS, -1, False), 1, ranges), (grad, ids))
+
+
+def test_a_take_of_a_take_commutes():
+    a, b = randn(*MM[0]), randn(*MM[1])
+    gm = graph_of(lambda a, b: take(take(aten.mm(a, b), 0, [(0, 5)]), 1, [(1, 2), (5, 1)]), a, b)
+    expected = gm(a, b)
+    slice_pushdown(gm.graph)
+    gm.recompile()
+    torch.testing.assert_close(gm(a, b), expected, rtol=1e-12, atol=1e-12)
+    assert not {48, 30} & set(sizes(gm)), "neither the whole gradient nor its rows"
+
+
+def test_every_rule_has_a_case():
+    """A rule that is added without a case above fails here."""
+    called = {TAKE, aten.embedding_dense_backward.default}
+    for function, shapes, dims in CASES.values():
+        gm = graph_of(function, *[randn(*shape) for shape in shapes])
+        called |= {n.target for n in gm.graph.nodes if n.op == "call_function"}
+    composite = {aten.reshape.default}  # make_fx shows it as a view
+    assert set(RULES) - composite <= called, set(RULES) - called
+
+
+def test_a_slice_of_an_activation_is_a_copy_that_does_not_keep_it_alive():
+    gm = pushed(lambda a, b: take(aten.mm(a, b), 0, [(0, 3)]), [randn(*s) for s in MM])
+    copies = gm.graph.find_nodes(op="call_function", target=aten.clone.default)
+    assert [tuple(n.meta["val"].shape) for n in copies] == [(3, 5)]
+
+
+def test_a_graph_without_deltas_is_left_alone():
+    gm = graph_of(lambda a, b: aten.mm(a, b), *[randn(*s) for s in MM])
+    before = gm.code
+    assert slice_pushdown(gm.graph) == 0
+    gm.recompile()
+    assert gm.code == before
+
+
+# --- joint graphs: attach and autograd -------------------------------------------------------------------------------
+
+JOINT = {
+    "linear": (lambda W, x: torch.nn.functional.linear(x, W), (4, 3, COLUMNS)),
+    "transposed": (lambda W, x: x @ W, (4, 3, ROWS)),
+    "addmm": (lambda W, x: torch.addmm(torch.ones(COLUMNS, dtype=W.dtype), x, W), (4, ROWS)),
+    "einsum": (lambda W, x: torch.einsum("bsi,oi->bso", x, W), (4, 3, COLUMNS)),
+    "twice": (lambda W, x: torch.tanh(x @ W.t()) @ W, (4, COLUMNS)),
+    "scaled": (lambda W, x: x @ (0.5 * W).t(), (4, COLUMNS)),
+    "plus another": (lambda W, x: x @ (W + 1.0).t(), (4, COLUMNS)),
+}
+
+
+@pytest.mark.parametrize("case", JOINT)
+@pytest.mark.parametrize("dim", (0, 1))
+@given(st.sampled_from(RANGES))
+@settings(max_examples=2, phases=QUICK)
+def test_a_joint_graph_keeps_output_and_gradient(case, dim, ranges):
+    function, shape = JOINT[case]
+    W, x = randn(ROWS, COLUMNS), randn(*shape)
+    size = [ROWS, COLUMNS]
+    size[dim] = sum(n for _, n in ranges)
+    D = torch.zeros(size, dtype=torch.float32, requires_grad=True)
+
+    def joint(W, D, x):
+        out = function(attach(W, D, dim, ranges), x)
+        return out, *torch.autograd.grad(out.sin().sum(), D)
+
+    gm = graph_of(joint, W, D, x)
+    expected = gm(W, D, x)
+    assert slice_pushdown(gm.graph) == 1
+    gm.recompile()
+    out, grad = gm(W, D, x)
+    torch.testing.assert_close(out, expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad, expected[1], rtol=4 * 2**-23, atol=1e-12)  # both rounded to float32 once
+    full = W.clone().requires_grad_()
+    oracle = torch.autograd.grad(function(full, x).sin().sum(), full)[0]
+    oracle = torch.cat([oracle.narrow(dim, s, n) for s, n in ranges], dim)
+    torch.testing.assert_close(grad, oracle.float(), rtol=4 * 2**-23, atol=1e-12)
+    assert not gm.graph.find_nodes(op="call_function", target=ATTACH)
+    assert not any(n.meta["val"].numel() == ROWS * COLUMNS for n in _not_from(gm, 0)), "a full-size gradient is left"
+
+
+def _not_from(gm, position):
+    """The tensors of a graph that depend on more than one of its inputs."""
+    only = {gm.graph.find_nodes(op="placeholder")[position]}
+    for n in gm.graph.nodes:
+        if n.op == "call_function" and all(a in only for a in n.all_input_nodes):
+            only.add(n)
+        elif n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor):
+            yield n
+
+
+# --- what cannot be sliced ---------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "cumsum": (lambda a: aten.cumsum(a, 0), ((ROWS, COLUMNS),), 0, "aten.cumsum"),
+    "a view that joins the dimension": (lambda a, b: aten.view(aten.mm(a, b), [ROWS * COLUMNS]), MM, 0, "aten.view"),
+    "one of two uses": (lambda a, b, c: aten.add(aten.mm(a, b), aten.cumsum(c, 0)), (*MM, (ROWS, COLUMNS)), 0, "aten.cumsum"),
+    "a tuple": (lambda a: aten.max(a, 0)[0].expand(ROWS, -1), ((3, COLUMNS),), 1, "aten.expand"),
+    "layer norm": (lambda a: operator.getitem(aten.native_layer_norm(a, [COLUMNS], None, None, 1e-5), 0),
+                   ((ROWS, COLUMNS),), 1, "aten.native_layer_norm"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_gradient_without_a_rule_names_its_operator(case):
+    function, shapes, dim, name = REFUSED[case]
+    gm = graph_of(lambda *args: take(function(*args), dim, [(0, 2)]), *[randn(*s) for s in shapes])
+    with pytest.raises(CompileError, match="computed at its full size") as error:
+        slice_pushdown(gm.graph)
+    assert name in str(error.value) and "choose other targets" in str(error.value)
+
+
+def test_a_weight_whose_gradient_has_no_rule_is_refused_at_compile_time():
+    case, model = prepared({"blocks.0.norm1.weight": 2, "ffn.out": 2})
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="native_layer_norm_backward") as error:
+        case.loss(compiled(model))
+    assert isinstance(error.value.inner_exception, CompileError)
+
+
+# --- FLOPs -------------------------------------------------------------------------------------------------------------
+
+D, F, H, KV, HD, V, LAYERS = 16, 24, 4, 2, 4, 50, 2  # small.LLAMA
+B, L = 2, 8
+T = B * L
+
+
+def backward_flops(layer: int, parts: dict[str, int]) -> int:
+    """dX of a Llama above the lowest trained weight, plus dW of the slices.
+
+    layer: the lowest one that trains. parts: the roles that train in it and above -> how many rows or columns.
+    Of a linear (in, out), dX is 2 T in out, and dW of n rows 2 T n in. The products of attention (eager): dV, dA and
+    dQ, dK each 2 B H L² hd.
+    """
+    linear = {"q": (D, H * HD), "k": (D, KV * HD), "v": (D, KV * HD), "o": (H * HD, D),
+              "gate": (D, F), "up": (D, F), "down": (F, D)}
+    dX = {n: 2 * T * i * o for n, (i, o) in linear.items()}
+    product = 2 * B * H * L * L * HD
+    whole = sum(dX.values()) + 4 * product
+    below = {  # dX in the lowest layer, from its output down to the slice
+        "ffn.out": 0,
+        "ffn.in": dX["down"],
+        "attention.out": dX["down"] + dX["gate"] + dX["up"],
+        "attention.value": dX["down"] + dX["gate"] + dX["up"] + dX["o"] + product,
+        "attention.query": dX["down"] + dX["gate"] + dX["up"] + dX["o"] + 2 * product,
+        "attention.key": dX["down"] + dX["gate"] + dX["up"] + dX["o"] + 2 * product,
+    }
+    dW = {"ffn.out": D, "ffn.in": 2 * D, "attention.out": D, "attention.value": D, "attention.query": D, "attention.key": D}
+    trained = LAYERS - layer
+    slices = sum(2 * T * n * dW[role] for role, n in parts.items()) * trained
+    lowest = max(below[role] for role in parts)
+    if {"attention.value", "attention.query"} <= parts.keys():
+        lowest += product  # dA serves query and key, dV is one more
+    return 2 * T * D * V + (trained - 1) * whole + lowest + slices
+
+
+def count_backward(model, ids) -> int:
+    loss = model(input_ids=ids, labels=ids).loss
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("targets, parts", [
+    ({"ffn.out": 3}, {"ffn.out": 3}),
+    ({"ffn.in": 5}, {"ffn.in": 5}),
+    ({"ffn.out": 3, "attention.out": 1}, {"ffn.out": 3, "attention.out": 4}),
+    ({"attention.value": 1, "ffn.out": 0.5}, {"attention.value": 4, "ffn.out": 12}),
+    ({"attention.query": 2, "attention.value": 1}, {"attention.query": 8, "attention.value": 4}),
+], ids=str)
+def test_backward_flops_are_dx_and_sliced_dw(targets, parts):
+    model, ids = hf("llama", attn_implementation="eager"), tokens(B, L)
+    s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig(targets=targets))
+    assert count_backward(compiled(model), ids) == backward_flops(0, parts)
+
+
+def test_nothing_runs_backward_below_the_lowest_layer_that_trains():
+    model, ids = hf("llama", attn_implementation="eager"), tokens(B, L)
+    s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig(targets={"model.layers.1.mlp.down_proj.weight": 3}))
+    assert count_backward(compiled(model), ids) == backward_flops(1, {"ffn.out": 3}) == 2 * T * D * V + 2 * T * D * 3
+
+
+def test_more_units_cost_exactly_their_columns():
+    found = {}
+    for n in (2, 7):
+        case, model = prepared({"ffn.out": n})
+        loss = case.loss(compiled(model))
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        found[n] = counter.get_total_flops()
+        torch._dynamo.reset()
+    tokens_, blocks, hidden = case.spec.batch * case.spec.length, case.spec.blocks, case.spec.hidden
+    assert found[7] - found[2] == blocks * 2 * tokens_ * hidden * (7 - 2)

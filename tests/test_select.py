@@ -1,0 +1,348 @@
+"""Selection: which indices each role, unit, ratio, glob, budget, seed and ranking stands for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import QUICK, cases, configs, hf, tokens
+from torch import nn
+
+import s2ft_compile as s2ft
+from s2ft_compile.config import units_for
+from s2ft_compile.errors import ConfigError
+from s2ft_compile.passes.select import select
+
+
+@pytest.fixture(scope="module")
+def analyzed():
+    """name -> (model, analysis), each traced once."""
+    cache = {}
+
+    def get(name):
+        if name not in cache:
+            tied, family = name.endswith("-tied"), name.removesuffix("-tied")
+            model = hf(family, tie_word_embeddings=True) if tied else hf(family)
+            cache[name] = model, s2ft.analyze(model, {"input_ids": tokens()})
+        return cache[name]
+
+    return get
+
+
+def chosen(model_and_analysis, **config) -> dict:
+    """parameter name -> Selection."""
+    model, analysis = model_and_analysis
+    found = select(analysis, s2ft.S2FTConfig(**config), dict(model.named_parameters()))
+    assert len({s.parameter_name for s in found}) == len(found)
+    return {s.parameter_name: s for s in found}
+
+
+def heads_of(indices, head_dim=4) -> list[int]:
+    """The whole heads that indices consist of."""
+    rows = indices.view(-1, head_dim)
+    assert torch.equal(rows, rows[:, :1] + torch.arange(head_dim)) and (rows[:, 0] % head_dim == 0).all()
+    return (rows[:, 0] // head_dim).tolist()
+
+
+# --- roles: 4 query heads on 2 kv heads of 4 channels, 24 FFN channels, 2 layers -----------------------------------
+
+ROLE_UNITS = [
+    ("attention.out", "self_attn.o_proj.weight", 1, 4, 4),
+    ("attention.query", "self_attn.q_proj.weight", 0, 4, 4),
+    ("attention.key", "self_attn.k_proj.weight", 0, 2, 4),
+    ("attention.value", "self_attn.v_proj.weight", 0, 2, 4),
+    ("ffn.out", "mlp.down_proj.weight", 1, 24, 1),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("role, name, dim, units, width", ROLE_UNITS)
+@pytest.mark.parametrize("amount", [1, 2, 0.5, 1.0])
+def test_a_role_selects_whole_units_of_its_weight(analyzed, family, role, name, dim, units, width, amount):
+    found = chosen(analyzed(family), targets={role: amount})
+    assert list(found) == [f"model.layers.{i}.{name}" for i in (0, 1)]  # a bias is not a target
+    for s in found.values():
+        wanted = amount if isinstance(amount, int) else int(amount * units)
+        assert (s.dim, s.roles, len(s.indices)) == (dim, (role,), wanted * width)
+        assert s.indices.dtype == torch.int64 and (s.indices.diff() > 0).all()
+        if width > 1:
+            assert all(h < units for h in heads_of(s.indices))
+
+
+def test_ffn_in_takes_the_same_channels_of_gate_and_up_as_ffn_out_of_down(analyzed):
+    found = chosen(analyzed("llama"), targets={"ffn.in": 5, "ffn.out": 5})
+    for i in (0, 1):
+        gate, up, down = (found[f"model.layers.{i}.mlp.{n}_proj.weight"] for n in ("gate", "up", "down"))
+        assert (gate.dim, up.dim, down.dim) == (0, 0, 1)
+        assert gate.indices.tolist() == up.indices.tolist() == down.indices.tolist()
+    fewer = chosen(analyzed("llama"), targets={"ffn.in": 2, "ffn.out": 5})
+    up, down = (fewer[f"model.layers.0.mlp.{n}_proj.weight"].indices.tolist() for n in ("up", "down"))
+    assert len(up) == 2 and set(up) < set(down), "a channel that trains in both has the highest rank in both"
+
+
+def test_heads_are_shared_between_query_and_out_and_between_key_and_value(analyzed):
+    found = chosen(analyzed("llama"), targets={"attention.query": 2, "attention.out": 2, "attention.key": 1,
+                                               "attention.value": 1})
+    q, o, k, v = (found[f"model.layers.0.self_attn.{n}_proj.weight"].indices.tolist() for n in "qokv")
+    assert q == o and k == v
+
+
+@pytest.mark.parametrize("role, third", [("attention.query", 0), ("attention.key", 1), ("attention.value", 2)])
+def test_a_fused_projection_has_a_third_for_each_role(analyzed, role, third):
+    s = chosen(analyzed("gpt2"), targets={role: 2})["transformer.h.0.attn.c_attn.weight"]
+    assert s.dim == 1, "GPT-2 stores its weights transposed"
+    assert ((s.indices >= 16 * third) & (s.indices < 16 * (third + 1))).all()
+    assert len(heads_of(s.indices - 16 * third)) == 2
+
+
+def test_several_roles_of_a_fused_projection_are_one_slice(analyzed):
+    s = chosen(analyzed("gpt2"), targets={"attention.query": 1, "attention.value": 2})["transformer.h.1.attn.c_attn.weight"]
+    query, value = s.indices[s.indices < 16], s.indices[s.indices >= 32]
+    assert s.roles == ("attention.query", "attention.value") and len(s.indices) == 12
+    assert set(heads_of(query)) < set(heads_of(value - 32)), "one ranking of the heads for all roles"
+
+
+def test_bert_has_separate_projections_with_biases_that_are_no_targets(analyzed):
+    found = chosen(analyzed("bert"), targets={"attention.value": 1, "ffn.in": 3})
+    assert {n.split("layer.")[1] for n in found} == {
+        f"{i}.{n}.weight" for i in (0, 1) for n in ("attention.self.value", "intermediate.dense")}
+
+
+# --- amounts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio, available, units", [(0.29, 100, 29), (0.29, 24, 6), (1.0, 7, 7), (0.999, 7, 6),
+                                                     (1 / 3, 3, 1), (1 / 49, 49, 1), (0.07, 100, 7)])
+def test_a_ratio_is_rounded_down(ratio, available, units):
+    assert units_for(ratio, available, "x") == units
+
+
+@given(st.integers(1, 10_000))
+def test_the_ratio_that_an_error_names_works(available):
+    if available == 1:
+        return
+    with pytest.raises(ConfigError, match="smallest ratio that works is") as error:
+        units_for(0.5 / available, available, "x")
+    named = float(str(error.value).split("works is ")[1].split(",")[0])
+    assert units_for(named, available, "x") == 1
+
+
+def test_a_ratio_too_small_names_the_smallest_that_works(analyzed):
+    with pytest.raises(ConfigError, match=r"'ffn.out' = 0.03 is less than one of 24 units; .* works is 0.041667"):
+        chosen(analyzed("llama"), targets={"ffn.out": 0.03})
+    with pytest.raises(ConfigError, match=r"less than one of 2 units; .* works is 0.5"):
+        chosen(analyzed("llama"), targets={"attention.value": 0.4})
+
+
+def test_a_number_of_units_too_large_says_how_many_there_are(analyzed):
+    with pytest.raises(ConfigError, match="asks for 3 units, but there are 2; use 1 to 2"):
+        chosen(analyzed("llama"), targets={"attention.key": 3})
+
+
+# --- globs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("glob, names", [
+    ("*.down_proj.weight", ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]),
+    ("model.layers.1.mlp.*", [f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up", "down")]),
+    ("model.layers.0.self_attn.q_proj.weight", ["model.layers.0.self_attn.q_proj.weight"]),
+])
+def test_a_glob_selects_the_parameters_it_matches(analyzed, glob, names):
+    found = chosen(analyzed("llama"), targets={glob: 1})
+    assert sorted(found) == sorted(names)
+
+
+def test_a_glob_and_the_role_of_the_same_weight_agree(analyzed):
+    by_glob = chosen(analyzed("llama"), targets={"*.down_proj.weight": 7})
+    by_role = chosen(analyzed("llama"), targets={"ffn.out": 7})
+    assert {n: s.indices.tolist() for n, s in by_glob.items()} == {n: s.indices.tolist() for n, s in by_role.items()}
+
+
+def test_a_tied_parameter_is_found_under_each_name_and_listed_under_the_first(analyzed):
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "*embed_tokens*"):
+        found = chosen(analyzed("llama-tied"), targets={name: 3})
+        assert {n: (s.dim, len(s.indices)) for n, s in found.items()} == {"model.embed_tokens.weight": (1, 3)}
+
+
+def test_a_bias_can_be_named(analyzed):
+    found = chosen(analyzed("qwen2"), targets={"model.layers.0.self_attn.v_proj.bias": 1})
+    assert len(found["model.layers.0.self_attn.v_proj.bias"].indices) == 4
+
+
+# --- budgets and rankings ----------------------------------------------------------------------------------------------
+
+
+def test_budget_layer_gives_each_layer_as_many_and_budget_model_draws_once(analyzed):
+    by_layer = chosen(analyzed("llama"), targets={"ffn.out": 6}, budget="layer")
+    assert [len(s.indices) for s in by_layer.values()] == [6, 6]
+    by_model = chosen(analyzed("llama"), targets={"ffn.out": 6}, budget="model")
+    assert sum(len(s.indices) for s in by_model.values()) == 6
+    half = chosen(analyzed("llama"), targets={"ffn.out": 0.5}, budget="model")
+    assert sum(len(s.indices) for s in half.values()) == 24
+    one = chosen(analyzed("llama"), targets={"ffn.out": 1}, budget="model")
+    assert [len(s.indices) for s in one.values()] == [1], "a layer without a unit has no slice"
+
+
+def norms(weight, dim, width=1):
+    """The squared norm of each unit of `width` along `dim`, plainly."""
+    return weight.detach().double().movedim(dim, 0).square().flatten(1).sum(1).view(-1, width).sum(1)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_weight_selection_takes_the_units_of_the_largest_or_smallest_norm(analyzed, largest):
+    model, _ = analyzed("llama")
+    weights = dict(model.named_parameters())
+    found = chosen(analyzed("llama"), targets={"ffn.out": 5, "attention.out": 2}, selection="weight", largest=largest)
+    for name, s in found.items():
+        width = 1 if "mlp" in name else 4
+        score = norms(weights[name], 1, width)
+        best = score.argsort(descending=largest)[: len(s.indices) // width].sort().values
+        expected = (best[:, None] * width + torch.arange(width)).flatten()
+        assert s.indices.tolist() == expected.tolist(), name
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_weight_selection_over_the_model_compares_layers(analyzed, largest):
+    model, _ = analyzed("llama")
+    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
+    score = torch.cat([norms(dict(model.named_parameters())[n], 1) for n in names])
+    expected = set(score.argsort(descending=largest)[:9].tolist())
+    found = chosen(analyzed("llama"), targets={"ffn.out": 9}, selection="weight", budget="model", largest=largest)
+    assert {24 * names.index(n) + i for n, s in found.items() for i in s.indices.tolist()} == expected
+
+
+def test_weight_selection_counts_every_targeted_weight_of_a_unit(analyzed):
+    model, _ = analyzed("llama")
+    weights = dict(model.named_parameters())
+    found = chosen(analyzed("llama"), targets={"ffn.in": 4}, selection="weight")
+    score = sum(norms(weights[f"model.layers.0.mlp.{n}_proj.weight"], 0) for n in ("gate", "up"))
+    for n in ("gate", "up"):
+        assert found[f"model.layers.0.mlp.{n}_proj.weight"].indices.tolist() == score.topk(4).indices.sort().values.tolist()
+
+
+def test_a_seed_selects_the_same_units_on_every_machine(analyzed):
+    """Written down once: another machine, another torch, the same units."""
+    found = chosen(analyzed("llama"), targets={"ffn.out": 5, "attention.out": 1}, seed=7)
+    assert {n: s.indices.tolist() for n, s in found.items()} == SEED_7
+
+
+SEED_7 = {
+    "model.layers.0.mlp.down_proj.weight": [3, 4, 6, 12, 18],
+    "model.layers.0.self_attn.o_proj.weight": [12, 13, 14, 15],
+    "model.layers.1.mlp.down_proj.weight": [0, 3, 4, 8, 18],
+    "model.layers.1.self_attn.o_proj.weight": [0, 1, 2, 3],
+}
+
+
+def test_seeds_and_layers_differ(analyzed):
+    draws = {seed: {n: s.indices.tolist() for n, s in chosen(analyzed("llama"), targets={"ffn.out": 8}, seed=seed).items()}
+             for seed in (0, 1)}
+    assert draws[0] != draws[1]
+    assert len({tuple(i) for draw in draws.values() for i in draw.values()}) == 4, "no two layers or seeds alike"
+    again = chosen(analyzed("llama"), targets={"ffn.out": 8}, seed=0)
+    assert {n: s.indices.tolist() for n, s in again.items()} == draws[0]
+
+
+@given(cases(), configs())
+@settings(max_examples=max(5, settings.default.max_examples // 4), phases=QUICK)
+def test_selections_of_drawn_models(case, config):
+    """Ascending, each once, in range, as many as asked for, and whole heads."""
+    spec = case.spec
+    analysis = s2ft.analyze(case.model, case.inputs)
+    units = {"attention.out": spec.heads, "attention.query": spec.heads, "attention.key": spec.kv_heads,
+             "attention.value": spec.kv_heads, "ffn.out": spec.ffn, "ffn.in": spec.ffn}
+    found = select(analysis, config, dict(case.model.named_parameters()))
+    for role, amount in config.targets.items():
+        width = spec.head_dim if role.startswith("attention") else 1
+        mine = [s for s in found if s.roles == (role,)]
+        if any(role in s.roles for s in found if len(s.roles) > 1):
+            continue  # a fused projection: its parts are counted by the tests above
+        fused = 2 if role == "ffn.in" and spec.gate != "none" else 1  # gate and up
+        per_layer = units_for(amount, units[role], role) * fused * width
+        if config.budget == "layer":
+            assert sum(len(s.indices) for s in mine) == per_layer * spec.blocks
+    for s in found:
+        size = dict(case.model.named_parameters())[s.parameter_name].shape[s.dim]
+        assert (s.indices.diff() > 0).all() and s.indices[0] >= 0 and s.indices[-1] < size
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------
+
+
+class Tower(nn.Module):
+    """Three projections in a row: the middle one produces units and contracts others."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.c(F.relu(self.b(F.relu(self.a(x)))))
+
+
+def tower():
+    model = Tower()
+    return model, s2ft.analyze(model, (torch.randn(2, 5),))
+
+
+def test_a_weight_targeted_along_both_dimensions_is_refused():
+    with pytest.raises(ConfigError, match="b.weight is targeted along both of its dimensions"):
+        chosen(tower(), targets={"ffn.out": 2, "ffn.in": 2})
+    with pytest.raises(ConfigError, match=r"matches b.weight, which could train along dims \[0, 1\]; name one of its roles"):
+        chosen(tower(), targets={"b.weight": 2})
+
+
+def test_an_unknown_target_lists_the_roles_and_names(analyzed):
+    with pytest.raises(ConfigError, match="'ffn.outt' is neither a role .*attention.out.* nor a glob .* model.embed_tokens"):
+        chosen(analyzed("llama"), targets={"ffn.outt": 2})
+
+
+def test_a_role_the_model_does_not_have_lists_those_it_has():
+    with pytest.raises(ConfigError, match="no parameter of this model has the role 'attention.out'; roles found: ffn.in, ffn.out"):
+        chosen(tower(), targets={"attention.out": 1})
+
+
+def test_a_glob_on_a_weight_that_cannot_be_permuted_says_why(analyzed):
+    with pytest.raises(ConfigError, match="matches head.bias, which has no axis that may be permuted: it is an output"):
+        model = nn.ModuleDict({"body": Tower(), "head": nn.Linear(5, 3)})
+        model.forward = lambda x: model["head"](model["body"](x))
+        chosen((model, s2ft.analyze(model, (torch.randn(2, 5),))), targets={"head.bias": 1})
+
+
+def test_a_model_without_couplings_is_refused():
+    model = nn.Linear(4, 3)
+    with pytest.raises(ConfigError, match="no coupled structure was found"):
+        chosen((model, s2ft.analyze(model, (torch.randn(2, 4),))), targets={"ffn.out": 1})
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"targets": {}}, "targets must map"),
+    ({"targets": "ffn.out"}, "targets must map"),
+    ({"targets": {3: 1}}, "a target is a role"),
+    ({"targets": {"ffn.out": 0.0}}, r"a ratio lies in \(0, 1\]"),
+    ({"targets": {"ffn.out": 1.5}}, r"a ratio lies in \(0, 1\]"),
+    ({"targets": {"ffn.out": float("nan")}}, r"a ratio lies in \(0, 1\]"),
+    ({"targets": {"ffn.out": 0}}, "at least 1"),
+    ({"targets": {"ffn.out": -2}}, "at least 1"),
+    ({"targets": {"ffn.out": True}}, "expected a ratio"),
+    ({"targets": {"ffn.out": "3%"}}, "expected a ratio"),
+    ({"selection": "magic"}, "unknown selection 'magic'; valid: random, weight"),
+    ({"budget": "global"}, "unknown budget 'global'; valid: layer, model"),
+    ({"largest": 1}, "largest must be True or False"),
+    ({"seed": -1}, "seed must be an integer"),
+    ({"seed": 0.5}, "seed must be an integer"),
+])
+def test_a_bad_config_is_refused_when_it_is_made(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        s2ft.S2FTConfig(**fields)
+
+
+def test_a_config_from_a_dict():
+    config = s2ft.S2FTConfig(targets={"ffn.out": 2}, seed=3)
+    assert s2ft.S2FTConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="unknown option 'sead'; valid options: targets, selection"):
+        s2ft.S2FTConfig.from_dict({"sead": 3})
+    given = {"ffn.out": 2}
+    config = s2ft.S2FTConfig(targets=given)
+    given["ffn.in"] = 1
+    assert config.targets == {"ffn.out": 2}, "a config does not change with what it was made from"
