@@ -27,6 +27,7 @@ def couple(captured: Captured) -> Analysis:
     """Every coupling that can be proved, and a refusal for each axis of a parameter that cannot."""
     inference = _Inference(captured)
     inference.run(captured.graph_module, None)
+    _pin_unread(inference)
     roles = _Roles(inference)
     ids: dict[Axis, int] = {}
     layouts = {
@@ -67,6 +68,8 @@ class _Inference:
         self.parameters = {
             name: Value([Axis(size) for size in shape], weight=True) for name, shape in captured.shapes.items()
         }
+        for name, other in captured.overlapping.items():
+            _pin_all(self.parameters[name], Pin(f"it shares memory with {other}, but is another parameter"))
         self.names = captured.parameters
 
     def run(self, module: fx.GraphModule, inputs: list | None) -> Any:
@@ -121,9 +124,6 @@ class _Inference:
         return _checked(Value(made, weight, scores), node.meta["val"], node)
 
 
-
-
-
 def _inlines(node: fx.Node) -> bool:
     """Whether a higher-order operator runs its graph once, on the arguments that follow it (no_grad, autocast)."""
     return node.target.name().startswith(("wrap_with_set_grad_enabled", "wrap_with_autocast"))
@@ -147,6 +147,14 @@ def _values(tree: Any) -> Iterator[Value]:
 
 def _has_tensor(val: Any) -> bool:
     return isinstance(val, torch.Tensor) or (isinstance(val, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in val))
+
+
+def _pin_unread(inference: _Inference) -> None:
+    """An axis that stays free is summed over in the end; one that is not was cut off by the example's sizes."""
+    read = _atoms_of(inference.cx.consumed)
+    for value in inference.parameters.values():
+        for atom in _atoms_of(value.dims) - read:
+            pin(atom, Pin("nothing that the example inputs reach reads it"))
 
 
 def _pin_all(tree: Any, why: Pin) -> None:

@@ -47,6 +47,7 @@ class Context:
     heads: list[Axis] = field(default_factory=list)  # batch axes of such a product
     attention: list[Axis] = field(default_factory=list)  # every axis of such a product
     experts: list[Axis] = field(default_factory=list)  # batch axes of a product with a weight
+    consumed: list[Axis] = field(default_factory=list)  # axes that a contraction or a reduction sums over
     projections: dict[Any, Projection] = field(default_factory=dict)  # by node
 
     def project(self, node, weight: Value, produced: Sequence[int], contracted: Sequence[int]) -> None:
@@ -286,6 +287,7 @@ def pad_rule(cx, node, x, pad, *args, **kwargs):
 def reduce_rule(cx, node, x, *args, **kwargs):
     """Symmetric in what it reduces: sum, mean, amax, var, norm, logsumexp."""
     gone, keep = acted_dims(node, len(x.dims)), bool(argument(node, "keepdim", False))
+    cx.consumed += [x.dims[d] for d in gone]
     dims = [ONE if d in gone else axis for d, axis in enumerate(x.dims) if keep or d not in gone]
     several = isinstance(node.meta["val"], (list, tuple))
     return [list(dims) for _ in node.meta["val"]] if several else dims
@@ -320,6 +322,7 @@ def contract(cx, node, left: Value, right: Value, batch, contracted, left_free, 
     why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
     for a, b in [*batch, *contracted]:
         unify(left.dims[a], right.dims[b], why)
+    cx.consumed += [left.dims[a] for a, _ in contracted]
     if left.weight:
         cx.project(node, left, left_free, [a for a, _ in contracted])
     if right.weight:
@@ -415,6 +418,7 @@ def attention_rule(cx, node, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=F
         return unknown_rule(cx, node, q, k, v, attn_mask)
     heads = [a if a.size == size else Axis(size) for a, size in zip(q.dims, shape(node)[:-2])]
     cx.attention += [*q.dims, *k.dims, *v.dims]
+    cx.consumed += [q.dims[-1], v.dims[-2]]
     cx.heads += heads
     for value, role in ((q, "query"), (k, "key"), (v, "value")):
         mark(value.dims, role)
@@ -442,6 +446,7 @@ def convolution_rule(cx, node, x, weight, bias=None, *args, **kwargs):
     group_w, _ = reshape([weight.dims[0]], [groups, weight.dims[0].size // groups], why)
     unify(group_x, group_w, why)
     unify(inner, weight.dims[1], why)
+    cx.consumed.append(inner)
     cx.project(node, weight, [0], [1])
     add_bias(bias, [weight.dims[0]], node)
     spatial = [Axis(size, pin=why) for size in shape(node)[2:]]

@@ -17,12 +17,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Captured:
-    """graph_module: aten. parameters: placeholder name -> the parameter's (first) name. tied: other name -> first."""
+    """graph_module: aten. parameters: placeholder name -> the parameter's (first) name. tied: other name -> first.
+
+    overlapping: a parameter -> another parameter that it shares memory with.
+    """
 
     graph_module: torch.fx.GraphModule
     parameters: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
+    overlapping: Mapping[str, str]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -69,7 +73,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     names = {p: tied.get(n, n) for p, n in program.graph_signature.inputs_to_parameters.items()}
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     log.info("captured %s: %d nodes, %d parameters", type(model).__name__, len(program.graph.nodes), len(names))
-    return Captured(program.graph_module, names, shapes, tied)
+    return Captured(program.graph_module, names, shapes, tied, overlapping_names(model))
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -80,6 +84,25 @@ def tied_names(model: nn.Module) -> dict[str, str]:
         if first.setdefault(id(parameter), name) != name:
             tied[name] = first[id(parameter)]
     return tied
+
+
+def overlapping_names(model: nn.Module) -> dict[str, str]:
+    """A parameter -> another one that lies partly or wholly in the same memory, for each that has such another."""
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for name, p in model.named_parameters():
+        if p.numel():
+            end = p.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride()))
+            spans.setdefault(p.untyped_storage()._cdata, []).append((p.storage_offset(), end, name))
+    found = {}
+    for held in spans.values():
+        last_end, last_name = 0, ""
+        for start, end, name in sorted(held):
+            if start < last_end:
+                found[name] = last_name
+                found.setdefault(last_name, name)
+            if end > last_end:
+                last_end, last_name = end, name
+    return found
 
 
 @contextmanager

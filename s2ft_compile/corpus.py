@@ -15,7 +15,7 @@ from .errors import ConfigError
 
 VOCABULARY = 1024
 HELD_OUT = 32  # blocks of each text
-CHARACTERS = 3_000_000  # of source code, and with it the docstrings in it
+CHARACTERS = 2_000_000  # of source code, and with it the docstrings in it
 
 
 @dataclass(frozen=True)

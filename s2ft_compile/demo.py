@@ -11,7 +11,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -66,7 +66,7 @@ def run(output: Path, seconds: float, console: Console) -> dict[str, Any]:
         finetuned = train_for(0.4 * seconds, 1000, code, [ours, full], bars, "fine-tuning on source code")
         after = losses(tuned, docs, code)
     with console.status("exporting merged, adapter and ONNX, and running each"):
-        forms = compare(tuned, tokenizer, output, code.held_out.input_ids[:4])
+        forms = compare(ours, tokenizer, output, code.held_out.input_ids[:BATCH])
     trained, total = sum(s.delta.numel() for s in plan.slices), sum(p.numel() for p in model.parameters())
     summary = {
         "base_loss": before["code"],
@@ -161,6 +161,11 @@ class Stepper:
         self.seconds.append(time.perf_counter() - began)
         return value.item()
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        """What the graph that trained gives: the same mode and shapes, so nothing is compiled again."""
+        self.model.train()
+        return self.compiled(input_ids=tokens, labels=tokens).logits.detach()
+
     def step_ms(self) -> float:
         return 1e3 * statistics.median(self.seconds[WARM_UP : WARM_UP + TIMED])
 
@@ -214,14 +219,13 @@ def load(folder: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
-@torch.no_grad()
-def compare(tuned: nn.Module, tokenizer, output: Path, tokens: Tensor) -> dict[str, Any]:
+def compare(ours: Stepper, tokenizer, output: Path, tokens: Tensor) -> dict[str, Any]:
     """Exports the tuned model, runs every form on `tokens`, and compares logits and weights."""
+    expected, tuned = ours.logits(tokens), ours.model.eval()
     exporters.save_merged(tuned, output / "merged")
     tokenizer.save_pretrained(output / "merged")
     exporters.save_adapter(tuned, output / "adapter")
     exporters.export_onnx(tuned, output / "model.onnx", {"input_ids": tokens})
-    expected = logits(torch.compile(tuned.eval(), backend="s2ft"), tokens)
     merged, adapted = load(output / "merged"), load(output / "base")
     exporters.load_adapter(adapted, output / "adapter")
     weights = dict(adapted.named_parameters())
@@ -233,7 +237,8 @@ def compare(tuned: nn.Module, tokenizer, output: Path, tokens: Tensor) -> dict[s
     }
 
 
-def logits(model: Callable, tokens: Tensor) -> Tensor:
+@torch.no_grad()
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, use_cache=False).logits
 
 
@@ -249,22 +254,22 @@ def difference(a: Tensor, b: Tensor) -> float:
     return (a.double() - b.double()).abs().max().item()
 
 
-@torch.no_grad()
 def samples(output: Path, tokenizer) -> Table:
-    """What base and tuned model write after the same words."""
-    table = Table("prompt", "base model", "tuned model", title="greedy continuations", show_lines=True)
+    """What base and tuned model write after the same words, drawn with the same seed."""
+    table = Table("prompt", "base model", "tuned model", title="continuations", show_lines=True)
     models = [load(output / "base"), load(output / "merged")]
     for prompt in ("def __init__(self", "for name in"):
-        tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        texts = [
-            m.generate(
-                input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=24, do_sample=False
-            )
-            for m in models
-        ]
-        continued = [tokenizer.decode(t[0, tokens.shape[1] :]) for t in texts]
-        table.add_row(escape(prompt), *(escape(text.replace("\n", "⏎")) for text in continued))
+        texts = [continuation(model, tokenizer, prompt) for model in models]
+        table.add_row(escape(prompt), *(escape(text.replace("\n", "⏎")) for text in texts))
     return table
+
+
+def continuation(model: nn.Module, tokenizer, prompt: str) -> str:
+    torch.manual_seed(SEED)
+    tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    mask = torch.ones_like(tokens)
+    made = model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=24, do_sample=True, top_k=8)
+    return tokenizer.decode(made[0, tokens.shape[1] :])
 
 
 def report(summary: dict[str, Any]) -> Table:

@@ -87,6 +87,37 @@ def test_tied_parameters_count_once():
     assert [m.dim for m in residual.members if m.parameter_name == "embed.weight"] == [1]
 
 
+def test_parameters_that_share_memory():
+    """Not tied by identity, and yet permuting one permutes the other: refused, with the name of the other."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    model[4].weight.data = model[2].weight.data
+    x = torch.randn(2, 4)
+    analysis = s2ft.analyze(model, (x,))
+    before = model(x)
+    for coupling in analysis.couplings:
+        s2ft.permute(model, coupling, list(range(coupling.units))[::-1])
+    torch.testing.assert_close(model(x), before)
+    reasons = {m.parameter_name: r.reason for r in analysis.refusals for m in r.members}
+    assert "memory with 2.weight" in reasons["4.weight"]
+
+
+class Tables(nn.Module):
+    """Rows of two tables beyond the example's length: nothing in the trace reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(9, 4)) for _ in range(2))
+
+    def forward(self, x):
+        return x + (self.a * self.b)[: x.shape[1]]
+
+
+def test_rows_that_the_example_does_not_reach():
+    """Permuting a table's unread rows is harmless at the example's length only."""
+    for coupling in s2ft.analyze(Tables(), (torch.randn(2, 5, 4),)).couplings:
+        assert not any(m.dim == 0 for m in coupling.members), str(coupling)
+
+
 def test_roles_of_members():
     """`out` is what a weight contracts, `query`, `key`, `value` and `in` what it produces, also inside a fused one."""
     spec = Spec(qkv="thirds", kv_heads=2, groups=2, gate="fused", positions="rope")
@@ -133,14 +164,14 @@ class Counting(nn.Module):
         return self.up(x) * len(x.nonzero().tolist())
 
 
-@pytest.mark.parametrize("model, word", [(Branching(), "h.sum() > 0"), (Counting(), "nonzero")])
-def test_a_model_that_cannot_be_traced(model, word):
-    """The message names the class and the line or the operator."""
+@pytest.mark.parametrize("model", [Branching(), Counting()])
+def test_a_model_that_cannot_be_traced(model):
+    """The message names the class and the line."""
     with pytest.raises(s2ft.CaptureError) as caught:
         s2ft.analyze(model.train(), (torch.randn(2, 4),))
     message = str(caught.value)
     assert type(model).__name__ in message, message
-    assert "test_analyze.py" in message or word in message, message
+    assert 'test_analyze.py", line' in message, message
     assert model.training
 
 
