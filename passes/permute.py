@@ -31,12 +31,20 @@ def moves_for(orders: Mapping[int, Tensor], layouts) -> dict[tuple[str, int], Te
 def dense_orders(analysis: Analysis, selections: Sequence[Selection]) -> dict[int, Tensor]:
     """For each axis, its selected units first, those that most selections share in front, else in base order.
 
-    What can be one range becomes one; heads chosen inside different groups become a few ranges of whole heads.
+    What can be one range becomes one; heads chosen inside different groups become a few ranges of whole heads. An
+    axis that some selected weight has along another dimension stays in base order, and with it that weight's delta.
     """
     counts: dict[int, Tensor] = {}
+    selected = {s.parameter_name: s.dim for s in selections}
+    crossing = {
+        leaf.axis
+        for (name, dim), layout in analysis.layouts.items()
+        if selected.get(name, dim) != dim
+        for leaf in leaves(layout)
+    }
     for selection in selections:
         layout = analysis.layouts[selection.parameter_name, selection.dim]
-        for axis in {leaf.axis for leaf in leaves(layout)} & analysis.free:
+        for axis in {leaf.axis for leaf in leaves(layout)} & analysis.free - crossing:
             unit = coordinates(layout, axis)
             size = int(unit.max()) + 1
             taken = unit[selection.indices]

@@ -169,6 +169,40 @@ def embedding_rule(editor, node, x, dim):
     return editor.call(aten.embedding_dense_backward.default, editor.take(grad, -1, node), *rest, like=x)
 
 
+def index_put_rule(editor, node, x, dim):
+    """Values added at indexed rows, [mask,] indices, values: what the rows hold can be sliced, the rows not."""
+    base, *rest = x.args
+    at = next(i for i, arg in enumerate(rest) if isinstance(arg, (list, tuple)))
+    indices, values, from_end = rest[at], rest[at + 1], dim - base.meta["val"].ndim
+    if dim < len(indices) or None in indices or values.meta["val"].shape[from_end] != base.meta["val"].shape[dim]:
+        return None
+    values = editor.take(values, from_end, node)
+    return editor.call(x.target, _recurse(editor, base, dim, node), *rest[: at + 1], values, *rest[at + 2 :], like=x)
+
+
+def slice_scatter_rule(editor, node, x, dim):
+    base, values, at, *rest = x.args if len(x.args) > 2 else (*x.args, 0)
+    if at % base.meta["val"].ndim == dim:
+        return None
+    values = editor.take(values, dim, node)
+    return editor.call(x.target, _recurse(editor, base, dim, node), values, at, *rest, like=x)
+
+
+def slice_backward_rule(editor, node, x, dim):
+    values, size, at, *rest = x.args
+    if at == dim:
+        return None
+    size = [*size[:dim], node.meta["val"].shape[dim], *size[dim + 1 :]]
+    return editor.call(x.target, editor.take(values, dim, node), size, at, *rest, like=x)
+
+
+def constant_rule(editor, node, x, dim):
+    """full(size, value) and new_zeros(like, size): the same of another size."""
+    size = list(node.meta["val"].shape)
+    args = [size if isinstance(arg, (list, tuple)) else arg for arg in x.args]
+    return editor.call(x.target, *args, like=x, **x.kwargs)
+
+
 def elementwise_rule(editor, node, x, dim):
     """Casts, sums of several uses' gradients, scalings: slice every operand that has the dimension."""
     rank = x.meta["val"].ndim
@@ -208,6 +242,12 @@ RULES: dict[Any, Callable] = {
     aten.addmm.default: addmm_rule,
     aten.sum.dim_IntList: sum_rule,
     aten.embedding_dense_backward.default: embedding_rule,
+    aten.index_put.default: index_put_rule,
+    aten._unsafe_masked_index_put_accumulate.default: index_put_rule,
+    aten.slice_scatter.default: slice_scatter_rule,
+    aten.slice_backward.default: slice_backward_rule,
+    aten.full.default: constant_rule,
+    aten.new_zeros.default: constant_rule,
     aten._to_copy.default: elementwise_rule,
     aten.clone.default: elementwise_rule,
     aten.alias.default: elementwise_rule,

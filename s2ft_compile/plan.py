@@ -18,8 +18,8 @@ class Slice:
     """The part of one parameter that trains.
 
     dim: along which it was selected. indices: int64 (n,), in the base model's order. delta: float32, of the
-    parameter's shape with n along `dim`, entry i belongs to indices[i]; the weight there is W0 + delta in the wider of
-    the two types, cast to the parameter's. None in a plan that was read from JSON. shape: the whole parameter's.
+    parameter's shape with n along `dim`, entry i belongs to indices[i], and along the other dimensions in the base
+    model's order; the weight there is W0 + delta in the wider of the two types, cast to the parameter's. None in a plan that was read from JSON. shape: the whole parameter's.
     """
 
     parameter_name: str

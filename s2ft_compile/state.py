@@ -5,6 +5,7 @@
 W[block] == cast(W0 + delta) for every block.
 """
 
+import warnings
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class State(nn.Module):
         self.moves = moves
         self.frozen = frozen
         self.active = True
+        self.warned = False  # of slices without a gradient
         self._hooks: list = []
         self._swapped = 0
         for block in blocks:
@@ -266,13 +268,26 @@ def release(model: nn.Module) -> None:
 
 def _before_step(optimizer, args, kwargs) -> None:
     for state, blocks in _blocks_in(optimizer):
-        lost = [b.name for b in blocks if b.delta.grad is None and not b.attached]
+        without = [b for b in blocks if b.delta.grad is None]
+        lost = [b for b in without if not b.attached]
         if lost:
             raise StateError(
-                f"{len(lost)} of {len(blocks)} slices have no gradient ({', '.join(lost[:3])}): their weights were used "
-                f'outside a graph that torch.compile(model, backend="s2ft") compiled. Compile the whole model with it, '
-                f"or call the prepared model itself"
+                f"{_named(lost, blocks)} have no gradient: their weights were used outside a graph that "
+                f'torch.compile(model, backend="s2ft") compiled. Compile the whole model with it, or call the prepared '
+                f"model itself"
             )
+        if without and not state.warned:
+            state.warned = True
+            warnings.warn(
+                f"{_named(without, blocks)} have no gradient in this step: the loss does not reach them. If it should, "
+                f"their weights were used outside of the model's forward; gradient checkpointing does that with "
+                f"use_reentrant=True and does not with use_reentrant=False",
+                stacklevel=4,
+            )
+
+
+def _named(some: list[Block], blocks: list[Block]) -> str:
+    return f"{len(some)} of {len(blocks)} slices ({', '.join(b.name for b in some[:3])})"
 
 
 def _after_step(optimizer, args, kwargs) -> None:

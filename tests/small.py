@@ -50,10 +50,12 @@ def cases(max_blocks: int = 2, **kwargs):
 
 
 @st.composite
-def configs(draw) -> s2ft.S2FTConfig:
-    """Any combination of roles, with amounts that every drawn model has."""
+def configs(draw, head: bool = True) -> s2ft.S2FTConfig:
+    """Any combination of roles, some with the head, with amounts that every drawn model has."""
     roles = draw(st.lists(st.sampled_from(s2ft.config.ROLES), min_size=1, max_size=4, unique=True))
     targets = {r: draw(st.sampled_from([1, 1.0] + [0.5, 2] * r.startswith("ffn"))) for r in roles}
+    if head and draw(st.booleans()):
+        targets["head.weight"] = 1  # channels of the residual stream, which all other weights share
     return s2ft.S2FTConfig(
         targets=targets,
         selection=draw(st.sampled_from(s2ft.config.SELECTIONS)),

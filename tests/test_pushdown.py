@@ -107,10 +107,23 @@ def test_a_rule_keeps_the_value_of_its_graph(case):
                 pushed(lambda *args: take(function(*args), dim, ranges), inputs)
 
 
-def test_the_rule_for_embeddings_slices_channels():
+ROWS_ADDED = {
+    "embedding": lambda g, i: aten.embedding_dense_backward(g, i, ROWS, -1, False),
+    "index_put": lambda g, i: aten.index_put(aten.new_zeros(g, [ROWS, COLUMNS]), [i], g, True),
+    "masked index_put": lambda g, i: aten._unsafe_masked_index_put_accumulate(
+        aten.full([ROWS, COLUMNS], 0, dtype=g.dtype), (i > 0)[..., None], [i], g),
+    "slice_scatter": lambda g, i: aten.slice_scatter(aten.full([ROWS, COLUMNS], 2, dtype=g.dtype), g[0], 0, 2, 5),
+    "slice_backward": lambda g, i: aten.slice_backward(g[1], [ROWS, COLUMNS], 0, 1, 4, 1),
+}
+
+
+@pytest.mark.parametrize("case", ROWS_ADDED)
+def test_gradients_of_looked_up_rows_are_sliced_along_the_channels(case):
     grad, ids = randn(2, 3, COLUMNS), torch.randint(ROWS, (2, 3))
     for ranges in RANGES:
-        pushed(lambda g, i: take(aten.embedding_dense_backward(g, i, ROWS, -1, False), 1, ranges), (grad, ids))
+        pushed(lambda g, i: take(ROWS_ADDED[case](g, i), 1, ranges), (grad, ids))
+        with pytest.raises(CompileError, match="computed at its full size"):
+            pushed(lambda g, i: take(ROWS_ADDED[case](g, i), 0, ranges), (grad, ids))
 
 
 def test_a_take_of_a_take_commutes():
@@ -125,9 +138,10 @@ def test_a_take_of_a_take_commutes():
 
 def test_every_rule_has_a_case():
     """A rule that is added without a case above fails here."""
-    called = {TAKE, aten.embedding_dense_backward.default}
-    for function, shapes, dims in CASES.values():
-        gm = graph_of(function, *[randn(*shape) for shape in shapes])
+    called = {TAKE}
+    graphs = [graph_of(function, *[randn(*shape) for shape in shapes]) for function, shapes, dims in CASES.values()]
+    graphs += [graph_of(f, randn(2, 3, COLUMNS), torch.randint(ROWS, (2, 3))) for f in ROWS_ADDED.values()]
+    for gm in graphs:
         called |= {n.target for n in gm.graph.nodes if n.op == "call_function"}
     composite = {aten.reshape.default}  # make_fx shows it as a view
     assert set(RULES) - composite <= called, set(RULES) - called

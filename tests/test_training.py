@@ -328,7 +328,7 @@ def test_a_step_after_another_backend_compiled_the_model_is_refused():
     before = [p.detach().clone() for p in model.parameters()]
     loss = case.loss(torch.compile(model, backend="aot_eager"))
     assert not loss.requires_grad
-    with pytest.raises(StateError, match=r"slices have no gradient .*torch.compile\(model, backend=\"s2ft\"\)"):
+    with pytest.raises(StateError, match=r"slices .* have no gradient.*torch.compile\(model, backend=\"s2ft\"\)"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
@@ -338,11 +338,10 @@ def test_a_step_is_refused_where_an_input_alone_had_gradients():
     optimizer = torch.optim.SGD(s2ft.parameters(model), lr=0.1)
     x = case.inputs[0].clone().requires_grad_()
     torch.compile(model, backend="aot_eager")(x).square().mean().backward()  # works, and trains nothing
-    with pytest.raises(StateError, match="slices have no gradient"):
+    with pytest.raises(StateError, match="slices .* have no gradient"):
         optimizer.step()
 
 
-@pytest.mark.xfail(strict=True, reason="the recomputation runs after the deltas were detached again")
 def test_a_reentrant_checkpoint_is_not_silently_wrong():
     """It runs the forward without gradients, and again in the backward, where no delta is attached any more."""
     from torch.utils.checkpoint import checkpoint
@@ -350,13 +349,10 @@ def test_a_reentrant_checkpoint_is_not_silently_wrong():
     case, model = prepared()
     for block in model.blocks:
         block.ffn.forward = (lambda f: lambda x: checkpoint(f, x.requires_grad_(), use_reentrant=True))(block.ffn.forward)
-    plan, optimizer = s2ft.state.state_of(model).plan, torch.optim.SGD(s2ft.parameters(model), lr=0.1)
+    optimizer = torch.optim.SGD(s2ft.parameters(model), lr=0.1)
     case.loss(model).backward()
-    try:
+    with pytest.warns(UserWarning, match="2 of 4 slices .*ffn.*no gradient in this step.*use_reentrant=False"):
         optimizer.step()
-    except StateError:
-        return
-    assert_gradients(plan, full_gradients(case.make(), case.loss), NOISE64)
 
 
 def test_eager_training_of_only_some_layers_is_no_error():
@@ -368,5 +364,7 @@ def test_eager_training_of_only_some_layers_is_no_error():
 
     model.blocks[1].forward = lambda x: (x, x, None)
     case.loss(model).backward()
-    optimizer.step()
+    with pytest.warns(UserWarning, match="loss does not reach them"):
+        optimizer.step()
+    optimizer.step()  # says it once
     assert {b.name for b in state.blocks if b.delta.grad is None} == {b.name for b in state.blocks if "blocks.1" in b.name}
