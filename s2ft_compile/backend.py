@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.source import LocalSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import TracingContext, tracing
+from torch._guards import Guard, TracingContext, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from .capture import Inputs, unwrap
@@ -41,31 +42,61 @@ def s2ft(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[
         raise ConfigError(f"unknown argument {', '.join(map(repr, unknown))} to backend 's2ft'; use options={{...}}")
     inner, config = _parse(options or {})
     found = [(i, *hit) for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter) and (hit := blocks_for(x))]
-    if not found:
-        if torch.is_grad_enabled():
+    training = torch.is_grad_enabled()
+    if training:
+        if not found:
             _prepare_or_check(example_inputs, config)
+        guard_layouts(gm, example_inputs)
+    if not found:
         return _compile(gm, example_inputs, inner, mode)
-    state = found[0][1]
-    _check_config(state, config)
-    if not torch.is_grad_enabled():
-        return _kept_fresh(_compile(gm, example_inputs, inner, mode), state, [])
-    blocks = [block for _, _, block in found]
-    deltas = [block.delta for block in blocks]
+    _check_config(found[0][1], config)
+    positions = [i for i, _, _ in found]
+    if not training:
+        return _with_deltas(_compile(gm, example_inputs, inner, mode), positions, False)
     attached = attach_deltas(gm, [(i, block) for i, _, block in found])
-    compiled = _compile(attached, [*example_inputs, *deltas], inner, mode)
-    for block in blocks:
-        block.attached = True
-    return _kept_fresh(compiled, state, deltas)
+    deltas = [block.delta for _, _, block in found]
+    return _with_deltas(_compile(attached, [*example_inputs, *deltas], inner, mode), positions, True)
 
 
-def _kept_fresh(compiled: Callable, state: State, deltas: list[Tensor]) -> Callable:
-    """Writes changed deltas into the weights, and passes the deltas on after dynamo's inputs."""
+def _with_deltas(compiled: Callable, positions: Sequence[int], training: bool) -> Callable:
+    """Writes changed deltas into the weights first; in training passes them on after dynamo's inputs.
+
+    The deltas are those of the weights at hand: dynamo runs one graph for all modules that its guards cannot tell apart,
+    such as the layers of a model that it compiles piece by piece.
+    """
 
     def run(*args):
-        state.refresh()
-        return compiled(*args, *deltas)
+        deltas = []
+        for position in positions:
+            state, block = blocks_for(args[position]) or (None, None)
+            if block is None:
+                continue  # inference inside `disabled`
+            if block.stale:
+                state.refresh()
+            block.attached |= training
+            deltas.append(block.delta)
+        return compiled(*args, *deltas) if training else compiled(*args)
 
     return run
+
+
+def guard_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Has dynamo compile again for a module whose weights train elsewhere than those this graph is made for."""
+    guards = TracingContext.get().guards_context.dynamo_guards
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs):
+        if isinstance(value, nn.Parameter) and getattr(node, "_dynamo_source", None) is not None:
+            guards.add(Guard(node._dynamo_source, _layout_guard))
+
+
+def _layout_guard(builder, guard: Guard) -> None:
+    expected = _layout(builder.get(guard))
+    builder.get_guard_manager(guard).add_lambda_guard(
+        lambda weight: _layout(weight) == expected, [f"{guard.name} trains at {expected}"], guard.user_stack)
+
+
+def _layout(weight: Tensor) -> tuple | None:
+    hit = blocks_for(weight)
+    return hit and hit[1].layout
 
 
 def _parse(options: Mapping[str, Any]) -> tuple[str, S2FTConfig | None]:
@@ -110,6 +141,7 @@ def _prepare_or_check(example_inputs: Sequence[Any], config: S2FTConfig | None) 
                          "s2ft.prepare(model, example_inputs) before torch.compile")
     with tracing(None), torch.no_grad():
         prepare(model, inputs, config)
+    InstructionTranslator.current_tx().speculation_log.clear()  # a model with hooks may be traced another way
     raise _Prepared(restart_reason="the model was prepared")
 
 
@@ -128,8 +160,6 @@ def _module_being_called() -> tuple[nn.Module | None, Inputs | None]:
 
 def _frame_being_traced() -> tuple[nn.Module | None, Inputs | None]:
     """The module whose forward is being compiled, and the arguments it was called with."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
     frame = InstructionTranslator.current_tx()
     while getattr(frame, "parent", None) is not None:
         frame = frame.parent

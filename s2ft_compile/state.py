@@ -39,7 +39,12 @@ class Block:
     backup: Tensor  # W0 of the block, the weight's dtype
     places: list[tuple[nn.Module, str]]  # the modules that hold the weight
     version: int = -1  # of the delta, when the weight was last written
-    attached: bool = False  # whether a compiled graph gives the delta its gradient
+    attached: bool = False  # whether a forward has used the delta, so that it can have a gradient
+
+    @property
+    def layout(self) -> tuple:
+        """What a graph that attaches the delta depends on."""
+        return self.dim, self.ranges
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
@@ -82,6 +87,7 @@ class State(nn.Module):
         self.warned = False  # of slices without a gradient
         self._hooks: list = []
         self._swapped = 0
+        self._by_weight = {id(block.weight): block for block in blocks}
         for block in blocks:
             self.register_parameter("delta__" + block.name.replace(".", "__"), block.delta)
         _live.add(self)
@@ -90,10 +96,16 @@ class State(nn.Module):
         super().__setstate__(state)
         for block in self.blocks:
             block.version = -1  # a copied delta counts its versions anew
+        self._by_weight = {id(block.weight): block for block in self.blocks}
         _live.add(self)
 
+    def forward(self, x):
+        """Nothing: a container such as `nn.Sequential` runs every child it has."""
+        return x
+
     def block_of(self, parameter: Tensor) -> Block | None:
-        return next((b for b in self.blocks if b.weight is parameter), None)
+        block = self._by_weight.get(id(parameter))
+        return block if block is not None and block.weight is parameter else None
 
     def owns(self, parameter: Tensor) -> bool:
         return any(p is parameter for p in self.frozen)

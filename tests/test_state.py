@@ -107,6 +107,7 @@ def test_calls_that_do_not_fit_the_state():
 
 
 def test_a_model_that_is_gone_leaves_nothing_behind():
+    gc.collect()
     before = len(live_states())
     case, model = prepared()
     assert len(live_states()) == before + 1
