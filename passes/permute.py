@@ -58,6 +58,7 @@ def dense_orders(analysis: Analysis, selections: Sequence[Selection]) -> dict[in
 
 def ranges(mask: Tensor) -> tuple[tuple[int, int], ...]:
     """The runs of True as (start, length)."""
-    edges = torch.diff(mask.to(torch.int8), prepend=torch.zeros(1, dtype=torch.int8), append=torch.zeros(1, dtype=torch.int8))
+    zero = torch.zeros(1, dtype=torch.int8)
+    edges = torch.diff(mask.to(torch.int8), prepend=zero, append=zero)
     starts, ends = (edges == 1).nonzero().squeeze(1), (edges == -1).nonzero().squeeze(1)
     return tuple((int(s), int(e - s)) for s, e in zip(starts, ends))

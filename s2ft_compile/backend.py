@@ -61,8 +61,8 @@ def s2ft(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[
 def _with_deltas(compiled: Callable, positions: Sequence[int], training: bool) -> Callable:
     """Writes changed deltas into the weights first; in training passes them on after dynamo's inputs.
 
-    The deltas are those of the weights at hand: dynamo runs one graph for all modules that its guards cannot tell apart,
-    such as the layers of a model that it compiles piece by piece.
+    The deltas are those of the weights at hand: dynamo runs one graph for all modules that its guards cannot tell
+    apart, such as the layers of a model that it compiles piece by piece.
     """
 
     def run(*args):
@@ -189,7 +189,7 @@ def attach_deltas(gm: fx.GraphModule, found: Sequence[tuple[int, Block]]) -> fx.
     copy = _copy(gm)
     inputs = copy.graph.find_nodes(op="placeholder")
     mode = TracingContext.get().fake_mode
-    for number, (position, block) in enumerate(found):
+    for number, (_, block) in enumerate(found):
         with copy.graph.inserting_after(copy.graph.find_nodes(op="placeholder")[-1]):
             delta = copy.graph.placeholder(f"s2ft_delta_{number}")
         delta._dynamo_source = LocalSource(f"__s2ft_delta_{number}")

@@ -19,7 +19,8 @@ class Slice:
 
     dim: along which it was selected. indices: int64 (n,), in the base model's order. delta: float32, of the
     parameter's shape with n along `dim`, entry i belongs to indices[i], and along the other dimensions in the base
-    model's order; the weight there is W0 + delta in the wider of the two types, cast to the parameter's. None in a plan that was read from JSON. shape: the whole parameter's.
+    model's order; the weight there is W0 + delta in the wider of the two types, cast to the parameter's. None in a
+    plan that was read from JSON. shape: the whole parameter's.
     """
 
     parameter_name: str
@@ -87,5 +88,6 @@ class Plan:
     def __str__(self) -> str:
         trained = sum(s.delta.numel() for s in self.slices if s.delta is not None)
         lines = [f"{len(self.slices)} slices, {trained:,} parameters train"]
-        lines += [f"  {s.parameter_name}[{s.dim}]: {len(s.indices)} of {s.shape[s.dim]} ({', '.join(s.roles)})" for s in self.slices]
+        for s in self.slices:
+            lines.append(f"  {s.parameter_name}[{s.dim}]: {len(s.indices)} of {s.shape[s.dim]} ({', '.join(s.roles)})")
         return "\n".join(lines)

@@ -35,14 +35,16 @@ def permute(model: nn.Module, coupling: Coupling, order: Tensor | Sequence[int])
     """
     model = unwrap(model)
     if find_state(model) is not None:
-        raise StateError("this model is prepared, and its plan records where its units are; call s2ft.release(model) first")
+        raise StateError("this model is prepared, and its plan records where its units are; "
+                         "call s2ft.release(model) first")
     order = torch.as_tensor(order, dtype=torch.int64).cpu()
     if order.shape != (coupling.units,) or not torch.equal(order.sort().values, torch.arange(coupling.units)):
         raise ConfigError(f"order must hold each of 0 to {coupling.units - 1} once, got {order.numel()} values")
     parameters = dict(model.named_parameters())
     for (name, dim), layout in coupling.layouts.items():
         if name not in parameters or parameters[name].ndim <= dim or parameters[name].shape[dim] != layout.size:
-            raise ConfigError(f"this coupling is of another model: {name} has no dimension {dim} of size {layout.size} here")
+            raise ConfigError(f"this coupling is of another model: {name} has no dimension {dim} "
+                              f"of size {layout.size} here")
     for (name, dim), index in moves_for({coupling.axis: order}, coupling.layouts).items():
         move(parameters[name], dim, index)
 
@@ -78,14 +80,16 @@ def prepare(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = N
     plan = Plan(config, base, tuple(slices))
     State(plan, blocks, moves, frozen).install(model)
     watch_optimizers()
-    log.info("prepared %s: %d slices, %d parameters train", type(model).__name__, len(blocks), sum(b.delta.numel() for b in blocks))
+    trained = sum(b.delta.numel() for b in blocks)
+    log.info("prepared %s: %d slices, %d parameters train", type(model).__name__, len(blocks), trained)
     return plan
 
 
 def _check_trainable(selections: Sequence[Selection], parameters) -> None:
     for s in selections:
-        if not parameters[s.parameter_name].is_floating_point():
-            raise ConfigError(f"{s.parameter_name} is {parameters[s.parameter_name].dtype}; only floating-point weights train")
+        dtype = parameters[s.parameter_name].dtype
+        if not dtype.is_floating_point:
+            raise ConfigError(f"{s.parameter_name} is {dtype}; only floating-point weights train")
 
 
 def _block(model: nn.Module, weight: nn.Parameter, selection: Selection, index) -> tuple[Block, Slice]:

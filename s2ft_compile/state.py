@@ -199,7 +199,8 @@ def state_of(model: nn.Module) -> State:
     """The model's state. Raises `StateError` for a model that was not prepared."""
     state = find_state(model)
     if state is None:
-        raise StateError(f"{type(unwrap(model)).__name__} is not prepared; call s2ft.prepare(model, example_inputs) first")
+        kind = type(unwrap(model)).__name__
+        raise StateError(f"{kind} is not prepared; call s2ft.prepare(model, example_inputs) first")
     return state
 
 
