@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# A GPU machine may have its own torch and no package registry: its python3 then runs this checkout as it is.
+GPU_PY := $(if $(wildcard $(PY)),$(PY),PYTHONPATH=. python3)
 
 # Nothing here needs a model hub: tests and demo build their own models.
 test test-slow demo: export HF_HUB_OFFLINE = 1
@@ -11,7 +13,7 @@ test test-slow demo bench-cpu: export TOKENIZERS_PARALLELISM = false
 demo: export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow gpu-test demo bench-cpu clean
+.PHONY: help setup test test-slow gpu-test gpu-bench demo bench-cpu clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -27,10 +29,13 @@ test: $(STAMP)  ## the test suite
 	$(PY) -m pytest
 
 test-slow: $(STAMP)  ## the sweeps that take minutes, too
-	$(PY) -m pytest -m "slow or not slow"
+	$(PY) -m pytest -m "not gpu"
 
-gpu-test: $(STAMP)  ## the tests that need a CUDA GPU
-	$(PY) -m pytest -m gpu
+gpu-test:  ## the tests that need a CUDA GPU (with python3 where there is no .venv)
+	$(GPU_PY) -m pytest -m gpu
+
+gpu-bench:  ## step times and peak memory on a GPU (under 10 minutes; writes benchmarks/results/gpu.json)
+	$(GPU_PY) benchmarks/gpu.py
 
 demo: $(STAMP)  ## pretrain, fine-tune, export and compare a small model (minutes; writes demo/)
 	$(VENV)/bin/s2ft demo

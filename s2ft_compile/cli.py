@@ -42,17 +42,22 @@ Dtype = Annotated[
 def inspect(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    html: Annotated[Optional[Path], typer.Option("--html", help="Write a page with a map of layers and units.")] = None,
     debug: Debug = False,
 ) -> None:
     """Show a model's coupled structures: which roles can train, their units, and what was refused and why."""
     with reported(err, debug):
         from .data import example_inputs, load_model
         from .prepare import analyze
-        from .summary import describe, tables
+        from .exporters.files import new_files
+        from .summary import describe, page, tables
 
         with err.status(f"tracing {model}"):
             loaded = load_model(model)
             facts = describe(loaded, analyze(loaded, example_inputs(loaded)))
+        if html:
+            with new_files(html) as folder:
+                (folder / html.name).write_text(page(facts), encoding="utf-8")
         if as_json:
             print(json.dumps(facts, indent=2))
         else:

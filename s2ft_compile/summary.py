@@ -1,6 +1,9 @@
 """What `s2ft inspect` shows: couplings by layer, what each role would train, and refusals."""
 
+import json
 import re
+from importlib.resources import files
+from string import Template
 from typing import Any, Iterable, Mapping
 
 from rich.table import Table
@@ -22,6 +25,7 @@ def describe(model: nn.Module, analysis: Analysis) -> dict[str, Any]:
         "targets": {role: _target(role, analysis, sizes) for role in ROLES},
         "refusals": [
             {
+                "layer": _layer(m.parameter_name for m in r.members),
                 "units": r.units,
                 "reason": r.reason,
                 "operator": r.operator,
@@ -31,6 +35,12 @@ def describe(model: nn.Module, analysis: Analysis) -> dict[str, Any]:
             for r in analysis.refusals
         ],
     }
+
+
+def page(facts: Mapping[str, Any]) -> str:
+    """`describe`'s facts as one HTML page that needs no network: layers × units as a map, with what is coupled."""
+    template = Template((files(__package__) / "page.html").read_text(encoding="utf-8"))
+    return template.substitute(facts=json.dumps(facts).replace("<", "\\u003c"))  # ends no script element early
 
 
 def _coupling(coupling: Coupling, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -72,7 +82,7 @@ def _couplings(facts: Mapping[str, Any]) -> Table:
         "permuted together",
         title=f"{facts['model']}: {facts['parameters']:,} parameters, {len(facts['couplings'])} couplings",
     )
-    for layers, coupling in _merge(facts["couplings"], lambda c: c["layer"]):
+    for layers, coupling in _merge(facts["couplings"]):
         members = ", ".join(f"{_shorten(m['parameter_name'])}[{m['dim']}]" for m in coupling["members"][:6])
         more = f", and {len(coupling['members']) - 6} more" if len(coupling["members"]) > 6 else ""
         table.add_row(
@@ -97,21 +107,20 @@ def _refusals(facts: Mapping[str, Any]) -> Table:
         "why",
         title=f"{len(facts['refusals'])} axes that must keep their order",
     )
-    rows = [{**r, "layer": _layer(m["parameter_name"] for m in r["members"])} for r in facts["refusals"]]
-    for layers, refusal in _merge(rows, lambda r: r["layer"]):
+    for layers, refusal in _merge(facts["refusals"]):
         members = ", ".join(f"{_shorten(m['parameter_name'])}[{m['dim']}]" for m in refusal["members"][:4])
         more = f", and {len(refusal['members']) - 4} more" if len(refusal["members"]) > 4 else ""
         table.add_row(layers, str(refusal["units"]), members + more, refusal["reason"])
     return table
 
 
-def _merge(rows: Iterable[Mapping[str, Any]], layer) -> list[tuple[str, Mapping[str, Any]]]:
+def _merge(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
     """(layers, row) with rows that differ only in their layer as one."""
     groups: dict[tuple, tuple[list, Mapping[str, Any]]] = {}
     for row in rows:
         members = tuple((LAYER.sub(".*.", m["parameter_name"], count=1), m["dim"]) for m in row["members"])
         key = (row.get("role"), row["units"], row.get("reason"), members)
-        groups.setdefault(key, ([], row))[0].append(layer(row))
+        groups.setdefault(key, ([], row))[0].append(row["layer"])
     return [(_spans([i for i in layers if i is not None]), row) for layers, row in groups.values()]
 
 

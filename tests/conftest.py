@@ -11,6 +11,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+if "s2ft" not in torch._dynamo.list_backends():  # a checkout that is not installed, as on a GPU machine without pip
+    from s2ft_compile.backend import s2ft
+
+    torch._dynamo.register_backend(s2ft)
+
 # the first trace in a process takes seconds, which says nothing about the strategies
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=25, derandomize=True, database=None, **COMMON)

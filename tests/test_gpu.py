@@ -1,0 +1,72 @@
+"""On a CUDA GPU: the same gradients, and what only a GPU has. `make gpu-test` runs these; elsewhere they are left out."""
+
+import copy
+
+import pytest
+import torch
+from small import U32, assert_gradients, assert_weights, compiled, full_gradients, hf, tokens, tuned
+
+import s2ft_compile as s2ft
+
+pytestmark = pytest.mark.gpu
+TARGETS = {"attention.out": 1, "attention.value": 1, "attention.query": 2, "ffn.in": 3, "ffn.out": 5}
+FAMILIES = ("llama", "qwen2", "gpt2", "bert")
+
+
+def loss_of(ids):
+    return lambda model: model(input_ids=ids, labels=ids).loss
+
+
+def on_gpu(family: str, dtype=torch.float32):
+    """The model and its inputs on the GPU, and a float64 copy with its inputs on the CPU."""
+    model, ids = hf(family).to("cuda", dtype), tokens()
+    return model, ids.cuda(), copy.deepcopy(model).to("cpu", torch.float64), ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
+def test_float32_gradients_are_those_of_the_cpu_in_float64(family, inner):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, ids, base, cpu_ids = on_gpu(family)
+    plan = s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig(targets=TARGETS))
+    loss_of(ids)(compiled(model, inner)).backward()
+    full = {n: g.cuda() for n, g in full_gradients(base, loss_of(cpu_ids)).items()}
+    cuda_plan = copy.copy(plan)
+    for s in cuda_plan.slices:
+        object.__setattr__(s, "indices", s.indices.cuda())
+    assert_gradients(cuda_plan, full, 64 * 10 * U32)  # sums of at most 64 products, through some ten layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_gradients_are_close(family):
+    model, ids, base, cpu_ids = on_gpu(family, torch.bfloat16)
+    plan = s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig(targets=TARGETS))
+    loss_of(ids)(compiled(model, "inductor")).backward()
+    full = full_gradients(base, loss_of(cpu_ids))
+    for s in plan.slices:  # 2^-8 a rounding, some forty on the way, mostly independent
+        expected = full[s.parameter_name].index_select(s.dim, s.indices)
+        error = (s.delta.grad.cpu().double() - expected).norm()
+        assert error <= 40**0.5 * 2**-8 * 4 * full[s.parameter_name].norm(), s.parameter_name
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_steps_write_the_weights(mode):
+    """With CUDA graphs too, the weights after each step are cast(W0 + delta)."""
+    model, ids, _, _ = on_gpu("llama", torch.bfloat16)
+    base = copy.deepcopy(model).cpu()
+    plan = s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig(targets=TARGETS))
+    net = torch.compile(model, backend="s2ft", mode=mode)
+    optimizer = torch.optim.AdamW(s2ft.parameters(model), lr=1e-3, fused=True)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = loss_of(ids)(net)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    s2ft.release(model)
+    cpu_plan = copy.copy(plan)
+    for s in cpu_plan.slices:
+        object.__setattr__(s, "delta", s.delta.detach().cpu())
+    assert_weights(model.cpu(), tuned(base, cpu_plan))
