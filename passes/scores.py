@@ -30,16 +30,21 @@ def parts(x: Tensor, dim: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 @torch.no_grad()
-def squares(x: Tensor, *dims: int) -> Tensor:
-    """Σ x² over all dimensions but `dims`: float64, of the sizes of `dims` (ascending), on x's device."""
+def squares(x: Tensor, *dims: int, minus: Tensor | None = None) -> Tensor:
+    """Σ (x - minus)² over all dimensions but `dims`: float64, of the sizes of `dims` (ascending), on x's device."""
     keep = sorted(d % x.ndim for d in dims)
     others = [d for d in range(x.ndim) if d not in keep]
-    if not others or not x.numel():
-        return x.double().square().sum(others) if others else x.double().square()
-    along = max(others, key=lambda d: x.shape[d])
+    along = max(others or [0], key=lambda d: x.shape[d])
     total = torch.zeros([x.shape[d] for d in keep], dtype=torch.float64, device=x.device)
-    for _, part in parts(x, along):
-        total += part.to(torch.float64, copy=True).square_().sum(others)
+    for where, part in parts(x, along):
+        wide = part.to(torch.float64, copy=True)
+        if minus is not None:
+            wide -= minus.expand_as(x)[(slice(None),) * along + (where,)]
+        wide.square_()
+        if others:
+            total += wide.sum(others)
+        else:
+            total[where] = wide
     return total
 
 

@@ -6,7 +6,6 @@ and down of one layer) share one ranking of their units, so that a channel is ch
 
 from dataclasses import dataclass
 from math import fsum, inf, prod
-from numbers import Integral
 from typing import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -87,7 +86,8 @@ def _top(target: str, bands: Sequence[Band], layers: int, depths: Mapping[str, i
         first[band.group] = min(depth, first.get(band.group, depth))
     found = sorted(set(first.values()))
     if layers > len(found):
-        raise ConfigError(f"top_layers = {layers}, but target {target!r} has {len(found)} layers; use 1 to {len(found)}")
+        raise ConfigError(f"top_layers = {layers}, but target {target!r} has {len(found)} layers; "
+                          f"use 1 to {len(found)}")
     return [b for b in bands if first[b.group] >= found[-layers]]
 
 
@@ -218,6 +218,7 @@ def _scores(group: Sequence[Band], config: S2FTConfig, parameters: Mapping[str, 
     if config.selection == "random":
         return random_scores(config.seed, group[0].group, len(group[0].positions))
     if config.selection in CALIBRATED:
+        _check_measured(group, config.selection, measured)
         return _added(group, lambda name, dim: measured.get((name, dim))).tolist()
     measure = low_rank_squares if config.selection == "lowrank" else squares
     scores = _added(group, lambda name, dim: measure(parameters[name].detach(), dim))
@@ -234,14 +235,21 @@ def _added(group: Sequence[Band], measure: Callable[[str, int], Tensor | None]) 
     return total
 
 
+def _check_measured(group: Sequence[Band], selection: str, measured: Mapping[tuple[str, int], Tensor]) -> None:
+    if not any((b.parameter_name, b.dim) in measured for b in group):
+        raise ConfigError(f"selection {selection!r} has no scores for {group[0].parameter_name}: a bias or a norm has no "
+                          f"activations of its own; target a weight of its structure too, or use 'weight' or 'gradient'")
+
+
 def _asked(function: str | Callable, group: Sequence[Band], scores: Tensor) -> list[float]:
     """What the user's function puts first, as scores; -inf for what it leaves out."""
     if isinstance(function, str):
-        raise ConfigError(f"selection {function!r} is the name of a function that chose the units, which was recorded in "
-                          f"its place; pass the function itself")
-    made = function(tuple(group), scores.clone())
-    units = made.reshape(-1).tolist() if isinstance(made, Tensor) else list(made) if isinstance(made, Iterable) else [made]
-    if len(set(units)) < len(units) or not all(isinstance(u, Integral) and not isinstance(u, bool) and 0 <= u < len(scores) for u in units):
+        raise ConfigError(f"selection {function!r} is the name of a function, recorded where it chose the units; pass "
+                          f"the function itself")
+    units = function(tuple(group), scores.clone())
+    units = units.tolist() if hasattr(units, "tolist") else units
+    units = list(units) if isinstance(units, Iterable) else [units]
+    if len(set(units)) < len(units) or not all(type(u) is int and 0 <= u < len(scores) for u in units):
         raise ConfigError(f"{qualified_name(function)} chose {units[:8]}{'...' * (len(units) > 8)} of a structure with "
                           f"{len(scores)} units; it has to return distinct integers from 0 to {len(scores) - 1}")
     ranks = dict(zip(units, range(len(units))))

@@ -8,7 +8,8 @@ from typing import Any, Callable, Mapping
 
 from .errors import ConfigError
 
-ROLES = ("attention.out", "attention.value", "attention.query", "attention.key", "ffn.out", "ffn.in", "moe.out", "moe.in")
+ROLES = ("attention.out", "attention.value", "attention.query", "attention.key", "ffn.out", "ffn.in",
+         "moe.out", "moe.in")
 CALIBRATED = ("activation", "weight_activation", "gradient")  # selections that need batches of data
 SELECTIONS = ("random", "weight", "lowrank", *CALIBRATED)
 BUDGETS = ("layer", "model", "score")
