@@ -12,7 +12,7 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
-PART = 2**18  # elements that are looked at in float64 at a time: 2 MiB, whatever the size of the tensor
+PART = 2**15  # elements that are looked at in float64 at a time: 256 KiB, whatever the size of the tensor
 RANK = 128  # of `low_rank_squares`, at most (LIFT trains best with 128 for models of 1 to 8 billion parameters)
 
 

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from .capture import arguments, inference_mode_of
+from .config import CALIBRATED
 from .errors import ConfigError
 from .passes.scores import squares
+from .saved import lean_saving
 from .uses import Uses
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ def calibrate(model: nn.Module, places: Iterable[Place], selection: str, batches
     default the output itself or its `.loss`. A bias or norm weight has no activations and is left out of the result.
     Raises `ConfigError` for unusable batches, an output without a loss, and a weight that is used in no known product.
     """
+    check(selection, batches)
+    places = list(places)
     weights = {name: model.get_parameter(name) for name, _ in places}
     if selection != "gradient":
         weights = {name: w for name, w in weights.items() if w.ndim > 1}
@@ -45,7 +49,7 @@ def calibrate(model: nn.Module, places: Iterable[Place], selection: str, batches
             for name, dim in dict.fromkeys(places) if name in weights}
     count = 0
     with _quiet(model):
-        for batch in _checked(batches):
+        for batch in batches:
             count += 1
             if selection == "gradient":
                 _add_gradients(model, weights, sums, batch, loss)
@@ -62,11 +66,16 @@ def calibrate(model: nn.Module, places: Iterable[Place], selection: str, batches
     return {place: total.cpu() for place, total in sums.items()}
 
 
-def _checked(batches: Any) -> Iterator[Any]:
+def check(selection: Any, batches: Any) -> None:
+    """Raises `ConfigError` if a selection in `CALIBRATED` is not given batches. Looks into none of them."""
+    if selection not in CALIBRATED:
+        return
+    if batches is None:
+        raise ConfigError(f"selection {selection!r} looks at data: pass calibration=, a few batches, each a tuple or a "
+                          f"dict of the forward's arguments; without data use 'random', 'weight' or 'lowrank'")
     if isinstance(batches, (str, Mapping, Tensor)) or not isinstance(batches, Iterable):
         raise ConfigError(f"calibration is a list of batches, each a tuple or a dict of the forward's arguments, got "
                           f"one {type(batches).__name__}; for one batch pass [batch]")
-    yield from batches
 
 
 @contextmanager
@@ -106,8 +115,9 @@ def _add_gradients(model: nn.Module, weights: Mapping[str, Tensor], sums: Mappin
     frozen = {name: p.detach() for name, p in model.named_parameters()}
     args, kwargs = arguments(batch)
     with torch.enable_grad():
-        output = torch.func.functional_call(model, {**frozen, **leaves}, args, kwargs)
-        value = _loss_of(model, output, batch, loss)
+        with lean_saving([*frozen.values(), *model.buffers()]):
+            output = torch.func.functional_call(model, {**frozen, **leaves}, args, kwargs)
+            value = _loss_of(model, output, batch, loss)
         del output
         if value.requires_grad:  # else it does not depend on any of them
             torch.autograd.backward(value, inputs=list(leaves.values()))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import Loss, calibrate
+from .calibrate import check as check_calibration
 from .capture import capture, unwrap
 from .config import CALIBRATED, S2FTConfig
 from .errors import ConfigError, StateError
@@ -62,9 +63,7 @@ def prepare(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = N
         raise ConfigError(f"config must be an S2FTConfig, got {type(config).__name__}")
     if find_state(model) is not None:
         raise StateError("this model is prepared already; call s2ft.release(model) before preparing it again")
-    if config.selection in CALIBRATED and calibration is None:
-        raise ConfigError(f"selection {config.selection!r} looks at data: pass calibration=, a few batches, each a tuple "
-                          f"or a dict of the forward's arguments; without data use 'random', 'weight' or 'lowrank'")
+    check_calibration(config.selection, calibration)
     parameters = dict(model.named_parameters())
     analysis = analyze(model, example_inputs)
     selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss))
