@@ -420,7 +420,7 @@ def test_a_function_that_returns_no_units_is_refused(analyzed, units):
 
 
 def test_a_recorded_function_is_not_run(analyzed):
-    with pytest.raises(ConfigError, match="'somebody:function' is the name of a function .* pass the function itself"):
+    with pytest.raises(ConfigError, match="'somebody:function' is the name of a function, .* pass the function itself"):
         chosen(analyzed("llama"), targets={"ffn.out": 2}, selection="somebody:function")
 
 
