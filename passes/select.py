@@ -219,10 +219,10 @@ def _scores(group: Sequence[Band], config: S2FTConfig, parameters: Mapping[str, 
         return random_scores(config.seed, group[0].group, len(group[0].positions))
     if config.selection in CALIBRATED:
         _check_measured(group, config.selection, measured)
-        return _added(group, lambda name, dim: measured.get((name, dim))).tolist()
+        return _rounded(_added(group, lambda name, dim: measured.get((name, dim))))
     measure = low_rank_squares if config.selection == "lowrank" else squares
     scores = _added(group, lambda name, dim: measure(parameters[name].detach(), dim))
-    return scores.tolist() if config.selection in SELECTIONS else _asked(config.selection, group, scores)
+    return _rounded(scores) if config.selection in SELECTIONS else _asked(config.selection, group, scores)
 
 
 def _added(group: Sequence[Band], measure: Callable[[str, int], Tensor | None]) -> Tensor:
@@ -235,10 +235,15 @@ def _added(group: Sequence[Band], measure: Callable[[str, int], Tensor | None]) 
     return total
 
 
+def _rounded(scores: Tensor) -> list[float]:
+    """To 12 digits: units that are alike have the same score on every machine, in whatever order it adds."""
+    return [float(f"{score:.11e}") for score in scores.tolist()]
+
+
 def _check_measured(group: Sequence[Band], selection: str, measured: Mapping[tuple[str, int], Tensor]) -> None:
     if not any((b.parameter_name, b.dim) in measured for b in group):
-        raise ConfigError(f"selection {selection!r} has no scores for {group[0].parameter_name}: a bias or a norm has no "
-                          f"activations of its own; target a weight of its structure too, or use 'weight' or 'gradient'")
+        raise ConfigError(f"selection {selection!r} has no scores for {group[0].parameter_name}: a bias or a norm has "
+                          f"no activations; target a weight of its structure too, or use 'weight' or 'gradient'")
 
 
 def _asked(function: str | Callable, group: Sequence[Band], scores: Tensor) -> list[float]:

@@ -15,6 +15,7 @@ the operator that made it. The model runs in eval mode and is left as it was.
 
 import logging
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -36,7 +37,7 @@ def calibrate(model: nn.Module, places: Iterable[Place], selection: str, batches
               loss: Loss | None = None) -> dict[Place, Tensor]:
     """Place -> float64 (size of the dimension,) on the CPU: the scores of `selection` (one of `CALIBRATED`).
 
-    batches: of a tuple or a dict of the forward's arguments each. loss: (output, batch) -> scalar, for "gradient"; by
+    batches: each a tuple or a dict of the forward's arguments. loss: (output, batch) -> scalar, for "gradient"; by
     default the output itself or its `.loss`. A bias or norm weight has no activations and is left out of the result.
     Raises `ConfigError` for unusable batches, an output without a loss, and a weight that is used in no known product.
     """
@@ -100,18 +101,17 @@ def _add_gradients(model: nn.Module, weights: Mapping[str, Tensor], sums: Mappin
     """Every weight that is asked for becomes a leaf of its own, whose gradient is reduced and dropped as soon as it is
     complete; all others are constants, so that nothing is computed below the first leaf."""
     leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    totals: dict[str, list[tuple[int, Tensor]]] = {}
+    for (name, dim), total in sums.items():
+        totals.setdefault(name, []).append((dim, total))
 
-    def reduce_of(name: str):
-        def reduce(leaf: Tensor) -> None:
-            for (other, dim), total in sums.items():
-                if other == name:
-                    total += squares(leaf.grad, dim)
-            leaf.grad = None
-
-        return reduce
+    def reduce(name: str, leaf: Tensor) -> None:
+        for dim, total in totals[name]:
+            total += squares(leaf.grad, dim)
+        leaf.grad = None
 
     for name, leaf in leaves.items():
-        leaf.register_post_accumulate_grad_hook(reduce_of(name))
+        leaf.register_post_accumulate_grad_hook(partial(reduce, name))
     frozen = {name: p.detach() for name, p in model.named_parameters()}
     args, kwargs = arguments(batch)
     with torch.enable_grad():

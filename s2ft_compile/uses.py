@@ -1,8 +1,9 @@
 """`Uses`: sees every product that a weight takes part in, and adds up what its units read or make.
 
 A dispatch mode below autograd sees core operators, whatever modules or functions they come from. A weight is known by
-the memory it lies in, so views of it (transposed, split, one expert of a batch) need no bookkeeping: strides and offset
-say which entries they are. A copy is the same entries in another place. A product is named by the labels of its operands, as in einsum.
+the memory it lies in, so views of it (transposed, split, one expert of a batch) need no bookkeeping: strides and
+offset say which entries they are. A copy is the same entries in another place. A product is named by the labels of its
+operands, as in einsum.
 """
 
 from typing import Any, Callable, Iterator, Mapping, NamedTuple
@@ -49,7 +50,10 @@ class Uses(TorchDispatchMode):
 
     def __init__(self, weights: Mapping[str, Tensor], sums: Mapping[tuple[str, int], Tensor], weighted: bool):
         super().__init__()
-        self.sums, self.weighted = sums, weighted
+        self.weighted = weighted
+        self.sums: dict[str, list[tuple[int, Tensor]]] = {}
+        for (name, dim), total in sums.items():
+            self.sums.setdefault(name, []).append((dim, total))
         self.stored: dict[int, list[Held]] = {}
         self.copies: list[StorageWeakRef] = []  # keep the address of a copy from being given to another tensor
         for name, weight in weights.items():
@@ -67,8 +71,8 @@ class Uses(TorchDispatchMode):
             self.copies.append(StorageWeakRef(made.untyped_storage()))
             self._hold(made, Held(held[0].name, _locate_copied(args[0], made, held[0].locate), *_span(made)))
         elif held and any(t.is_floating_point() and not self._held(t) for t in _tensors(made)):
-            raise ConfigError(f"activations of {held[0].name} cannot be told: it goes into {func}, which is no product with "
-                              f"an input; use selection 'weight', 'lowrank' or 'gradient' for it, or another target")
+            raise ConfigError(f"activations of {held[0].name} cannot be told: it goes into {func}, which is no product "
+                              f"with an input; use selection 'weight', 'lowrank' or 'gradient', or another target")
         return made
 
     def _hold(self, t: Tensor, held: Held) -> None:
@@ -80,11 +84,10 @@ class Uses(TorchDispatchMode):
         return next((held for held in found if held.start <= t.storage_offset() < held.end), None)
 
     def _add(self, held: Held, use: Use) -> None:
-        for (name, dim), total in self.sums.items():
-            if name == held.name and use.weight.numel() and use.made.numel():
-                unit, positions = _along(use, held, dim)
-                found = _weighted(use, unit) if self.weighted else _activation(use, unit)
-                total.index_add_(0, positions.reshape(-1), found.reshape(-1))
+        for dim, total in self.sums[held.name] if use.weight.numel() and use.made.numel() else ():
+            unit, positions = _along(use, held, dim)
+            found = _weighted(use, unit) if self.weighted else _activation(use, unit)
+            total.index_add_(0, positions.reshape(-1), found.reshape(-1))
 
 
 def _tensors(made: Any) -> list[Tensor]:
@@ -105,7 +108,14 @@ def _locate_copied(source: Tensor, copy: Tensor, locate: Callable) -> Callable[[
     """Element for element, whatever the two orders in memory."""
     dims = [(n, c, s) for n, c, s in zip(copy.shape, copy.stride(), source.stride()) if n > 1]
     start, origin = copy.storage_offset(), source.storage_offset()
-    return lambda offsets, dim: locate(origin + sum((offsets - start) // c % n * s for n, c, s in dims) + 0 * offsets, dim)
+
+    def located(offsets: Tensor, dim: int) -> Tensor:
+        moved = torch.full_like(offsets, origin)
+        for n, c, s in dims:
+            moved += (offsets - start) // c % n * s
+        return locate(moved, dim)
+
+    return located
 
 
 def _along(use: Use, held: Held, dim: int) -> tuple[str, Tensor]:
@@ -137,7 +147,7 @@ def _weighted(use: Use, unit: str) -> Tensor:
     along = max(others, key=lambda d: W.shape[d])
     total = 0
     for where, part in parts(W, along):
-        met = read.narrow(use.XW.index(use.W[along]), where.start, where.stop - where.start) if use.W[along] in use.XW else read
+        met = read[tuple(where if label == use.W[along] else slice(None) for label in use.XW)]
         total = total + torch.einsum(f"{use.W},{use.XW}->{unit}", part.to(torch.float64, copy=True).square_(), met)
     return total
 

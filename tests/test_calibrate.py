@@ -98,7 +98,7 @@ def case_loss(output, batch=None):
     return sum(((o - 0.1 * torch.linspace(-1, 1, o.shape[-1], dtype=o.dtype)) ** 2).mean() for o in outputs)
 
 
-# --- drawn models -------------------------------------------------------------------------------------------------------
+# --- drawn models -----------------------------------------------------------------------------------------------------
 
 
 @given(cases())
@@ -128,7 +128,7 @@ def test_a_tied_weight_adds_its_uses(selection):
     assert_close(found, {("embed.weight", 1): expected["embed.weight", 1]})
 
 
-# --- Hugging Face models ------------------------------------------------------------------------------------------------
+# --- Hugging Face models ----------------------------------------------------------------------------------------------
 
 
 def hf_batches(name):
@@ -173,7 +173,7 @@ def test_prepare_selects_the_units_with_the_best_scores(selection, largest):
         assert s.indices.sort().values.tolist() == expected.tolist(), s.parameter_name
 
 
-# --- other products -----------------------------------------------------------------------------------------------------
+# --- other products ---------------------------------------------------------------------------------------------------
 
 
 class Functional(nn.Module):
@@ -181,8 +181,8 @@ class Functional(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name, shape in {"fused": (14, 6), "experts": (3, 6, 5), "back": (3, 5, 6), "each": (3, 4, 6), "flat": (15, 6),
-                            "vector": (6, 6)}.items():
+        for name, shape in {"fused": (14, 6), "experts": (3, 6, 5), "back": (3, 5, 6), "each": (3, 4, 6),
+                            "flat": (15, 6), "vector": (6, 6)}.items():
             setattr(self, name, nn.Parameter(torch.randn(shape)))
         self.conv, self.depth = nn.Conv1d(6, 8, 3, padding=1), nn.Conv1d(8, 4, 3, stride=2, groups=2)
 
@@ -207,7 +207,8 @@ def functional_oracle(m, x):
     A["experts", 2], N["experts"] = e.square().sum((0, 1)), n[:, None].expand(3, 6, 5)
     A["back", 1], N["back"] = e.square().sum((0, 1)), e.square().sum(1)[..., None].expand(3, 5, 6)
     each = torch.einsum("ti,eoi->eto", s, m.each)[[0, 2]]
-    A["each", 1], N["each"] = each.square().sum((0, 1)), torch.tensor([1.0, 0, 1]).double()[:, None, None] * n.expand(3, 4, 6)
+    used = torch.tensor([1.0, 0.0, 1.0]).double()[:, None, None]
+    A["each", 1], N["each"] = each.square().sum((0, 1)), used * n.expand(3, 4, 6)
     A["flat", 0], N["flat"] = (s @ m.flat.T).square().sum(0), n.expand(15, 6)
     A["vector", 1], N["vector"] = x[0, 0].square(), x[0, 0].square().expand(6, 6)
     t = x.transpose(1, 2)
@@ -279,13 +280,13 @@ def test_a_use_that_is_no_product_is_refused():
 
     model, x = Scaled(), torch.randn(2, 3)
     for selection in ("activation", "weight_activation"):
-        with pytest.raises(ConfigError, match="activations of weight cannot be told: it goes into aten.mul.*'gradient'"):
+        with pytest.raises(ConfigError, match="of weight cannot be told: it goes into aten.mul.*'gradient'"):
             calibrate(model, [("weight", 1)], selection, [(x,)])
     full = gradients(model, [x], lambda m, b: m(b).sum())
     assert_close(calibrate(model, list(full), "gradient", [(x,)], lambda y, b: y.sum()), full)
 
 
-# --- what is asked of the user ------------------------------------------------------------------------------------------
+# --- what is asked of the user ----------------------------------------------------------------------------------------
 
 CONFIGS = {s: s2ft.S2FTConfig(targets={"ffn.out": 2}, selection=s) for s in CALIBRATED}
 
@@ -378,7 +379,7 @@ def test_a_compiled_model_is_calibrated_uncompiled():
     assert not s2ft.is_prepared(model) and len(found) == 1
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 class Live(TorchDispatchMode):

@@ -343,7 +343,9 @@ def test_equal_scores_go_to_the_first_units_and_layers(analyzed):
     for largest in (True, False):
         for budget, expected in (("layer", [[0, 1, 2]] * 2), ("model", [[0, 1, 2]]), ("score", [[0, 1], [0]])):
             config = s2ft.S2FTConfig(targets={"ffn.out": 3}, selection="activation", budget=budget, largest=largest)
-            found = select(analyzed("llama")[1], config, {}, {(n, 1): torch.ones(24, dtype=torch.float64) for n in DOWN})
+            ones = {(n, 1): 0.3 + 1e-16 * torch.arange(24, dtype=torch.float64) for n in DOWN}  # equal up to rounding
+            assert len(ones[DOWN[0], 1].unique()) > 1
+            found = select(analyzed("llama")[1], config, {}, ones)
             assert [s.indices.tolist() for s in found] == expected
 
 
@@ -431,9 +433,35 @@ def test_up_gate_and_down_alone_or_mixed(analyzed, parts):
     found = chosen(analyzed("llama"), targets={f"*.{p}_proj.weight": 4 for p in parts}, selection="weight")
     assert set(found) == {f"model.layers.{i}.mlp.{p}_proj.weight" for i in (0, 1) for p in parts}
     for i in (0, 1):
-        score = sum(norms(model.get_parameter(f"model.layers.{i}.mlp.{p}_proj.weight"), int(p == "down")) for p in parts)
+        names = {p: f"model.layers.{i}.mlp.{p}_proj.weight" for p in parts}
+        score = sum(norms(model.get_parameter(name), int(p == "down")) for p, name in names.items())
         best = score.topk(4).indices.sort().values.tolist()
-        assert all(found[f"model.layers.{i}.mlp.{p}_proj.weight"].indices.tolist() == best for p in parts)
+        assert all(found[name].indices.tolist() == best for name in names.values())
+
+
+class Mixture(nn.Module):
+    """Four experts as batched weights (expert, out, in), mixed by a router, and a dense layer below."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.high, self.router = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 4)
+        self.up, self.down = nn.Parameter(torch.randn(4, 10, 6)), nn.Parameter(torch.randn(4, 6, 10))
+
+    def forward(self, x):
+        x = x + self.high(F.relu(self.low(x)))
+        share = self.router(x).softmax(-1)
+        h = F.gelu(torch.einsum("ti,eoi->eto", x, self.up))
+        return x + torch.einsum("eto,te->to", torch.einsum("eto,eio->eti", h, self.down), share)
+
+
+def test_experts_train_the_same_channels_of_each():
+    model = Mixture()
+    analyzed = model, s2ft.analyze(model, (torch.randn(5, 6),))
+    found = chosen(analyzed, targets={"moe.in": 3, "moe.out": 3, "ffn.out": 2}, selection="weight")
+    assert {n: (s.dim, s.roles, len(s.indices)) for n, s in found.items()} == {
+        "up": (1, ("moe.in",), 3), "down": (2, ("moe.out",), 3), "high.weight": (1, ("ffn.out",), 2)}
+    score = norms(model.up, 1) + norms(model.down, 2)
+    assert found["up"].indices.tolist() == found["down"].indices.tolist() == score.topk(3).indices.sort().values.tolist()
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------
