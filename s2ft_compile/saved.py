@@ -44,7 +44,7 @@ class Memory:
     args: tuple = ()
     kwargs: dict = field(default_factory=dict)
     output: int = 0
-    valid: bool = True  # False once it was written over
+    valid: bool = True  # False once it was written over: it can still be made again, but is not what is there now
 
 
 @dataclass(eq=False)
@@ -148,9 +148,7 @@ class _Recorder(TorchDispatchMode):
 
     def _source(self, memory: Memory, depth: int) -> Source | None:
         """What is kept anyway, or can be made from that; None if neither."""
-        if not memory.valid:
-            return None
-        kept = self.kept.get(memory.pin.cdata)
+        kept = self.kept.get(memory.pin.cdata) if memory.valid else None
         if kept is not None and kept.intact:
             return kept
         if memory.func is None or not depth:
@@ -164,9 +162,8 @@ class _Recorder(TorchDispatchMode):
 
 
 def _is_cheap(func: Any) -> bool:
-    """Whether running an operator again costs little and gives the same."""
-    pure = torch.Tag.nondeterministic_seeded not in func.tags and not func._schema.is_mutable
-    return pure and (func in CHEAP or torch.Tag.pointwise in func.tags)
+    """Whether running an operator again costs little and gives the same. No pointwise operator is random."""
+    return (func in CHEAP or torch.Tag.pointwise in func.tags) and not func._schema.is_mutable
 
 
 def _described(tree: Any) -> list[tuple[Memory, View]]:

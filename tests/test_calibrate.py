@@ -15,6 +15,7 @@ import s2ft_compile as s2ft
 from s2ft_compile.calibrate import calibrate
 from s2ft_compile.config import CALIBRATED
 from s2ft_compile.errors import ConfigError
+from s2ft_compile.passes.scores import squares
 
 CLOSE = dict(rtol=1e-9, atol=1e-12)  # sums of at most some thousand squares in float64
 
@@ -269,6 +270,24 @@ def test_a_transformer_encoder_layer_is_seen_in_its_parts():
     assert_close(found, {("linear2.weight", 1): h, ("self_attn.in_proj_weight", 0): q})
 
 
+def test_the_memory_of_a_copy_that_is_gone_is_not_taken_for_it():
+    class Copies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x):
+            y = 0
+            for _ in range(20):
+                y = y + F.linear(x, self.weight.clone())
+                y = y + F.linear(x, torch.zeros(4, 3) * 2.0 + 1.0)  # in memory that the copy has left
+            return y
+
+    model, x = Copies(), torch.randn(2, 3)
+    found = calibrate(model, [("weight", 1)], "activation", [(x,)])
+    assert_close(found, {("weight", 1): 20 * x.double().square().sum(0)})
+
+
 def test_a_use_that_is_no_product_is_refused():
     class Scaled(nn.Module):
         def __init__(self):
@@ -375,8 +394,9 @@ def test_a_model_prepared_at_its_first_call_is_calibrated_on_that_call(selection
 def test_a_compiled_model_is_calibrated_uncompiled():
     model = hf("llama")
     model.compile(backend="s2ft", options={"inner": "aot_eager", "targets": {"ffn.out": 2}})
-    found = calibrate(model, [("model.layers.0.mlp.down_proj.weight", 1)], "gradient", hf_batches("llama"))
-    assert not s2ft.is_prepared(model) and len(found) == 1
+    for selection in CALIBRATED:
+        calibrate(model, [("model.layers.0.mlp.down_proj.weight", 1)], selection, hf_batches("llama"))
+    assert not s2ft.is_prepared(model) and not torch._dynamo.utils.counters["frames"]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -399,6 +419,21 @@ class Live(TorchDispatchMode):
         self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return made
+
+
+def test_no_two_gradients_are_alive_at_once(monkeypatch):
+    """But for a tied weight's, of which the first part waits for the last."""
+    model, refs, alive = one_layer(), [], []
+
+    def watched(x, dim):
+        alive.append(sum(not ref.expired() for ref in refs))
+        refs.append(StorageWeakRef(x.untyped_storage()))
+        return squares(x, dim)
+
+    monkeypatch.setattr(s2ft.calibrate, "squares", watched)
+    places = [(n, 0) for n, p in model.named_parameters() if p.ndim == 2]
+    calibrate(model, places, "gradient", hf_batches("llama"))
+    assert len(alive) == 3 * len(places) and max(alive) == 0
 
 
 LINEAR = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}

@@ -54,7 +54,7 @@ def packed_by(function, *constants):
 
 def test_a_gated_product_keeps_gate_and_up_alone():
     torch.manual_seed(0)
-    x, weights = torch.randn(5, 4), [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
+    x, weights = torch.randn(2, 5, 4), [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
     gate, up, down = weights
 
     def forward():
@@ -79,6 +79,31 @@ def test_random_operators_are_not_repeated():
     plain = gradients(lambda: (F.dropout(W * 1.0, 0.5) @ W).sum(), [W])
     torch.manual_seed(0)
     assert same_bits(gradients(lambda: (F.dropout(W * 1.0, 0.5) @ W).sum(), [W], [W])[0], plain[0])
+
+
+def test_what_is_written_over_is_not_what_was_there():
+    """r is twice the d before, the sine saves the d after: r must not be made from that."""
+    x, W = torch.randn(5, 4), nn.Parameter(torch.randn(4, 4))
+
+    def forward(write):
+        d = (x @ W).sin() * 3
+        r = d * 2
+        d = d.add_(1) if write else d + 1
+        return (d.sin() + r @ W).sum()
+
+    assert same_bits(gradients(lambda: forward(True), [W], [x, W])[0], gradients(lambda: forward(False), [W])[0])
+
+
+def test_a_buffer_that_the_forward_itself_updates():
+    x, W, count = torch.randn(5, 4), nn.Parameter(torch.randn(4, 4)), torch.zeros(4)
+
+    def forward():
+        with torch.no_grad():
+            count.add_(1)
+        return (x @ W * count).sum()
+
+    (first,) = gradients(forward, [W], [x, W, count])
+    assert same_bits(first, gradients(forward, [W])[0] / 2), "the second time it counts 2"
 
 
 def test_operators_that_write_in_place():
