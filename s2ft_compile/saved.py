@@ -163,7 +163,7 @@ class _Recorder(TorchDispatchMode):
 
 def _is_cheap(func: Any) -> bool:
     """Whether running an operator again costs little and gives the same. No pointwise operator is random."""
-    return (func in CHEAP or torch.Tag.pointwise in func.tags) and not func._schema.is_mutable
+    return func in CHEAP or torch.Tag.pointwise in func.tags
 
 
 def _described(tree: Any) -> list[tuple[Memory, View]]:
