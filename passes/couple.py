@@ -16,6 +16,7 @@ from torch import fx
 from ..capture import Captured
 from ..structure import Analysis, Coupling, Member, Refusal
 from .axes import PRODUCT, Axis, Pin, atoms, find, pin
+from .depth import depths
 from .layout import Layout, Leaf, Product, Sum, leaf_roles
 from .rules import Context, Value, rule_for
 
@@ -56,6 +57,7 @@ def couple(captured: Captured) -> Analysis:
         heads=frozenset(ids[a] for a in roles.heads if a in ids),
         free=frozenset(c.axis for c in couplings),
         tied=captured.tied,
+        depths=depths(captured.graph_module.graph, captured.parameters),
     )
 
 

@@ -4,18 +4,18 @@ A `Band` is the part of a parameter's dimension that has one role, cut into unit
 and down of one layer) share one ranking of their units, so that a channel is chosen whole.
 """
 
-import random
 from dataclasses import dataclass
-from math import prod
-from typing import Callable, Mapping, Sequence
+from math import fsum, inf, prod
+from typing import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..config import ROLES, S2FTConfig, is_glob, matches, units_for
+from ..config import CALIBRATED, ROLES, SELECTIONS, S2FTConfig, is_glob, matches, qualified_name, units_for
 from ..errors import ConfigError
 from ..structure import Analysis
 from .layout import coordinates, end_roles, leaves, role_mask
+from .scores import low_rank_squares, random_scores, squares
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,19 @@ class Selection:
     indices: Tensor
 
 
-Ranking = Callable[[Sequence[Band], Mapping[str, Tensor], S2FTConfig], Sequence[float]]
+def select(analysis: Analysis, config: S2FTConfig, parameters: Mapping[str, Tensor],
+           measured: Mapping[tuple[str, int], Tensor] | None = None) -> tuple[Selection, ...]:
+    """One selection per targeted parameter.
 
-
-def select(analysis: Analysis, config: S2FTConfig, parameters: Mapping[str, Tensor]) -> tuple[Selection, ...]:
-    """One selection per targeted parameter. Raises `ConfigError` where a target cannot be met."""
-    if not analysis.couplings:
-        refused = "; ".join(str(r) for r in analysis.refusals[:3]) or "its parameters are not used together"
-        raise ConfigError(f"no coupled structure was found in this model, so there is nothing to select: {refused}")
-    targeted = {target: _bands_of(target, analysis) for target in config.targets}
+    measured: for a selection in `CALIBRATED`, what `calibrate` found: (parameter, dim) -> float64 (size of dim,).
+    Raises `ConfigError` where a target cannot be met.
+    """
+    targeted = targeted_bands(analysis, config)
     by_group: dict[tuple, list[Band]] = {}
     for bands in targeted.values():
         for band in bands:
             by_group.setdefault(band.group, []).append(band)
-    scores = {group: RANKINGS[config.selection](bands, parameters, config) for group, bands in by_group.items()}
+    scores = {group: _scores(bands, config, parameters, measured or {}) for group, bands in by_group.items()}
     chosen: dict[tuple[str, int], tuple[list[str], list[Tensor]]] = {}
     for target, bands in targeted.items():
         units = _choose(target, config, {b.group: scores[b.group] for b in bands})
@@ -66,6 +65,30 @@ def select(analysis: Analysis, config: S2FTConfig, parameters: Mapping[str, Tens
         Selection(name, dim, tuple(dict.fromkeys(roles)), torch.cat(parts).unique())
         for (name, dim), (roles, parts) in chosen.items()
     )
+
+
+def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:
+    """Target -> the bands it may train a part of. Raises `ConfigError` where there are none."""
+    if not analysis.couplings:
+        refused = "; ".join(str(r) for r in analysis.refusals[:3]) or "its parameters are not used together"
+        raise ConfigError(f"no coupled structure was found in this model, so there is nothing to select: {refused}")
+    found = {target: _bands_of(target, analysis) for target in config.targets}
+    if config.top_layers is None:
+        return found
+    return {target: _top(target, bands, config.top_layers, analysis.depths) for target, bands in found.items()}
+
+
+def _top(target: str, bands: Sequence[Band], layers: int, depths: Mapping[str, int]) -> list[Band]:
+    """The bands of a target's last layers. A layer is all structures that are first used equally deep."""
+    first: dict[tuple, int] = {}
+    for band in bands:
+        depth = depths.get(band.parameter_name, 0)
+        first[band.group] = min(depth, first.get(band.group, depth))
+    found = sorted(set(first.values()))
+    if layers > len(found):
+        raise ConfigError(f"top_layers = {layers}, but target {target!r} has {len(found)} layers; "
+                          f"use 1 to {len(found)}")
+    return [b for b in bands if first[b.group] >= found[-layers]]
 
 
 def bands(analysis: Analysis, names: Sequence[str] | None = None) -> list[Band]:
@@ -150,16 +173,32 @@ def _preferred(candidates: Sequence[Band]) -> list[Band]:
 
 def _choose(target: str, config: S2FTConfig, scores: Mapping[tuple, Sequence[float]]) -> dict[tuple, list[int]]:
     """The chosen units of each group, those with the highest scores (lowest where not `largest`)."""
-    pools = [list(scores)] if config.budget == "model" else [[group] for group in scores]
+    pools = [[group] for group in scores] if config.budget == "layer" else [list(scores)]
     chosen: dict[tuple, list[int]] = {group: [] for group in scores}
-    sign = -1 if config.largest or config.selection == "random" else 1
+    highest = config.largest or not config.scored
+    ranked = {group: _ranked(made, highest) for group, made in scores.items()}
+    shares = _shares(scores, highest)
     for pool in pools:
-        units = [(group, unit) for group in pool for unit in range(len(scores[group]))]
-        wanted = units_for(config.targets[target], len(units), f"target {target!r}")
-        units.sort(key=lambda gu: sign * scores[gu[0]][gu[1]])  # stable: ties go to the first
-        for group, unit in units[:wanted]:
+        wanted = units_for(config.targets[target], sum(len(scores[group]) for group in pool), f"target {target!r}")
+        units = [(group, unit, rank) for group in pool for rank, unit in enumerate(ranked[group], 1)]
+        if config.budget == "score":  # the next unit to the layer with the most share per unit so far (D'Hondt)
+            units.sort(key=lambda gur: -shares[gur[0]] / gur[2])
+        else:  # stable: ties go to the first
+            units.sort(key=lambda gur: scores[gur[0]][gur[1]], reverse=highest)
+        for group, unit, _ in units[:wanted]:
             chosen[group].append(unit)
     return {group: sorted(units) for group, units in chosen.items()}
+
+
+def _ranked(scores: Sequence[float], highest: bool) -> list[int]:
+    """The units in order, the first of equal ones first; what has the score -inf is not among them."""
+    return sorted((u for u, s in enumerate(scores) if s > -inf), key=scores.__getitem__, reverse=highest)
+
+
+def _shares(scores: Mapping[tuple, Sequence[float]], highest: bool) -> dict[tuple, float]:
+    """What each group's share is proportional to: its part of all scores, or where the lowest are wanted, the rest."""
+    sums = {group: fsum(made) for group, made in scores.items()}
+    return sums if highest or len(sums) == 1 else {group: fsum(sums.values()) - s for group, s in sums.items()}
 
 
 def _check_one_dim_each(chosen) -> None:
@@ -170,24 +209,53 @@ def _check_one_dim_each(chosen) -> None:
                               f"target one of them: {', '.join(dict.fromkeys(r for d in chosen if d[0] == name for r in chosen[d][0]))}")
 
 
-# --- rankings: a score per unit, high ones first ---------------------------------------------------------------
+# --- a score for every unit of a structure, high ones first ------------------------------------------------------
 
 
-def random_ranking(group: Sequence[Band], parameters: Mapping[str, Tensor], config: S2FTConfig) -> Sequence[float]:
-    """R: any order, from the seed alone; Python's generator gives the same one everywhere."""
-    draw = random.Random(f"{config.seed}:{group[0].group}")
-    return [draw.random() for _ in range(len(group[0].positions))]
+def _scores(group: Sequence[Band], config: S2FTConfig, parameters: Mapping[str, Tensor],
+            measured: Mapping[tuple[str, int], Tensor]) -> Sequence[float]:
+    """The scores of the bands that share a ranking: those of all their positions, each counted once, added up."""
+    if config.selection == "random":
+        return random_scores(config.seed, group[0].group, len(group[0].positions))
+    if config.selection in CALIBRATED:
+        _check_measured(group, config.selection, measured)
+        return _rounded(_added(group, lambda name, dim: measured.get((name, dim))))
+    measure = low_rank_squares if config.selection == "lowrank" else squares
+    scores = _added(group, lambda name, dim: measure(parameters[name].detach(), dim))
+    return _rounded(scores) if config.selection in SELECTIONS else _asked(config.selection, group, scores)
 
 
-def weight_ranking(group: Sequence[Band], parameters: Mapping[str, Tensor], config: S2FTConfig) -> Sequence[float]:
-    """W: the squared Frobenius norm of a unit's part of the targeted weights."""
+def _added(group: Sequence[Band], measure: Callable[[str, int], Tensor | None]) -> Tensor:
+    """float64 (units,). A band that `measure` has nothing for counts nothing."""
     total = torch.zeros(len(group[0].positions), dtype=torch.float64)
     for band in {(b.parameter_name, b.dim, b.role): b for b in group}.values():
-        weight = parameters[band.parameter_name].detach()
-        others = [d for d in range(weight.ndim) if d != band.dim]
-        norms = torch.linalg.vector_norm(weight, dim=others, dtype=torch.float64) if others else weight.double()
-        total += norms.square().cpu()[band.positions].sum(1)
-    return total.tolist()
+        values = measure(band.parameter_name, band.dim)
+        if values is not None:
+            total += values.cpu()[band.positions].sum(1)
+    return total
 
 
-RANKINGS: Mapping[str, Ranking] = {"random": random_ranking, "weight": weight_ranking}
+def _rounded(scores: Tensor) -> list[float]:
+    """To 12 digits: units that are alike have the same score on every machine, in whatever order it adds."""
+    return [float(f"{score:.11e}") for score in scores.tolist()]
+
+
+def _check_measured(group: Sequence[Band], selection: str, measured: Mapping[tuple[str, int], Tensor]) -> None:
+    if not any((b.parameter_name, b.dim) in measured for b in group):
+        raise ConfigError(f"selection {selection!r} has no scores for {group[0].parameter_name}: a bias or a norm has "
+                          f"no activations; target a weight of its structure too, or use 'weight' or 'gradient'")
+
+
+def _asked(function: str | Callable, group: Sequence[Band], scores: Tensor) -> list[float]:
+    """What the user's function puts first, as scores; -inf for what it leaves out."""
+    if isinstance(function, str):
+        raise ConfigError(f"selection {function!r} is the name of a function, recorded where it chose the units; pass "
+                          f"the function itself")
+    units = function(tuple(group), scores.clone())
+    units = units.tolist() if hasattr(units, "tolist") else units
+    units = list(units) if isinstance(units, Iterable) else [units]
+    if len(set(units)) < len(units) or not all(type(u) is int and 0 <= u < len(scores) for u in units):
+        raise ConfigError(f"{qualified_name(function)} chose {units[:8]}{'...' * (len(units) > 8)} of a structure with "
+                          f"{len(scores)} units; it has to return distinct integers from 0 to {len(scores) - 1}")
+    ranks = dict(zip(units, range(len(units))))
+    return [-ranks[u] if u in ranks else -inf for u in range(len(scores))]

@@ -140,7 +140,7 @@ def _prepare_or_check(example_inputs: Sequence[Any], config: S2FTConfig | None) 
         raise StateError("backend 's2ft' found no module to prepare in what is compiled; call "
                          "s2ft.prepare(model, example_inputs) before torch.compile")
     with tracing(None), torch.no_grad():
-        prepare(model, inputs, config)
+        prepare(model, inputs, config, calibration=[inputs])
     InstructionTranslator.current_tx().speculation_log.clear()  # a model with hooks may be traced another way
     raise _Prepared(restart_reason="the model was prepared")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
-from .config import BUDGETS, ROLES, SELECTIONS, S2FTConfig
+from .config import BUDGETS, CALIBRATED, ROLES, SELECTIONS, S2FTConfig
 from .errors import AdapterError, ConfigError
 from .terminal import reported
 
@@ -82,15 +82,27 @@ def train(
         ),
     ] = "ffn.out=0.03",
     selection: Annotated[
-        str, typer.Option(help=f"How units are ranked: {' or '.join(SELECTIONS)}.")
+        str,
+        typer.Option(
+            help=f"How units are ranked: {', '.join(SELECTIONS)}; {', '.join(CALIBRATED)} look at the data."
+        ),
     ] = "random",
     smallest: Annotated[
         bool, typer.Option("--smallest", help="Take the lowest-ranked units rather than the highest.")
     ] = False,
     budget: Annotated[
         str,
-        typer.Option(help=f"Count units for each layer, or over the whole model: {' or '.join(BUDGETS)}."),
+        typer.Option(
+            help=f"{BUDGETS[0]}: as many units in each layer; over the whole model, {BUDGETS[1]}: the best "
+            f"units, {BUDGETS[2]}: layers get units by their scores."
+        ),
     ] = "layer",
+    top_layers: Annotated[
+        Optional[int], typer.Option(help="Train the last N layers only; the backward stops there. [default: all]")
+    ] = None,
+    calibration_batches: Annotated[
+        int, typer.Option(help="Batches of the data that a selection looks at.")
+    ] = 4,
     steps: Annotated[
         Optional[int], typer.Option(help="Optimizer steps. [default: one pass over the data]")
     ] = None,
@@ -120,7 +132,7 @@ def train(
         from .train import report
         from .train import train as run
 
-        config = S2FTConfig(parse_targets(targets), selection, not smallest, budget, seed)
+        config = S2FTConfig(parse_targets(targets), selection, not smallest, budget, seed, top_layers)
         options = TrainOptions(
             model,
             data,
@@ -135,6 +147,7 @@ def train(
             dtype,
             inner,
             held_out,
+            calibration_batches,
         )
         out.print(report(run(options, out), output))
 

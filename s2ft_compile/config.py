@@ -4,13 +4,15 @@ from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from math import ceil
 from numbers import Integral, Real
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 from .errors import ConfigError
 
-ROLES = ("attention.out", "attention.value", "attention.query", "attention.key", "ffn.out", "ffn.in")
-SELECTIONS = ("random", "weight")
-BUDGETS = ("layer", "model")
+ROLES = ("attention.out", "attention.value", "attention.query", "attention.key", "ffn.out", "ffn.in",
+         "moe.out", "moe.in")
+CALIBRATED = ("activation", "weight_activation", "gradient")  # selections that need batches of data
+SELECTIONS = ("random", "weight", "lowrank", *CALIBRATED)
+BUDGETS = ("layer", "model", "score")
 
 
 def units_for(amount: int | float, available: int, what: str) -> int:
@@ -37,19 +39,27 @@ class S2FTConfig:
 
     targets: role (see `ROLES`) or glob on parameter names -> ratio in (0, 1] (a float) or number of units (an int).
         A unit is a query head for `attention.out` and `attention.query`, a kv head for `attention.key` and
-        `attention.value`, a channel for `ffn.*`.
-    selection: how units are ranked, one of `SELECTIONS` (paper section 3.2: R, W).
-    largest: take the highest-ranked units (False: the lowest). Without effect on `random`.
-    budget: "layer": every layer trains the same number of units; "model": one draw over all layers, and a
-        number of units then counts over the whole model.
+        `attention.value`, a channel for `ffn.*`, a channel of every expert for `moe.*`.
+    selection: how units are ranked. One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and
+        "gradient" are the paper's R, W, A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see
+        `passes/scores.py` and `calibrate.py` for what each one is. Those in `CALIBRATED` need batches of data.
+        Or a function (bands, scores) -> units: for the `Band`s of one structure and the float64 (units,) scores of
+        "weight", the units that may train, best first, of which the first `targets`' amount do.
+    largest: take the units with the highest scores (False: the lowest). Without effect on `random` and on a function.
+    budget: "layer": every layer trains the same number of units. The others make one pool of all layers, and a number
+        of units then counts over the whole model. "model": the units with the best scores, wherever they lie (with
+        `random`: one draw). "score": a layer's share of the pool is its share of the sum of all scores.
     seed: of the random selection; the same on every machine.
+    top_layers: only the last N layers of each target train, in the order in which the model uses them; the backward
+        stops at the first of them. None: all.
     """
 
     targets: Mapping[str, int | float] = field(default_factory=lambda: {"ffn.out": 0.03})
-    selection: str = "random"
+    selection: str | Callable = "random"
     largest: bool = True
     budget: str = "layer"
     seed: int = 0
+    top_layers: int | None = None
 
     def __post_init__(self):
         if not isinstance(self.targets, Mapping) or not self.targets:
@@ -59,24 +69,47 @@ class S2FTConfig:
         for target, amount in self.targets.items():
             _check_target(target)
             _check_amount(target, amount)
-        _check_choice("selection", self.selection, SELECTIONS)
+        _check_selection(self.selection)
         _check_choice("budget", self.budget, BUDGETS)
+        if self.budget == "score" and not self.scored:
+            raise ConfigError(f"budget 'score' shares units out by their scores, and selection {self.selection!r} has "
+                              f"none; use budget 'layer' or 'model', or a selection among "
+                              f"{', '.join(s for s in SELECTIONS if s != 'random')}")
         if not isinstance(self.largest, bool):
             raise ConfigError(f"largest must be True or False, got {self.largest!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed!r}")
+        _check_top_layers(self.top_layers)
+
+    @property
+    def scored(self) -> bool:
+        """Whether units have scores that mean the same in every layer."""
+        return self.selection in SELECTIONS and self.selection != "random"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values. A function is recorded by its name, "module:function"."""
+        return {**asdict(self), "selection": qualified_name(self.selection)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "S2FTConfig":
-        """The inverse of `to_dict`. An unknown field is refused by name."""
+        """The inverse of `to_dict`. An unknown field is refused by name.
+
+        A function's name stays a name, which nothing can be selected with: a plan that someone else wrote must not
+        import code.
+        """
         known = [f.name for f in fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown:
             raise ConfigError(f"unknown option {', '.join(map(repr, unknown))}; valid options: {', '.join(known)}")
         return cls(**values)
+
+
+def qualified_name(selection: str | Callable) -> str:
+    """What stands for a selection in a file: its name, or "module:function"."""
+    if isinstance(selection, str):
+        return selection
+    named = selection if hasattr(selection, "__qualname__") else type(selection)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def is_glob(target: str) -> bool:
@@ -102,6 +135,16 @@ def _check_amount(target, amount):
     elif not 0 < amount <= 1:
         raise ConfigError(f"target {target!r}: a ratio lies in (0, 1], got {amount}; "
                           f"a number of units is written as an integer")
+
+
+def _check_selection(selection):
+    if not callable(selection) and not (isinstance(selection, str) and ":" in selection):
+        _check_choice("selection", selection, (*SELECTIONS, "a function of (bands, scores)"))
+
+
+def _check_top_layers(value):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+        raise ConfigError(f"top_layers is a number of layers from 1, or None for all of them, got {value!r}")
 
 
 def _check_choice(name, value, valid):

@@ -17,8 +17,9 @@ INNERS = ("inductor", "aot_eager", "eager")
 @dataclass(frozen=True)
 class TrainOptions:
     """Everything `s2ft train` takes. steps: optimizer steps, None for one pass over the data. held_out: the
-    share of the blocks that is only measured. batch_size: blocks in a forward. Raises `ConfigError` when it
-    is made.
+    share of the blocks that is only measured. batch_size: blocks in a forward. calibration_batches: how many
+    batches of the training blocks a selection looks at, if it looks at data. Raises `ConfigError` when it is
+    made.
     """
 
     model: str
@@ -34,9 +35,10 @@ class TrainOptions:
     dtype: str = "auto"
     inner: str = "inductor"
     held_out: float = 0.05
+    calibration_batches: int = 4
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "grad_accum", "seq_len"):
+        for name in ("steps", "batch_size", "grad_accum", "seq_len", "calibration_batches"):
             least, value = (2 if name == "seq_len" else 1), getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is at least {least}, got {value}")

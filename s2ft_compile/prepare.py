@@ -1,18 +1,20 @@
 """`analyze`, `permute` and `prepare`: from a model to a prepared one."""
 
 import logging
-from typing import Any, Sequence
+from typing import Any, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .calibrate import Loss, calibrate
+from .calibrate import check as check_calibration
 from .capture import capture, unwrap
-from .config import S2FTConfig
+from .config import CALIBRATED, S2FTConfig
 from .errors import ConfigError, StateError
 from .fingerprint import fingerprint
 from .passes.couple import couple
 from .passes.permute import dense_orders, move, moves_for, ranges
-from .passes.select import Selection, select
+from .passes.select import Selection, select, targeted_bands
 from .plan import Plan, Slice
 from .state import Block, State, find_state, watch_optimizers
 from .structure import Analysis, Coupling
@@ -49,9 +51,12 @@ def permute(model: nn.Module, coupling: Coupling, order: Tensor | Sequence[int])
         move(parameters[name], dim, index)
 
 
-def prepare(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = None) -> Plan:
+def prepare(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = None,
+            calibration: Iterable[Any] | None = None, loss: Loss | None = None) -> Plan:
     """Selects slices, permutes the weights so that they are dense, freezes the rest and registers the deltas.
 
+    calibration: batches, each a tuple or a dict of the forward's arguments, for the selections that look at data. loss:
+    (output, batch) -> scalar, for the selection "gradient" of a model whose output is neither a loss nor has one.
     The model stays the user's: same class, same `state_dict()` keys, same outputs (up to the rounding of reordered
     sums). Raises `ConfigError`, `CaptureError` or `StateError`, each before anything is changed.
     """
@@ -60,9 +65,10 @@ def prepare(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = N
         raise ConfigError(f"config must be an S2FTConfig, got {type(config).__name__}")
     if find_state(model) is not None:
         raise StateError("this model is prepared already; call s2ft.release(model) before preparing it again")
+    check_calibration(config.selection, calibration)
     parameters = dict(model.named_parameters())
     analysis = analyze(model, example_inputs)
-    selections = select(analysis, config, parameters)
+    selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss))
     _check_trainable(selections, parameters)
     base = fingerprint(model)
     index = moves_for(dense_orders(analysis, selections), analysis.layouts)
@@ -83,6 +89,13 @@ def prepare(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = N
     trained = sum(b.delta.numel() for b in blocks)
     log.info("prepared %s: %d slices, %d parameters train", type(model).__name__, len(blocks), trained)
     return plan
+
+
+def _measured(model: nn.Module, analysis: Analysis, config: S2FTConfig, calibration, loss) -> dict:
+    if config.selection not in CALIBRATED:
+        return {}
+    places = [(b.parameter_name, b.dim) for bands in targeted_bands(analysis, config).values() for b in bands]
+    return calibrate(model, places, config.selection, calibration, loss)
 
 
 def _check_trainable(selections: Sequence[Selection], parameters) -> None:

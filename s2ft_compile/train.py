@@ -52,7 +52,7 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
             )
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
-            plan = prepare(model, example_inputs(model), options.s2ft)
+            plan = prepare(model, example_inputs(model), options.s2ft, calibration(model, training, options))
         with progress(console) as bars:
             before = loss(model, held_out, options.batch_size, on_batch=counter(bars, "loss before"))
             times = fit(model, training, options, work, bars)
@@ -78,6 +78,15 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
         }
         write_json(work / "metrics.json", metrics)
     return metrics
+
+
+def calibration(model: nn.Module, blocks: Blocks, options: TrainOptions) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of the training blocks, spread evenly over them, for a selection that looks at data."""
+    device = next(model.parameters()).device
+    size = min(options.calibration_batches * options.batch_size, len(blocks))
+    chosen = blocks.take([i * len(blocks) // size for i in range(size)])
+    for start in range(0, size, options.batch_size):
+        yield {k: v.to(device) for k, v in chosen[start : start + options.batch_size].items()}
 
 
 def fit(model: nn.Module, blocks: Blocks, options: TrainOptions, work: Path, bars: Progress) -> list[float]:

@@ -54,15 +54,17 @@ def cases(max_blocks: int = 2, **kwargs):
 @st.composite
 def configs(draw, head: bool = True) -> s2ft.S2FTConfig:
     """Any combination of roles, some with the head, with amounts that every drawn model has."""
-    roles = draw(st.lists(st.sampled_from(s2ft.config.ROLES), min_size=1, max_size=4, unique=True))
+    dense = [r for r in s2ft.config.ROLES if not r.startswith("moe")]
+    roles = draw(st.lists(st.sampled_from(dense), min_size=1, max_size=4, unique=True))
     targets = {r: draw(st.sampled_from([1, 1.0] + [0.5, 2] * r.startswith("ffn"))) for r in roles}
     if head and draw(st.booleans()):
         targets["head.weight"] = 1  # channels of the residual stream, which all other weights share
+    selection = draw(st.sampled_from(("random", "weight", "lowrank")))
     return s2ft.S2FTConfig(
         targets=targets,
-        selection=draw(st.sampled_from(s2ft.config.SELECTIONS)),
+        selection=selection,
         largest=draw(st.booleans()),
-        budget=draw(st.sampled_from(s2ft.config.BUDGETS)),
+        budget=draw(st.sampled_from(("layer", "model") if selection == "random" else s2ft.config.BUDGETS)),
         seed=draw(st.integers(0, 99)),
     )
 

@@ -87,6 +87,12 @@ def refused(*arguments) -> str:
     return message[0]
 
 
+def _tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def load(folder):
     from transformers import AutoModelForCausalLM
 
@@ -230,6 +236,9 @@ def test_train_takes_jsonl_and_its_options(base, tmp_path, row):
         ({"--targets": "ffn.out=49"}, "use 1 to 48"),
         ({"--selection": "best"}, "unknown selection 'best'; valid: random, weight"),
         ({"--budget": "all"}, "unknown budget 'all'"),
+        ({"--budget": "score"}, "budget 'score' shares units out by their scores"),
+        ({"--top-layers": 3}, "top_layers = 3, but target 'ffn.out' has 2 layers"),
+        ({"--calibration-batches": 0}, "calibration_batches is at least 1"),
         ({"--inner": "tvm"}, "unknown inner 'tvm'"),
         ({"--dtype": "int8"}, "unknown dtype 'int8'"),
         ({"--steps": 0}, "steps is at least 1"),
@@ -244,6 +253,30 @@ def test_train_refuses_with_one_line_and_leaves_nothing(base, text, tmp_path, ch
     flat = [str(piece).replace("{tmp}", str(tmp_path)) for pair in options.items() for piece in pair]
     assert found in refused("train", *flat)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_a_selection_that_looks_at_data_looks_at_the_training_data(base, text, tmp_path):
+    import s2ft_compile as s2ft
+    from s2ft_compile.data import example_inputs, read_records, split, tokenize
+
+    output, given = tmp_path / "run", {
+        "--model": base, "--data": text, "--output": tmp_path / "run", "--targets": "ffn.out=7",
+        "--selection": "gradient", "--top-layers": 1, "--steps": 1, "--batch-size": 2, "--seq-len": 16,
+        "--calibration-batches": 3, "--inner": "eager",
+    }
+    result = invoke("train", *[piece for pair in given.items() for piece in pair])
+    assert result.exit_code == 0, result.output
+    before, after = dict(load(base).named_parameters()), dict(load(output / "merged").named_parameters())
+    (name,) = [n for n in before if not torch.equal(before[n], after[n])]
+    assert name == "model.layers.1.mlp.down_proj.weight"
+
+    model, tokenizer = load(base), _tokenizer(base)
+    training, _ = split(tokenize(read_records(text), tokenizer, 16), 0.05, 0, shuffle=False)
+    spread = [training[[i * len(training) // 6 for i in pair]] for pair in ((0, 1), (2, 3), (4, 5))]
+    config = s2ft.S2FTConfig(targets={"ffn.out": 7}, selection="gradient", top_layers=1)
+    (expected,) = s2ft.prepare(model, example_inputs(model), config, calibration=spread).slices
+    changed = (before[name] != after[name]).any(0).nonzero().flatten()
+    assert changed.tolist() == sorted(expected.indices.tolist())
 
 
 def test_train_refuses_a_model_that_is_no_causal_language_model(text, tmp_path):

@@ -1,5 +1,7 @@
 """`S2FTConfig`: what is accepted, and that every refusal says what is valid."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,14 +11,43 @@ from s2ft_compile.config import BUDGETS, ROLES, SELECTIONS, is_glob, matches, un
 
 amounts = st.one_of(st.integers(1, 10**6), st.floats(0, 1, exclude_min=True, allow_nan=False))
 targets = st.dictionaries(st.one_of(st.sampled_from(ROLES), st.text(min_size=1, max_size=8)), amounts, min_size=1, max_size=4)
-configs = st.builds(S2FTConfig, targets=targets, selection=st.sampled_from(SELECTIONS), largest=st.booleans(),
-                    budget=st.sampled_from(BUDGETS), seed=st.integers(0, 2**63 - 1))
+choices = st.tuples(st.sampled_from(SELECTIONS), st.sampled_from(BUDGETS)).filter(lambda c: c != ("random", "score"))
+configs = st.builds(lambda choice, **fields: S2FTConfig(selection=choice[0], budget=choice[1], **fields), choices,
+                    targets=targets, largest=st.booleans(), seed=st.integers(0, 2**63 - 1),
+                    top_layers=st.none() | st.integers(1, 99))
 
 
 @given(configs)
 def test_a_dict_and_back(config):
     assert S2FTConfig.from_dict(config.to_dict()) == config
-    assert set(config.to_dict()) == {"targets", "selection", "largest", "budget", "seed"}
+    assert set(config.to_dict()) == {"targets", "selection", "largest", "budget", "seed", "top_layers"}
+
+
+def by_hand(bands, scores):
+    return [0]
+
+
+class Chooser:
+    def __call__(self, bands, scores):
+        return [0]
+
+
+FUNCTIONS = [(by_hand, "by_hand"), (lambda bands, scores: [0], "<lambda>"), (Chooser(), "Chooser")]
+
+
+@pytest.mark.parametrize("function, name", FUNCTIONS)
+def test_a_function_is_written_down_by_its_name(function, name):
+    config = S2FTConfig(selection=function)
+    assert config.selection is function and config == S2FTConfig(selection=function)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert written["selection"] == f"{__name__}:{name}"
+    read = S2FTConfig.from_dict(written)
+    assert read.to_dict() == written and read != config, "the name is not the function: nothing is imported"
+
+
+def test_which_selections_have_scores():
+    assert [s for s in SELECTIONS if not S2FTConfig(selection=s).scored] == ["random"]
+    assert not S2FTConfig(selection=by_hand).scored
 
 
 def test_the_default():
@@ -52,6 +83,11 @@ BAD = {  # arguments -> words of the message: what was found, what is valid
     "negative seed": (dict(seed=-1), ["-1", "0"]),
     "seed too large": (dict(seed=2**63), [str(2**63), "2**63 - 1"]),
     "seed as a float": (dict(seed=1.0), ["1.0", "integer"]),
+    "random by score": (dict(budget="score"), ["'random'", "layer", "model", "weight", "gradient"]),
+    "a function by score": (dict(budget="score", selection=len), ["len", "layer", "model"]),
+    "no layers": (dict(top_layers=0), ["0", "from 1", "None"]),
+    "layers as a ratio": (dict(top_layers=0.5), ["0.5", "from 1"]),
+    "layers True": (dict(top_layers=True), ["True"]),
     "seed True": (dict(seed=True), ["True", "integer"]),
 }
 
@@ -66,7 +102,7 @@ def test_bad_values_are_refused(case):
 
 
 def test_an_unknown_field_is_refused_by_name():
-    with pytest.raises(ConfigError, match="'ratio'.*valid options: targets, selection, largest, budget, seed"):
+    with pytest.raises(ConfigError, match="'ratio'.*valid options: targets, selection, largest, budget, seed, top"):
         S2FTConfig.from_dict({"ratio": 0.1})
 
 

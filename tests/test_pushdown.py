@@ -304,6 +304,19 @@ def test_nothing_runs_backward_below_the_lowest_layer_that_trains():
     assert count_backward(compiled(model), ids) == backward_flops(1, {"ffn.out": 3}) == 2 * T * D * V + 2 * T * D * 3
 
 
+def test_the_top_layers_cost_their_own_backward_only():
+    """Half of the layers: the backward runs through the head and the upper half, and nothing below."""
+    found, ids = {}, tokens(B, L)
+    for top in (None, 1):
+        model = hf("llama", attn_implementation="eager")
+        config = s2ft.S2FTConfig(targets={"ffn.out": 3, "attention.out": 1}, top_layers=top)
+        s2ft.prepare(model, {"input_ids": ids}, config)
+        found[top] = count_backward(compiled(model), ids)
+        torch._dynamo.reset()
+    parts = {"ffn.out": 3, "attention.out": 4}
+    assert found == {None: backward_flops(0, parts), 1: backward_flops(1, parts)}
+
+
 def test_more_units_cost_exactly_their_columns():
     found = {}
     for n in (2, 7):

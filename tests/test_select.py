@@ -11,6 +11,8 @@ from torch import nn
 import s2ft_compile as s2ft
 from s2ft_compile.config import units_for
 from s2ft_compile.errors import ConfigError
+from s2ft_compile.passes import scores
+from s2ft_compile.passes.scores import low_rank_squares
 from s2ft_compile.passes.select import select
 
 
@@ -264,6 +266,202 @@ def test_selections_of_drawn_models(case, config):
     for s in found:
         size = dict(case.model.named_parameters())[s.parameter_name].shape[s.dim]
         assert (s.indices.diff() > 0).all() and s.indices[0] >= 0 and s.indices[-1] < size
+
+
+# --- lowrank, budgets by score, the top layers, a user's own function -----------------------------------------------
+
+DOWN = [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
+
+
+def truncated(weight, rank):
+    """The best approximation of a matrix, by its SVD."""
+    U, S, V = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ V[:rank]
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=20)
+def test_low_rank_squares_are_those_of_the_truncated_svd(rows, columns, rank, dtype):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(10 * rows + columns)).to(dtype)
+    expected = truncated(weight, rank).square()
+    for dim in (0, 1):  # squares of values of order 1 in float64; the Gram matrix squares the condition
+        torch.testing.assert_close(low_rank_squares(weight, dim, rank), expected.sum(1 - dim), rtol=1e-9, atol=1e-9)
+    assert torch.equal(low_rank_squares(weight, 0), low_rank_squares(weight, 0, max(1, min(rows, columns) // 4)))
+
+
+def test_the_rank_is_at_most_128_and_expert_weights_are_one_matrix_per_dimension():
+    wide = torch.randn(600, 700, dtype=torch.float64)
+    torch.testing.assert_close(low_rank_squares(wide, 1), truncated(wide, 128).square().sum(0), rtol=1e-9, atol=1e-9)
+    experts = torch.randn(3, 8, 5, dtype=torch.float64)
+    expected = truncated(experts.movedim(1, 0).flatten(1), 2).square().sum(1)
+    torch.testing.assert_close(low_rank_squares(experts, 1), expected, rtol=1e-9, atol=1e-9)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.data())
+def test_squares_in_parts(shape, data):
+    """Small parts, so that every tensor takes several."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    dims = sorted(data.draw(st.sets(st.integers(0, len(shape) - 1))))
+    others = [d for d in range(len(shape)) if d not in dims]
+    expected = x.double().square().sum(others) if others else x.double().square()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scores, "PART", 16)
+        torch.testing.assert_close(scores.squares(x, *dims), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_lowrank_selects_by_the_weight_after_rank_reduction(analyzed):
+    model, _ = analyzed("llama")
+    found = chosen(analyzed("llama"), targets={"ffn.out": 5}, selection="lowrank")
+    for name in DOWN:
+        score = truncated(model.get_parameter(name), 4).square().sum(0)  # a quarter of 16
+        assert found[name].indices.tolist() == score.topk(5).indices.sort().values.tolist()
+    assert found[DOWN[0]].indices.tolist() != chosen(analyzed("llama"), targets={"ffn.out": 5}, selection="weight")[
+        DOWN[0]].indices.tolist(), "or the test does not tell them apart"
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("amount", [1, 13, 30, 40, 48])
+def test_budget_score_shares_units_out_by_the_layers_scores(analyzed, largest, amount):
+    """D'Hondt: the holder of a unit has at least as much score for each of its units as another would have with it."""
+    model, _ = analyzed("llama")
+    score = {n: norms(model.get_parameter(n), 1) * (3.0 if "0" in n else 1.0) for n in DOWN}
+    measured = {(n, 1): s for n, s in score.items()}
+    config = s2ft.S2FTConfig(targets={"ffn.out": amount}, selection="gradient", budget="score", largest=largest)
+    found = {s.parameter_name: s.indices for s in select(analyzed("llama")[1], config, {}, measured)}
+    counts = {n: len(found.get(n, ())) for n in DOWN}
+    assert sum(counts.values()) == amount
+    share = {n: float(score[n if largest else DOWN[1 - i]].sum()) for i, n in enumerate(DOWN)}
+    for a, b in (DOWN, DOWN[::-1]):
+        if counts[a] < 24 and counts[b]:
+            assert share[a] / (counts[a] + 1) <= share[b] / counts[b]
+    for n, indices in found.items():
+        best = score[n].argsort(descending=largest)[: len(indices)].sort().values
+        assert indices.tolist() == best.tolist()
+
+
+def test_equal_scores_go_to_the_first_units_and_layers(analyzed):
+    for largest in (True, False):
+        for budget, expected in (("layer", [[0, 1, 2]] * 2), ("model", [[0, 1, 2]]), ("score", [[0, 1], [0]])):
+            config = s2ft.S2FTConfig(targets={"ffn.out": 3}, selection="activation", budget=budget, largest=largest)
+            ones = {(n, 1): 0.3 + 1e-16 * torch.arange(24, dtype=torch.float64) for n in DOWN}  # equal up to rounding
+            assert len(ones[DOWN[0], 1].unique()) > 1
+            found = select(analyzed("llama")[1], config, {}, ones)
+            assert [s.indices.tolist() for s in found] == expected
+
+
+class Branches(nn.Module):
+    """Layers of two experts side by side, registered in another order than they run in."""
+
+    def __init__(self, layers=3):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList(Branches.expert() for _ in range(2)) for _ in range(layers))
+
+    @staticmethod
+    def expert():
+        return nn.ModuleDict({"up": nn.Linear(6, 8), "down": nn.Linear(8, 6)})
+
+    def forward(self, x):
+        for layer in reversed(self.layers):
+            x = x + sum(e["down"](F.relu(e["up"](x))) for e in layer)
+        return x
+
+
+def test_the_top_layers_are_the_last_ones_that_run(analyzed):
+    assert list(chosen(analyzed("llama"), targets={"ffn.out": 2}, top_layers=1)) == DOWN[1:]
+    both = chosen(analyzed("llama"), targets={"ffn.out": 2, "attention.out": 1, "ffn.in": 2}, top_layers=1)
+    assert len(both) == 4 and all("layers.1." in n for n in both)
+    assert len(chosen(analyzed("llama"), targets={"ffn.out": 2}, top_layers=2)) == 2
+    model = Branches()
+    analysis = s2ft.analyze(model, (torch.randn(2, 6),))
+    for n in (1, 2):
+        found = chosen((model, analysis), targets={"ffn.in": 2}, top_layers=n)
+        assert set(found) == {f"layers.{i}.{e}.up.weight" for i in range(n) for e in (0, 1)}, "run in reverse"
+    pooled = chosen((model, analysis), targets={"ffn.in": 1.0}, top_layers=1, budget="model")
+    assert set(pooled) == {"layers.0.0.up.weight", "layers.0.1.up.weight"}
+
+
+def test_too_many_top_layers_are_refused(analyzed):
+    with pytest.raises(ConfigError, match="top_layers = 3, but target 'ffn.out' has 2 layers; use 1 to 2"):
+        chosen(analyzed("llama"), targets={"ffn.out": 2}, top_layers=3)
+
+
+def test_a_function_names_the_units_best_first(analyzed):
+    model, _ = analyzed("llama")
+    seen = []
+
+    def every_third(bands, score):
+        seen.append(([(b.parameter_name, b.dim, b.role, tuple(b.positions.shape)) for b in bands], score))
+        return torch.arange(len(score) - 1, -1, -3)  # 23, 20, 17, ...
+
+    for largest in (True, False):
+        found = chosen(analyzed("llama"), targets={"ffn.out": 2, "ffn.in": 3}, selection=every_third, largest=largest)
+        assert found[DOWN[0]].indices.tolist() == [20, 23]
+        assert found["model.layers.1.mlp.up_proj.weight"].indices.tolist() == [17, 20, 23]
+    names = [(f"model.layers.0.mlp.{n}_proj.weight", d, r, (24, 1)) for n, d, r in
+             (("down", 1, "ffn.out"), ("gate", 0, "ffn.in"), ("up", 0, "ffn.in"))]
+    assert seen[0][0] == names
+    torch.testing.assert_close(seen[0][1], sum(norms(model.get_parameter(n), d) for n, d, _, _ in names))
+
+
+def test_a_function_may_leave_units_and_layers_out(analyzed):
+    def only_layer_1(bands, score):
+        return [5, 4] if ".1." in bands[0].parameter_name else []
+
+    for budget in ("layer", "model"):
+        found = chosen(analyzed("llama"), targets={"ffn.out": 1.0}, selection=only_layer_1, budget=budget)
+        assert {n: s.indices.tolist() for n, s in found.items()} == {DOWN[1]: [4, 5]}
+
+
+@pytest.mark.parametrize("units", [[0, 0], [24], [-1], [0.5], [True, False], "no", None], ids=str)
+def test_a_function_that_returns_no_units_is_refused(analyzed, units):
+    def mine(bands, score):
+        return units
+
+    with pytest.raises(ConfigError, match="mine .*it has to return distinct integers from 0 to 23"):
+        chosen(analyzed("llama"), targets={"ffn.out": 2}, selection=mine)
+
+
+def test_a_recorded_function_is_not_run(analyzed):
+    with pytest.raises(ConfigError, match="'somebody:function' is the name of a function, .* pass the function itself"):
+        chosen(analyzed("llama"), targets={"ffn.out": 2}, selection="somebody:function")
+
+
+@pytest.mark.parametrize("parts", [("up",), ("gate",), ("up", "down"), ("gate", "up"), ("gate", "up", "down")], ids=str)
+def test_up_gate_and_down_alone_or_mixed(analyzed, parts):
+    """Each is a target by name; what several share is one ranking over those that train."""
+    model, _ = analyzed("llama")
+    found = chosen(analyzed("llama"), targets={f"*.{p}_proj.weight": 4 for p in parts}, selection="weight")
+    assert set(found) == {f"model.layers.{i}.mlp.{p}_proj.weight" for i in (0, 1) for p in parts}
+    for i in (0, 1):
+        names = {p: f"model.layers.{i}.mlp.{p}_proj.weight" for p in parts}
+        score = sum(norms(model.get_parameter(name), int(p == "down")) for p, name in names.items())
+        best = score.topk(4).indices.sort().values.tolist()
+        assert all(found[name].indices.tolist() == best for name in names.values())
+
+
+class Mixture(nn.Module):
+    """Four experts as batched weights (expert, out, in), mixed by a router, and a dense layer below."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.high, self.router = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 4)
+        self.up, self.down = nn.Parameter(torch.randn(4, 10, 6)), nn.Parameter(torch.randn(4, 6, 10))
+
+    def forward(self, x):
+        x = x + self.high(F.relu(self.low(x)))
+        share = self.router(x).softmax(-1)
+        h = F.gelu(torch.einsum("ti,eoi->eto", x, self.up))
+        return x + torch.einsum("eto,te->to", torch.einsum("eto,eio->eti", h, self.down), share)
+
+
+def test_experts_train_the_same_channels_of_each():
+    model = Mixture()
+    analyzed = model, s2ft.analyze(model, (torch.randn(5, 6),))
+    found = chosen(analyzed, targets={"moe.in": 3, "moe.out": 3, "ffn.out": 2}, selection="weight")
+    assert {n: (s.dim, s.roles, len(s.indices)) for n, s in found.items()} == {
+        "up": (1, ("moe.in",), 3), "down": (2, ("moe.out",), 3), "high.weight": (1, ("ffn.out",), 2)}
+    score = norms(model.up, 1) + norms(model.down, 2)
+    assert found["up"].indices.tolist() == found["down"].indices.tolist() == score.topk(3).indices.sort().values.tolist()
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------
