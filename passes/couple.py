@@ -17,6 +17,7 @@ from ..capture import Captured
 from ..structure import Analysis, Coupling, Member, Refusal
 from .axes import PRODUCT, Axis, Pin, atoms, find, pin
 from .layout import Layout, Leaf, Product, Sum, leaf_roles
+from .normalize import normalize
 from .rules import Context, Value, rule_for
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ aten = torch.ops.aten
 
 def couple(captured: Captured) -> Analysis:
     """Every coupling that can be proved, and a refusal for each axis of a parameter that cannot."""
+    for module in captured.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            normalize(module.graph, captured.constants)
     inference = _Inference(captured)
     inference.run(captured.graph_module, None)
     _pin_unread(inference)

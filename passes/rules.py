@@ -373,6 +373,21 @@ def bmm_rule(cx, node, left, right):
     return contract(cx, node, left, right, [(0, 0)], [(2, 1)], [1], [2])
 
 
+def grouped_mm_rule(cx, node, x, weight, offsets=None, bias=None, *args, **kwargs):
+    """Rows x[o[e-1]:o[e]] times weight[e]: rows and experts are matched by offsets, so their order matters."""
+    if offsets is None or bias is not None or (len(x.dims), len(weight.dims)) != (2, 3):
+        return unknown_rule(cx, node, x, weight, offsets, bias)
+    why = Pin(f"{name(node)} matches rows to experts by their order", node)
+    for axis in (x.dims[0], weight.dims[0], *offsets.dims):
+        pin(axis, why)
+    unify(x.dims[1], weight.dims[1], Pin(f"{name(node)} of two axes that cannot be aligned", node))
+    cx.consumed.append(x.dims[1])
+    cx.experts.append(weight.dims[0])
+    if weight.weight:
+        cx.project(node, weight, [2], [1])
+    return Value([x.dims[0], weight.dims[2]])
+
+
 def baddbmm_rule(cx, node, bias, left, right, **kwargs):
     out = bmm_rule(cx, node, left, right)
     return replace(out, dims=broadcast(cx, node, out, bias))
@@ -598,6 +613,7 @@ RULES: dict[Any, Callable] = {
     aten.addmm.default: addmm_rule,
     aten.bmm.default: bmm_rule,
     aten.baddbmm.default: baddbmm_rule,
+    **family(grouped_mm_rule, "_grouped_mm"),
     aten.matmul.default: matmul_rule,
     aten.einsum.default: einsum_rule,
     **family(attention_rule, "scaled_dot_product_attention"),
@@ -609,9 +625,15 @@ RULES: dict[Any, Callable] = {
 }
 
 
+# operators of other libraries, which exist only once those are imported
+NAMED_RULES: dict[str, Callable] = {"transformers::grouped_mm_fallback": grouped_mm_rule}
+
+
 def rule_for(target: Any) -> Callable:
     """The rule of an operator: its own, the shared one of elementwise operators, or refusal."""
     if target in RULES:
         return RULES[target]
+    if isinstance(target, torch._ops.OpOverload) and target._schema.name in NAMED_RULES:
+        return NAMED_RULES[target._schema.name]
     pointwise = torch.Tag.pointwise in getattr(target, "tags", ())
     return pointwise_rule if pointwise else unknown_rule
