@@ -32,7 +32,7 @@ MAPPINGS = {
     "ctc": "MODEL_FOR_CTC_MAPPING_NAMES", "audio": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
     "text-encoder": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
 }
-LIMIT_S, MEMORY = 240, 9 * 2**30
+LIMIT_S, MEMORY, LARGEST = 240, 9 * 2**30, 150e6
 RESULTS = Path(__file__).parent / "results"
 console = Console(width=160)
 
@@ -58,7 +58,7 @@ DETAIL = (
      r"|global_head_dim|(linear_(key|value)_head_dim)", 8),
     (r"rotary_dim", 4), (r"qk_rope_head_dim", 8), (r"qk_head_dim", 16), (r"(q|kv|o)_lora_rank", 12),
     (r".*_(period|interval)", 2), (r".*_layer_offset", 1),
-    (r"image_size", 32), (r"patch_size", 8), (r"hidden_size_per_layer_input", 8),
+    (r"mamba_(n|num)_heads|n_mamba_heads|mamba_(d_head|head_dim)", 8), (r"image_size", 32), (r"patch_size", 8), (r"hidden_size_per_layer_input", 8),
     (r"num_(feature_levels|codebooks)", 2),
     (r"index_topk", 4),
 )
@@ -73,8 +73,12 @@ def tiny(config_class, rules, depth: int = 0):
         if name in inner or (hasattr(value, "to_dict") and hasattr(type(value), "model_type")):
             if value is not None and hasattr(value, "to_dict") and depth < 3:
                 made[name] = tiny(type(value), rules, depth + 1).to_dict()
+        elif value is None and name in ("head_dim", "num_experts_per_tok", "topk_group", "n_group"):
+            made.update({name: n for pattern, n in rules if re.fullmatch(pattern, name)})
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((n for pattern, n in rules if re.fullmatch(pattern, name)), None)
+            if "key_value" in name and value == getattr(default, "num_attention_heads", None):
+                size = 4  # no groups where the default has none: some attention allows none
             if size is not None and size < max(value, 1):
                 made.setdefault(name, size)
             elif name.endswith("token_id") and value >= 97:
@@ -152,7 +156,11 @@ def build(config_class, model_class):
     for make in attempts(config_class):
         try:
             torch.manual_seed(0)
-            model = model_class(make()).float().eval()
+            config = make()
+            with torch.device("meta"):
+                if sum(p.numel() for p in model_class(config).parameters()) > LARGEST:
+                    raise ValueError("the sizes that can be made small leave it too large")
+            model = model_class(config).float().eval()
             for config in configs(model.config):
                 config.use_cache = False
         except Exception as error:  # whatever an invalid combination of sizes raises
@@ -176,8 +184,9 @@ def build(config_class, model_class):
 
 ATTENTION = re.compile(r"att(entio)?n(?!.*(norm|rotary))", re.I)
 FFN = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$|\d)|moe|expert|intermediate|^(fc|lin|wi)_?[01]?$", re.I)
+FFN_CLASS = re.compile(r"mlp|ffn|feed_?forward|experts$|intermediate", re.I)
 EXPERTS = re.compile(r"experts?$")
-NEITHER = re.compile(r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos", re.I)
+NEITHER = re.compile(r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|^gate$|_hc$", re.I)
 
 
 def kind_of(name: str, module: nn.Module) -> str | None:
@@ -186,7 +195,7 @@ def kind_of(name: str, module: nn.Module) -> str | None:
         return None
     if ATTENTION.search(name) or ATTENTION.search(label) and not re.search(r"layer|block", label, re.I):
         return "attention" if sum(p.dim() > 1 for p in module.parameters()) > 1 else None
-    return "ffn" if FFN.search(name) or FFN.search(label) else None
+    return "ffn" if FFN.search(name) or FFN_CLASS.search(label) else None
 
 
 def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ aten = torch.ops.aten
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unflatten.int}
 COPIES = {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten._to_copy.default,
           aten.to.dtype}
+PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093, 10099, 10103, 10111, 10133, 10139, 10141)
 MAX_PIECES = 64  # a loop over the positions of a sequence takes an axis apart, too, and has nothing to gain
 
 
@@ -32,6 +33,35 @@ class Part(NamedTuple):
     start: int
     size: int
     drop: bool = False
+
+
+def concretize(graph: fx.Graph) -> None:
+    """Gives every size that depends on data a number: a large prime of its own, so that only equal sizes are equal.
+
+    Axes of such a size come from lookups, so they are in order already; the rules need to tell sizes apart.
+    """
+    chosen: dict[str, int] = {}
+
+    def number(size) -> int:
+        expression = getattr(getattr(size, "node", None), "expr", None)
+        if expression is None:
+            return size
+        for symbol in sorted(expression.free_symbols, key=str):
+            chosen.setdefault(str(symbol), PRIMES[len(chosen) % len(PRIMES)])
+        return int(expression.xreplace({s: chosen[str(s)] for s in expression.free_symbols}))
+
+    def concrete(value, node):
+        if isinstance(value, torch.Tensor) and any(not isinstance(n, int) for n in value.shape):
+            node.meta["made up"] = True
+            return torch.empty([number(n) for n in value.shape], dtype=value.dtype, device="meta")
+        if isinstance(value, (list, tuple)):
+            return type(value)([concrete(v, node) for v in value])
+        node.meta["made up"] = node.meta.get("made up", False) or isinstance(value, torch.SymInt)
+        return number(value) if isinstance(value, torch.SymInt) else value
+
+    for node in graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = concrete(node.meta["val"], node)
 
 
 def normalize(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None:

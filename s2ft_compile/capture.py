@@ -126,6 +126,8 @@ def inference_mode_of(model: nn.Module):
             stack.callback(setattr, config, "use_cache", config.use_cache)
             config.use_cache = False
         model.eval()
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)  # one opaque operator for a whole encoder layer
         yield
 
 
