@@ -19,6 +19,7 @@ import resource
 import time
 import warnings
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ def tiny(config_class, rules, depth: int = 0):
             made.update({name: n for pattern, n in rules if re.fullmatch(pattern, name)})
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((n for pattern, n in rules if re.fullmatch(pattern, name)), None)
-            if "key_value" in name and value == getattr(default, "num_attention_heads", None):
+            if "key_value" in name and value == vars(default).get("num_attention_heads"):
                 size = 4  # no groups where the default has none: some attention allows none
             if size is not None and size < max(value, 1):
                 made.setdefault(name, size)
@@ -88,7 +89,7 @@ def tiny(config_class, rules, depth: int = 0):
 
 def layer_lists(config) -> dict:
     """Lists with an entry for each layer, cut to one layer of each kind (at least two), and the number of layers."""
-    count = getattr(config, "num_hidden_layers", None)
+    count = vars(config).get("num_hidden_layers")
     lists = {k: v for k, v in vars(config).items() if isinstance(v, (list, tuple)) and count and len(v) == count > 4
              and all(isinstance(x, (str, int)) for x in v)}
     kinds = list(zip(*lists.values()))
@@ -104,6 +105,7 @@ def attempts(config_class):
     layers = tuple(r for r in CORE if "layers" in r[0] or "vocab" in r[0])
     for rules in (CORE + DETAIL, CORE, layers):
         yield lambda rules=rules: tiny(config_class, rules)
+        yield lambda rules=rules: tiny(config_class, rules).get_text_config(decoder=True)
 
 
 # --- a model and its inputs -----------------------------------------------------------------------------------------
@@ -150,6 +152,14 @@ def configs(config):
             yield from configs(value)
 
 
+def parameters(model_class, config) -> int:
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in model_class(config).parameters())
+    except TypeError:  # one that makes its tensors in a way that no device can be set for
+        return 0
+
+
 def build(config_class, model_class):
     """The first configuration that makes a model whose forward runs: (model, inputs). Raises the last failure."""
     failure = None
@@ -157,9 +167,8 @@ def build(config_class, model_class):
         try:
             torch.manual_seed(0)
             config = make()
-            with torch.device("meta"):
-                if sum(p.numel() for p in model_class(config).parameters()) > LARGEST:
-                    raise ValueError("the sizes that can be made small leave it too large")
+            if parameters(model_class, config) > LARGEST:
+                raise ValueError("the sizes that can be made small leave it too large")
             model = model_class(config).float().eval()
             for config in configs(model.config):
                 config.use_cache = False
@@ -203,7 +212,7 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
     found = []
     for name, child in module.named_children():
         at, kind = f"{path}.{name}".strip("."), kind_of(name, child)
-        inside = {k for n, m in child.named_modules() if n and (k := kind_of(n.rsplit(".", 1)[-1], m))}
+        inside = {k for n, m in child.named_modules() if n and not EXPERTS.search(n) and (k := kind_of(n.rsplit(".", 1)[-1], m))}
         experts = kind == "ffn" and not EXPERTS.search(at) and any(EXPERTS.search(n) for n, _ in child.named_modules())
         if kind and not experts and not inside - {kind} and re.search(r"(^|\.)\d+(\.|$)", at):
             direct = isinstance(child, (nn.Linear, nn.Conv1d)) or re.fullmatch(r"(fc|lin|wi)_?[01]?", name)
@@ -380,6 +389,12 @@ def cost(layers: int) -> dict:
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
 
 
+def save(path: Path, stored: dict) -> None:
+    stored["versions"] = {"torch": torch.__version__, "transformers": version("transformers")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mapping", default="causal-lm", help=f"by commas, or all: {', '.join(MAPPINGS)}")
@@ -408,9 +423,8 @@ def main() -> None:
             console.print(table(rows, mapping))
             console.print(mapping, aggregate(rows))
             stored[mapping] = {"aggregate": aggregate(rows), "types": rows}
-    stored["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(stored, indent=1) + "\n")
+            save(options.output, stored)
+    save(options.output, stored)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from .rules import Context, Value, rule_for, shapes, unknown_rule
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+MIXES = {aten.matmul.default, aten.bmm.default, aten.einsum.default}
 
 
 def couple(captured: Captured) -> Analysis:
@@ -185,7 +186,7 @@ class _Roles:
         cx = inference.cx
         self.heads = _atoms_of(cx.heads)
         self.attention = _atoms_of(cx.attention) | self.heads
-        self.experts = _atoms_of(cx.experts)
+        self.experts = _atoms_of(cx.experts) - self.attention  # weights of their own for each head are no experts
         self.projections = [
             (_atoms_of(p.produced), _atoms_of(p.contracted)) for p in cx.projections.values()
         ]
@@ -231,34 +232,52 @@ def _residual_atoms(inference: _Inference) -> set[Axis]:
     """The axes along which a sum joins a tensor with what a projection made of that very tensor."""
     env, projections = inference.env, inference.cx.projections
     order = {node: i for i, node in enumerate(env)}
+    made_anywhere = _atoms_of(axis for p in projections.values() for axis in p.produced)
     found: set[Axis] = set()
     for node in env:
         if node.op != "call_function" or node.target is not aten.add.Tensor:
             continue
         operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and isinstance(env.get(a), Value)]
-        if len(operands) == 2 and not any(env[a].weight for a in operands):
-            skip, branch = sorted(operands, key=order.__getitem__)
-            made = _branch_projections(skip, branch, order, projections)
-            found |= _atoms_of(made) & _atoms_of(env[node].dims)
+        wanted = _atoms_of(env[node].dims) & made_anywhere - found
+        if len(operands) == 2 and not any(env[a].weight for a in operands) and wanted:
+            for skip, branch in (operands, operands[::-1]):
+                sources = _carried(skip, env, wanted, projections)
+                found |= wanted & _atoms_of(_branch_projections(sources, branch, order, projections))
     return found
 
 
-def _branch_projections(skip, branch, order, projections) -> list[Axis]:
-    """What the last projections on the way from `skip` to `branch` produce; [] if `branch` does not read `skip`."""
-    produced, seen, reads_skip = [], set(), False
-    stack = [(branch, True)]
+def _carried(skip: fx.Node, env, wanted: set[Axis], projections) -> set[fx.Node]:
+    """The nodes that a skip connection carries: itself and, up to the sum before, the one it was mixed or scaled from."""
+    found, stack = set(), [skip]
+    while stack:
+        node = stack.pop()
+        if node in found or node in projections:
+            continue
+        found.add(node)
+        if node.op == "call_function" and node.target is not aten.add.Tensor:
+            held = [n for n in node.all_input_nodes if isinstance(env.get(n), Value) and wanted & _atoms_of(env[n].dims)]
+            if not any(env[n].weight for n in held) and (len(held) == 1 or node.target in MIXES):
+                stack += held
+    return found
+
+
+def _branch_projections(sources: set[fx.Node], branch, order, projections) -> list[Axis]:
+    """What the last projections on the way from `sources` to `branch` produce; [] if `branch` reads none of them."""
+    produced, seen, reads = [], set(), False
+    first, stack = min((order[n] for n in sources), default=0), [(branch, True)]
     while stack:
         node, last = stack.pop()
-        if node is skip:
-            reads_skip = True
-        if (node, last) in seen or order[node] <= order[skip]:
+        if node in sources:
+            reads = True
+            continue
+        if (node, last) in seen or order[node] < first:
             continue
         seen.add((node, last))
         if last and node in projections:
             produced += projections[node].produced
             last = False
         stack += [(n, last) for n in node.all_input_nodes if n in order]
-    return produced if reads_skip else []
+    return produced if reads else []
 
 
 # --- freezing --------------------------------------------------------------------------------------------------

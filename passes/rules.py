@@ -493,7 +493,8 @@ def convolution_rule(cx, node, x, weight, bias=None, *args, **kwargs):
         cx.project(node, weight, [0], [1])
     add_bias(bias, [weight.dims[0]], node)
     spatial = [Axis(size, pin=why) for size in shape(node)[2:]]
-    return Value([x.dims[0], weight.dims[0], *spatial], x.weight and weight.weight)
+    depthwise = inner.size == 1 and x.dims[1].size == weight.dims[0].size
+    return Value([x.dims[0], x.dims[1] if depthwise else weight.dims[0], *spatial], x.weight and weight.weight)
 
 
 # --- indexing --------------------------------------------------------------------------------------------------
