@@ -144,6 +144,22 @@ def _explain(model: nn.Module, error: Exception) -> str:
     place = f" ({where[-1]})" if where else ""
     return (
         f"{type(model).__name__} could not be traced by torch.export: {type(error).__name__}: "
-        f"{lines[0] if lines else 'no message'}{place}. The forward has to run on the example inputs without "
-        f"branching on tensor values; example inputs that avoid the branch, or a forward without it, trace."
+        f"{lines[0] if lines else 'no message'}{place}. {_advice(str(error))}"
     )
+
+
+# what an error of torch.export says -> what would make the model trace
+ADVICE = {
+    "data-dependent": "A branch or a size there depends on the values of a tensor; it traces once that is computed without "
+                      "Python control flow (torch.where, masks), or with example inputs and settings that avoid it.",
+    "not on the expected device": "Tensors of two devices meet: make the example inputs on the model's device.",
+    "same device": "Tensors of two devices meet: make the example inputs on the model's device.",
+    "unexpected keyword argument": "The example inputs are the forward's arguments by name; one of them is not.",
+    "missing": "The example inputs have to hold every argument that the forward needs.",
+}
+
+
+def _advice(message: str) -> str:
+    found = next((advice for sign, advice in ADVICE.items() if sign in message.lower()), "")
+    return found or ("The forward has to run on the example inputs without branching on tensor values; example inputs that "
+                     "avoid the branch, or a forward without it, trace.")
