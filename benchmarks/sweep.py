@@ -419,7 +419,11 @@ def main() -> None:
         stored["cost"] = rows
     else:
         for mapping in MAPPINGS if options.mapping == "all" else options.mapping.split(","):
-            rows = sweep(mapping, [n for n in options.only.split(",") if n])
+            only = [n for n in options.only.split(",") if n]
+            rows = sweep(mapping, only)
+            if only:  # the rest as it was
+                rows += [r for r in stored.get(mapping, {}).get("types", []) if r["type"] not in only]
+                rows.sort(key=lambda r: r["type"])
             console.print(table(rows, mapping))
             console.print(mapping, aggregate(rows))
             stored[mapping] = {"aggregate": aggregate(rows), "types": rows}

@@ -716,7 +716,7 @@ def family(rule: Callable, *names: str) -> dict:
 RULES: dict[Any, Callable] = {
     **family(pointwise_rule, "where", "masked_fill", "lerp", "addcmul", "addcdiv", "clamp", "maximum", "minimum",
              "rsub", "pow", "bitwise_and", "bitwise_or", "logical_and", "logical_or", "logical_not", "eq", "ne",
-             "copy"),
+             "copy", "multiply", "polar", "log_sigmoid"),
     **family(same_rule, "clone", "alias", "detach", "contiguous", "to", "_to_copy", "type_as", "lift_fresh_copy",
              "lift_fresh", "dropout", "native_dropout", "feature_dropout", "alpha_dropout", "softmax", "_softmax",
              "log_softmax", "_log_softmax", "_safe_softmax", "bernoulli", "nan_to_num"),
@@ -741,7 +741,7 @@ RULES: dict[Any, Callable] = {
     aten.select.int: select_rule,
     **family(unbind_rule, "unbind"),
     **family(split_rule, "split", "split_with_sizes", "chunk"),
-    **family(cat_rule, "cat", "concat"),
+    **family(cat_rule, "cat", "concat", "concatenate"),
     **family(stack_rule, "stack"),
     **family(pad_rule, "constant_pad_nd"),
     aten.pad.default: pad_rule,

@@ -313,6 +313,9 @@ CASES = {}
 for _name in ("maximum", "minimum", "eq", "ne", "rsub", "logical_and", "logical_or"):
     CASES[_name] = [binary(only(_name))]
 CASES["copy"] = [lambda r: (lambda x: (aten.copy.default, (x, r.t(*[r.of(n, 1) for n in x.shape][r.of(0, 1):])), {}))(r.x())]
+for _name in ("multiply", "polar"):
+    CASES[_name] = [binary(only(_name))]
+CASES["log_sigmoid"] = [plain(aten.log_sigmoid.default)]
 CASES["pow"] = [binary(aten.pow.Tensor_Tensor), plain(aten.pow.Tensor_Scalar, 2), lambda r: (aten.pow.Scalar, (2, r.x()), {})]
 CASES["clamp"] = [plain(aten.clamp.default, 0.3, 0.6), lambda r: (aten.clamp.Tensor, pair(r), {})]
 for _name in ("bitwise_and", "bitwise_or"):
@@ -392,6 +395,7 @@ for _name in ("split", "split_with_sizes", "chunk"):
     CASES[_name] = [split_case]
 CASES["cat"] = [cat_case]
 CASES["concat"] = [lambda r: (aten.concat.default, cat_case(r)[1], {})]
+CASES["concatenate"] = [lambda r: (aten.concatenate.default, cat_case(r)[1], {})]
 CASES["stack"] = [stack_case]
 CASES["constant_pad_nd"] = [pad_case(aten.constant_pad_nd.default)]
 CASES["pad"] = [pad_case(aten.pad.default), lambda r: (aten.pad.default, (r.t(2, 3, 5), [1, 1], "reflect"), {})]
