@@ -40,6 +40,7 @@ console = Console(width=160)
 # --- a tiny configuration: (what an attribute's name looks like, its size), the first that matches ------------------
 
 CORE = (
+    (r"num_feat_extract_layers", 10**9),  # lists have an entry for each: as it is
     (r"num_kv_shared_layers|num_nextn_predict_layers|.*mtp.*layers", 0),
     (r"first_k_dense_replace|num_dense_layers|n_dense_layers", 1),
     (r".*vocab_size(_per_layer_input)?", 97),
