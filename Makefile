@@ -7,13 +7,13 @@ STAMP := $(VENV)/.installed
 GPU_PY := $(if $(wildcard $(PY)),$(PY),PYTHONPATH=. python3)
 
 # Nothing here needs a model hub: tests and demo build their own models.
-test test-slow demo: export HF_HUB_OFFLINE = 1
+test test-slow demo sweep: export HF_HUB_OFFLINE = 1
 test test-slow demo bench-cpu: export TOKENIZERS_PARALLELISM = false
 # Where other work shares the cores, threads that spin while they wait make a step several times slower.
 demo: export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow gpu-test gpu-bench demo bench-cpu clean
+.PHONY: help setup test test-slow gpu-test gpu-bench demo bench-cpu sweep clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -42,6 +42,9 @@ demo: $(STAMP)  ## pretrain, fine-tune, export and compare a small model (minute
 
 bench-cpu: $(STAMP)  ## step times and memory against LoRA and full fine-tuning (writes benchmarks/results/cpu.json)
 	$(PY) benchmarks/cpu.py
+
+sweep: $(STAMP)  ## couplings of every model type of transformers (an hour; writes benchmarks/results/sweep.json)
+	$(PY) benchmarks/sweep.py --mapping all
 
 clean:  ## remove .venv, demo/ and caches
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

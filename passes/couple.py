@@ -7,7 +7,7 @@ come from the graph too: which axes attention runs over in parallel, which sums 
 import logging
 import operator
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Iterator
 
 import torch
@@ -17,15 +17,21 @@ from ..capture import Captured
 from ..structure import Analysis, Coupling, Member, Refusal
 from .axes import PRODUCT, Axis, Pin, atoms, find, pin
 from .depth import depths
-from .layout import Layout, Leaf, Product, Sum, leaf_roles
-from .rules import Context, Value, rule_for
+from .layout import Layout, Leaf, Product, Sum, end_roles, leaf_roles, leaves
+from .normalize import concretize, normalize
+from .rules import Context, Value, rule_for, shapes, unknown_rule
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+MIXES = {aten.matmul.default, aten.bmm.default, aten.einsum.default}
 
 
 def couple(captured: Captured) -> Analysis:
     """Every coupling that can be proved, and a refusal for each axis of a parameter that cannot."""
+    for module in captured.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            concretize(module.graph)
+            normalize(module.graph, captured.constants)
     inference = _Inference(captured)
     inference.run(captured.graph_module, None)
     _pin_unread(inference)
@@ -115,26 +121,33 @@ class _Inference:
             return self.run(args[graphs[0]], list(args[graphs[0] + 1 :]))
         if not _has_tensor(node.meta.get("val")):
             return None
-        made = rule_for(node.target)(self.cx, node, *args, **kwargs)
+        made = self._apply(node, args, kwargs)
         operands = list(_values((args, kwargs)))
         weight = all(v.weight for v in operands)
         scores = any(v.scores for v in operands)
         if isinstance(made, Value):
-            return _checked(made, node.meta["val"], node)
-        if isinstance(node.meta["val"], (list, tuple)):
-            return [_checked(Value(d, weight, scores), v, node) for d, v in zip(made, node.meta["val"])]
-        return _checked(Value(made, weight, scores), node.meta["val"], node)
+            return made
+        return [Value(d, weight, scores) for d in made] if isinstance(node.meta["val"], (list, tuple)) else Value(made, weight, scores)
+
+
+    def _apply(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        """The rule's result; where sizes depend on data, sums of made-up sizes can contradict a real one: refused."""
+        try:
+            made = rule_for(node.target)(self.cx, node, *args, **kwargs)
+            several = made if isinstance(node.meta["val"], (list, tuple)) else [made]
+            found = [[d.size for d in (m.dims if isinstance(m, Value) else m)] for m in several]
+            if found[: len(shapes(node))] != shapes(node):
+                raise ValueError(f"rule for {node.target} made {found} where the graph has {shapes(node)}")
+            return made
+        except (IndexError, ValueError, AttributeError):
+            if not any(n.meta.get("made up") for n in (node, *node.all_input_nodes)):
+                raise
+            return unknown_rule(self.cx, node, *args, **kwargs)
 
 
 def _inlines(node: fx.Node) -> bool:
     """Whether a higher-order operator runs its graph once, on the arguments that follow it (no_grad, autocast)."""
     return node.target.name().startswith(("wrap_with_set_grad_enabled", "wrap_with_autocast"))
-
-
-def _checked(value: Value, expected: torch.Tensor, node: fx.Node) -> Value:
-    if value.sizes != list(expected.shape):
-        raise AssertionError(f"rule for {node.target} made {value.sizes} where the graph has {list(expected.shape)}")
-    return value
 
 
 def _values(tree: Any) -> Iterator[Value]:
@@ -175,7 +188,7 @@ class _Roles:
         cx = inference.cx
         self.heads = _atoms_of(cx.heads)
         self.attention = _atoms_of(cx.attention) | self.heads
-        self.experts = _atoms_of(cx.experts)
+        self.experts = _atoms_of(cx.experts) - self.attention  # weights of their own for each head are no experts
         self.projections = [
             (_atoms_of(p.produced), _atoms_of(p.contracted)) for p in cx.projections.values()
         ]
@@ -221,34 +234,52 @@ def _residual_atoms(inference: _Inference) -> set[Axis]:
     """The axes along which a sum joins a tensor with what a projection made of that very tensor."""
     env, projections = inference.env, inference.cx.projections
     order = {node: i for i, node in enumerate(env)}
+    made_anywhere = _atoms_of(axis for p in projections.values() for axis in p.produced)
     found: set[Axis] = set()
     for node in env:
         if node.op != "call_function" or node.target is not aten.add.Tensor:
             continue
         operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and isinstance(env.get(a), Value)]
-        if len(operands) == 2 and not any(env[a].weight for a in operands):
-            skip, branch = sorted(operands, key=order.__getitem__)
-            made = _branch_projections(skip, branch, order, projections)
-            found |= _atoms_of(made) & _atoms_of(env[node].dims)
+        wanted = _atoms_of(env[node].dims) & made_anywhere - found
+        if len(operands) == 2 and not any(env[a].weight for a in operands) and wanted:
+            for skip, branch in (operands, operands[::-1]):
+                sources = _carried(skip, env, wanted, projections)
+                found |= wanted & _atoms_of(_branch_projections(sources, branch, order, projections))
     return found
 
 
-def _branch_projections(skip, branch, order, projections) -> list[Axis]:
-    """What the last projections on the way from `skip` to `branch` produce; [] if `branch` does not read `skip`."""
-    produced, seen, reads_skip = [], set(), False
-    stack = [(branch, True)]
+def _carried(skip: fx.Node, env, wanted: set[Axis], projections) -> set[fx.Node]:
+    """The nodes that a skip connection carries: itself and, up to the sum before, the one it was mixed or scaled from."""
+    found, stack = set(), [skip]
+    while stack:
+        node = stack.pop()
+        if node in found or node in projections:
+            continue
+        found.add(node)
+        if node.op == "call_function" and node.target is not aten.add.Tensor:
+            held = [n for n in node.all_input_nodes if isinstance(env.get(n), Value) and wanted & _atoms_of(env[n].dims)]
+            if not any(env[n].weight for n in held) and (len(held) == 1 or node.target in MIXES):
+                stack += held
+    return found
+
+
+def _branch_projections(sources: set[fx.Node], branch, order, projections) -> list[Axis]:
+    """What the last projections on the way from `sources` to `branch` produce; [] if `branch` reads none of them."""
+    produced, seen, reads = [], set(), False
+    first, stack = min((order[n] for n in sources), default=0), [(branch, True)]
     while stack:
         node, last = stack.pop()
-        if node is skip:
-            reads_skip = True
-        if (node, last) in seen or order[node] <= order[skip]:
+        if node in sources:
+            reads = True
+            continue
+        if (node, last) in seen or order[node] < first:
             continue
         seen.add((node, last))
         if last and node in projections:
             produced += projections[node].produced
             last = False
         stack += [(n, last) for n in node.all_input_nodes if n in order]
-    return produced if reads_skip else []
+    return produced if reads else []
 
 
 # --- freezing --------------------------------------------------------------------------------------------------
@@ -263,11 +294,21 @@ def _freeze(axis: Axis, roles: _Roles, ids: dict[Axis, int]) -> Layout:
         own = own and handle.alias is None
         root = find(handle)
         if root.parts:
-            parts = tuple(walk(p, mark, uses, own) for p in root.parts)
+            parts = [walk(p, mark, uses, own) for p in root.parts]
+            if root.kind == PRODUCT and all(leaf.size == 1 for leaf in leaves(parts[-1])):
+                parts[-1] = _with_role(parts[-1], end_roles(parts[-2])[0])  # every other element of a larger unit
+            parts = tuple(parts)
             return Product(parts) if root.kind == PRODUCT else Sum(parts)
         return Leaf(ids.setdefault(root, len(ids)), root.size, _member_role(roles.of(root), mark, uses))
 
     return walk(axis.twin or axis, None, set(), True)
+
+
+def _with_role(layout: Layout, role: str | None) -> Layout:
+    if isinstance(layout, Leaf):
+        return replace(layout, role=role)
+    made = tuple(_with_role(part, role) for part in (layout.factors if isinstance(layout, Product) else layout.terms))
+    return Product(made) if isinstance(layout, Product) else Sum(made)
 
 
 def _member_role(group: str, mark: str | None, uses: set[str]) -> str:

@@ -209,6 +209,27 @@ def slice_rule(cx, node, x, dim=0, start=None, end=None, step=1):
     return dims
 
 
+def slice_scatter_rule(cx, node, x, source, dim=0, start=None, end=None, step=1):
+    """x with a window of one axis replaced by `source`: that axis is the sum of what is left and of source's."""
+    dims = broadcast(cx, node, *[Value([a for d, a in enumerate(v.dims) if d != dim % len(v.dims)], v.weight) for v in (x, source)])
+    axis, size = x.dims[dim], source.dims[dim].size
+    start = max(0, (start or 0) + (axis.size if (start or 0) < 0 else 0))
+    if step != 1:
+        return unknown_rule(cx, node, x, source)
+    why = Pin(f"{size} of its {axis.size} elements are replaced, which crosses units", node)
+    pieces = cut(axis, sorted({start, start + size} - {0, axis.size}), why) if size < axis.size else [axis]
+    pieces[1 if start else 0] = source.dims[dim]
+    dims.insert(dim % len(x.dims), concat(pieces))
+    return dims
+
+
+def select_scatter_rule(cx, node, x, source, dim, index):
+    dim %= len(x.dims)
+    source = Value([*source.dims[:dim], ONE, *source.dims[dim:]], source.weight)
+    index %= x.dims[dim].size
+    return slice_scatter_rule(cx, node, x, source, dim, index, index + 1)
+
+
 def narrow_rule(cx, node, x, dim, start, length):
     return slice_rule(cx, node, x, dim, start, start + length)
 
@@ -237,8 +258,12 @@ def unbind_rule(cx, node, x, dim=0):
 def split_rule(cx, node, x, sizes, dim=0):
     axis = x.dims[dim]
     widths = [out[dim] for out in shapes(node)]
-    offsets = [sum(widths[:i]) for i in range(1, len(widths))]
-    pieces = cut(axis, offsets, Pin(f"a split into {widths} crosses units", node))
+    offsets, why = [sum(widths[:i]) for i in range(1, len(widths))], Pin(f"a split into {widths} crosses units", node)
+    if sum(widths) == axis.size:
+        pieces = cut(axis, offsets, why)
+    else:  # widths that depend on data
+        pin(axis, why)
+        pieces = [Axis(width, pin=why) for width in widths]
     dims = [list(x.dims) for _ in pieces]
     for d, piece in zip(dims, pieces):
         d[dim] = piece
@@ -373,6 +398,21 @@ def bmm_rule(cx, node, left, right):
     return contract(cx, node, left, right, [(0, 0)], [(2, 1)], [1], [2])
 
 
+def grouped_mm_rule(cx, node, x, weight, offsets=None, bias=None, *args, **kwargs):
+    """Rows x[o[e-1]:o[e]] times weight[e]: rows and experts are matched by offsets, so their order matters."""
+    if offsets is None or bias is not None or (len(x.dims), len(weight.dims)) != (2, 3):
+        return unknown_rule(cx, node, x, weight, offsets, bias)
+    why = Pin(f"{name(node)} matches rows to experts by their order", node)
+    for axis in (x.dims[0], weight.dims[0], *offsets.dims):
+        pin(axis, why)
+    unify(x.dims[1], weight.dims[1], Pin(f"{name(node)} of two axes that cannot be aligned", node))
+    cx.consumed.append(x.dims[1])
+    cx.experts.append(weight.dims[0])
+    if weight.weight:
+        cx.project(node, weight, [2], [1])
+    return Value([x.dims[0], weight.dims[2]])
+
+
 def baddbmm_rule(cx, node, bias, left, right, **kwargs):
     out = bmm_rule(cx, node, left, right)
     return replace(out, dims=broadcast(cx, node, out, bias))
@@ -437,7 +477,9 @@ def attention_rule(cx, node, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=F
 
 def convolution_rule(cx, node, x, weight, bias=None, *args, **kwargs):
     groups, transposed = argument(node, "groups", 1), argument(node, "transposed", False)
-    if transposed or len(x.dims) != len(weight.dims):
+    if transposed and groups == 1 and len(x.dims) == len(weight.dims):
+        weight = replace(weight, dims=[weight.dims[1], weight.dims[0], *weight.dims[2:]])
+    elif transposed or len(x.dims) != len(weight.dims):
         return unknown_rule(cx, node, x, weight, *([bias] if bias else []))
     why = Pin(f"{name(node)} slides along the axis", node)
     for axis in [*x.dims[2:], *weight.dims[2:]]:
@@ -447,13 +489,21 @@ def convolution_rule(cx, node, x, weight, bias=None, *args, **kwargs):
     unify(group_x, group_w, why)
     unify(inner, weight.dims[1], why)
     cx.consumed.append(inner)
-    cx.project(node, weight, [0], [1])
+    if inner.size > 1 or groups == 1:
+        cx.project(node, weight, [0], [1])
     add_bias(bias, [weight.dims[0]], node)
     spatial = [Axis(size, pin=why) for size in shape(node)[2:]]
-    return Value([x.dims[0], weight.dims[0], *spatial], x.weight and weight.weight)
+    depthwise = inner.size == 1 and x.dims[1].size == weight.dims[0].size
+    return Value([x.dims[0], x.dims[1] if depthwise else weight.dims[0], *spatial], x.weight and weight.weight)
 
 
 # --- indexing --------------------------------------------------------------------------------------------------
+
+
+def conv_transpose_rule(cx, node, x, weight, bias=None, *args, **kwargs):
+    if argument(node, "groups", 1) != 1 or len(x.dims) != len(weight.dims):
+        return unknown_rule(cx, node, x, weight, bias)
+    return convolution_rule(cx, node, x, replace(weight, dims=[weight.dims[1], weight.dims[0], *weight.dims[2:]]), bias)
 
 
 def embedding_rule(cx, node, weight, index, *args, **kwargs):
@@ -467,13 +517,66 @@ def index_rule(cx, node, x, indices):
     used_dims = [d for d, index in enumerate(indices) if index is not None]
     for d in used_dims:
         pin(x.dims[d], why)
-    if any(i is not None and node_dtype(node, d) in (torch.bool, torch.uint8) for d, i in enumerate(indices)):
-        return unknown_rule(cx, node, x, *indices)
+    if any(node_dtype(node, d) in (torch.bool, torch.uint8) for d in used_dims):
+        return masked_index(cx, node, x, indices, why)
     where = broadcast(cx, node, *[indices[d] for d in used_dims])
     rest = [axis for d, axis in enumerate(x.dims) if d not in used_dims]
     adjacent = used_dims[-1] - used_dims[0] + 1 == len(used_dims)
     first = used_dims[0] if adjacent else 0
     return [*rest[:first], *where, *rest[first:]]
+
+
+def masked_index(cx, node, x, indices, why):
+    """x[mask]: what the mask covers becomes one axis, in order."""
+    (d, mask), *more = [(d, i) for d, i in enumerate(indices) if i is not None]
+    if more:
+        return unknown_rule(cx, node, x, *indices)
+    for axis in [*mask.dims, *x.dims[d : d + len(mask.dims)]]:
+        pin(axis, why)
+    return [*x.dims[:d], Axis(shape(node)[d], pin=why), *x.dims[d + len(mask.dims):]]
+
+
+def index_put_rule(cx, node, x, indices, values, *args):
+    """x with values written where indices say; the dimensions between stay as they are."""
+    if any(i is not None and node_dtype(node, d) in (torch.bool, torch.uint8) for d, i in enumerate(indices)):
+        return unknown_rule(cx, node, x, *indices, values)
+    why = Pin("elements are written by index", node)
+    used_dims = [d for d, index in enumerate(indices) if index is not None]
+    for d in used_dims:
+        pin(x.dims[d], why)
+    where = broadcast(cx, node, *[indices[d] for d in used_dims])
+    for axis in where:  # where two are written to one place, the order says which stays
+        pin(axis, why)
+    rest = [axis for d, axis in enumerate(x.dims) if d not in used_dims]
+    first = used_dims[0] if used_dims[-1] - used_dims[0] + 1 == len(used_dims) else 0
+    broadcast(cx, node, Value([*rest[:first], *where, *rest[first:]]), values)
+    return list(x.dims)
+
+
+def index_add_rule(cx, node, x, dim, index, source, **kwargs):
+    why = Pin("elements are written by index", node)
+    dim %= len(x.dims)
+    pin(x.dims[dim], why)
+    for axis in index.dims:
+        unify(axis, source.dims[dim], why)
+    for d, (a, b) in enumerate(zip(x.dims, source.dims)):
+        if d != dim:
+            unify(a, b, why)
+    return list(x.dims)
+
+
+def scatter_rule(cx, node, x, dim, index, source=None, *args, **kwargs):
+    """x with elements written at positions along one dimension; the other dimensions are aligned one to one."""
+    why = Pin("elements are written by index", node)
+    others = [v for v in (index, source) if isinstance(v, Value)]
+    for d, axis in enumerate(x.dims):
+        if d != dim % len(x.dims) and all(v.dims[d].size == axis.size for v in others):
+            for v in others:
+                unify(axis, v.dims[d], why)
+        else:  # where two are written to one place, the order says which stays
+            for v in (x, *others):
+                pin(v.dims[d], why)
+    return list(x.dims)
 
 
 def index_select_rule(cx, node, x, dim, index):
@@ -494,6 +597,63 @@ def gather_rule(cx, node, x, dim, index, *args, **kwargs):
                 pin(axis, Pin("a gather reads part of the axis", node))
                 pin(x.dims[d], Pin("a gather reads part of the axis", node))
     return dims
+
+
+# --- complex numbers, windows, gates ---------------------------------------------------------------------------
+
+
+def as_complex_rule(cx, node, x):
+    pin(x.dims[-1], Pin("real and imaginary parts", node))
+    return list(x.dims[:-1])
+
+
+def as_real_rule(cx, node, x):
+    return [*x.dims, Axis(2, pin=Pin("real and imaginary parts", node))]
+
+
+def unfold_rule(cx, node, x, dim, size, step):
+    dims, dim, why = list(x.dims), dim % len(x.dims), Pin(f"{name(node)} slides along the axis", node)
+    pin(dims[dim], why)
+    dims[dim] = Axis(shape(node)[dim], pin=why)
+    return [*dims, Axis(size, pin=why)]
+
+
+def glu_rule(cx, node, x, dim=-1):
+    """The first half of an axis times the sigmoid of the second."""
+    dims, why = list(x.dims), Pin("the two halves of the axis meet", node)
+    first, second = cut(dims[dim], [dims[dim].size // 2], why)
+    unify(first, second, why)
+    dims[dim] = first
+    return dims
+
+
+def spatial_rule(spatial: int):
+    """Pooling, resizing: acts on the last `spatial` dimensions and on each of the others alike."""
+
+    def rule(cx, node, x, *args, **kwargs):
+        why = Pin(f"{name(node)} depends on the order along the axis", node)
+        for axis in x.dims[-spatial:]:
+            pin(axis, why)
+        made = [[*x.dims[:-spatial], *[Axis(size, pin=why) for size in out[-spatial:]]] for out in shapes(node)]
+        return made if isinstance(node.meta["val"], (list, tuple)) else made[0]
+
+    return rule
+
+
+def batch_norm_rule(cx, node, x, *args, **kwargs):
+    """Each channel (dimension 1) by itself, with weights and running statistics of its own."""
+    why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
+    for value in tensors((args, kwargs)):
+        unify(x.dims[1], value.dims[0], why)
+    if not isinstance(node.meta["val"], (list, tuple)):
+        return list(x.dims)
+    return [list(x.dims), *[[x.dims[1]] if out == [x.dims[1].size] else [Axis(n) for n in out] for out in shapes(node)[1:]]]
+
+
+def weight_norm_rule(cx, node, v, g, dim=0):
+    """v / |v| × g, the norm over all dimensions but one."""
+    unify(v.dims[dim], g.dims[dim], Pin(f"{name(node)} of two axes that cannot be aligned", node))
+    return [list(v.dims), list(g.dims)]
 
 
 def unknown_rule(cx, node, *args, **kwargs):
@@ -556,7 +716,7 @@ def family(rule: Callable, *names: str) -> dict:
 RULES: dict[Any, Callable] = {
     **family(pointwise_rule, "where", "masked_fill", "lerp", "addcmul", "addcdiv", "clamp", "maximum", "minimum",
              "rsub", "pow", "bitwise_and", "bitwise_or", "logical_and", "logical_or", "logical_not", "eq", "ne",
-             "copy"),
+             "copy", "multiply", "polar", "log_sigmoid"),
     **family(same_rule, "clone", "alias", "detach", "contiguous", "to", "_to_copy", "type_as", "lift_fresh_copy",
              "lift_fresh", "dropout", "native_dropout", "feature_dropout", "alpha_dropout", "softmax", "_softmax",
              "log_softmax", "_log_softmax", "_safe_softmax", "bernoulli", "nan_to_num"),
@@ -575,11 +735,13 @@ RULES: dict[Any, Callable] = {
     **family(repeat_rule, "repeat"),
     aten.repeat_interleave.self_int: repeat_interleave_rule,
     **family(slice_rule, "slice"),
+    **family(slice_scatter_rule, "slice_scatter"),
+    **family(select_scatter_rule, "select_scatter"),
     **family(narrow_rule, "narrow"),
     aten.select.int: select_rule,
     **family(unbind_rule, "unbind"),
     **family(split_rule, "split", "split_with_sizes", "chunk"),
-    **family(cat_rule, "cat", "concat"),
+    **family(cat_rule, "cat", "concat", "concatenate"),
     **family(stack_rule, "stack"),
     **family(pad_rule, "constant_pad_nd"),
     aten.pad.default: pad_rule,
@@ -598,6 +760,7 @@ RULES: dict[Any, Callable] = {
     aten.addmm.default: addmm_rule,
     aten.bmm.default: bmm_rule,
     aten.baddbmm.default: baddbmm_rule,
+    **family(grouped_mm_rule, "_grouped_mm"),
     aten.matmul.default: matmul_rule,
     aten.einsum.default: einsum_rule,
     **family(attention_rule, "scaled_dot_product_attention"),
@@ -606,12 +769,31 @@ RULES: dict[Any, Callable] = {
     **family(index_rule, "index"),
     **family(index_select_rule, "index_select"),
     **family(gather_rule, "gather"),
+    **family(index_put_rule, "index_put", "_unsafe_index_put"),
+    **family(index_add_rule, "index_add"),
+    **family(scatter_rule, "scatter", "scatter_add", "scatter_reduce"),
+    **family(as_complex_rule, "view_as_complex"),
+    **family(as_real_rule, "view_as_real"),
+    **family(unfold_rule, "unfold"),
+    **family(glu_rule, "glu"),
+    **family(spatial_rule(1), "avg_pool1d", "max_pool1d", "adaptive_avg_pool1d", "upsample_linear1d", "upsample_nearest1d"),
+    **family(spatial_rule(2), "avg_pool2d", "max_pool2d", "max_pool2d_with_indices", "adaptive_avg_pool2d",
+             "_adaptive_avg_pool2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d"),
+    **family(batch_norm_rule, "batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"),
+    **family(weight_norm_rule, "_weight_norm_interface"),
+    **family(conv_transpose_rule, "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
 }
+
+
+# operators of other libraries, which exist only once those are imported
+NAMED_RULES: dict[str, Callable] = {"transformers::grouped_mm_fallback": grouped_mm_rule}
 
 
 def rule_for(target: Any) -> Callable:
     """The rule of an operator: its own, the shared one of elementwise operators, or refusal."""
     if target in RULES:
         return RULES[target]
+    if isinstance(target, torch._ops.OpOverload) and target._schema.name in NAMED_RULES:
+        return NAMED_RULES[target._schema.name]
     pointwise = torch.Tag.pointwise in getattr(target, "tags", ())
     return pointwise_rule if pointwise else unknown_rule

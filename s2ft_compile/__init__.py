@@ -2,16 +2,19 @@
 
 from . import exporters
 from .config import S2FTConfig
-from .errors import AdapterError, CaptureError, CompileError, ConfigError, ExportError, S2FTError, StateError
+from .errors import (AdapterError, CaptureError, CompileError, ConfigError, ExportError, S2FTError, StateError,
+                     VerificationError)
 from .plan import Plan, Slice
 from .prepare import analyze, permute, prepare
 from .state import disabled, is_prepared, parameters, release
 from .structure import Analysis, Coupling, Member, Refusal
+from .verify import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "S2FTConfig", "analyze", "permute", "prepare", "parameters", "release", "disabled", "is_prepared", "exporters",
-    "Plan", "Slice", "Analysis", "Coupling", "Member", "Refusal",
+    "S2FTConfig", "analyze", "verify", "permute", "prepare", "parameters", "release", "disabled", "is_prepared", "exporters",
+    "Plan", "Slice", "Analysis", "Coupling", "Member", "Refusal", "Verification",
     "S2FTError", "ConfigError", "CaptureError", "StateError", "AdapterError", "ExportError", "CompileError",
+    "VerificationError",
 ]

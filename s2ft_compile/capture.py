@@ -3,7 +3,7 @@
 import logging
 import warnings
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Mapping, NamedTuple, Sequence
 
 import torch
@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 class Captured:
     """graph_module: aten. parameters: placeholder name -> the parameter's (first) name. tied: other name -> first.
 
-    overlapping: a parameter -> another parameter that it shares memory with.
+    overlapping: a parameter -> another parameter that it shares memory with. constants: placeholder name -> the value
+    of a small tensor of integers that the forward made from Python numbers.
     """
 
     graph_module: torch.fx.GraphModule
@@ -27,6 +28,7 @@ class Captured:
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
     overlapping: Mapping[str, str]
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -73,7 +75,14 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     names = {p: tied.get(n, n) for p, n in program.graph_signature.inputs_to_parameters.items()}
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     log.info("captured %s: %d nodes, %d parameters", type(model).__name__, len(program.graph.nodes), len(names))
-    return Captured(program.graph_module, names, shapes, tied, overlapping_names(model))
+    return Captured(program.graph_module, names, shapes, tied, overlapping_names(model), _small_constants(program))
+
+
+def _small_constants(program) -> dict[str, torch.Tensor]:
+    lifted = program.graph_signature.inputs_to_lifted_tensor_constants.items()
+    values = {name: program.constants.get(key) for name, key in lifted}
+    return {name: t for name, t in values.items()
+            if isinstance(t, torch.Tensor) and t.dtype == torch.int64 and t.numel() <= 64 and not t.is_meta}
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -117,6 +126,8 @@ def inference_mode_of(model: nn.Module):
             stack.callback(setattr, config, "use_cache", config.use_cache)
             config.use_cache = False
         model.eval()
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)  # one opaque operator for a whole encoder layer
         yield
 
 
@@ -133,6 +144,22 @@ def _explain(model: nn.Module, error: Exception) -> str:
     place = f" ({where[-1]})" if where else ""
     return (
         f"{type(model).__name__} could not be traced by torch.export: {type(error).__name__}: "
-        f"{lines[0] if lines else 'no message'}{place}. The forward has to run on the example inputs without "
-        f"branching on tensor values; example inputs that avoid the branch, or a forward without it, trace."
+        f"{lines[0] if lines else 'no message'}{place}. {_advice(str(error))}"
     )
+
+
+# what an error of torch.export says -> what would make the model trace
+ADVICE = {
+    "data-dependent": "A branch or a size there depends on the values of a tensor; it traces once that is computed without "
+                      "Python control flow (torch.where, masks), or with example inputs and settings that avoid it.",
+    "not on the expected device": "Tensors of two devices meet: make the example inputs on the model's device.",
+    "same device": "Tensors of two devices meet: make the example inputs on the model's device.",
+    "unexpected keyword argument": "The example inputs are the forward's arguments by name; one of them is not.",
+    "missing": "The example inputs have to hold every argument that the forward needs.",
+}
+
+
+def _advice(message: str) -> str:
+    found = next((advice for sign, advice in ADVICE.items() if sign in message.lower()), "")
+    return found or ("The forward has to run on the example inputs without branching on tensor values; example inputs that "
+                     "avoid the branch, or a forward without it, trace.")

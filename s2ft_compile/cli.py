@@ -1,4 +1,4 @@
-"""The command line: `s2ft inspect`, `s2ft train`, `s2ft export`, `s2ft demo`."""
+"""The command line: `s2ft inspect`, `s2ft verify`, `s2ft train`, `s2ft export`, `s2ft demo`."""
 
 import json
 import shutil
@@ -62,6 +62,27 @@ def inspect(
             print(json.dumps(facts, indent=2))
         else:
             out.print(*tables(facts), sep="\n")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
+    seed: Annotated[int, typer.Option(help="Of the permutations.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Permute every coupling of a model at once, at random, and compare its outputs: exit status 1 if they change."""
+    with reported(err, debug):
+        from .data import example_inputs, load_model
+        from .prepare import analyze
+        from .verify import verify as run
+
+        with err.status(f"tracing and permuting {model}"):
+            loaded = load_model(model)
+            inputs = example_inputs(loaded)
+            made = run(loaded, inputs, analyze(loaded, inputs), seed)
+        out.print(str(made), highlight=False, soft_wrap=True, markup=False)
+        if not made.ok:
+            raise typer.Exit(1)
 
 
 @app.command()

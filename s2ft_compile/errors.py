@@ -30,3 +30,7 @@ class ExportError(S2FTError, RuntimeError):
 
 class CompileError(S2FTError, RuntimeError):
     """A graph whose backward could not be rewritten."""
+
+
+class VerificationError(S2FTError, RuntimeError):
+    """A coupling that changes the model's outputs, or a model that cannot be compared."""

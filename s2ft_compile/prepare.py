@@ -10,7 +10,7 @@ from .calibrate import Loss, calibrate
 from .calibrate import check as check_calibration
 from .capture import capture, unwrap
 from .config import CALIBRATED, S2FTConfig
-from .errors import ConfigError, StateError
+from .errors import ConfigError, StateError, VerificationError
 from .fingerprint import fingerprint
 from .passes.couple import couple
 from .passes.permute import dense_orders, move, moves_for, ranges
@@ -18,16 +18,22 @@ from .passes.select import Selection, select, targeted_bands
 from .plan import Plan, Slice
 from .state import Block, State, find_state, watch_optimizers
 from .structure import Analysis, Coupling
+from .verify import verify as verify_couplings
 
 log = logging.getLogger(__name__)
 
 
-def analyze(model: nn.Module, example_inputs: Any) -> Analysis:
-    """Finds every coupled structure of a model; changes nothing.
+def analyze(model: nn.Module, example_inputs: Any, verify: bool = False) -> Analysis:
+    """Finds every coupled structure of a model; changes nothing. A model on the `meta` device will do.
 
-    example_inputs: a tuple or a dict of the forward's arguments. Raises `CaptureError` if the model cannot be traced.
+    example_inputs: a tuple or a dict of the forward's arguments. verify: also permute all couplings at random and
+    compare outputs (`s2ft.verify`). Raises `CaptureError` if the model cannot be traced, `VerificationError` if verify
+    finds a difference.
     """
-    return couple(capture(unwrap(model), example_inputs))
+    analysis = couple(capture(unwrap(model), example_inputs))
+    if verify and not (made := verify_couplings(model, example_inputs, analysis)).ok:
+        raise VerificationError(str(made))
+    return analysis
 
 
 def permute(model: nn.Module, coupling: Coupling, order: Tensor | Sequence[int]) -> None:

@@ -302,11 +302,8 @@ def _attention(spec: Spec, at: str) -> tuple[list[Expected], list[Refused]]:
     q, k, v = ([p.out(f"{at}.{n}") for n in "qkv"] if spec.qkv == "separate" else [p.out(f"{at}.qkv")] * 3)
     o = p.into(f"{at}.o")
     norms = {(f"{at}.{n}_norm.weight", 0) for n in "qk"} if spec.qk_norm else set()
-    axes = [("kv heads", spec.kv_heads, q | k | v | o), ("queries", spec.groups, q | o)]
-    if spec.qkv == "grouped":  # one view gives queries, keys and values the same channels
-        axes.append(("channels", spec.head_dim, q | k | v | o | norms))
-    else:
-        axes += [("channels", spec.head_dim, q | k | norms), ("values", spec.head_dim, v | o)]
+    axes = [("kv heads", spec.kv_heads, q | k | v | o), ("queries", spec.groups, q | o),
+            ("channels", spec.head_dim, q | k | norms), ("values", spec.head_dim, v | o)]
     spoiled = {"kv heads", "queries"} if spec.decoy in ("slope", "heads") else set()
     if spec.positions == "rope":
         spoiled.add("channels")

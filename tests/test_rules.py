@@ -313,6 +313,9 @@ CASES = {}
 for _name in ("maximum", "minimum", "eq", "ne", "rsub", "logical_and", "logical_or"):
     CASES[_name] = [binary(only(_name))]
 CASES["copy"] = [lambda r: (lambda x: (aten.copy.default, (x, r.t(*[r.of(n, 1) for n in x.shape][r.of(0, 1):])), {}))(r.x())]
+for _name in ("multiply", "polar"):
+    CASES[_name] = [binary(only(_name))]
+CASES["log_sigmoid"] = [plain(aten.log_sigmoid.default)]
 CASES["pow"] = [binary(aten.pow.Tensor_Tensor), plain(aten.pow.Tensor_Scalar, 2), lambda r: (aten.pow.Scalar, (2, r.x()), {})]
 CASES["clamp"] = [plain(aten.clamp.default, 0.3, 0.6), lambda r: (aten.clamp.Tensor, pair(r), {})]
 for _name in ("bitwise_and", "bitwise_or"):
@@ -392,6 +395,7 @@ for _name in ("split", "split_with_sizes", "chunk"):
     CASES[_name] = [split_case]
 CASES["cat"] = [cat_case]
 CASES["concat"] = [lambda r: (aten.concat.default, cat_case(r)[1], {})]
+CASES["concatenate"] = [lambda r: (aten.concatenate.default, cat_case(r)[1], {})]
 CASES["stack"] = [stack_case]
 CASES["constant_pad_nd"] = [pad_case(aten.constant_pad_nd.default)]
 CASES["pad"] = [pad_case(aten.pad.default), lambda r: (aten.pad.default, (r.t(2, 3, 5), [1, 1], "reflect"), {})]
@@ -426,6 +430,109 @@ CASES["embedding"] = [lambda r: (lambda n: (aten.embedding.default, (r.t(n, r.n(
 CASES["index"] = [index_case, lambda r: (lambda x: (aten.index.Tensor, (x, [x[:, 0] > 0.5]), {}))(r.t(*r.shape(2)))]
 CASES["index_select"] = [lambda r: (lambda x, d: (aten.index_select.default, (x, d, r.i(x.shape[d], r.n())), {}))(*(lambda x: (x, r.dim(x)))(r.x()))]
 CASES["gather"] = [gather_case]
+
+
+def slice_scatter_case(r):
+    x = r.x(2)
+    d = r.dim(x)
+    start = r.n(0, x.shape[d] - 1)
+    size = r.n(1, x.shape[d] - start)
+    source = r.t(*[size if i == d % x.dim() else n for i, n in enumerate(x.shape)])
+    return aten.slice_scatter.default, (x, source, d, start, start + size), {}
+
+
+def select_scatter_case(r):
+    x = r.x(2)
+    d = r.dim(x)
+    return aten.select_scatter.default, (x, x.select(d, 0) + 1, d, r.n(-1, 1)), {}
+
+
+def grouped_mm_case(r):
+    groups, rows, n, m = r.n(), r.n(1, 4), 8, 16  # rows of 16 bytes
+    offsets = torch.arange(1, groups + 1, dtype=torch.int32) * rows
+    return aten._grouped_mm.default, (r.t(groups * rows, n).bfloat16(), r.t(groups, n, m).bfloat16(), offsets), {}
+
+
+def index_put_case(r):
+    x = r.t(*r.shape(3, 2))
+    chosen, length = r.of((1,), (0,), (0, 1), (0, 2)), r.n()
+    indices = [r.i(x.shape[d], length) if d in chosen else None for d in range(3)]
+    values = r.of(r.t(1), r.t(*x[tuple(slice(None) if i is None else i for i in indices)].shape))
+    return aten.index_put.default, (x, indices, values, r.of(False, True)), {}
+
+
+def index_add_case(r):
+    x = r.x(2)
+    d, length = r.dim(x), r.n()
+    source = r.t(*[length if i == d % x.dim() else n for i, n in enumerate(x.shape)])
+    return aten.index_add.default, (x, d, r.i(x.shape[d], length), source), {}
+
+
+def scatter_case(op, *rest, value=False):
+    def case(r):
+        x = r.x(2)
+        d = r.dim(x)
+        shape = [r.n(1, 4) if i == d % x.dim() else n if r.of(True, True, False) else r.n(1, n) for i, n in enumerate(x.shape)]
+        source = 0.5 if value else r.t(*[n + r.of(0, 0, 1) for n in shape])
+        return op, (x, d, r.i(x.shape[d], *shape), source, *rest), {}
+    return case
+
+
+def spatial_case(spatial: int, op, *arguments, **kwargs):
+    return lambda r: (op, (r.t(r.n(), r.n(), *[4] * spatial), *arguments), kwargs)
+
+
+def batch_norm_case(op, *training):
+    def case(r):
+        n = r.n()
+        weight = r.of((r.t(n), r.t(n)), (None, None))
+        return op, (r.t(r.n(), n, *r.shape(r.of(2, 1))), *weight, r.t(n), r.t(n), *training, 0.1, 1e-5, *([False] if training else [])), {}
+    return case
+
+
+def conv_transpose_case(r):
+    spatial = r.of(1, 2, 3)
+    op = getattr(aten, f"conv_transpose{spatial}d")
+    n, m = r.n(), r.n()
+    bias = r.of(r.t(m), None)
+    return getattr(op, op.overloads()[0]), (r.t(r.n(), n, *[3] * spatial), r.t(n, m, *[2] * spatial), bias), {}
+
+
+def transposed_convolution_case(r):
+    n, m = r.n(), r.n()
+    return aten.convolution.default, (r.t(2, n, 4), r.t(n, m, 2), r.of(r.t(m), None), [1], [0], [1], True, [0], 1), {}
+
+
+CASES["slice_scatter"] = [slice_scatter_case]
+CASES["select_scatter"] = [select_scatter_case]
+CASES["_grouped_mm"] = [grouped_mm_case]
+CASES["index_put"] = [index_put_case]
+CASES["_unsafe_index_put"] = [lambda r: (aten._unsafe_index_put.default, *index_put_case(r)[1:])]
+CASES["index_add"] = [index_add_case]
+CASES["scatter"] = [scatter_case(aten.scatter.src), scatter_case(aten.scatter.value, value=True)]
+CASES["scatter_add"] = [scatter_case(aten.scatter_add.default)]
+CASES["scatter_reduce"] = [scatter_case(aten.scatter_reduce.two, "sum"), scatter_case(aten.scatter_reduce.two, "amax")]
+CASES["view_as_complex"] = [lambda r: (aten.view_as_complex.default, (r.t(*r.shape(2), 2),), {})]
+CASES["view_as_real"] = [lambda r: (aten.view_as_real.default, (torch.complex(*[r.t(3, 4) for _ in "ri"]),), {})]
+CASES["unfold"] = [lambda r: (aten.unfold.default, (r.t(r.n(), 5, r.n()), r.of(1, -2), 2, r.of(1, 2)), {})]
+CASES["glu"] = [lambda r: (lambda n: (aten.glu.default, (r.t(r.n(), 2 * n, 4), r.of(1, -2, 2)), {}))(r.n())]
+for _name, _arguments in {"avg_pool": ([2],), "max_pool": ([2],), "adaptive_avg_pool": ([2],)}.items():
+    CASES[f"{_name}1d"] = [spatial_case(1, getattr(aten, f"{_name}1d").default, *_arguments)]
+for _name in ("avg_pool2d", "max_pool2d", "max_pool2d_with_indices", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"):
+    CASES[_name] = [spatial_case(2, only(_name), [2, 2])]
+CASES["upsample_linear1d"] = [spatial_case(1, aten.upsample_linear1d.default, [7], False)]
+CASES["upsample_nearest1d"] = [spatial_case(1, aten.upsample_nearest1d.default, [7])]
+CASES["upsample_nearest2d"] = [spatial_case(2, aten.upsample_nearest2d.default, [7, 5])]
+for _name in ("upsample_bilinear2d", "upsample_bicubic2d"):
+    CASES[_name] = [spatial_case(2, getattr(aten, _name).default, [7, 5], False)]
+CASES["batch_norm"] = [batch_norm_case(aten.batch_norm.default, False)]
+for _name in ("_native_batch_norm_legit_no_training", "_batch_norm_no_update"):
+    CASES[_name] = [batch_norm_case(only(_name))]
+CASES["_weight_norm_interface"] = [lambda r: (lambda n: (aten._weight_norm_interface.default, (r.t(n, 3, 2), r.t(n, 1, 1), 0), {}))(r.n()),
+                                   lambda r: (lambda n: (aten._weight_norm_interface.default, (r.t(3, 2, n), r.t(1, 1, n), 2), {}))(r.n())]
+for _spatial in "123":
+    CASES[f"conv_transpose{_spatial}d"] = [conv_transpose_case]
+CASES["convolution"].append(transposed_convolution_case)
 
 # operators whose values are drawn anew at each call, so that nothing can be compared
 RANDOM = {"rand", "randn", "randint", "bernoulli"}
@@ -493,7 +600,8 @@ def only_or_none(name: str):
 # --- the tests can fail: without its pins a rule is caught -----------------------------------------------------------
 
 PINNING = ("cumsum", "cumprod", "logcumsumexp", "flip", "roll", "sort", "topk", "argmax", "argmin", "max", "min", "tril",
-           "triu", "unbind", "embedding", "index", "index_select", "gather", "conv1d", "convolution",
+           "triu", "unbind", "embedding", "index", "index_select", "gather", "index_put", "index_add", "scatter", "unfold",
+           "view_as_complex", "avg_pool2d", "_grouped_mm", "conv1d", "convolution",
            "scaled_dot_product_attention", "slice", "pad", "constant_pad_nd")
 
 
