@@ -45,15 +45,18 @@ def inspect(
     html: Annotated[Optional[Path], typer.Option("--html", help="Write a page with a map of layers and units.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Show a model's coupled structures: which roles can train, their units, and what was refused and why."""
+    """Show a model's coupled structures: which roles can train, their units, and what was refused and why.
+
+    No weights are read, so a model of any size can be looked at.
+    """
     with reported(err, debug):
-        from .data import example_inputs, load_model
+        from .data import example_inputs, load_structure
         from .prepare import analyze
         from .exporters.files import new_files
         from .summary import describe, page, tables
 
         with err.status(f"tracing {model}"):
-            loaded = load_model(model)
+            loaded = load_structure(model)
             facts = describe(loaded, analyze(loaded, example_inputs(loaded)))
         if html:
             with new_files(html) as folder:

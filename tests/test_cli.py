@@ -7,6 +7,7 @@ import torch
 from test_data import TEXT, lines, tiny_tokenizer
 from typer.testing import CliRunner
 
+from s2ft_compile import summary
 from s2ft_compile.cli import app
 from s2ft_compile.errors import ConfigError, S2FTError
 from s2ft_compile.options import TrainOptions, parse_targets
@@ -129,6 +130,26 @@ def test_inspect_json_adds_up(base):
     ffn = [c for c in facts["couplings"] if c["role"] == "ffn"]
     assert [(c["layer"], c["units"]) for c in ffn] == [(0, 48), (1, 48)]
     assert all(r["reason"] for r in facts["refusals"])
+
+
+def test_inspect_needs_no_weights(base, tmp_path):
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert json.loads(invoke("inspect", tmp_path, "--json").stdout) == json.loads(invoke("inspect", base, "--json").stdout)
+
+
+def test_inspect_writes_a_page_that_needs_no_network(base, tmp_path):
+    page = tmp_path / "page.html"
+    invoke("inspect", base, "--html", page)
+    text = page.read_text()
+    held = text.split('<script type="application/json" id="facts">')[1].split("</script>")[0]
+    assert json.loads(held) == json.loads(invoke("inspect", base, "--json").stdout)
+    assert "http" not in text and "src=" not in text and "href=" not in text
+    assert "exists" in refused("inspect", base, "--html", page)
+
+
+def test_a_name_cannot_end_the_page_s_script():
+    facts = {"model": "</script><script>alert(1)", "couplings": [], "refusals": []}
+    assert "</script><script>" not in summary.page(facts)
 
 
 def test_inspect_refuses_what_is_no_model(tmp_path):
