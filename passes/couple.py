@@ -19,7 +19,8 @@ from .axes import PRODUCT, Axis, Pin, atoms, find, pin
 from .depth import depths
 from .layout import Layout, Leaf, Product, Sum, end_roles, leaf_roles, leaves
 from .normalize import concretize, normalize
-from .rules import Context, Value, rule_for, shapes, unknown_rule
+from .rules import rule_for
+from .rules.context import Context, Value, shapes, unknown_rule
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -127,8 +128,9 @@ class _Inference:
         scores = any(v.scores for v in operands)
         if isinstance(made, Value):
             return made
-        return [Value(d, weight, scores) for d in made] if isinstance(node.meta["val"], (list, tuple)) else Value(made, weight, scores)
-
+        if isinstance(node.meta["val"], (list, tuple)):
+            return [Value(d, weight, scores) for d in made]
+        return Value(made, weight, scores)
 
     def _apply(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         """The rule's result; where sizes depend on data, sums of made-up sizes can contradict a real one: refused."""
@@ -161,7 +163,7 @@ def _values(tree: Any) -> Iterator[Value]:
 
 
 def _has_tensor(val: Any) -> bool:
-    return isinstance(val, torch.Tensor) or (isinstance(val, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in val))
+    return any(isinstance(v, torch.Tensor) for v in (val if isinstance(val, (list, tuple)) else [val]))
 
 
 def _pin_unread(inference: _Inference) -> None:
@@ -188,7 +190,7 @@ class _Roles:
         cx = inference.cx
         self.heads = _atoms_of(cx.heads)
         self.attention = _atoms_of(cx.attention) | self.heads
-        self.experts = _atoms_of(cx.experts) - self.attention  # weights of their own for each head are no experts
+        self.experts = _atoms_of(cx.experts) - self.heads  # weights of their own for each head are no experts
         self.projections = [
             (_atoms_of(p.produced), _atoms_of(p.contracted)) for p in cx.projections.values()
         ]
@@ -209,7 +211,7 @@ class _Roles:
     def of(self, atom: Axis) -> str:
         if atom in self.residual:
             return "residual"
-        if atom in self.attention:
+        if atom in self.attention and atom not in self.experts:
             return "attention"
         if atom in self.moe:
             return "moe"
@@ -249,7 +251,7 @@ def _residual_atoms(inference: _Inference) -> set[Axis]:
 
 
 def _carried(skip: fx.Node, env, wanted: set[Axis], projections) -> set[fx.Node]:
-    """The nodes that a skip connection carries: itself and, up to the sum before, the one it was mixed or scaled from."""
+    """The nodes that a skip connection carries: itself and, up to the sum before, what it was mixed or scaled from."""
     found, stack = set(), [skip]
     while stack:
         node = stack.pop()
@@ -257,7 +259,8 @@ def _carried(skip: fx.Node, env, wanted: set[Axis], projections) -> set[fx.Node]
             continue
         found.add(node)
         if node.op == "call_function" and node.target is not aten.add.Tensor:
-            held = [n for n in node.all_input_nodes if isinstance(env.get(n), Value) and wanted & _atoms_of(env[n].dims)]
+            inputs = [n for n in node.all_input_nodes if isinstance(env.get(n), Value)]
+            held = [n for n in inputs if wanted & _atoms_of(env[n].dims)]
             if not any(env[n].weight for n in held) and (len(held) == 1 or node.target in MIXES):
                 stack += held
     return found
@@ -319,7 +322,8 @@ def _member_role(group: str, mark: str | None, uses: set[str]) -> str:
 
 def _refusal(atom: Axis, members: tuple[Member, ...]) -> Refusal:
     node = atom.pin.node
-    return Refusal(members, atom.size, atom.pin.reason, str(node.target) if node is not None else "", _source_line(node))
+    operator_name = "" if node is None else str(node.target)
+    return Refusal(members, atom.size, atom.pin.reason, operator_name, _source_line(node))
 
 
 def _source_line(node: fx.Node | None) -> str:

@@ -135,7 +135,8 @@ def _bands_of_role(role: str, analysis: Analysis) -> list[Band]:
     found = [b for b in bands(analysis, set(names) & matrices) if b.role == role]
     if not found:
         valid = sorted({b.role for b in bands(analysis, matrices)} & set(ROLES))
-        raise ConfigError(f"no parameter of this model has the role {role!r}; roles found: {', '.join(valid) or 'none'}")
+        raise ConfigError(f"no parameter of this model has the role {role!r}; "
+                          f"roles found: {', '.join(valid) or 'none'}")
     return found
 
 
@@ -144,8 +145,8 @@ def _bands_of_glob(glob: str, analysis: Analysis) -> list[Band]:
     names = list(dict.fromkeys(first for name, first in canonical.items() if matches(glob, name)))
     if not names:
         some = list(dict.fromkeys(name for name, _ in analysis.layouts))
-        raise ConfigError(f"target {glob!r} is neither a role ({', '.join(ROLES)}) nor a glob that matches a parameter; "
-                          f"parameters are named like {', '.join(some[:3])}")
+        raise ConfigError(f"target {glob!r} is neither a role ({', '.join(ROLES)}) nor a glob that matches a "
+                          f"parameter; parameters are named like {', '.join(some[:3])}")
     found = []
     for name in names:
         best = _preferred(bands(analysis, {name}))
@@ -205,8 +206,9 @@ def _check_one_dim_each(chosen) -> None:
     seen: dict[str, int] = {}
     for name, dim in chosen:
         if seen.setdefault(name, dim) != dim:
+            roles = dict.fromkeys(r for place in chosen if place[0] == name for r in chosen[place][0])
             raise ConfigError(f"{name} is targeted along both of its dimensions ({seen[name]} and {dim}); "
-                              f"target one of them: {', '.join(dict.fromkeys(r for d in chosen if d[0] == name for r in chosen[d][0]))}")
+                              f"target one of them: {', '.join(roles)}")
 
 
 # --- a score for every unit of a structure, high ones first ------------------------------------------------------

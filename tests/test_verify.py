@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 import s2ft_compile as s2ft
 from s2ft_compile.cli import app
 from s2ft_compile.passes import couple, rules
+from s2ft_compile.passes.axes import Axis
+from s2ft_compile.passes.rules.context import Value
 from s2ft_compile.verify import random_orders
 
 FEW = settings(max_examples=max(2, settings.default.max_examples // 8), phases=QUICK)
@@ -153,7 +155,7 @@ def test_command_line(folder, monkeypatch):
     result = CliRunner().invoke(app, ["verify", str(folder), "--seed", "3"])
     assert result.exit_code == 0 and "9 couplings permuted at once in 21 parameters (float64): outputs unchanged" in result.output
     linear = torch.ops.aten.linear.default
-    monkeypatch.setitem(rules.RULES, linear, lambda cx, node, x, w, b=None: rules.Value([*x.dims[:-1], rules.Axis(w.dims[0].size)]))
+    monkeypatch.setitem(rules.RULES, linear, lambda cx, node, x, w, b=None: Value([*x.dims[:-1], Axis(w.dims[0].size)]))
     monkeypatch.setattr(couple, "_pin_unread", lambda inference: None)
     result = CliRunner().invoke(app, ["verify", str(folder)])
     assert result.exit_code == 1, result.output
