@@ -1,6 +1,7 @@
 """Merged models and adapters: bit-exact round trips, and refusals that leave and change nothing."""
 
 import json
+import resource
 import shutil
 import struct
 from functools import cache
@@ -17,13 +18,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import AdapterError, ExportError, S2FTError, StateError
-from s2ft_compile.exporters import adapter, load_adapter, merged, save_adapter, save_merged
+from s2ft_compile.exporters import format, load_adapter, merged, save_adapter, save_merged
 from s2ft_compile.exporters.files import new_directory, new_files
 from s2ft_compile.fingerprint import SAMPLES, fingerprint
 from s2ft_compile.state import merged as merged_weights
 from s2ft_compile.state import state_of
 
-WEIGHTS, CONFIG = adapter.WEIGHTS, adapter.CONFIG
+WEIGHTS, CONFIG = format.WEIGHTS, format.CONFIG
 
 
 class Block(nn.Module):
@@ -278,7 +279,7 @@ def test_an_output_that_exists_is_refused(tmp_path, save):
 
 
 @pytest.mark.parametrize("save, writer", [
-    (save_merged, "merged.save_model"), (save_adapter, "adapter.save_file")])
+    (save_merged, "merged.save_model"), (save_adapter, "format.save_file")])
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch, save, writer):
     def half(tensors, path, **_):
         Path(path).write_bytes(b"half")
@@ -377,9 +378,11 @@ def receivers() -> tuple[nn.Module, nn.Module]:
 
 def refused(models, folder: Path, match: str | None = None) -> None:
     for model in models:
-        before, files = bits(model), tree(folder)
+        before, files, memory = bits(model), tree(folder), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with pytest.raises(AdapterError, match=match) as caught:
             load_adapter(model, folder)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+        assert grown < 100_000, f"a refused adapter took {grown} kB"
         assert str(caught.value) and same(bits(model), before) and tree(folder) == files
 
 
@@ -440,10 +443,10 @@ def forge(folder: Path, tensors=None, config=None, raw: bytes | None = None) -> 
     if raw is not None:
         (folder / WEIGHTS).write_bytes(raw)
     values = json.loads((folder / CONFIG).read_text())
-    values["weights_sha256"] = adapter._hash_of_file(folder / WEIGHTS)
+    values["weights_sha256"] = format.hash_of_file(folder / WEIGHTS)
     if config is not None:
         config(values)
-    values["config_sha256"] = adapter._hash_of_config(values)
+    values["config_sha256"] = format.hash_of_config(values)
     (folder / CONFIG).write_text(json.dumps(values))
 
 
@@ -511,7 +514,7 @@ FORGERIES = {
     "unknown parameter": (
         {"tensors": lambda t: t.update({k.replace("blocks.0", "blocks.7"): t.pop(k) for k in list(t)}),
          "config": lambda c: [s.update(parameter_name=s["parameter_name"].replace("blocks.0", "blocks.7"))
-                              for s in c["plan"]["slices"]]}, "none of this name"),
+                              for s in c["plan"]["slices"]]}, "has no blocks.7"),
     "nameless parameter": (plan_slice(parameter_name=3), "parameter's name"),
     "listed parameter": (plan_slice(parameter_name=["x"]), "parameter's name"),
     "other shape": (plan_slice(shape=[8, 13]), "parameter of shape"),
@@ -527,6 +530,15 @@ FORGERIES = {
     "no base": ({"config": lambda c: c.pop("base")}, "which base model"),
     "base of words": ({"config": lambda c: c.update(base="words")}, "which base model"),
     "two bases": ({"config": lambda c: c["base"].update(fingerprint="0" * 64)}, "two base models"),
+    "other samples": ({"config": lambda c: c["base"]["samples"].popitem()}, "do not make its fingerprint"),
+    "samples of words": ({"config": lambda c: c["base"].update(samples=["words"])}, "do not make its fingerprint"),
+    "no samples": ({"config": lambda c: c["base"].pop("samples")}, "do not make its fingerprint"),
+    "float64 stated, float32 given": (
+        {"config": lambda c: c["delta_dtypes"].update({c["plan"]["slices"][0]["parameter_name"]: "float64"})},
+        "a delta of torch.float32"),
+    "10^12 elements along dim 1": (plan_slice(shape=[8, 10**12]), "parameter of shape"),
+    "10^12 elements along dim 0": (plan_slice(shape=[10**12, 12]), "a delta of"),
+    "negative shape": (plan_slice(shape=[-8, 12]), "parameter of shape"),
     "other base block": ({"config": lambda c: c["base"].update(blocks={})}, "other values there"),
     "other format": ({"config": lambda c: c.update(format="other")}, "format 'other'.*valid: 's2ft'"),
     "LoRA": ({"config": lambda c: (c.clear(), c.update(peft_type="LORA"))}, "format 'LORA'"),
@@ -534,6 +546,8 @@ FORGERIES = {
     "format version of words": ({"config": lambda c: c.update(format_version="1")}, "format version '1'"),
     "no bytes": ({"raw": b""}, "not a valid safetensors"),
     "header longer than the file": ({"raw": struct.pack("<Q", 1 << 60) + b"{}"}, "not a valid safetensors"),
+    "header claims terabytes twice": ({"raw": header({"a.delta": HUGE, "a.indices": HUGE})}, "not a valid"),
+    "header of 100 MB": ({"raw": struct.pack("<Q", 10**8) + b" " * 100}, "not a valid"),
     "header claims terabytes": ({"raw": header({"blocks.0.down.weight.delta": HUGE})}, "not a valid"),
     "a pickle": ({"raw": b"\x80\x02}q\x00."}, "not a valid safetensors"),
 }
