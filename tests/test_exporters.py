@@ -1,9 +1,14 @@
 """Merged models and adapters: bit-exact round trips, and refusals that leave and change nothing."""
 
 import json
+import os
+import random
 import resource
 import shutil
 import struct
+import subprocess
+import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -170,6 +175,43 @@ def test_files_appear_together(tmp_path):
     assert tree(tmp_path) == {"x.onnx.data": b"b"}
 
 
+KILLED = """
+import os, random, signal, sys, time
+from test_exporters import Toy, trained, write_deltas
+from s2ft_compile.exporters import save_adapter, save_merged
+
+model, out, moment = trained(Toy()), sys.argv[1], random.Random(0)
+for kill in range(8):
+    child = os.fork()
+    if not child:
+        for i in range(10**6):
+            write_deltas(model, i, 1.0)
+            save_adapter(model, f"{out}/adapter{kill}_{i}")
+            save_merged(model, f"{out}/merged{kill}_{i}")
+    time.sleep(moment.uniform(0.02, 0.5))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_leaves_whole_files_only(tmp_path):
+    """SIGKILL at random moments while one folder after another is written: each that has its name is complete."""
+    tests = Path(__file__).parent
+    paths = os.pathsep.join([str(tests.parent), str(tests)])
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True,
+                   env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+    written = [path for path in tmp_path.iterdir() if not path.name.startswith(".s2ft-")]
+    assert len(written) > 8
+    for path in written:
+        base = Toy()
+        if path.name.startswith("adapter"):
+            load_adapter(base, path)
+        else:
+            load_model(base, path / merged.WEIGHTS)
+    save_merged(Toy(), tmp_path / "again")  # what was left behind is in nobody's way
+
+
 # --- fingerprint -------------------------------------------------------------------------------------------
 
 
@@ -325,6 +367,8 @@ def test_base_plus_adapter_is_merged_bit_for_bit(tmp_path_factory, dtype, seed, 
 def test_the_files_are_what_the_format_says(tmp_path):
     model = trained(Toy())
     save_adapter(model, tmp_path / "a")
+    (tmp_path / "ordinary").touch()
+    assert {p.stat().st_mode for p in (tmp_path / "a").iterdir()} == {(tmp_path / "ordinary").stat().st_mode}
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [CONFIG, WEIGHTS]
     config = json.loads((tmp_path / "a" / CONFIG).read_text())
     assert config["format"] == "s2ft" and config["format_version"] == 1
