@@ -73,7 +73,7 @@ def save_lora(
     """
     _check_options(layout, ranks)
     module, source = unwrap(model), _source(model, adapter)
-    holders = _linear_layers(module, source)
+    holders = linear_layers(module, source)
     with new_directory(directory) as folder:
         factors = [_factors(s, *holders[s.parameter_name]) for s in source.slices]
         factors = [_fitted(f, ranks, truncate) for f in factors]
@@ -109,7 +109,7 @@ def _source(model: nn.Module, adapter: str | os.PathLike | None) -> Adapter:
 # --- where the slices are ----------------------------------------------------------------------------------
 
 
-def _linear_layers(module: nn.Module, adapter: Adapter) -> dict[str, tuple[str, bool]]:
+def linear_layers(module: nn.Module, adapter: Adapter) -> dict[str, tuple[str, bool]]:
     """Parameter -> (the layer that holds it, whether its weight is stored (in, out)). Raises `ExportError`."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -214,7 +214,7 @@ def test_what_is_no_lora_is_refused(tmp_path, target, tied, match):
     s = s2ft.Slice(name, dim, indices, tuple(parameter.shape), (), torch.zeros(shape))
     plan = s2ft.Plan(s2ft.S2FTConfig(), "", (s,))
     with pytest.raises(ExportError, match=match):
-        lora._linear_layers(model, lora.Adapter(plan, {}))
+        lora.linear_layers(model, lora.Adapter(plan, {}))
 
 
 @pytest.mark.parametrize("options, match", [
