@@ -6,5 +6,7 @@ from .extract import extract
 from .lora import save_lora
 from .merged import save_merged
 from .onnx import export_onnx
+from .onnx_adapter import save_onnx_adapter
 
-__all__ = ["save_merged", "merge_checkpoint", "save_adapter", "load_adapter", "extract", "save_lora", "export_onnx"]
+__all__ = ["save_merged", "merge_checkpoint", "save_adapter", "load_adapter", "extract", "save_lora", "export_onnx",
+           "save_onnx_adapter"]
