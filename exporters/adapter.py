@@ -19,6 +19,7 @@ from ..errors import AdapterError
 from ..fingerprint import OWN, samples_of
 from ..plan import Plan, Slice
 from ..state import State, disabled, is_prepared, state_of
+from .card import CARD, card
 from .files import new_directory
 from .format import (
     CONFIG,
@@ -47,6 +48,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     with new_directory(directory) as folder:
         adapter = adapter_of(model)
         write_adapter(folder, adapter)
+        (folder / CARD).write_text(card(adapter), encoding="utf-8")
     log.info("adapter written to %s: %d slices", directory, len(adapter.slices))
     return Path(directory)
 

@@ -22,6 +22,7 @@ from ..fingerprint import combined, sample
 from ..plan import Plan, Slice
 from ..state import is_prepared
 from .adapter import summed
+from .card import CARD, card
 from .checkpoint import mapped, stored_tensors
 from .files import new_directory
 from .format import Adapter, describe_base, hash_of_block, write_adapter
@@ -63,7 +64,9 @@ def extract(
         config = S2FTConfig(targets={s.parameter_name: len(s.indices) for s in slices})
         plan = Plan(config, combined(samples), tuple(slices))
         kind = describe_base(_class_of(base), " and ".join(sorted(dtypes)), samples, blocks)
-        write_adapter(folder, Adapter(plan, kind))
+        adapter = Adapter(plan, kind)
+        write_adapter(folder, adapter)
+        (folder / CARD).write_text(card(adapter), encoding="utf-8")
     log.info("adapter of %d slices written to %s", len(slices), out)
     return Path(out)
 

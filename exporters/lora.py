@@ -29,6 +29,7 @@ from ..errors import ConfigError, ExportError
 from ..plan import Slice
 from ..state import is_prepared
 from .adapter import adapter_of, check_fits
+from .card import CARD, card
 from .files import new_directory
 from .format import Adapter, read_adapter
 
@@ -83,8 +84,11 @@ def save_lora(
         transposed = any(flip for _, flip in holders.values())
         save_file({f"base_model.model.{f.module}.lora_{side}.weight": getattr(f, side).contiguous()
                    for f in factors for side in "AB"}, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(_config(module, factors, transposed), indent=1), encoding="utf-8")
-    log.info("LoRA written to %s: %d modules, ranks up to %d", directory, len(factors), widest)
+        config = _config(module, factors, transposed)
+        (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        errors = {f.module: f.error for f in factors if f.error}
+        (folder / CARD).write_text(card(source, config["r"], errors), encoding="utf-8")
+    log.info("LoRA written to %s: %d modules, ranks up to %d", directory, len(factors), config["r"])
     return Path(directory)
 
 

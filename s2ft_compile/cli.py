@@ -175,6 +175,10 @@ def export_onnx(
     adapter: Annotated[
         Optional[Path], typer.Option("--adapter", help=ADAPTER + " [default: the model as it is]")
     ] = None,
+    separate: Annotated[
+        bool,
+        typer.Option("--separate", help="The base model, and the adapter in a file .onnx_adapter beside it."),
+    ] = False,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
@@ -183,6 +187,9 @@ def export_onnx(
         from .data import example_inputs
         from .exporters import export_onnx as write
 
+        if separate:
+            _export_separate(model, output, adapter, dtype)
+            return
         with err.status("exporting"):
             adapted = _adapted(model, adapter, dtype)
             write(adapted, output, example_inputs(adapted))
@@ -260,6 +267,24 @@ def demo(
         from .demo import run
 
         run(output, 60 * minutes, out)
+
+
+def _export_separate(model: str, output: Path, adapter: Optional[Path], dtype: Optional[str]) -> None:
+    from .data import example_inputs, load_model
+    from .exporters import export_onnx, save_onnx_adapter
+
+    if adapter is None:
+        raise ConfigError("--separate makes room for an adapter; name it with --adapter")
+    folder, file = _adapter_folder(adapter), output.with_suffix(".onnx_adapter")
+    with err.status("exporting"):
+        base = load_model(model, dtype or _trained_dtype(adapter))
+        save_onnx_adapter(base, file, adapter=folder)
+        try:
+            export_onnx(base, output, example_inputs(base), [folder])
+        except BaseException:
+            file.unlink()
+            raise
+    out.print(f"ONNX model: {output}, adapter: {file}")
 
 
 def _adapted(model: str, adapter: Optional[Path], dtype: Optional[str]):

@@ -369,7 +369,7 @@ def test_the_files_are_what_the_format_says(tmp_path):
     save_adapter(model, tmp_path / "a")
     (tmp_path / "ordinary").touch()
     assert {p.stat().st_mode for p in (tmp_path / "a").iterdir()} == {(tmp_path / "ordinary").stat().st_mode}
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["README.md", CONFIG, WEIGHTS]
     config = json.loads((tmp_path / "a" / CONFIG).read_text())
     assert config["format"] == "s2ft" and config["format_version"] == 1
     assert config["base"]["fingerprint"] == fingerprint(Toy())
@@ -383,6 +383,16 @@ def test_the_files_are_what_the_format_says(tmp_path):
         W = base[s.parameter_name].detach().clone()
         W.index_add_(s.dim, indices.long(), delta)  # what a reader of the two files would do
         assert torch.equal(W, expected[s.parameter_name])
+
+
+def test_the_card_says_what_the_adapter_is(tmp_path):
+    model = trained(Toy())
+    save_adapter(model, tmp_path / "a")
+    text = (tmp_path / "a" / "README.md").read_text()
+    numbers = sum(p.numel() for p in s2ft.parameters(model))
+    for expected in ("Toy in float32", fingerprint(Toy()), "`ffn.out` = 3", f"{numbers:,} numbers in 4 weights",
+                     "| ffn.out | 2 × `down` | 3 of 12 along dim 1 |", "seed 3", "load_adapter(model"):
+        assert expected in text
 
 
 def test_an_adapter_is_saved_from_a_wrapped_model_and_loaded_into_one(tmp_path):

@@ -67,6 +67,8 @@ def test_peft_merges_to_the_bits_of_the_merged_model(tmp_path, kind, layout, ran
         # one more sum for each row and column, in float32
         torch.testing.assert_close(loaded(tokens()).logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     assert_weights(loaded.merge_and_unload(), weights(model))
+    text = (tmp_path / "lora" / "README.md").read_text()
+    assert f"--max-lora-rank {max(held)}" in text and type(base).__name__ in text and "Not exact" not in text
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(2, 9), st.integers(0, 1), st.booleans(), st.integers(0, 9),
@@ -173,6 +175,7 @@ def test_a_rank_above_the_limit_is_refused_or_truncated_with_its_error(tmp_path,
         error, best = float((BA - delta).norm() / delta.norm()), torch.linalg.svdvals(delta)[8:].norm() / delta.norm()
         assert layer in message and float(message.split()[-1]) == pytest.approx(error, rel=1e-2)
         assert error == pytest.approx(float(best), rel=1e-4)  # Eckart and Young
+        assert f"`{layer}`: " in (tmp_path / "lora" / "README.md").read_text()
 
 
 def test_vllm_takes_no_rank_above_512():
