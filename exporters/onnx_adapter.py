@@ -153,13 +153,10 @@ def _is_set(node: Any, attribute: str) -> bool:
 
 
 def _insert(graph: Any, name: str, product: Product, columns: bool) -> None:
-    """Adds the adapter's part to the product's result, after what was added to it before."""
+    """Adds the adapter's part to the product's result, before what was added to it already."""
     import onnx_ir as ir
 
     W, (x, y) = graph.initializers[name], (product.node.inputs[0], product.node.outputs[0])
-    last = product.node
-    while (following := _added_to(y)) is not None:
-        last, y = following, following.outputs[0]
     side = "columns" if columns else "rows"
     other = W.shape[1 - product.contracts] if columns else W.shape[product.contracts]
     indices = _empty(graph, f"{name}.{side}.indices", np.zeros(0, np.int64), ["n"])
@@ -170,16 +167,15 @@ def _insert(graph: Any, name: str, product: Product, columns: bool) -> None:
     if columns:
         picked = ir.node("Gather", [x, indices], {"axis": -1})
         more = ir.node("MatMul", [picked.outputs[0], delta])
-        total = ir.node("Add", [y, more.outputs[0]], name=_label(y))
+        total = ir.node("Add", [y, more.outputs[0]])
         nodes = [picked, more, total]
     else:
         made = ir.node("MatMul", [x, delta])
         sizes = ir.node("Shape", [made.outputs[0]])
         places = ir.node("Expand", [indices, sizes.outputs[0]])
-        total = ir.node("ScatterElements", [y, places.outputs[0], made.outputs[0]], {"axis": -1, "reduction": "add"},
-                        name=_label(y))
+        total = ir.node("ScatterElements", [y, places.outputs[0], made.outputs[0]], {"axis": -1, "reduction": "add"})
         nodes = [made, sizes, places, total]
-    graph.insert_after(last, nodes)
+    graph.insert_after(product.node, nodes)
     result = total.outputs[0]
     result.type, result.shape = y.type, y.shape
     for user, index in users:
@@ -190,24 +186,14 @@ def _insert(graph: Any, name: str, product: Product, columns: bool) -> None:
             result.name, y.name = y.name, f"{y.name}.base"
 
 
-def _label(y: Any) -> str:
-    return f"adapter.{y.name}"
-
-
-def _added_to(y: Any) -> Any:
-    """The node that added another adapter's part to y."""
-    return next((node for node, index in y.uses() if node.name == _label(y) and index == 0), None)
-
-
 def _empty(graph: Any, name: str, content: np.ndarray, shape: Sequence[int | str]) -> Any:
     """The overridable initializer of this name, which is an input of the graph too."""
     import onnx_ir as ir
 
     if name not in graph.initializers:
         tensor = ir.tensor(content, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([f"{name}.{d}" if d == "n" else d
-                                                                                     for d in shape]),
-                         const_value=tensor)
+        dims = ir.Shape([f"{name}.{d}" if d == "n" else d for d in shape])
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=dims, const_value=tensor)
         graph.initializers.add(value)
         graph.inputs.append(value)
     return graph.initializers[name]

@@ -7,6 +7,7 @@ compiled graph depends on changes. A batch leaves the weights alone, and adds to
     rows (what it produces)                 y[indices] += x @ delta        y: (..., out), delta: (in, n)
 """
 
+import math
 import os
 import threading
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ class Stack:
 
     def add(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         """y (N, ..., out) with the delta ids[i] of row i added. x: (N, ..., in)."""
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        tokens, ids = x.reshape(x.shape[0], -1, x.shape[-1]), ids.to(self.index.device)  # a model may lie on several
         index = self.index[ids][:, None, :].expand(-1, tokens.shape[1], -1)
         delta = self.delta[ids].to(x.dtype)
         if self.contracts:
@@ -139,8 +140,11 @@ class AdapterBank:
     def fuse(self, weights: Mapping[str, float]) -> dict[tuple[str, str], int]:
         """Makes the weights cast(W0 + sum of weight * delta), and returns how many entries each two adapters share.
 
-        The paper's fusion without interference is the one where all of these are 0.
+        The paper's fusion without interference is the one where all of these are 0. Raises `AdapterError` for an
+        unknown name or a weight that is not finite.
         """
+        if not all(map(math.isfinite, weights.values())):
+            raise AdapterError(f"the weights of a sum are finite numbers, got {dict(weights)}")
         with self._exclusive():
             entries = {name: self._entry(name) for name in weights}
             self._switch((), (), ())
