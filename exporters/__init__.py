@@ -1,7 +1,12 @@
-"""What a tuned model is turned into: an ordinary model, an adapter, an ONNX file."""
+"""What a tuned model is turned into: an ordinary model, an adapter, a LoRA, an ONNX file."""
 
 from .adapter import load_adapter, save_adapter
+from .checkpoint import merge_checkpoint
+from .extract import extract
+from .lora import save_lora
 from .merged import save_merged
 from .onnx import export_onnx
+from .onnx_adapter import save_onnx_adapter
 
-__all__ = ["save_merged", "save_adapter", "load_adapter", "export_onnx"]
+__all__ = ["save_merged", "merge_checkpoint", "save_adapter", "load_adapter", "extract", "save_lora", "export_onnx",
+           "save_onnx_adapter"]

@@ -96,11 +96,16 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Waits until what lies in `folder` is on the disk: a rename may otherwise get there before it."""
+    """Waits until what lies in `folder` is on the disk: a rename may otherwise get there before it.
+
+    Files get the permissions that the umask gave the folder; safetensors makes them private to their owner.
+    """
+    mode = folder.stat().st_mode & 0o666
     for root, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(root, name), "rb") as file:
                 os.fsync(file.fileno())
+                os.chmod(file.fileno(), mode)
         _flush_folder(root)
 
 

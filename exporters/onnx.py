@@ -11,7 +11,7 @@ import warnings
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ..capture import arguments, inference_mode_of, tied_names, unwrap
 from ..errors import CaptureError, ExportError
 from .files import new_files
 from .merged import plain
+from .onnx_adapter import add_places, places_of, untrained
 from .verify import check, first_line, named_tensors, tensors
 
 log = logging.getLogger(__name__)
@@ -31,14 +32,24 @@ INLINE_BYTES = 1 << 20  # weights up to this size lie in the .onnx file itself, 
 AXES = ("batch", "sequence")  # the names of an input's first two dimensions
 
 
-def export_onnx(model: nn.Module, path: str | os.PathLike, example_inputs: Any) -> Path:
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike,
+    example_inputs: Any,
+    adapters: str | Sequence[str | os.PathLike] = "merged",
+) -> Path:
     """Writes the model, merged, in eval mode and without a KV cache, as an ONNX file, and returns its path.
 
     Inputs are named like the forward's arguments, outputs as the model names them (`logits`; `output`, or
     `output_0` and so on, where it does not), weights like the parameters. The first two dimensions of each
     input are dynamic where the model's code allows it; a warning names what is not. Weights over 1 MiB in
     total lie beside the file, in `<path>.data`. bfloat16 weights are written as float32, because ONNX
-    Runtime has no bfloat16 kernels on a CPU. The model is afterwards as it was. Raises `CaptureError` for a
+    Runtime has no bfloat16 kernels on a CPU. The model is afterwards as it was.
+
+    adapters: "merged"; "separate", the untrained base model with inputs for what a prepared model trains; or a list
+    of adapter folders, the same for all that these change. `save_onnx_adapter` writes what goes there.
+
+    Raises `ConfigError` for adapters that leave nothing to make room for, `CaptureError` for a
     model that cannot be traced, `ExportError` for a file that exists, an operator without translation, or a
     result that differs from the model's.
     """
@@ -46,9 +57,10 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, example_inputs: Any) 
     if target.suffix != ".onnx":
         raise ExportError(f"{target} is not the name of an ONNX file; {target.with_suffix('.onnx')} would be")
     inputs = pytree.tree_map(_widened, arguments(example_inputs))
+    places = [] if adapters == "merged" else places_of(model, adapters)
     with (
         new_files(target, target.with_name(target.name + ".data")) as folder,
-        plain(model),
+        untrained(model) if places else plain(model),
         inference_mode_of(module),
         _bfloat16_as_float32(module),
         _quiet(),
@@ -57,6 +69,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, example_inputs: Any) 
         program = _traced(module, inputs)
         onnx_model = _translated(module, program)
         _name_values(onnx_model.graph, module, program, inputs)
+        add_places(onnx_model.graph, places)
         _write(onnx_model, file)
         check(module, file, inputs)
     log.info("ONNX model written to %s", target)

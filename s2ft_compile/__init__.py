@@ -1,6 +1,7 @@
 """S²FT as a compiler: train a few dense slices of a transformer's coupled weights, get an ordinary model back."""
 
 from . import exporters
+from .bank import AdapterBank
 from .config import S2FTConfig
 from .errors import (AdapterError, CaptureError, CompileError, ConfigError, ExportError, S2FTError, StateError,
                      VerificationError)
@@ -13,8 +14,8 @@ from .verify import Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "S2FTConfig", "analyze", "verify", "permute", "prepare", "parameters", "release", "disabled", "is_prepared", "exporters",
-    "Plan", "Slice", "Analysis", "Coupling", "Member", "Refusal", "Verification",
+    "S2FTConfig", "analyze", "verify", "permute", "prepare", "parameters", "release", "disabled", "is_prepared",
+    "exporters", "AdapterBank", "Plan", "Slice", "Analysis", "Coupling", "Member", "Refusal", "Verification",
     "S2FTError", "ConfigError", "CaptureError", "StateError", "AdapterError", "ExportError", "CompileError",
     "VerificationError",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `s2ft inspect`, `s2ft verify`, `s2ft train`, `s2ft export`, `s2ft demo`."""
+"""The command line: `s2ft inspect`, `verify`, `train`, `export`, `merge`, `extract` and `demo`."""
 
 import json
 import shutil
@@ -217,6 +217,10 @@ def export_onnx(
     adapter: Annotated[
         Optional[Path], typer.Option("--adapter", help=ADAPTER + " [default: the model as it is]")
     ] = None,
+    separate: Annotated[
+        bool,
+        typer.Option("--separate", help="The base model, and the adapter in a file .onnx_adapter beside it."),
+    ] = False,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
@@ -225,10 +229,71 @@ def export_onnx(
         from .data import example_inputs
         from .exporters import export_onnx as write
 
+        if separate:
+            _export_separate(model, output, adapter, dtype)
+            return
         with err.status("exporting"):
             adapted = _adapted(model, adapter, dtype)
             write(adapted, output, example_inputs(adapted))
         out.print(f"ONNX model: {output}")
+
+
+@export_app.command("lora")
+def export_lora(
+    model: Model,
+    adapter: Adapter,
+    output: Output,
+    layout: Annotated[str, typer.Option(help="pattern (each module its rank) or padded (one rank).")] = "pattern",
+    ranks: Annotated[str, typer.Option(help="exact, vllm (rounded up to what vLLM takes), or a number.")] = "exact",
+    truncate: Annotated[bool, typer.Option(help="Cut ranks above the limit by SVD, and report the error.")] = False,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter as a LoRA of PEFT's format, exactly; PEFT and vLLM load it."""
+    with reported(err, debug):
+        from .data import load_model
+        from .exporters import save_lora
+
+        with err.status("converting"):
+            base = load_model(model, dtype or _trained_dtype(adapter))
+            number = int(ranks) if ranks.isdecimal() else ranks
+            save_lora(base, output, layout, number, adapter=_adapter_folder(adapter), truncate=truncate)
+        out.print(f"LoRA: {output}")
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="A folder of safetensors: the base model.")],
+    adapters: Annotated[list[Path], typer.Argument(help=ADAPTER)],
+    output: Annotated[Path, typer.Argument(help="The folder to write; must not exist yet.")],
+    debug: Debug = False,
+) -> None:
+    """Add adapters to a checkpoint on disk, tensor by tensor, without building the model."""
+    with reported(err, debug):
+        from .exporters import merge_checkpoint
+
+        with err.status("merging"):
+            merge_checkpoint(base, [_adapter_folder(path) for path in adapters], output)
+        out.print(f"merged checkpoint: {output}")
+
+
+@app.command()
+def extract(
+    base: Annotated[Path, typer.Argument(help="A folder of safetensors: the base model.")],
+    tuned: Annotated[Path, typer.Argument(help="A folder of safetensors: the same model, trained in place.")],
+    output: Annotated[Path, typer.Argument(help="The adapter folder to write; must not exist yet.")],
+    debug: Debug = False,
+) -> None:
+    """Recover an adapter from two checkpoints that differ in a few rows or columns of each weight."""
+    with reported(err, debug):
+        from .exporters import extract as run
+        from .exporters.format import read_adapter
+
+        with err.status("comparing"):
+            run(base, tuned, output)
+        slices = read_adapter(output).slices
+        numbers = sum(s.delta.numel() for s in slices)
+        out.print(f"adapter: {output}, {len(slices)} slices, {numbers:,} numbers")
 
 
 @app.command()
@@ -244,6 +309,24 @@ def demo(
         from .demo import run
 
         run(output, 60 * minutes, out)
+
+
+def _export_separate(model: str, output: Path, adapter: Optional[Path], dtype: Optional[str]) -> None:
+    from .data import example_inputs, load_model
+    from .exporters import export_onnx, save_onnx_adapter
+
+    if adapter is None:
+        raise ConfigError("--separate makes room for an adapter; name it with --adapter")
+    folder, file = _adapter_folder(adapter), output.with_suffix(".onnx_adapter")
+    with err.status("exporting"):
+        base = load_model(model, dtype or _trained_dtype(adapter))
+        save_onnx_adapter(base, file, adapter=folder)
+        try:
+            export_onnx(base, output, example_inputs(base), [folder])
+        except BaseException:
+            file.unlink()
+            raise
+    out.print(f"ONNX model: {output}, adapter: {file}")
 
 
 def _adapted(model: str, adapter: Optional[Path], dtype: Optional[str]):

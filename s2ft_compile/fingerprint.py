@@ -1,9 +1,10 @@
 """A cheap content hash of a model's weights: which base model an adapter belongs to."""
 
 import hashlib
+from typing import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .capture import unwrap
 
@@ -20,15 +21,31 @@ def fingerprint(model: nn.Module) -> str:
     device has no content. Two models that differ only between the samples have the same fingerprint: it
     tells models, checkpoints and dtypes apart, and does not prove that a file was not edited.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(unwrap(model).named_parameters()):
-        if not name.startswith(OWN):
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-            digest.update(_sample(parameter.detach()))
-    return digest.hexdigest()
+    return combined(samples_of(model))
 
 
-def _sample(tensor: torch.Tensor) -> bytes:
+def samples_of(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> `sample` of it: what the fingerprint is made of."""
+    return samples((n, p) for n, p in unwrap(model).named_parameters() if not n.startswith(OWN))
+
+
+def samples(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    return {name: sample(tensor) for name, tensor in tensors}
+
+
+def combined(found: Mapping[str, str]) -> str:
+    """The fingerprint of a model with these samples."""
+    return hashlib.sha256("".join(f"{name} {found[name]}\n" for name in sorted(found)).encode()).hexdigest()
+
+
+def sample(tensor: Tensor) -> str:
+    """128 bits (hex) of the sha256 over a tensor's shape, dtype and sampled content."""
+    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
+    digest.update(_content(tensor.detach()))
+    return digest.hexdigest()[:32]
+
+
+def _content(tensor: Tensor) -> bytes:
     """The bytes of up to `SAMPLES` evenly spaced elements in logical order, without a copy of the whole."""
     n = tensor.numel()
     if tensor.is_meta or n == 0:

@@ -1,8 +1,14 @@
 """Merged models and adapters: bit-exact round trips, and refusals that leave and change nothing."""
 
 import json
+import os
+import random
+import resource
 import shutil
 import struct
+import subprocess
+import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -17,13 +23,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import AdapterError, ExportError, S2FTError, StateError
-from s2ft_compile.exporters import adapter, load_adapter, merged, save_adapter, save_merged
+from s2ft_compile.exporters import format, load_adapter, merged, save_adapter, save_merged
 from s2ft_compile.exporters.files import new_directory, new_files
 from s2ft_compile.fingerprint import SAMPLES, fingerprint
 from s2ft_compile.state import merged as merged_weights
 from s2ft_compile.state import state_of
 
-WEIGHTS, CONFIG = adapter.WEIGHTS, adapter.CONFIG
+WEIGHTS, CONFIG = format.WEIGHTS, format.CONFIG
 
 
 class Block(nn.Module):
@@ -169,6 +175,43 @@ def test_files_appear_together(tmp_path):
     assert tree(tmp_path) == {"x.onnx.data": b"b"}
 
 
+KILLED = """
+import os, random, signal, sys, time
+from test_exporters import Toy, trained, write_deltas
+from s2ft_compile.exporters import save_adapter, save_merged
+
+model, out, moment = trained(Toy()), sys.argv[1], random.Random(0)
+for kill in range(8):
+    child = os.fork()
+    if not child:
+        for i in range(10**6):
+            write_deltas(model, i, 1.0)
+            save_adapter(model, f"{out}/adapter{kill}_{i}")
+            save_merged(model, f"{out}/merged{kill}_{i}")
+    time.sleep(moment.uniform(0.02, 0.5))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_leaves_whole_files_only(tmp_path):
+    """SIGKILL at random moments while one folder after another is written: each that has its name is complete."""
+    tests = Path(__file__).parent
+    paths = os.pathsep.join([str(tests.parent), str(tests)])
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True,
+                   env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+    written = [path for path in tmp_path.iterdir() if not path.name.startswith(".s2ft-")]
+    assert len(written) > 8
+    for path in written:
+        base = Toy()
+        if path.name.startswith("adapter"):
+            load_adapter(base, path)
+        else:
+            load_model(base, path / merged.WEIGHTS)
+    save_merged(Toy(), tmp_path / "again")  # what was left behind is in nobody's way
+
+
 # --- fingerprint -------------------------------------------------------------------------------------------
 
 
@@ -278,7 +321,7 @@ def test_an_output_that_exists_is_refused(tmp_path, save):
 
 
 @pytest.mark.parametrize("save, writer", [
-    (save_merged, "merged.save_model"), (save_adapter, "adapter.save_file")])
+    (save_merged, "merged.save_model"), (save_adapter, "format.save_file")])
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch, save, writer):
     def half(tensors, path, **_):
         Path(path).write_bytes(b"half")
@@ -324,7 +367,9 @@ def test_base_plus_adapter_is_merged_bit_for_bit(tmp_path_factory, dtype, seed, 
 def test_the_files_are_what_the_format_says(tmp_path):
     model = trained(Toy())
     save_adapter(model, tmp_path / "a")
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [CONFIG, WEIGHTS]
+    (tmp_path / "ordinary").touch()
+    assert {p.stat().st_mode for p in (tmp_path / "a").iterdir()} == {(tmp_path / "ordinary").stat().st_mode}
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["README.md", CONFIG, WEIGHTS]
     config = json.loads((tmp_path / "a" / CONFIG).read_text())
     assert config["format"] == "s2ft" and config["format_version"] == 1
     assert config["base"]["fingerprint"] == fingerprint(Toy())
@@ -338,6 +383,16 @@ def test_the_files_are_what_the_format_says(tmp_path):
         W = base[s.parameter_name].detach().clone()
         W.index_add_(s.dim, indices.long(), delta)  # what a reader of the two files would do
         assert torch.equal(W, expected[s.parameter_name])
+
+
+def test_the_card_says_what_the_adapter_is(tmp_path):
+    model = trained(Toy())
+    save_adapter(model, tmp_path / "a")
+    text = (tmp_path / "a" / "README.md").read_text()
+    numbers = sum(p.numel() for p in s2ft.parameters(model))
+    for expected in ("Toy in float32", fingerprint(Toy()), "`ffn.out` = 3", f"{numbers:,} numbers in 4 weights",
+                     "| ffn.out | 2 × `down` | 3 of 12 along dim 1 |", "seed 3", "load_adapter(model"):
+        assert expected in text
 
 
 def test_an_adapter_is_saved_from_a_wrapped_model_and_loaded_into_one(tmp_path):
@@ -377,9 +432,11 @@ def receivers() -> tuple[nn.Module, nn.Module]:
 
 def refused(models, folder: Path, match: str | None = None) -> None:
     for model in models:
-        before, files = bits(model), tree(folder)
+        before, files, memory = bits(model), tree(folder), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with pytest.raises(AdapterError, match=match) as caught:
             load_adapter(model, folder)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+        assert grown < 100_000, f"a refused adapter took {grown} kB"
         assert str(caught.value) and same(bits(model), before) and tree(folder) == files
 
 
@@ -440,10 +497,10 @@ def forge(folder: Path, tensors=None, config=None, raw: bytes | None = None) -> 
     if raw is not None:
         (folder / WEIGHTS).write_bytes(raw)
     values = json.loads((folder / CONFIG).read_text())
-    values["weights_sha256"] = adapter._hash_of_file(folder / WEIGHTS)
+    values["weights_sha256"] = format.hash_of_file(folder / WEIGHTS)
     if config is not None:
         config(values)
-    values["config_sha256"] = adapter._hash_of_config(values)
+    values["config_sha256"] = format.hash_of_config(values)
     (folder / CONFIG).write_text(json.dumps(values))
 
 
@@ -511,7 +568,7 @@ FORGERIES = {
     "unknown parameter": (
         {"tensors": lambda t: t.update({k.replace("blocks.0", "blocks.7"): t.pop(k) for k in list(t)}),
          "config": lambda c: [s.update(parameter_name=s["parameter_name"].replace("blocks.0", "blocks.7"))
-                              for s in c["plan"]["slices"]]}, "none of this name"),
+                              for s in c["plan"]["slices"]]}, "has no blocks.7"),
     "nameless parameter": (plan_slice(parameter_name=3), "parameter's name"),
     "listed parameter": (plan_slice(parameter_name=["x"]), "parameter's name"),
     "other shape": (plan_slice(shape=[8, 13]), "parameter of shape"),
@@ -527,6 +584,15 @@ FORGERIES = {
     "no base": ({"config": lambda c: c.pop("base")}, "which base model"),
     "base of words": ({"config": lambda c: c.update(base="words")}, "which base model"),
     "two bases": ({"config": lambda c: c["base"].update(fingerprint="0" * 64)}, "two base models"),
+    "other samples": ({"config": lambda c: c["base"]["samples"].popitem()}, "do not make its fingerprint"),
+    "samples of words": ({"config": lambda c: c["base"].update(samples=["words"])}, "do not make its fingerprint"),
+    "no samples": ({"config": lambda c: c["base"].pop("samples")}, "do not make its fingerprint"),
+    "float64 stated, float32 given": (
+        {"config": lambda c: c["delta_dtypes"].update({c["plan"]["slices"][0]["parameter_name"]: "float64"})},
+        "a delta of torch.float32"),
+    "10^12 elements along dim 1": (plan_slice(shape=[8, 10**12]), "parameter of shape"),
+    "10^12 elements along dim 0": (plan_slice(shape=[10**12, 12]), "a delta of"),
+    "negative shape": (plan_slice(shape=[-8, 12]), "parameter of shape"),
     "other base block": ({"config": lambda c: c["base"].update(blocks={})}, "other values there"),
     "other format": ({"config": lambda c: c.update(format="other")}, "format 'other'.*valid: 's2ft'"),
     "LoRA": ({"config": lambda c: (c.clear(), c.update(peft_type="LORA"))}, "format 'LORA'"),
@@ -534,6 +600,8 @@ FORGERIES = {
     "format version of words": ({"config": lambda c: c.update(format_version="1")}, "format version '1'"),
     "no bytes": ({"raw": b""}, "not a valid safetensors"),
     "header longer than the file": ({"raw": struct.pack("<Q", 1 << 60) + b"{}"}, "not a valid safetensors"),
+    "header claims terabytes twice": ({"raw": header({"a.delta": HUGE, "a.indices": HUGE})}, "not a valid"),
+    "header of 100 MB": ({"raw": struct.pack("<Q", 10**8) + b" " * 100}, "not a valid"),
     "header claims terabytes": ({"raw": header({"blocks.0.down.weight.delta": HUGE})}, "not a valid"),
     "a pickle": ({"raw": b"\x80\x02}q\x00."}, "not a valid safetensors"),
 }

@@ -1,0 +1,65 @@
+"""The card of an adapter: a README.md beside its files that says what it is, and how to load it."""
+
+from collections import defaultdict
+from typing import Mapping, Sequence
+
+from ..plan import Slice
+from .format import Adapter
+
+CARD = "README.md"
+
+NATIVE = """\
+```python
+import s2ft_compile as s2ft
+
+s2ft.exporters.load_adapter(model, "this-folder")     # in place; W[indices] = cast(W0 + delta), bit for bit
+```
+
+Without building the model, on a checkpoint on disk: `s2ft merge BASE this-folder OUT`. As a LoRA for PEFT and vLLM:
+`s2ft export lora --model BASE --adapter this-folder --output OUT`.
+"""
+
+PEFT = """\
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "this-folder")     # model.merge_and_unload() adds it to the weights
+```
+
+vLLM: `--enable-lora --max-lora-rank {rank} --lora-modules name=this-folder`. The LoRA is exact: one factor of each pair
+is one-hot, and `lora_alpha == r`.
+"""
+
+
+def card(adapter: Adapter, rank: int | None = None, errors: Mapping[str, float] | None = None) -> str:
+    """Markdown. rank: of a LoRA, None for the native format. errors: relative, of modules that were cut to it."""
+    base, config = adapter.base, adapter.plan.config
+    changed = sum(s.delta.numel() for s in adapter.slices)
+    lines = [
+        "---", "library_name: " + ("s2ft-compile" if rank is None else "peft"), "tags:", "- s2ft", "---", "",
+        "# S²FT adapter", "",
+        "Dense slices of coupled weights, trained with the rest frozen "
+        "([S²FT](https://arxiv.org/abs/2412.06289)).", "",
+        "| | |", "|---|---|",
+        f"| base model | {base.get('class')} in {base.get('dtype')} |",
+        f"| fingerprint of the base | `{adapter.plan.fingerprint}` |",
+        f"| targets | {', '.join(f'`{t}` = {amount}' for t, amount in list(config.targets.items())[:8])}"
+        f"{', ...' if len(config.targets) > 8 else ''} |",
+        f"| selection | {config.selection}, seed {config.seed}, budget per {config.budget} |",
+        f"| trained | {changed:,} numbers in {len(adapter.slices)} weights |",
+        "", "## What it changes", "", "| role | weights | of each |", "|---|---|---|", *_rows(adapter.slices),
+        "", "## How to load it", "", NATIVE if rank is None else PEFT.format(rank=rank),
+    ]
+    if errors:
+        lines += ["## Not exact", "", "These were cut to the rank by SVD; relative errors in the Frobenius norm:", "",
+                  *(f"- `{name}`: {error:.3g}" for name, error in errors.items()), ""]
+    return "\n".join(lines)
+
+
+def _rows(slices: Sequence[Slice]) -> list[str]:
+    """One line for all layers of a role."""
+    groups: dict[tuple, int] = defaultdict(int)
+    for s in slices:
+        side = f"{len(s.indices)} of {s.shape[s.dim]} along dim {s.dim}"
+        groups[", ".join(s.roles), s.parameter_name.rsplit(".", 2)[-2] if "." in s.parameter_name else "", side] += 1
+    return [f"| {role or '-'} | {count} × `{kind}` | {side} |" for (role, kind, side), count in groups.items()]

@@ -1,0 +1,220 @@
+"""The adapter as an exact LoRA, for PEFT and vLLM.
+
+A LoRA adds B A to a weight (out, in). A slice of it is one exactly, with rank r = selected indices and no
+decomposition: B A sums one product with 1 and zeros.
+
+    columns (what the layer contracts)      A[k, indices[k]] = 1   (r, in)      B = delta       (out, r)
+    rows (what it produces)                 A = delta              (r, in)      B[indices[k], k] = 1   (out, r)
+
+`lora_alpha == r`, so the scaling is 1. In float32, PEFT's `merge_and_unload` gives the bits of `save_merged` (but for
+the sign of a weight that is -0.0). In bfloat16 and float16 it rounds the delta to that type before it adds, where
+`save_merged` rounds the sum once, so entries differ by up to about one unit in the last place.
+"""
+
+import json
+import logging
+import os
+import re
+from bisect import bisect_left
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..capture import unwrap
+from ..errors import ConfigError, ExportError
+from ..plan import Slice
+from ..state import is_prepared
+from .adapter import adapter_of, check_fits
+from .card import CARD, card
+from .files import new_directory
+from .format import Adapter, read_adapter
+
+log = logging.getLogger(__name__)
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+LAYOUTS = ("pattern", "padded")
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """One module's A (r, in) and B (out, r), float32. error: relative, in the Frobenius norm; 0 where exact."""
+
+    module: str
+    A: Tensor
+    B: Tensor
+    error: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+def save_lora(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    layout: str = "pattern",
+    ranks: int | str = "exact",
+    *,
+    adapter: str | os.PathLike | None = None,
+    truncate: bool = False,
+) -> Path:
+    """Writes an adapter into a new folder in the format of PEFT, and returns its path.
+
+    model: prepared; or, with `adapter`, the plain base model of that adapter folder. layout: "pattern", every module
+    with the rank it needs (`rank_pattern`), or "padded", all with one rank (zeros added), for `hotswap_adapter`.
+    ranks: "exact"; "vllm", rounded up to the next of `VLLM_RANKS`; or an int, a limit that "padded" pads to. A module
+    that needs more is refused, or with `truncate` cut to the limit by SVD, and the error is logged.
+
+    Raises `ExportError` for slices that no LoRA has (embeddings, biases, tied weights, weights that no linear layer
+    holds), a rank above the limit, or a folder that exists; `ConfigError` for an option that is unknown.
+    """
+    _check_options(layout, ranks)
+    module, source = unwrap(model), _source(model, adapter)
+    holders = linear_layers(module, source)
+    with new_directory(directory) as folder:
+        factors = [_factors(s, *holders[s.parameter_name]) for s in source.slices]
+        factors = [_fitted(f, ranks, truncate) for f in factors]
+        widest = max(f.rank for f in factors)
+        padded_to = ranks if isinstance(ranks, int) else _rounded(widest, ranks)
+        factors = [_padded(f, padded_to if layout == "padded" else _rounded(f.rank, ranks)) for f in factors]
+        transposed = any(flip for _, flip in holders.values())
+        save_file({f"base_model.model.{f.module}.lora_{side}.weight": getattr(f, side).contiguous()
+                   for f in factors for side in "AB"}, folder / WEIGHTS, metadata={"format": "pt"})
+        config = _config(module, factors, transposed)
+        (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        errors = {f.module: f.error for f in factors if f.error}
+        (folder / CARD).write_text(card(source, config["r"], errors), encoding="utf-8")
+    log.info("LoRA written to %s: %d modules, ranks up to %d", directory, len(factors), config["r"])
+    return Path(directory)
+
+
+def _check_options(layout: str, ranks: int | str) -> None:
+    if layout not in LAYOUTS:
+        raise ConfigError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")
+    if ranks not in ("exact", "vllm") and (isinstance(ranks, (bool, str)) or not isinstance(ranks, int) or ranks < 1):
+        raise ConfigError(f"ranks must be 'exact', 'vllm' or a positive number, got {ranks!r}")
+
+
+def _source(model: nn.Module, adapter: str | os.PathLike | None) -> Adapter:
+    if adapter is None:
+        return adapter_of(model)
+    if is_prepared(model):
+        raise ConfigError("the model is prepared and has deltas of its own; give the plain base model of the adapter, "
+                          "or no adapter")
+    read = read_adapter(adapter)
+    check_fits(unwrap(model), read)
+    return read
+
+
+# --- where the slices are ----------------------------------------------------------------------------------
+
+
+def linear_layers(module: nn.Module, adapter: Adapter) -> dict[str, tuple[str, bool]]:
+    """Parameter -> (the layer that holds it, whether its weight is stored (in, out)). Raises `ExportError`."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = {}
+    for s in adapter.slices:
+        held_as = names[id(module.get_parameter(s.parameter_name))]
+        layer, _, key = s.parameter_name.rpartition(".")
+        refused = _why_not(module.get_submodule(layer), key, held_as)
+        if refused:
+            raise ExportError(f"{s.parameter_name} cannot be a LoRA: {refused}. `save_adapter` and `save_merged` take "
+                              f"it")
+        found[s.parameter_name] = layer, _is_conv1d(module.get_submodule(layer))
+    return found
+
+
+def _why_not(layer: nn.Module, key: str, held_as: Sequence[str]) -> str | None:
+    if len(held_as) > 1:
+        return f"it is tied, held as {' and '.join(held_as)}, and PEFT would change one of them only"
+    if isinstance(layer, nn.Embedding):
+        return "an embedding's LoRA is another format, which vLLM does not take"
+    if key != "weight":
+        return f"it is the {key!r} of a {type(layer).__name__}; a LoRA changes the 'weight' of linear layers"
+    direct = isinstance(layer, nn.Linear) and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if not (direct or _is_conv1d(layer)):
+        return f"it belongs to a {type(layer).__name__}; valid: nn.Linear, and Conv1D of transformers"
+    return None
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(layer, Conv1D)
+
+
+# --- factors -----------------------------------------------------------------------------------------------
+
+
+def _factors(s: Slice, layer: str, transposed: bool) -> Factors:
+    if s.delta.dtype != torch.float32:
+        raise ExportError(f"the delta of {s.parameter_name} is {s.delta.dtype}; a LoRA in float32 would not be exact")
+    delta, dim = (s.delta.T, 1 - s.dim) if transposed else (s.delta, s.dim)
+    size = s.shape[s.dim]
+    one_hot = torch.zeros(len(s.indices), size)
+    one_hot[torch.arange(len(s.indices)), s.indices] = 1
+    return Factors(layer, one_hot, delta) if dim == 1 else Factors(layer, delta, one_hot.T)
+
+
+def _rounded(rank: int, ranks: int | str) -> int:
+    return VLLM_RANKS[bisect_left(VLLM_RANKS, rank)] if ranks == "vllm" else rank
+
+
+def _fitted(f: Factors, ranks: int | str, truncate: bool) -> Factors:
+    """The factors with a rank within the limit. Raises `ExportError` where that needs a truncation not asked for."""
+    limit = {"exact": f.rank, "vllm": VLLM_RANKS[-1]}.get(ranks, ranks)
+    if f.rank <= limit:
+        return f
+    if not truncate:
+        whose = "which is vLLM's limit" if ranks == "vllm" else "the rank that was asked for"
+        raise ExportError(f"{f.module} needs rank {f.rank}, above {limit}, {whose}. Train fewer units, merge the "
+                          f"adapter instead, or pass truncate=True for the nearest LoRA of that rank")
+    U, S, V = torch.linalg.svd(f.B.double() @ f.A.double(), full_matrices=False)
+    error = float(S[limit:].norm() / S.norm()) if S.any() else 0.0
+    log.warning("%s: rank %d cut to %d, relative error %.3g", f.module, f.rank, limit, error)
+    root = S[:limit].sqrt()
+    return Factors(f.module, (root[:, None] * V[:limit]).float(), (U[:, :limit] * root).float(), error)
+
+
+def _padded(f: Factors, rank: int) -> Factors:
+    more = rank - f.rank
+    return Factors(f.module, nn.functional.pad(f.A, (0, 0, 0, more)), nn.functional.pad(f.B, (0, more)), f.error)
+
+
+# --- the configuration -------------------------------------------------------------------------------------
+
+
+def _config(module: nn.Module, factors: Sequence[Factors], transposed: bool) -> dict[str, Any]:
+    """Every module has a pattern, longer names first: PEFT takes the first one that a module's name ends with."""
+    ranks = {f.module: f.rank for f in sorted(factors, key=lambda f: -len(f.module))}
+    widest = max(ranks.values())
+    pattern = ranks if len(set(ranks.values())) > 1 else {}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if type(module).__name__.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": getattr(getattr(module, "config", None), "_name_or_path", None) or None,
+        "r": widest,
+        "lora_alpha": widest,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": _targets(module, [f.module for f in factors]),
+        "fan_in_fan_out": transposed,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+
+
+def _targets(module: nn.Module, names: Sequence[str]) -> list[str] | str:
+    """The names, or where another module's name ends like one of them a pattern that matches these only."""
+    others = {name for name, _ in module.named_modules()} - set(names)
+    alike = any(other.endswith(f".{name}") for other in others for name in names)
+    return "|".join(map(re.escape, names)) if alike else list(names)

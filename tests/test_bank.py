@@ -1,0 +1,252 @@
+"""Many adapters behind one model: switched and fused bit for bit, and one for each row of a batch."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small import hf, randomize, same_bits, tokens
+from torch import nn
+
+import s2ft_compile as s2ft
+from s2ft_compile.bank import AdapterBank
+from s2ft_compile.errors import AdapterError, ExportError, StateError
+from s2ft_compile.exporters import load_adapter, save_adapter
+
+TARGETS = {"a": {"ffn.out": 5, "attention.out": 1}, "b": {"ffn.out": 3, "ffn.in": 2}, "c": {"attention.value": 1},
+           "d": {"ffn.in": 0.3, "attention.query": 1}}
+U32 = 2.0**-24
+
+
+def made(tmp_path_factory, kind: str):
+    root, base = tmp_path_factory.mktemp(kind), hf(kind)
+    for seed, (name, targets) in enumerate(TARGETS.items()):
+        model = copy.deepcopy(base)
+        s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets=targets, seed=seed))
+        randomize(model, seed)
+        save_adapter(model, root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return made(tmp_path_factory, "llama")
+
+
+def bank_of(folder, kind: str = "llama", dtype=torch.float32) -> AdapterBank:
+    bank = AdapterBank(hf(kind, use_cache=True).to(dtype))
+    for name in TARGETS:
+        bank.add(name, folder / name)
+    return bank
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(same_bits(a[n], b[n]) for n in a)
+
+
+def alone(folder, name: str | None, kind: str = "llama") -> nn.Module:
+    model = hf(kind, use_cache=True)
+    if name is not None:
+        load_adapter(model, folder / name)
+    return model
+
+
+def close(found, expected) -> None:
+    """Float32, layers of at most 64 terms, two blocks: rounding of the largest entry, as often as it can add up."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=2**9 * U32 * float(expected.abs().max()))
+
+
+# --- in the weights ----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from([*TARGETS, None]), min_size=1, max_size=5), st.booleans())
+def test_switching_is_exact_and_reversible(folder, names, add_between):
+    bank = bank_of(folder)
+    before, places = weights(bank.model), {n: p.data_ptr() for n, p in bank.model.named_parameters()}
+    for name in names:
+        bank.activate(name)
+        assert same(weights(bank.model), weights(alone(folder, name)))
+        if add_between:
+            bank.add("again", folder / "a")  # checked against the base, whatever is active
+            bank.remove("again")
+            assert same(weights(bank.model), weights(alone(folder, name)))
+    with bank.using("b"):
+        assert same(weights(bank.model), weights(alone(folder, "b")))
+    assert same(weights(bank.model), weights(alone(folder, names[-1])))
+    bank.activate(None)
+    assert same(weights(bank.model), before) and bank.active == ()
+    assert {n: p.data_ptr() for n, p in bank.model.named_parameters()} == places
+
+
+@given(st.dictionaries(st.sampled_from(list(TARGETS)), st.sampled_from([1.0, 0.5, -1.0]), min_size=1))
+def test_fusing_adds_every_delta_and_reports_what_they_share(folder, chosen):
+    """Oracle: dense deltas, added in float32 in the order of the names."""
+    bank = bank_of(folder)
+    before = weights(bank.model)
+    bank.activate("c")
+    shared = bank.fuse(chosen)
+    expected, touched = {n: W.clone() for n, W in before.items()}, {}
+    for name, weight in chosen.items():
+        touched[name] = {n: torch.zeros_like(W, dtype=torch.bool) for n, W in before.items()}
+        for s in s2ft.exporters.format.read_adapter(folder / name).slices:
+            expected[s.parameter_name].index_add_(s.dim, s.indices, s.delta * weight)
+            touched[name][s.parameter_name].index_fill_(s.dim, s.indices, True)
+    assert same(weights(bank.model), expected)
+    for (a, b), count in shared.items():
+        assert count == sum(int((touched[a][n] & touched[b][n]).sum()) for n in before)
+    bank.activate(None)
+    assert same(weights(bank.model), before)
+
+
+# --- one for each row --------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from([*TARGETS, None]), min_size=1, max_size=5), st.integers(0, 9))
+def test_each_row_is_that_of_its_adapter_alone(folder, ids, seed):
+    bank, inputs = bank_of(folder), tokens(len(ids), 6, seed)
+    with torch.no_grad(), bank.batch(ids):
+        found = bank.model(inputs).logits
+    for i, name in enumerate(ids):
+        close(found[i], alone(folder, name)(inputs[i : i + 1]).logits[0].detach())
+    close(bank.model(inputs).logits.detach(), alone(folder, None)(inputs).logits.detach())  # nothing is left behind
+
+
+def test_fused_and_transposed_layers(tmp_path_factory):
+    kind = "gpt2"
+    root, ids = made(tmp_path_factory, kind), ["a", None, "b", "d", "c"]
+    bank, inputs = bank_of(root, kind), tokens(5)
+    with torch.no_grad(), bank.batch(ids):
+        found = bank.model(inputs).logits
+    for i, name in enumerate(ids):
+        close(found[i], alone(root, name, kind)(inputs[i : i + 1]).logits[0].detach())
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_generation_with_a_cache_gives_the_tokens_of_each_adapter_alone(folder, options):
+    bank, inputs, ids = bank_of(folder), tokens(4), ["a", None, "d", "b"]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+    with bank.batch(ids):
+        found = bank.model.generate(inputs, **options)
+    for i, name in enumerate(ids):
+        assert torch.equal(found[i], alone(folder, name).generate(inputs[i : i + 1], **options)[0])
+
+
+def test_compiled_once_for_all_adapters(folder):
+    bank, inputs, graphs = bank_of(folder), tokens(3), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    bank.model.config.use_cache = False
+    model = torch.compile(bank.model, backend=count, fullgraph=True)
+    with torch.no_grad():
+        for ids in (["a", "b", None], ["d", "d", "c"], ["c", None, "a"]):
+            with bank.batch(ids):
+                found = model(inputs).logits
+            for i, name in enumerate(ids):
+                close(found[i], alone(folder, name)(inputs[i : i + 1]).logits[0])
+        assert len(graphs) == 1
+        for name in ("a", None, "b"):
+            bank.activate(name)
+            close(model(inputs).logits, alone(folder, name)(inputs).logits)
+        assert len(graphs) == 2  # with a batch, and without
+    torch._dynamo.reset()
+
+
+def test_threads_keep_their_own_adapters(folder):
+    """Batches side by side, while another thread switches and puts back."""
+    bank, inputs, failed = bank_of(folder), tokens(1), []
+    expected = {name: alone(folder, name)(inputs).logits.detach() for name in [*TARGETS, None]}
+
+    def batches(name):
+        for _ in range(8):
+            with torch.no_grad(), bank.batch([name]):
+                check(name)
+
+    def switches():
+        for name in ["a", "b", "c", "d"] * 2:
+            with torch.no_grad(), bank.using(name):
+                check(name)
+
+    def check(name):
+        try:
+            close(bank.model(inputs).logits, expected[name])
+        except AssertionError as error:
+            failed.append((name, error))
+
+    threads = [threading.Thread(target=batches, args=(name,)) for name in [*TARGETS, None]]
+    threads += [threading.Thread(target=switches) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not failed and not any(t.is_alive() for t in threads)
+    assert same(weights(bank.model), weights(alone(folder, None)))
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+def test_calls_that_do_not_fit_are_refused_and_change_nothing(folder, tmp_path):
+    bank = bank_of(folder)
+    bank.activate("a")
+    before = weights(bank.model)
+    with pytest.raises(AdapterError, match="'a' already"):
+        bank.add("a", folder / "b")
+    with pytest.raises(AdapterError, match="not an adapter"):
+        bank.add("e", tmp_path)
+    with pytest.raises(AdapterError, match="no adapter 'x'; there are: 'a', 'b', 'c', 'd'"):
+        bank.activate("x")
+    with pytest.raises(AdapterError, match="no adapter 'x'"):
+        bank.fuse({"a": 1.0, "x": 1.0})
+    with pytest.raises(AdapterError, match="finite numbers"):
+        bank.fuse({"a": float("nan")})
+    with pytest.raises(StateError, match="a is active"), bank.batch(["b"]):
+        pytest.fail("the block must not run")
+    assert same(weights(bank.model), before) and bank.active == ("a",)
+    bank.remove("a")
+    assert same(weights(bank.model), weights(alone(folder, None))) and bank.names == ("b", "c", "d")
+    with pytest.raises(AdapterError, match="no adapter 'a'"), bank.batch(["a"]):
+        pytest.fail("the block must not run")
+    with bank.batch(["b", "c"]):
+        with pytest.raises(StateError, match="inside a batch"):
+            bank.activate("b")
+        with pytest.raises(StateError, match="batch inside another"), bank.batch(["c"]):
+            pytest.fail("the block must not run")
+        with pytest.raises(StateError, match="2 adapters, and 3 rows"):
+            bank.model(tokens(3))
+    bank.activate("b")  # nothing is left locked
+
+
+def test_an_adapter_of_another_base_and_a_prepared_model_are_refused(folder):
+    other = AdapterBank(hf("llama", hidden_size=32))
+    with pytest.raises(AdapterError, match="another base"):
+        other.add("a", folder / "a")
+    assert other.names == ()
+    model = hf("llama")
+    s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets={"ffn.out": 2}))
+    with pytest.raises(StateError, match="prepared"):
+        AdapterBank(model)
+
+
+def test_weights_that_no_linear_layer_holds_are_switched_but_not_batched(tmp_path):
+    base = hf("llama")
+    changed = copy.deepcopy(base)
+    with torch.no_grad():
+        changed.model.embed_tokens.weight[3:5] += 1
+    s2ft.exporters.extract(base, changed, tmp_path / "a")
+    bank = AdapterBank(base)
+    bank.add("a", tmp_path / "a")
+    bank.activate("a")
+    assert same(weights(base), weights(changed))
+    bank.activate(None)
+    with pytest.raises(ExportError, match="embed_tokens.*embedding"), bank.batch(["a"]):
+        pytest.fail("the block must not run")

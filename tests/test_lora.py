@@ -1,0 +1,229 @@
+"""The adapter as a LoRA: PEFT loads it and merges to our bits, in every layout, and what is no LoRA is refused."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file
+from small import assert_weights, hf, randomize, tokens
+from torch import nn
+
+import s2ft_compile as s2ft
+from s2ft_compile.errors import ConfigError, ExportError
+from s2ft_compile.exporters import lora, save_adapter, save_lora
+from s2ft_compile.state import merged
+
+ROLES = {"ffn.out": 0.3, "attention.out": 1, "ffn.in": 3, "attention.value": 1}
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    """PEFT warns of keys that are missing or unknown, and of ranks it does not expect."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+def tuned(kind: str, seed: int = 0, targets=ROLES, dtype=torch.float32) -> tuple[nn.Module, nn.Module]:
+    """A base model, and a copy of it that is prepared and has random deltas."""
+    base = hf(kind).to(dtype)
+    model = copy.deepcopy(base)
+    s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets=targets, seed=seed))
+    randomize(model, seed)
+    return base, model
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    with merged(model):
+        return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def factors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / lora.WEIGHTS)
+
+
+@pytest.mark.parametrize("kind, layout, ranks", [
+    ("llama", "pattern", "exact"), ("gpt2", "pattern", "exact"), ("bert", "pattern", "vllm"),
+    ("llama", "padded", "exact"), ("gpt2", "padded", "vllm"), ("qwen2", "padded", 16)])
+def test_peft_merges_to_the_bits_of_the_merged_model(tmp_path, kind, layout, ranks):
+    base, model = tuned(kind)
+    save_lora(model, tmp_path / "lora", layout=layout, ranks=ranks)
+    held = [t.shape[0] for n, t in factors(tmp_path / "lora").items() if ".lora_A." in n]
+    assert ranks != "vllm" or set(held) <= set(lora.VLLM_RANKS)
+    assert (len(set(held)) == 1) == (layout == "padded") or ranks == "vllm"
+    config = json.loads((tmp_path / "lora" / lora.CONFIG).read_text())
+    assert config["r"] == config["lora_alpha"] == max(held) and config["rank_pattern"] == config["alpha_pattern"]
+    assert sorted(config["rank_pattern"].values()) == (sorted(held) if len(set(held)) > 1 else [])
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        loaded = PeftModel.from_pretrained(base, tmp_path / "lora")
+        # one more sum for each row and column, in float32
+        torch.testing.assert_close(loaded(tokens()).logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert_weights(loaded.merge_and_unload(), weights(model))
+    text = (tmp_path / "lora" / "README.md").read_text()
+    assert f"--max-lora-rank {max(held)}" in text and type(base).__name__ in text and "Not exact" not in text
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(2, 9), st.integers(0, 1), st.booleans(), st.integers(0, 9),
+       st.integers(0, 99))
+def test_the_factors_are_the_delta(n, other, size, dim, transposed, more, seed):
+    """B A is the slice of zeros with the delta at its indices, whatever the shape and however it is padded."""
+    n, random = min(n, size), torch.Generator().manual_seed(seed)
+    shape = (size, other) if dim == 0 else (other, size)
+    indices = torch.randperm(size, generator=random)[:n].sort().values
+    delta = torch.randn(shape[0] if dim else n, n if dim else shape[1], generator=random)
+    s = s2ft.Slice("layer.weight", dim, indices, shape, (), delta)
+    f = lora._padded(lora._factors(s, "layer", transposed), n + more)
+    expected = torch.zeros(shape).index_copy_(dim, indices, delta)
+    assert f.rank == n + more and f.B.shape[1] == n + more
+    assert torch.equal(f.B @ f.A, expected.T if transposed else expected)
+
+
+def test_bfloat16_differs_by_what_peft_rounds_before_it_adds(tmp_path):
+    base, model = tuned("llama", dtype=torch.bfloat16)
+    save_lora(model, tmp_path / "lora")
+    found = PeftModel.from_pretrained(base, tmp_path / "lora").merge_and_unload()
+    for name, expected in weights(model).items():
+        got, before = found.get_parameter(name).double(), hf("llama").to(torch.bfloat16).get_parameter(name).double()
+        # both round the sum to 8 bits, PEFT the delta too
+        allowed = 2**-8 * ((expected.double() - before).abs() + 2 * expected.double().abs())
+        assert ((got - expected.double()).abs() <= allowed).all(), name
+
+
+def test_a_padded_adapter_is_hot_swapped_for_another(tmp_path):
+    base, first = tuned("llama", seed=0)
+    _, second = tuned("llama", seed=1)
+    for name, model in (("first", first), ("second", second)):
+        save_lora(model, tmp_path / name, layout="padded", ranks=16)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "first")
+    hotswap_adapter(loaded, str(tmp_path / "second"), adapter_name="default")
+    assert_weights(loaded.merge_and_unload(), weights(second))
+
+
+def test_two_adapters_that_peft_adds_equal_their_sum(tmp_path):
+    base, first = tuned("qwen2", seed=0)
+    _, second = tuned("qwen2", seed=1)
+    for name, model, layout in (("first", first, "pattern"), ("second", second, "padded")):
+        save_lora(model, tmp_path / name, layout=layout)
+    expected = {n: torch.zeros_like(p) for n, p in base.named_parameters()}
+    for model in (first, second):
+        for s in model.s2ft.plan.slices:
+            expected[s.parameter_name].index_add_(s.dim, s.indices, s.delta.detach())
+    expected = {n: base.get_parameter(n).detach() + d for n, d in expected.items()}
+    loaded = PeftModel.from_pretrained(base, tmp_path / "first", adapter_name="first")
+    loaded.load_adapter(tmp_path / "second", adapter_name="second")
+    loaded.add_weighted_adapter(["first", "second"], [1.0, 1.0], "both", combination_type="cat")
+    loaded.set_adapter("both")
+    assert_weights(loaded.merge_and_unload(adapter_names=["both"]), expected)
+
+
+def test_a_saved_adapter_becomes_the_lora_of_the_model_that_trained_it(tmp_path):
+    base, model = tuned("llama")
+    save_adapter(model, tmp_path / "adapter")
+    save_lora(model, tmp_path / "direct")
+    save_lora(base, tmp_path / "converted", adapter=tmp_path / "adapter")
+    direct, converted = factors(tmp_path / "direct"), factors(tmp_path / "converted")
+    assert direct.keys() == converted.keys() and all(torch.equal(direct[n], converted[n]) for n in direct)
+    with pytest.raises(ConfigError, match="deltas of its own"):
+        save_lora(model, tmp_path / "other", adapter=tmp_path / "adapter")
+
+
+def test_names_that_end_like_others_keep_their_ranks(tmp_path):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+            self.inner = nn.ModuleDict({"up": nn.Linear(4, 8), "down": nn.Linear(8, 4)})
+
+        def forward(self, x):
+            x = x + self.down(torch.relu(self.up(x)))
+            return x + self.inner["down"](torch.relu(self.inner["up"](x)))
+
+    base = Nested()
+    model = copy.deepcopy(base)
+    s2ft.prepare(model, (torch.randn(2, 4),), s2ft.S2FTConfig(
+        targets={"down.weight": 2, "inner.down.weight": 5, "up.weight": 1}))
+    randomize(model)
+    save_lora(model, tmp_path / "lora")
+    assert_weights(PeftModel.from_pretrained(base, tmp_path / "lora").merge_and_unload(), weights(model))
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+def test_a_rank_above_the_limit_is_refused_or_truncated_with_its_error(tmp_path, caplog):
+    base, model = tuned("llama", targets={"ffn.out": 0.5})
+    with pytest.raises(ExportError, match="down_proj needs rank 12, above 8.*truncate=True"):
+        save_lora(model, tmp_path / "lora", ranks=8)
+    assert not list(tmp_path.iterdir())
+    with caplog.at_level("WARNING"):
+        save_lora(model, tmp_path / "lora", ranks=8, truncate=True)
+    trained = weights(model)
+    tensors = factors(tmp_path / "lora")
+    messages = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    for message, name in zip(messages, sorted(n for n in tensors if "lora_A" in n), strict=True):
+        layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        delta = (trained[f"{layer}.weight"] - base.get_parameter(f"{layer}.weight")).detach().double()
+        BA = tensors[name.replace("lora_A", "lora_B")].double() @ tensors[name].double()
+        error, best = float((BA - delta).norm() / delta.norm()), torch.linalg.svdvals(delta)[8:].norm() / delta.norm()
+        assert layer in message and float(message.split()[-1]) == pytest.approx(error, rel=1e-2)
+        assert error == pytest.approx(float(best), rel=1e-4)  # Eckart and Young
+        assert f"`{layer}`: " in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_vllm_takes_no_rank_above_512():
+    f = lora.Factors("layer", torch.zeros(513, 600), torch.zeros(4, 513))
+    with pytest.raises(ExportError, match="rank 513, above 512, which is vLLM's limit"):
+        lora._fitted(f, "vllm", truncate=False)
+    assert lora._fitted(f, "vllm", truncate=True).rank == 4 and lora._fitted(f, "exact", truncate=False) is f
+    assert [lora._rounded(r, "vllm") for r in (1, 2, 8, 9, 257, 512)] == [1, 8, 8, 16, 320, 512]
+
+
+class Odd(nn.Module):
+    """Everything that a LoRA cannot be."""
+
+    def __init__(self, tied: bool = False):
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(11, 6), nn.Parameter(torch.randn(6, 6))
+        self.up, self.down, self.head = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 11, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids) @ self.mix
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+@pytest.mark.parametrize("target, tied, match", [
+    ("embed.weight", False, "an embedding's LoRA"),
+    ("embed.weight", True, "held as embed.weight and head.weight"),
+    ("mix", False, "'mix' of a Odd"),
+    ("up.bias", False, "'bias' of a Linear"),
+])
+def test_what_is_no_lora_is_refused(tmp_path, target, tied, match):
+    model = Odd(tied)
+    name = target
+    parameter = model.get_parameter(name)
+    indices, dim = torch.tensor([0, 2]), parameter.dim() - 1
+    shape = list(parameter.shape)
+    shape[dim] = 2
+    s = s2ft.Slice(name, dim, indices, tuple(parameter.shape), (), torch.zeros(shape))
+    plan = s2ft.Plan(s2ft.S2FTConfig(), "", (s,))
+    with pytest.raises(ExportError, match=match):
+        lora.linear_layers(model, lora.Adapter(plan, {}))
+
+
+@pytest.mark.parametrize("options, match", [
+    ({"layout": "flat"}, "pattern, padded"), ({"ranks": 0}, "positive"), ({"ranks": True}, "positive"),
+    ({"ranks": "all"}, "'exact', 'vllm'")])
+def test_unknown_options_are_refused(tmp_path, options, match):
+    with pytest.raises(ConfigError, match=match):
+        save_lora(nn.Linear(2, 2), tmp_path / "lora", **options)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,164 @@
+"""Adapters beside an ONNX graph: the base alone, each adapter switched in one session, and the pass that makes room."""
+
+import copy
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import assert_weights, hf, randomize, tokens
+
+import s2ft_compile as s2ft
+from s2ft_compile.errors import ConfigError, ExportError
+from s2ft_compile.exporters import export_onnx, save_adapter, save_onnx_adapter
+from s2ft_compile.exporters.onnx_adapter import add_places
+
+TARGETS = {"ffn.out": 5, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
+
+
+def tuned(kind: str, seed: int, targets=TARGETS):
+    model = hf(kind)
+    s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets=targets, seed=seed))
+    randomize(model, seed)
+    model.s2ft.refresh()
+    return model
+
+
+def run(session, inputs, *files) -> torch.Tensor:
+    """The logits with these adapters active."""
+    options = onnxruntime.RunOptions()
+    loaded = []
+    for file in files:
+        loaded.append(onnxruntime.LoraAdapter())
+        loaded[-1].Load(str(file))
+        options.add_active_adapter(loaded[-1])
+    return torch.from_numpy(session.run(["logits"], {"input_ids": inputs.numpy()}, options)[0])
+
+
+def close(found, expected) -> None:
+    """Float32: 24 bits, sums of at most 64 terms, in two layers."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_one_session_switches_between_adapters_and_runs_without(tmp_path, kind):
+    first = tuned(kind, 0)
+    second = tuned(kind, 1, {**TARGETS, "ffn.out": 9, "ffn.in": 3})  # of other sizes
+    before = {n: p.detach().clone() for n, p in first.named_parameters()}
+    path = export_onnx(first, tmp_path / "base.onnx", {"input_ids": tokens()}, adapters="separate")
+    assert_weights(first, before)
+    for name, model in (("first", first), ("second", second)):
+        assert save_onnx_adapter(model, tmp_path / f"{name}.onnx_adapter") == tmp_path / f"{name}.onnx_adapter"
+    session = onnxruntime.InferenceSession(str(path))
+    assert [i.name for i in session.get_inputs()] == ["input_ids"]
+    assert len(session.get_overridable_initializers()) == 2 * len(first.s2ft.plan.slices)
+    base, inputs = hf(kind), tokens(3, 11, seed=5)
+    for name in (None, "first", "second", "first", None):
+        model = {None: base, "first": first, "second": second}[name]
+        with torch.no_grad():
+            expected = model(inputs).logits
+        close(run(session, inputs, *([tmp_path / f"{name}.onnx_adapter"] if name else [])), expected)
+
+
+def test_room_for_the_adapters_of_several_folders(tmp_path):
+    """What one adapter changes and the other does not, and one weight along both of its dimensions."""
+    base, models = hf("llama"), {}
+    name = "model.layers.0.mlp.up_proj.weight"
+    models["rows"] = tuned("llama", 0, {"ffn.in": 3})
+    models["out"] = tuned("llama", 1, {"attention.out": 1})
+    for folder, model in models.items():
+        save_adapter(model, tmp_path / folder)
+    models["columns"] = copy.deepcopy(base)
+    with torch.no_grad():
+        models["columns"].get_parameter(name)[:, 2:5] += 0.1
+    s2ft.exporters.extract(base, models["columns"], tmp_path / "columns")
+    path = export_onnx(base, tmp_path / "base.onnx", {"input_ids": tokens()}, [tmp_path / f for f in models])
+    session, inputs = onnxruntime.InferenceSession(str(path)), tokens(1, 5, seed=3)
+    for folder, model in models.items():
+        file = save_onnx_adapter(base, tmp_path / f"{folder}.onnx_adapter", adapter=tmp_path / folder)
+        with torch.no_grad():
+            close(run(session, inputs, file), model(inputs).logits)
+    close(run(session, inputs), base(inputs).logits.detach())
+
+
+# --- the pass ----------------------------------------------------------------------------------------------
+
+
+def graph_of(kind: str, W: np.ndarray, twice: bool = False) -> ir.Model:
+    """y = x W (or x W^T) as torch.onnx writes it; with `twice`, what uses y too."""
+    x, weight = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["a", W.shape[0]])), None
+    stored = W if kind in ("MatMul", "Gemm") else W.T
+    tensor = ir.tensor(np.ascontiguousarray(stored), name="W")
+    weight = ir.Value(name="W", type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    nodes = []
+    if kind == "Transpose":
+        nodes.append(ir.node("Transpose", [weight], {"perm": [1, 0]}))
+        nodes.append(ir.node("MatMul", [x, nodes[0].outputs[0]]))
+    else:
+        attributes = {"transB": 1} if kind == "Gemm transB" else {}
+        nodes.append(ir.node(kind.split()[0], [x, weight], attributes))
+    y = nodes[-1].outputs[0]
+    y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["a", W.shape[1]])
+    outputs = [y]
+    if twice:
+        nodes.append(ir.node("Neg", [y]))
+        nodes[-1].outputs[0].name, nodes[-1].outputs[0].type = "z", y.type
+        nodes[-1].outputs[0].shape = y.shape
+        outputs.append(nodes[-1].outputs[0])
+    graph = ir.Graph([x], outputs, nodes=nodes, initializers=[weight], opset_imports={"": 20}, name="g")
+    return ir.Model(graph, ir_version=9)
+
+
+@settings(max_examples=25)
+@given(st.sampled_from(["MatMul", "Gemm", "Gemm transB", "Transpose"]), st.integers(1, 5), st.integers(1, 5),
+       st.sampled_from([(0,), (1,), (0, 1), (1, 0)]), st.booleans(), st.integers(0, 99))
+def test_the_pass_adds_the_slices_that_are_given(kind, size_in, size_out, dims, twice, seed):
+    random = np.random.default_rng(seed)
+    W = random.standard_normal((size_in, size_out)).astype(np.float32)
+    x = random.standard_normal((3, size_in)).astype(np.float32)
+    model = graph_of(kind, W, twice)
+    add_places(model.graph, [("W", d) for d in dims])
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    feeds, total = {"x": x}, W.astype(np.float64)
+    np.testing.assert_allclose(session.run(["y"], feeds)[0], x @ W, rtol=1e-5, atol=1e-5)
+    for d in dims:
+        stored = W.shape if kind in ("MatMul", "Gemm") else W.shape[::-1]
+        columns = stored[d] == size_in if size_in != size_out else (d == 0) == (kind in ("MatMul", "Gemm"))
+        n = int(random.integers(1, stored[d] + 1))
+        indices = np.sort(random.permutation(stored[d])[:n])
+        delta = random.standard_normal((n, size_out) if columns else (size_in, n)).astype(np.float32)
+        side = "columns" if columns else "rows"
+        feeds.update({f"W.{side}.indices": indices, f"W.{side}.delta": delta})
+        total[(indices, slice(None)) if columns else (slice(None), indices)] += delta
+    found = session.run(None, feeds)
+    for got, sign in zip(found, (1, -1)):
+        np.testing.assert_allclose(got, sign * (x.astype(np.float64) @ total), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_is_no_factor_of_a_product_is_refused_by_its_node():
+    model = graph_of("MatMul", np.ones((3, 3), np.float32))
+    node = ir.node("Neg", [model.graph.initializers["W"]], name="negated")
+    model.graph.append(node)
+    before = len(list(model.graph))
+    with pytest.raises(ExportError, match=r"W has no adapter input: node negated \(Neg\)"):
+        add_places(model.graph, [("W", 0)])
+    with pytest.raises(ExportError, match="V has no adapter input: the graph does not use it"):
+        add_places(model.graph, [("V", 0)])
+    assert len(list(model.graph)) == before and len(model.graph.inputs) == 1
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+def test_options_and_names_that_do_not_fit_are_refused(tmp_path):
+    base = hf("llama")
+    for adapters, match in (("apart", "'separate' or a list"), ("separate", "not prepared"), ([], "no adapter")):
+        with pytest.raises(ConfigError, match=match):
+            export_onnx(base, tmp_path / "m.onnx", {"input_ids": tokens()}, adapters=adapters)
+    model = tuned("llama", 0)
+    with pytest.raises(ExportError, match="a.onnx_adapter would be"):
+        save_onnx_adapter(model, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
