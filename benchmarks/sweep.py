@@ -393,7 +393,8 @@ def cost(layers: int) -> dict:
 def save(path: Path, stored: dict) -> None:
     stored["versions"] = {"torch": torch.__version__, "transformers": version("transformers")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(stored, indent=1) + "\n")
+    machine = f"{Path(torch.__file__).parents[1]}/"  # where packages are is nobody's business
+    path.write_text(json.dumps(stored, indent=1).replace(machine, "") + "\n")
 
 
 def main() -> None:

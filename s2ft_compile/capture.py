@@ -9,6 +9,7 @@ from typing import Any, Mapping, NamedTuple, Sequence
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from .errors import CaptureError, ConfigError
 
@@ -65,6 +66,8 @@ def arguments(example_inputs: Any) -> Inputs:
 def capture(model: nn.Module, example_inputs: Any) -> Captured:
     """Traces `model` (in eval mode, without a KV cache; both are put back). Raises `CaptureError`."""
     args, kwargs = arguments(example_inputs)
+    if any(p.is_meta for p in model.parameters()):  # structure without weights takes inputs without values
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
     with inference_mode_of(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

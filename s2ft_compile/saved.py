@@ -1,7 +1,7 @@
 """`lean_saving`: a forward that saves no tensor for the backward which cheap operators make from others that are saved.
 
 The gradient of a weight needs the weight's input, which the gradient of the input alone does not: with `gradient`
-scores of every weight a forward would save several activations more for each layer (13% more memory for a Llama in
+scores of every weight a forward would save several activations more for each layer (13% more memory for a decoder in
 float32; with this 6% less than dX alone needs). Nearly all of them are an elementwise function or a norm of something
 that is saved anyway (silu(gate) * up, a normalised residual stream), so they are made again when the backward asks for
 them, by the same operators on the same values: the same bits.

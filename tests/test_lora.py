@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
-from small import assert_weights, hf, randomize, tokens
+from small import U32, assert_weights, hf, randomize, tokens
 from torch import nn
 
 import s2ft_compile as s2ft
@@ -64,8 +64,8 @@ def test_peft_merges_to_the_bits_of_the_merged_model(tmp_path, kind, layout, ran
     with torch.no_grad():
         expected = model(tokens()).logits
         loaded = PeftModel.from_pretrained(base, tmp_path / "lora")
-        # one more sum for each row and column, in float32
-        torch.testing.assert_close(loaded(tokens()).logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        error = 64 * 10 * U32 * float(expected.abs().max())  # float32 sums of at most 64 products, through ten layers
+        torch.testing.assert_close(loaded(tokens()).logits, expected, rtol=0, atol=error)
     assert_weights(loaded.merge_and_unload(), weights(model))
     text = (tmp_path / "lora" / "README.md").read_text()
     assert f"--max-lora-rank {max(held)}" in text and type(base).__name__ in text and "Not exact" not in text
