@@ -302,7 +302,10 @@ def _freeze(axis: Axis, roles: _Roles, ids: dict[Axis, int]) -> Layout:
                 parts[-1] = _with_role(parts[-1], end_roles(parts[-2])[0])  # every other element of a larger unit
             parts = tuple(parts)
             return Product(parts) if root.kind == PRODUCT else Sum(parts)
-        return Leaf(ids.setdefault(root, len(ids)), root.size, _member_role(roles.of(root), mark, uses))
+        group = roles.of(root)
+        whole = group == "moe" and root in roles.experts  # an expert, not a channel of it
+        role = "moe.expert" if whole else _member_role(group, mark, uses)
+        return Leaf(ids.setdefault(root, len(ids)), root.size, role)
 
     return walk(axis.twin or axis, None, set(), True)
 

@@ -166,7 +166,8 @@ def _bands_of_glob(glob: str, analysis: Analysis) -> list[Band]:
 def _preferred(candidates: Sequence[Band]) -> list[Band]:
     """The bands of attention, FFN and experts before other ones, and those before the residual stream's."""
     def tier(band: Band) -> int:
-        return {"other": 1, "residual": 2}.get(band.role.split(".")[0], 0)
+        group = band.role.split(".")[0]
+        return 1 if band.role == "moe.expert" else {"other": 1, "residual": 2}.get(group, 0)
 
     best = min(map(tier, candidates), default=0)
     return [b for b in candidates if tier(b) == best]

@@ -11,7 +11,7 @@ class Member(NamedTuple):
     """One dimension of one parameter that a coupling permutes.
 
     role: the coupling's role, a dot and how the dimension is used: `out` (contracted by its weight), `query`, `key`,
-    `value` (produced for attention) or `in` (produced).
+    `value` (produced for attention), `in` (produced) or `expert` (one weight for each).
     """
 
     parameter_name: str

@@ -457,6 +457,8 @@ class Mixture(nn.Module):
 def test_experts_train_the_same_channels_of_each():
     model = Mixture()
     analyzed = model, s2ft.analyze(model, (torch.randn(5, 6),))
+    roles = {(m.parameter_name, m.dim): m.role for c in analyzed[1].couplings for m in c.members}
+    assert {roles[place] for place in (("up", 0), ("down", 0), ("router.weight", 0))} == {"moe.expert"}
     found = chosen(analyzed, targets={"moe.in": 3, "moe.out": 3, "ffn.out": 2}, selection="weight")
     assert {n: (s.dim, s.roles, len(s.indices)) for n, s in found.items()} == {
         "up": (1, ("moe.in",), 3), "down": (2, ("moe.out",), 3), "high.weight": (1, ("ffn.out",), 2)}
