@@ -121,7 +121,8 @@ def overlapping_names(model: nn.Module) -> dict[str, str]:
 def inference_mode_of(model: nn.Module):
     """Eval mode and no KV cache, and afterwards whatever it was before, module by module."""
     training = {m: m.training for m in model.modules()}
-    configs = [c for c in _configs(getattr(model, "config", None)) if getattr(c, "use_cache", None)]
+    held = {id(c): c for m in model.modules() for c in _configs(getattr(m, "config", None))}  # a decoder may have its own
+    configs = [c for c in held.values() if getattr(c, "use_cache", None)]
     with ExitStack() as stack:
         for module, was in training.items():
             stack.callback(setattr, module, "training", was)

@@ -124,6 +124,20 @@ def test_refusals():
         s2ft.verify(drawn.model.to("meta"), drawn.inputs, analysis)
 
 
+def test_a_decoder_with_a_configuration_of_its_own():
+    """An encoder-decoder's decoder may hold a copy of the configuration, with a cache of its own to switch off."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_ff=24, d_kv=4, num_layers=2, num_heads=4))
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(seed=1)}
+    analysis = s2ft.analyze(model, inputs, verify=True)
+    assert sum(c.role == "ffn" and c.units == 24 for c in analysis.couplings) == 4, "two layers of each stack"
+    held = {m.parameter_name for c in analysis.couplings for m in c.members if m.role == "attention.out"}
+    assert sum("EncDecAttention" in name for name in held) == 2 and sum("SelfAttention" in name for name in held) == 4
+    assert model.decoder.config.use_cache and model.config.use_cache
+
+
 # --- structure only ---------------------------------------------------------------------------------------------
 
 
