@@ -43,7 +43,7 @@ demo: $(STAMP)  ## pretrain, fine-tune, export and compare a small model (minute
 bench-cpu: $(STAMP)  ## step times and memory against LoRA and full fine-tuning (writes benchmarks/results/cpu.json)
 	$(PY) benchmarks/cpu.py
 
-sweep: $(STAMP)  ## couplings of every model type of transformers (an hour; writes benchmarks/results/sweep.json)
+sweep: $(STAMP)  ## couplings of every model type of transformers (half an hour; writes benchmarks/results/sweep.json)
 	$(PY) benchmarks/sweep.py --mapping all
 
 clean:  ## remove .venv, demo/ and caches

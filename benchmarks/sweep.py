@@ -196,7 +196,7 @@ ATTENTION = re.compile(r"att(entio)?n(?!.*(norm|rotary))", re.I)
 FFN = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$|\d)|moe|expert|intermediate|^(fc|lin|wi)_?[01]?$", re.I)
 FFN_CLASS = re.compile(r"mlp|ffn|feed_?forward|experts$|intermediate", re.I)
 EXPERTS = re.compile(r"experts?$")
-NEITHER = re.compile(r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|^gate$|_hc$", re.I)
+NEITHER = re.compile(r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|position_bias|^gate$|_hc$", re.I)
 
 
 def kind_of(name: str, module: nn.Module) -> str | None:
@@ -204,6 +204,8 @@ def kind_of(name: str, module: nn.Module) -> str | None:
     if not sum(p.dim() > 1 and min(p.shape) > 1 for p in module.parameters()) or NEITHER.search(name):
         return None
     if ATTENTION.search(name) or ATTENTION.search(label) and not re.search(r"layer|block", label, re.I):
+        if hasattr(module, "receptance"):
+            return None  # a recurrence under the name of attention: no product of two activations
         return "attention" if sum(p.dim() > 1 for p in module.parameters()) > 1 else None
     return "ffn" if FFN.search(name) or FFN_CLASS.search(label) else None
 
