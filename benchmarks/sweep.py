@@ -11,6 +11,7 @@ holds its projections itself, should have a coupling of that role.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -372,7 +373,8 @@ def sweep(mapping: str, only: list[str]) -> list[dict]:
 
 
 def cost(layers: int) -> dict:
-    """Seconds to trace and to couple a Llama of so many layers on the meta device."""
+    """Seconds to trace and to couple a Llama of so many layers on the meta device; CPU time, and couple's without the
+    garbage collector, whose pauses grow with all that torch holds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import s2ft_compile as s2ft
@@ -381,11 +383,12 @@ def cost(layers: int) -> dict:
                          num_key_value_heads=2)
     with torch.device("meta"):
         model, inputs = LlamaForCausalLM(config).eval(), {"input_ids": torch.zeros(2, 16, dtype=torch.long)}
-    start = time.perf_counter()
+    start = time.process_time()
     captured = s2ft.capture.capture(model, inputs)
-    traced = time.perf_counter()
+    gc.disable()
+    traced = time.process_time()
     analysis = s2ft.passes.couple.couple(captured)
-    done = time.perf_counter()
+    done = time.process_time()
     nodes = len(captured.graph_module.graph.nodes)
     return {"layers": layers, "nodes": nodes, "trace_s": round(traced - start, 2), "couple_s": round(done - traced, 3),
             "couple_us_per_node": round(1e6 * (done - traced) / nodes, 1), "couplings": len(analysis.couplings),
