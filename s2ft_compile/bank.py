@@ -64,8 +64,9 @@ class Stack:
 class _Now(threading.local):
     """What the batch of this thread uses: an adapter for each row, and every layer's stacks."""
 
-    ids: Tensor | None = None
-    stacks: Mapping[str, tuple[Stack, ...]] = {}
+    def __init__(self):  # once in every thread
+        self.ids: Tensor | None = None
+        self.stacks: Mapping[str, tuple[Stack, ...]] = {}
 
 
 class AdapterBank:
