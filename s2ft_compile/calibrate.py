@@ -14,9 +14,8 @@ the operator that made it. The model runs in eval mode and is left as it was.
 """
 
 import logging
-from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Iterable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ def calibrate(model: nn.Module, places: Iterable[Place], selection: str, batches
     sums = {(name, dim): torch.zeros(weights[name].shape[dim], dtype=torch.float64, device=weights[name].device)
             for name, dim in dict.fromkeys(places) if name in weights}
     count = 0
-    with _quiet(model):
+    with inference_mode_of(model), torch.compiler.set_stance("force_eager"):
         for batch in batches:
             count += 1
             if selection == "gradient":
@@ -77,18 +76,6 @@ def check(selection: Any, batches: Any) -> None:
     if isinstance(batches, (str, Mapping, Tensor)) or not isinstance(batches, Iterable):
         raise ConfigError(f"calibration is a list of batches, each a tuple or a dict of the forward's arguments, got "
                           f"one {type(batches).__name__}; for one batch pass [batch]")
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no KV cache, nothing compiled, and no operator that fuses a whole layer with its weights."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with inference_mode_of(model), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

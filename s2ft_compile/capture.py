@@ -119,7 +119,7 @@ def overlapping_names(model: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def inference_mode_of(model: nn.Module):
-    """Eval mode and no KV cache, and afterwards whatever it was before, module by module."""
+    """Eval mode, no KV cache and no fused encoder layers; afterwards whatever it was before, module by module."""
     training = {m: m.training for m in model.modules()}
     held = {id(c): c for m in model.modules() for c in _configs(getattr(m, "config", None))}  # a decoder may have its own
     configs = [c for c in held.values() if getattr(c, "use_cache", None)]
