@@ -7,6 +7,7 @@ module only puts them in order and hands them to AOTAutograd.
 import inspect
 import logging
 import sys
+from dataclasses import fields
 from typing import Any, Callable, Mapping, Sequence
 
 import torch
@@ -20,27 +21,26 @@ from torch._guards import Guard, TracingContext, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from .capture import Inputs, unwrap
-from .config import S2FTConfig
+from .config import CompileOptions, S2FTConfig
 from .errors import ConfigError, StateError
 from .passes import attach as attach_pass
 from .passes import slice_pushdown as pushdown_pass
+from .passes.chunk_loss import chunk_loss
 from .prepare import prepare
 from .state import Block, State, blocks_for, live_states
 
 log = logging.getLogger(__name__)
 
-INNER = ("inductor", "aot_eager", "eager")
-
 
 def s2ft(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
          mode: str | None = None, **unknown: Any) -> Callable:
-    """The backend. options: the fields of `S2FTConfig`, and `inner` (inductor, aot_eager or eager).
+    """The backend. options: the fields of `S2FTConfig` and of `CompileOptions`.
 
     Raises `ConfigError` for an unknown option, `StateError` where there is no model to prepare.
     """
     if unknown:
         raise ConfigError(f"unknown argument {', '.join(map(repr, unknown))} to backend 's2ft'; use options={{...}}")
-    inner, config = _parse(options or {})
+    how, config = _parse({**(options or {}), **({"mode": mode} if mode else {})})
     found = [(i, *hit) for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter) and (hit := blocks_for(x))]
     training = torch.is_grad_enabled()
     if training:
@@ -48,14 +48,15 @@ def s2ft(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[
             _prepare_or_check(example_inputs, config)
         guard_layouts(gm, example_inputs)
     if not found:
-        return _compile(gm, example_inputs, inner, mode)
+        return _compile(gm, example_inputs, how)
     _check_config(found[0][1], config)
     positions = [i for i, _, _ in found]
     if not training:
-        return _with_deltas(_compile(gm, example_inputs, inner, mode), positions, False)
+        return _with_deltas(_compile(gm, example_inputs, how), positions, False)
     attached = attach_deltas(gm, [(i, block) for i, _, block in found])
+    dropped = [] if how.logits else drop_logits(attached)
     deltas = [block.delta for _, _, block in found]
-    return _with_deltas(_compile(attached, [*example_inputs, *deltas], inner, mode), positions, True)
+    return _with_none(_with_deltas(_compile(attached, [*example_inputs, *deltas], how), positions, True), dropped)
 
 
 def _with_deltas(compiled: Callable, positions: Sequence[int], training: bool) -> Callable:
@@ -80,6 +81,20 @@ def _with_deltas(compiled: Callable, positions: Sequence[int], training: bool) -
     return run
 
 
+def _with_none(compiled: Callable, dropped: Sequence[int]) -> Callable:
+    """Puts None where the dynamo graph had an output that is no longer computed."""
+    if not dropped:
+        return compiled
+
+    def run(*args):
+        outputs = list(compiled(*args))
+        for position in dropped:
+            outputs.insert(position, None)
+        return outputs
+
+    return run
+
+
 def guard_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     """Has dynamo compile again for a module whose weights train elsewhere than those this graph is made for."""
     guards = TracingContext.get().guards_context.dynamo_guards
@@ -99,15 +114,15 @@ def _layout(weight: Tensor) -> tuple | None:
     return hit and hit[1].layout
 
 
-def _parse(options: Mapping[str, Any]) -> tuple[str, S2FTConfig | None]:
-    options = dict(options)
-    inner = options.pop("inner", INNER[0])
-    if inner not in INNER:
-        raise ConfigError(f"unknown inner backend {inner!r}; valid: {', '.join(INNER)}")
+def _parse(options: Mapping[str, Any]) -> tuple[CompileOptions, S2FTConfig | None]:
+    """How to compile, and what to train, if the options say so."""
+    known = [f.name for f in fields(CompileOptions)]
+    how = CompileOptions(**{name: options[name] for name in known if name in options})
+    what = {name: value for name, value in options.items() if name not in known}
     try:
-        return inner, S2FTConfig.from_dict(options) if options else None
+        return how, S2FTConfig.from_dict(what) if what else None
     except ConfigError as error:
-        raise ConfigError(f"{error}, inner") from None if "unknown option" in str(error) else error
+        raise ConfigError(f"{error}, {', '.join(known)}") from None if "unknown option" in str(error) else error
 
 
 def _check_config(state: State, config: S2FTConfig | None) -> None:
@@ -231,20 +246,37 @@ class SlicePushdown(CustomGraphPass):
         return get_hash_for_files((attach_pass.__file__, pushdown_pass.__file__))
 
 
-def _compile(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, mode: str | None) -> Callable:
-    if inner == "eager":
+def drop_logits(gm: fx.GraphModule) -> list[int]:
+    """`chunk_loss` on a dynamo graph; the positions of the outputs it no longer has."""
+    dropped = chunk_loss(gm.graph, lambda n: n.op == "placeholder" and not n.meta["example_value"].requires_grad)
+    gm.recompile()
+    return dropped
+
+
+def _compile(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions) -> Callable:
+    if how.inner == "eager":
         return gm
-    if inner == "aot_eager":
-        return aot_autograd(fw_compiler=_boxed, bw_compiler=_boxed, inference_compiler=_boxed,
-                            partition_fn=_partition)(gm, list(inputs))
+    functorch = torch._functorch.config.patch(
+        activation_memory_budget=float(how.activation_budget),
+        # Keys and values expanded to all query heads are copied again in the backward rather than saved: 11.6 instead
+        # of 13.1 units of the hidden size per token and layer of a bf16 Llama block with 4 queries per kv head.
+        ban_recompute_materialized_backward=False,
+    )
+    with functorch:
+        return _aot_eager(gm, inputs) if how.inner == "aot_eager" else _inductor(gm, inputs, how.mode)
+
+
+def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), "joint_custom_pre_pass": SlicePushdown()}
-    # Keys and values expanded to all query heads are copied again in the backward rather than saved: 11.6 instead of
-    # 13.1 units of the hidden size per token and layer of a bf16 Llama block with 4 queries per kv head.
-    with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
-        return compile_fx(gm, list(inputs), config_patches=patches)
+    return compile_fx(gm, list(inputs), config_patches=patches)
+
+
+def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
+    return aot_autograd(fw_compiler=_boxed, bw_compiler=_boxed, inference_compiler=_boxed,
+                        partition_fn=_partition)(gm, list(inputs))
 
 
 def _boxed(gm: fx.GraphModule, inputs) -> Callable:

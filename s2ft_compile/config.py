@@ -1,4 +1,4 @@
-"""`S2FTConfig`: what to train. A plain frozen dataclass, checked when it is made."""
+"""`S2FTConfig`: what to train. `CompileOptions`: how its graphs are compiled. Plain values, checked when they are made."""
 
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -13,6 +13,8 @@ ROLES = ("attention.out", "attention.value", "attention.query", "attention.key",
 CALIBRATED = ("activation", "weight_activation", "gradient")  # selections that need batches of data
 SELECTIONS = ("random", "weight", "lowrank", *CALIBRATED)
 BUDGETS = ("layer", "model", "score")
+INNER = ("inductor", "aot_eager", "eager")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def units_for(amount: int | float, available: int, what: str) -> int:
@@ -102,6 +104,36 @@ class S2FTConfig:
         if unknown:
             raise ConfigError(f"unknown option {', '.join(map(repr, unknown))}; valid options: {', '.join(known)}")
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How `backend="s2ft"` compiles a model's graphs.
+
+    inner: what compiles the rewritten graphs, one of `INNER`.
+    activation_budget: from 0 to 1, the share of the activations kept for the backward that a step without
+        recomputation keeps; what is not kept is computed again (0: as much as possible). Without effect on "eager".
+    logits: whether a training step returns its logits beside its loss. False: it returns None in their place where the
+        loss is the cross-entropy of a head that does not train, and computes both a few tokens at a time, so that no
+        full logits exist. Forwards without gradients return them all the same.
+    mode: of Inductor, one of `MODES`. The same as torch.compile's, which allows no options beside it.
+    """
+
+    inner: str = "inductor"
+    activation_budget: float = 1.0
+    logits: bool = True
+    mode: str | None = None
+
+    def __post_init__(self):
+        if self.inner not in INNER:
+            raise ConfigError(f"unknown inner backend {self.inner!r}; valid: {', '.join(INNER)}")
+        budget = self.activation_budget
+        if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 <= budget <= 1:
+            raise ConfigError(f"activation_budget is a number from 0 (recompute all that can be) to 1, got {budget!r}")
+        if not isinstance(self.logits, bool):
+            raise ConfigError(f"logits must be True or False, got {self.logits!r}")
+        if self.mode is not None:
+            _check_choice("mode", self.mode, MODES)
 
 
 def qualified_name(selection: str | Callable) -> str:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 
-from .config import ROLES, S2FTConfig, is_glob
+from .config import INNER, ROLES, S2FTConfig, is_glob
 from .data import Records, load_config, model_class, read_records
 from .errors import ConfigError, ExportError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-INNERS = ("inductor", "aot_eager", "eager")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class TrainOptions:
             raise ConfigError(f"lr is a positive number such as 1e-3, got {self.lr}")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out is a share between 0 and 1, got {self.held_out}")
-        for name, valid in (("dtype", DTYPES), ("inner", INNERS)):
+        for name, valid in (("dtype", DTYPES), ("inner", INNER)):
             if getattr(self, name) not in valid:
                 raise ConfigError(f"unknown {name} {getattr(self, name)!r}; valid: {', '.join(valid)}")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback as _dynamo_callback
 from torch._dynamo.eval_frame import skip_code
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import any_torch_dispatch_mode_on_stack
 
 from .capture import unwrap
 from .errors import StateError
@@ -162,7 +163,8 @@ class State(nn.Module):
         if torch.compiler.is_compiling():
             return
         self.refresh()
-        if callable(_dynamo_callback()) or not (self.active and torch.is_grad_enabled()):
+        compiled = callable(_dynamo_callback()) and not any_torch_dispatch_mode_on_stack()  # dynamo skips frames then
+        if compiled or not (self.active and torch.is_grad_enabled()):
             return  # a compiled graph attaches the deltas itself
         self._swapped += 1
         if self._swapped > 1:

@@ -1,0 +1,218 @@
+"""A frozen head and its cross-entropy, a few tokens at a time, so that the full logits never exist.
+
+    logits = h Wᵀ + b;  loss = cross_entropy(f(logits), labels)          h: (tokens, d), W: (vocabulary, d)
+
+The head does not train, so all that its backward makes is dh, which is as small as h: each chunk's dh is computed right
+after its loss, and its logits are gone. Between head and loss may stand what keeps a token's logits together (views,
+slices of tokens) and the elementwise steps f that language models have: casts, scaling, soft capping. Works on a dynamo
+graph, before autograd.
+"""
+
+import inspect
+import logging
+import operator
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+log = logging.getLogger(__name__)
+
+# Tokens in a chunk. Its product reads W once for this many FLOPs per byte, enough to be bound by arithmetic on a GPU,
+# and at a vocabulary of 128k its logits take 0.25 GiB in bf16.
+TOKENS = 1024
+AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+
+
+# --- the operator ------------------------------------------------------------------------------------------------
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum of all tokens' losses; its gradient is made with it."""
+
+    @staticmethod
+    def forward(ctx, h, W, b, labels, ignore_index, steps, chunks):
+        tokens, losses, parts = h.shape[0], [], []
+        for k in range(chunks):
+            start = tokens * k // chunks
+            some = slice(start, tokens * (k + 1) // chunks)
+            with torch.enable_grad():
+                part = h[some].detach().requires_grad_()
+                logits = _stepped(F.linear(part, W.detach(), b if b is None else b.detach()), steps)
+                loss = F.cross_entropy(logits, labels[some], ignore_index=ignore_index, reduction="sum")
+            parts.append(torch.autograd.grad(loss, part)[0])
+            losses.append(loss.detach())
+        ctx.save_for_backward(torch.cat(parts))
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (dh,) = ctx.saved_tensors
+        return (dh * grad).to(dh.dtype), None, None, None, None, None, None
+
+
+def _stepped(logits: Tensor, steps: Sequence[tuple[str, float]]) -> Tensor:
+    for step, value in steps:
+        logits = STEPS[step](logits, value)
+    return logits
+
+
+STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "float32": lambda x, _: x.float(),
+    "mul": lambda x, value: x * value,
+    "div": lambda x, value: x / value,
+    "tanh": lambda x, _: torch.tanh(x),
+}
+
+
+def chunked_cross_entropy(h: Tensor, W: Tensor, b: Tensor | None, labels: Tensor, ignore_index: int, mean: bool,
+                          steps: Sequence[str], values: Sequence[float], chunks: int) -> Tensor:
+    """cross_entropy(f(h Wᵀ + b), labels) in chunks of equal numbers of tokens; W and b get no gradient.
+
+    h: (tokens, d). W: (vocabulary, d). labels: int64 (tokens,). steps, values: f, of `STEPS`.
+    """
+    total = _ChunkedCrossEntropy.apply(h, W, b, labels, ignore_index, tuple(zip(steps, values)), chunks)
+    return total / (labels != ignore_index).sum() if mean else total
+
+
+_library = torch.library.Library("s2ft", "FRAGMENT")  # an operator that is seen through, and that caches know by name
+_library.define("chunked_cross_entropy(Tensor h, Tensor W, Tensor? b, Tensor labels, int ignore_index, bool mean, "
+                "str[] steps, float[] values, int chunks) -> Tensor")
+_library.impl("chunked_cross_entropy", chunked_cross_entropy, "CompositeImplicitAutograd")
+CHUNKED = torch.ops.s2ft.chunked_cross_entropy.default
+
+
+# --- the pass ----------------------------------------------------------------------------------------------------
+
+
+class Head(NamedTuple):
+    """loss = cross_entropy(chain(linear), **options); the chain from the head down."""
+
+    linear: fx.Node
+    chain: tuple[fx.Node, ...]
+    loss: fx.Node
+    options: Mapping[str, Any]
+
+    @property
+    def logits(self) -> tuple[fx.Node, ...]:
+        return (self.linear, *self.chain)
+
+
+def chunk_loss(graph: fx.Graph, frozen: Callable[[fx.Node], bool]) -> list[int]:
+    """Rewrites a dynamo graph in place; returns which of its outputs were logits, and are no longer computed.
+
+    frozen: whether a node needs no gradient. Where nothing matches, or something else reads the logits, nothing changes.
+    """
+    output = graph.output_node()
+    returned, dropped = list(output.args[0]), set()
+    for loss in graph.find_nodes(op="call_function", target=F.cross_entropy):
+        head = _head(loss, frozen)
+        if isinstance(head, str):
+            log.info("cross-entropy %s stays whole: %s", loss.name, head)
+        elif readers := [u for n in head.logits for u in n.users if u not in (*head.chain, loss, output)]:
+            log.info("cross-entropy %s stays whole: %s reads the logits", loss.name, readers[0].name)
+        else:
+            _replace(graph, head)
+            dropped |= {i for i, node in enumerate(returned) if node in head.logits}
+    output.args = (tuple(node for i, node in enumerate(output.args[0]) if i not in dropped),)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return sorted(dropped)
+
+
+def _head(loss: fx.Node, frozen: Callable[[fx.Node], bool]) -> Head | str:
+    """The head of a cross-entropy, or why it cannot be computed token by token."""
+    options = inspect.signature(F.cross_entropy).bind(*loss.args, **loss.kwargs)
+    options.apply_defaults()
+    options = options.arguments
+    logits, labels = options["input"], options["target"]
+    others = [name for name in ("weight", "size_average", "reduce", "label_smoothing") if options[name]]
+    if others:
+        return f"it has {', '.join(others)}"
+    if options["reduction"] == "none" or _value(logits).ndim != 2 or _value(labels).is_floating_point():
+        return "it is not one number for rows of logits and their labels"
+    node, chain = logits, []
+    while _rows(node, 1) is not None or _step(node):
+        chain.insert(0, node)
+        node = node.args[0]
+    if node.target is not F.linear:
+        return f"between head and loss stands {node.name} ({node.target})"
+    if not all(p is None or frozen(p) for p in _operands(node)[1:]):
+        return "its head trains"
+    if any(n.target in AUTOCAST for n in _between(node, loss)):
+        return "head and loss differ in autocast"
+    return Head(node, tuple(chain), loss, options)
+
+
+def _replace(graph: fx.Graph, head: Head) -> None:
+    h, W, b = _operands(head.linear)
+    tokens = _value(head.logits[-1]).shape[0]
+    hint = int(tokens.node.hint if isinstance(tokens, torch.SymInt) else tokens)
+    chunks = max(1, -(-hint // TOKENS))
+    steps = [step for node in head.chain if (step := _step(node))]
+    with graph.inserting_before(head.loss):
+        for node in head.chain:
+            if (args := _rows(node, _value(W).shape[1])) is not None:
+                h = graph.create_node(node.op, node.target, (h, *args), dict(node.kwargs))
+        made = graph.call_function(CHUNKED, (
+            h, W, b, head.options["target"], head.options["ignore_index"], head.options["reduction"] == "mean",
+            [step for step, _ in steps], [value for _, value in steps], chunks))
+    head.loss.replace_all_uses_with(made)
+    log.info("cross-entropy %s of %d tokens in %d chunks", head.loss.name, hint, chunks)
+
+
+# --- what may stand between head and loss ------------------------------------------------------------------------
+
+
+def _rows(node: fx.Node, width: int) -> tuple | None:
+    """The arguments after the first, for rows of another width, of a node that moves, keeps or drops whole rows of
+    logits; None for any other."""
+    if node.target in ("contiguous", torch.clone, "clone"):
+        return node.args[1:]
+    if node.target in ("view", "reshape", torch.reshape) and not node.kwargs:
+        shape = tuple(node.args[1]) if isinstance(node.args[1], (tuple, list)) else tuple(node.args[1:])
+        before, after = _value(node.args[0]).shape[-1], _value(node).shape[-1]
+        if isinstance(shape[-1], fx.Node) or before != after:
+            return None
+        return ((*shape[:-1], -1 if shape[-1] == -1 else width),)
+    if node.target is operator.getitem:
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        whole = len(index) < _value(node.args[0]).ndim and Ellipsis not in index or index[-1] in (slice(None), Ellipsis)
+        return node.args[1:] if whole and all(i is Ellipsis or isinstance(i, (int, slice)) for i in index) else None
+    return None
+
+
+def _step(node: fx.Node) -> tuple[str, float] | None:
+    """An elementwise node as a step of `STEPS`."""
+    value = node.args[1] if len(node.args) == 2 else None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if node.kwargs or len(node.args) > 2:
+        return None
+    if node.target in ("mul", torch.mul, operator.mul) and number:
+        return "mul", float(value)
+    if node.target in ("div", torch.div, operator.truediv) and number:
+        return "div", float(value)
+    if node.target in ("tanh", torch.tanh):
+        return "tanh", 0.0
+    if node.target == "float" or node.target == "to" and value is torch.float32:
+        return "float32", 0.0
+    return None
+
+
+# --- small things ------------------------------------------------------------------------------------------------
+
+
+def _operands(linear: fx.Node) -> list[fx.Node | None]:
+    """input, weight and bias, by position or name."""
+    names = ("input", "weight", "bias")
+    return [linear.args[i] if i < len(linear.args) else linear.kwargs.get(name) for i, name in enumerate(names)]
+
+
+def _value(node: fx.Node) -> Tensor:
+    return node.meta["example_value"]
+
+
+def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    nodes = list(first.graph.nodes)
+    return nodes[nodes.index(first) : nodes.index(last)]

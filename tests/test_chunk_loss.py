@@ -1,0 +1,144 @@
+"""`options={"logits": False}`: the same loss and gradients, no full logits, and what it leaves alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import INNER, NOISE64, QUICK, assert_gradients, compiled, fresh, full_gradients, hf, tokens  # noqa: F401
+from torch import nn
+from torch._dynamo.utils import counters
+
+import s2ft_compile as s2ft
+from s2ft_compile.passes import chunk_loss as chunk_loss_pass
+
+VOCABULARY, WIDTH = 11, 6
+CHAINS = {  # between head and loss: name -> logits -> logits
+    "cast": lambda x: x.to(torch.float32).double(),  # a cast back is no step: this one stays whole
+    "float": lambda x: x.float(),
+    "scaled": lambda x: x / 4.0 * 2,
+    "capped": lambda x: torch.tanh(x / 3.0) * 3.0,
+    "shifted": lambda x: x[..., :-1, :].contiguous(),
+    "last": lambda x: x[:, -3:],
+}
+
+
+class Model(nn.Module):
+    """An FFN, a head, a chain of steps, and the loss in the forward, as Hugging Face's models have it."""
+
+    def __init__(self, chain=(), bias=False, late=None, **loss):
+        super().__init__()
+        self.entry = nn.Linear(4, WIDTH)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, WIDTH)) for _ in "12")
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=bias)
+        self.chain, self.late, self.loss = chain, late, loss
+        self.double()
+
+    def forward(self, x, labels=None):
+        h = self.entry(x)
+        for layer in self.layers:
+            h = h + layer(h)
+        logits = self.head(h)
+        if labels is None:
+            return {"logits": logits}
+        made = logits
+        for step in self.chain:
+            made = CHAINS[step](made)
+        labels = labels[:, -made.shape[1]:]
+        loss = F.cross_entropy(made.reshape(-1, VOCABULARY), labels.reshape(-1), **self.loss)
+        return {"loss": loss if self.late is None else loss + self.late(logits), "logits": logits}
+
+
+def example(rows: int, length: int, ignored: int = 0):
+    labels = torch.randint(VOCABULARY, (rows, length))
+    labels[0, :ignored] = -100
+    return {"x": torch.randn(rows, length, 4, dtype=torch.float64), "labels": labels}
+
+
+def check(model: Model, inputs: dict, inner: str = "aot_eager", tolerance: float = NOISE64) -> bool:
+    """The loss and gradients are the eager base model's; returns whether the logits were dropped."""
+    full = full_gradients(model, lambda m: m(**inputs)["loss"])
+    expected = model(**inputs)["loss"].detach()
+    plan = s2ft.prepare(model, {"x": inputs["x"]}, s2ft.S2FTConfig({"ffn.out": 0.5}))
+    made = compiled(model, inner, logits=False)(**inputs)
+    made["loss"].backward()
+    torch.testing.assert_close(made["loss"].detach(), expected, rtol=tolerance, atol=0)
+    assert_gradients(plan, full, tolerance)
+    return made["logits"] is None
+
+
+@settings(max_examples=15, phases=QUICK)
+@given(data=st.data(), rows=st.integers(1, 3), length=st.integers(4, 9), size=st.integers(1, 12), bias=st.booleans(),
+       chain=st.lists(st.sampled_from(["scaled", "capped", "shifted", "last"]), max_size=3),
+       reduction=st.sampled_from(["mean", "sum"]), inner=st.sampled_from(INNER))
+def test_loss_and_gradients_do_not_change(data, rows, length, size, bias, chain, reduction, inner):
+    torch._dynamo.reset()
+    chunk_loss_pass.TOKENS, kept = size, chunk_loss_pass.TOKENS
+    try:
+        inputs = example(rows, length, data.draw(st.integers(0, length - 3)))
+        assert check(Model(chain, bias, reduction=reduction), inputs, inner)
+    finally:
+        chunk_loss_pass.TOKENS = kept
+
+
+def test_a_cast_to_float32_and_inductor(monkeypatch):
+    """The loss is a float32 sum of 24 tokens, each of logits that float32 rounds: both to a few of its units."""
+    monkeypatch.setattr(chunk_loss_pass, "TOKENS", 5)
+    assert check(Model(("float",)), example(3, 8, 2), "inductor", tolerance=64 * 2.0**-24)
+
+
+@pytest.mark.parametrize("model", [
+    Model(label_smoothing=0.1), Model(weight=torch.ones(VOCABULARY).double()), Model(("cast",)),
+    Model(late=lambda logits: logits.square().mean()), Model(late=lambda logits: logits[..., :5].sum() * 0.01),
+], ids=["smoothing", "weights", "a cast that is no step", "read by another loss", "a part is read"])
+def test_what_does_not_match_stays_whole(model):
+    assert not check(model, example(2, 5), tolerance=1e-6 if model.chain else NOISE64)
+
+
+def test_a_head_that_trains_keeps_its_logits():
+    model, inputs = Model(), example(2, 5)
+    full = full_gradients(model, lambda m: m(**inputs)["loss"])
+    plan = s2ft.prepare(model, {"x": inputs["x"]}, s2ft.S2FTConfig({"head.weight": 2, "ffn.out": 0.5}))
+    made = compiled(model, logits=False)(**inputs)
+    made["loss"].backward()
+    assert made["logits"].shape == (2, 5, VOCABULARY)
+    assert_gradients(plan, full, NOISE64)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "bert"])
+def test_hugging_face_models(family):
+    model, ids = hf(family).double(), tokens(length=12)
+    full = full_gradients(model, lambda m: m(input_ids=ids, labels=ids).loss)
+    plan = s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig({"ffn.out": 3}))
+    net = compiled(model, logits=False)
+    made = net(input_ids=ids, labels=ids)
+    made.loss.backward()
+    assert made.logits is None
+    assert_gradients(plan, full, 1e-5)  # these models compute their norms in float32
+    with torch.no_grad():
+        assert net(input_ids=ids, labels=ids).logits.shape == (2, 12, 50)  # nothing is hidden from an evaluation
+
+
+@pytest.mark.parametrize("logits, rows", [(True, 60), (False, 10)])
+def test_no_tensor_holds_all_logits(monkeypatch, logits, rows):
+    """The most rows of any tensor as wide as the vocabulary in the graphs of a step."""
+    graphs = []
+    monkeypatch.setattr(s2ft.backend, "_boxed", lambda gm, inputs: graphs.append(gm) or make_boxed_func(gm.forward))
+    monkeypatch.setattr(chunk_loss_pass, "TOKENS", 10)
+    model, inputs = Model(), example(3, 20)
+    s2ft.prepare(model, {"x": inputs["x"]}, s2ft.S2FTConfig({"ffn.out": 0.5}))
+    compiled(model, logits=logits)(**inputs)["loss"].backward()
+    made = [n.meta["val"] for gm in graphs for n in gm.graph.nodes if n.op == "call_function"]
+    wide = [t.numel() // VOCABULARY for t in made if isinstance(t, torch.Tensor) and t.shape[-1:] == (VOCABULARY,)]
+    assert len(graphs) == 2 and max(wide) == rows
+
+
+def test_other_lengths_compile_once_more():
+    model = Model(("shifted",))
+    s2ft.prepare(model, {"x": example(2, 5)["x"]}, s2ft.S2FTConfig({"ffn.out": 0.5}))
+    net = compiled(model, logits=False)
+    for length in (5, 7, 9, 30):
+        inputs = example(2, length)
+        net(**inputs)["loss"].backward()
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
