@@ -16,6 +16,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,22 @@ TOKENS = 1024
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
-# --- the operator ------------------------------------------------------------------------------------------------
+# --- the operators -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("s2ft::keep", mutates_args=())
+def _keep(total: Tensor, dh: Tensor) -> Tensor:
+    """total. As an operator that reads dh it makes dh a part of the forward: a partitioner puts what only the backward
+    uses wherever less is saved, and the head would be computed a second time."""
+    return total.clone()
+
+
+@_keep.register_fake
+def _(total, dh):
+    return torch.empty_like(total)
+
+
+KEEP = torch.ops.s2ft.keep.default
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -43,8 +59,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 loss = F.cross_entropy(logits, labels[some], ignore_index=ignore_index, reduction="sum")
             parts.append(torch.autograd.grad(loss, part)[0])
             losses.append(loss.detach())
-        ctx.save_for_backward(torch.cat(parts))
-        return torch.stack(losses).sum()
+        dh = torch.cat(parts)
+        ctx.save_for_backward(dh)
+        return KEEP(torch.stack(losses).sum(), dh)
 
     @staticmethod
     def backward(ctx, grad):
@@ -119,6 +136,12 @@ def chunk_loss(graph: fx.Graph, frozen: Callable[[fx.Node], bool]) -> list[int]:
     graph.eliminate_dead_code()
     graph.lint()
     return sorted(dropped)
+
+
+def keep_saved(graph: fx.Graph) -> None:
+    """In a joint graph, has the partitioner save every dh rather than compute it again."""
+    for node in graph.find_nodes(op="call_function", target=KEEP):
+        node.args[1].meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def _head(loss: fx.Node, frozen: Callable[[fx.Node], bool]) -> Head | str:

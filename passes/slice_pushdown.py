@@ -44,6 +44,7 @@ def slice_pushdown(graph: fx.Graph) -> int:
     graph.eliminate_dead_code()
     for node in graph.find_nodes(op="call_function", target=TAKE):
         _lower(editor, node)
+    _hoist(editor)
     graph.eliminate_dead_code()
     graph.lint()
     log.info("slice pushdown: %d weights, %d gradients sliced", len(attached), len(taken))
@@ -59,11 +60,13 @@ class _Editor:
         modes = [v.fake_mode for v in values if isinstance(v, torch.Tensor) and hasattr(v, "fake_mode")]
         self.mode: FakeTensorMode = modes[0]
         self.at: fx.Node | None = None
+        self.made: set[fx.Node] = set()
 
     def call(self, target: Callable, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
         """Inserts target(*args) before `self.at`; keeps `like`'s trace information."""
         with self.graph.inserting_before(self.at):
             node = self.graph.call_function(target, args, kwargs)
+        self.made.add(node)
         if like is not None:
             node.meta.update({k: v for k, v in like.meta.items() if k in ("stack_trace", "seq_nr", "partitioner_tag")})
         with self.mode:
@@ -277,3 +280,11 @@ def _lower(editor: _Editor, node: fx.Node) -> None:
         made = editor.call(aten.cat.default, pieces, dim)
     node.replace_all_uses_with(made)
     editor.graph.erase_node(node)
+
+
+def _hoist(editor: _Editor) -> None:
+    """Computes slices and their gradients as soon as they can be. Autograd gets to the weights last of all, which would
+    keep the dY of every layer alive until the end of the backward."""
+    for node in list(editor.graph.nodes):
+        if node in editor.made and (latest := max(node.all_input_nodes, default=None)) and latest.op != "placeholder":
+            latest.append(node)

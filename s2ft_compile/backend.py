@@ -24,8 +24,8 @@ from .capture import Inputs, unwrap
 from .config import CompileOptions, S2FTConfig
 from .errors import ConfigError, StateError
 from .passes import attach as attach_pass
+from .passes import chunk_loss as chunk_loss_pass
 from .passes import slice_pushdown as pushdown_pass
-from .passes.chunk_loss import chunk_loss
 from .prepare import prepare
 from .state import Block, State, blocks_for, live_states
 
@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 
 
 def s2ft(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
-         mode: str | None = None, **unknown: Any) -> Callable:
-    """The backend. options: the fields of `S2FTConfig` and of `CompileOptions`.
+         mode: str | None = None, inner_compile: Callable | None = None, **unknown: Any) -> Callable:
+    """The backend. options: the fields of `S2FTConfig` and of `CompileOptions`. inner_compile: in place of Inductor's own
+    compilation of a graph, for tools that look at what it is given.
 
     Raises `ConfigError` for an unknown option, `StateError` where there is no model to prepare.
     """
@@ -48,15 +49,15 @@ def s2ft(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[
             _prepare_or_check(example_inputs, config)
         guard_layouts(gm, example_inputs)
     if not found:
-        return _compile(gm, example_inputs, how)
+        return _compile(gm, example_inputs, how, inner_compile)
     _check_config(found[0][1], config)
     positions = [i for i, _, _ in found]
     if not training:
-        return _with_deltas(_compile(gm, example_inputs, how), positions, False)
+        return _with_deltas(_compile(gm, example_inputs, how, inner_compile), positions, False)
     attached = attach_deltas(gm, [(i, block) for i, _, block in found])
     dropped = [] if how.logits else drop_logits(attached)
     deltas = [block.delta for _, _, block in found]
-    return _with_none(_with_deltas(_compile(attached, [*example_inputs, *deltas], how), positions, True), dropped)
+    return _with_none(_with_deltas(_compile(attached, [*example_inputs, *deltas], how, inner_compile), positions, True), dropped)
 
 
 def _with_deltas(compiled: Callable, positions: Sequence[int], training: bool) -> Callable:
@@ -236,42 +237,50 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-class SlicePushdown(CustomGraphPass):
-    """The pass as Inductor's hook on the joint graph. Its uuid is its source, so compile caches stay valid."""
+def joint_passes(graph: fx.Graph) -> None:
+    """What happens to a joint graph, in order."""
+    pushdown_pass.slice_pushdown(graph)
+    chunk_loss_pass.keep_saved(graph)
+
+
+class JointPasses(CustomGraphPass):
+    """`joint_passes` as Inductor's hook on the joint graph. Its uuid is its source, so compile caches stay valid."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        pushdown_pass.slice_pushdown(graph)
+        joint_passes(graph)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((attach_pass.__file__, pushdown_pass.__file__))
+        return get_hash_for_files((attach_pass.__file__, pushdown_pass.__file__, chunk_loss_pass.__file__))
 
 
 def drop_logits(gm: fx.GraphModule) -> list[int]:
     """`chunk_loss` on a dynamo graph; the positions of the outputs it no longer has."""
-    dropped = chunk_loss(gm.graph, lambda n: n.op == "placeholder" and not n.meta["example_value"].requires_grad)
+    dropped = chunk_loss_pass.chunk_loss(gm.graph, lambda n: n.op == "placeholder" and not n.meta["example_value"].requires_grad)
     gm.recompile()
     return dropped
 
 
-def _compile(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions) -> Callable:
+def _compile(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions, inner_compile: Callable | None) -> Callable:
     if how.inner == "eager":
         return gm
     functorch = torch._functorch.config.patch(
-        activation_memory_budget=float(how.activation_budget),
+        activation_memory_budget=max(how.activation_budget, 1e-6),  # 0 would not even save what has to be
         # Keys and values expanded to all query heads are copied again in the backward rather than saved: 11.6 instead
         # of 13.1 units of the hidden size per token and layer of a bf16 Llama block with 4 queries per kv head.
         ban_recompute_materialized_backward=False,
     )
     with functorch:
-        return _aot_eager(gm, inputs) if how.inner == "aot_eager" else _inductor(gm, inputs, how.mode)
+        if how.inner == "aot_eager":
+            return _aot_eager(gm, inputs)
+        return _inductor(gm, inputs, how.mode, {"inner_compile": inner_compile} if inner_compile else {})
 
 
-def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable:
+def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, replaced: Mapping[str, Callable]) -> Callable:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(list_mode_options(mode) if mode else {}), "joint_custom_pre_pass": SlicePushdown()}
-    return compile_fx(gm, list(inputs), config_patches=patches)
+    patches = {**(list_mode_options(mode) if mode else {}), "joint_custom_pre_pass": JointPasses()}
+    return compile_fx(gm, list(inputs), config_patches=patches, **replaced)
 
 
 def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
@@ -286,6 +295,6 @@ def _boxed(gm: fx.GraphModule, inputs) -> Callable:
 
 
 def _partition(joint: fx.GraphModule, inputs, **kwargs):
-    pushdown_pass.slice_pushdown(joint.graph)
+    joint_passes(joint.graph)
     joint.recompile()
     return min_cut_rematerialization_partition(joint, inputs, **kwargs)

@@ -1,14 +1,15 @@
-"""The command line: `s2ft inspect`, `verify`, `train`, `export`, `merge`, `extract` and `demo`."""
+"""The command line: `s2ft inspect`, `estimate`, `verify`, `train`, `export`, `merge`, `extract` and `demo`."""
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
 
-from .config import BUDGETS, CALIBRATED, ROLES, SELECTIONS, S2FTConfig
+from .config import BUDGETS, CALIBRATED, ROLES, SELECTIONS, CompileOptions, S2FTConfig
 from .errors import AdapterError, ConfigError
 from .terminal import reported
 
@@ -27,6 +28,7 @@ out, err = Console(), Console(stderr=True)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Model = Annotated[str, typer.Option("--model", help="The base model: a Hugging Face folder, or a hub id.")]
+BUDGET = "Share of the activations kept for the backward; what is not kept is computed again."
 ADAPTER = "An adapter folder, or the output folder of `s2ft train`."
 Adapter = Annotated[Path, typer.Option("--adapter", help=ADAPTER)]
 Output = Annotated[Path, typer.Option("--output", help="The folder to write; must not exist yet.")]
@@ -65,6 +67,33 @@ def inspect(
             print(json.dumps(facts, indent=2))
         else:
             out.print(*tables(facts), sep="\n")
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
+    batch: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
+    seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    targets: Annotated[str, typer.Option(help="What trains, as for `s2ft train`.")] = "ffn.out=0.03",
+    dtype: Annotated[str, typer.Option(help="Type of the weights: auto (the configuration's), or float32, bfloat16, "
+                                            "float16.")] = "auto",
+    activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
+    logits: Annotated[bool, typer.Option(help="Whether a step returns its logits; `s2ft train` does not.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print bytes as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Predict the memory of a training step. No weights are read, and nothing runs."""
+    with reported(err, debug):
+        from .estimate import estimate_folder, table
+        from .options import parse_targets
+
+        how = CompileOptions(activation_budget=activation_budget, logits=logits)
+        with err.status(f"compiling {model} without weights"):
+            made = estimate_folder(model, batch, seq, dtype, S2FTConfig(parse_targets(targets)), how)
+        if as_json:
+            print(json.dumps({**asdict(made), "total": made.total}))
+        else:
+            out.print(table(made))
 
 
 @app.command()
@@ -141,6 +170,7 @@ def train(
     inner: Annotated[
         str, typer.Option(help="What compiles the rewritten graph: inductor, aot_eager or eager.")
     ] = "inductor",
+    activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
     held_out: Annotated[
         float, typer.Option(help="Share of the data that is only measured, before and after.")
     ] = 0.05,
@@ -172,6 +202,7 @@ def train(
             inner,
             held_out,
             calibration_batches,
+            activation_budget,
         )
         out.print(report(run(options, out), output))
 

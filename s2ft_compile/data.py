@@ -278,12 +278,13 @@ def load_model(model: str | Path, dtype: str = "auto") -> nn.Module:
         return model_class(config).from_pretrained(model, dtype=dtype).eval()
 
 
-def load_structure(model: str | Path) -> nn.Module:
+def load_structure(model: str | Path, dtype: str = "auto") -> nn.Module:
     """A model without its weights, on the `meta` device: all that `analyze` needs, whatever the model's size."""
     config = load_config(model)
     cls = model_class(config)
     with _one_line(model, "model"), torch.device("meta"):
-        return getattr(cls, "_from_config", getattr(cls, "from_config", None))(config).eval()
+        made = getattr(cls, "_from_config", getattr(cls, "from_config", None))(config).eval()
+    return made if dtype == "auto" else made.to(getattr(torch, dtype))
 
 
 def load_tokenizer(model: str | Path):

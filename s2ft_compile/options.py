@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .config import INNER, ROLES, S2FTConfig, is_glob
+from .config import ROLES, CompileOptions, S2FTConfig, is_glob
 from .data import Records, load_config, model_class, read_records
 from .errors import ConfigError, ExportError
 
@@ -17,7 +17,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class TrainOptions:
     """Everything `s2ft train` takes. steps: optimizer steps, None for one pass over the data. held_out: the
     share of the blocks that is only measured. batch_size: blocks in a forward. calibration_batches: how many
-    batches of the training blocks a selection looks at, if it looks at data. Raises `ConfigError` when it is
+    batches of the training blocks a selection looks at, if it looks at data. activation_budget: see `CompileOptions`. Raises `ConfigError` when it is
     made.
     """
 
@@ -35,6 +35,7 @@ class TrainOptions:
     inner: str = "inductor"
     held_out: float = 0.05
     calibration_batches: int = 4
+    activation_budget: float = 1.0
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "grad_accum", "seq_len", "calibration_batches"):
@@ -45,9 +46,9 @@ class TrainOptions:
             raise ConfigError(f"lr is a positive number such as 1e-3, got {self.lr}")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out is a share between 0 and 1, got {self.held_out}")
-        for name, valid in (("dtype", DTYPES), ("inner", INNER)):
-            if getattr(self, name) not in valid:
-                raise ConfigError(f"unknown {name} {getattr(self, name)!r}; valid: {', '.join(valid)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {self.dtype!r}; valid: {', '.join(DTYPES)}")
+        CompileOptions(self.inner, self.activation_budget)
 
 
 def parse_targets(text: str) -> dict[str, int | float]:

@@ -114,7 +114,8 @@ def fit(model: nn.Module, blocks: Blocks, options: TrainOptions, work: Path, bar
     )
     _use_one_gpu(arguments)
     with _without_cache(model):
-        model.compile(backend="s2ft", options={"inner": options.inner})
+        model.compile(backend="s2ft", options={"inner": options.inner, "logits": False,
+                                               "activation_budget": options.activation_budget})
         optimizer = torch.optim.AdamW(parameters(model), lr=options.lr, weight_decay=0.0, fused=True)
         watch = _watch(bars, steps)
         trainer = Trainer(

@@ -1,0 +1,153 @@
+"""`estimate`: what is predicted without weights is what a step takes; and the figures that need no clock."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small import GPT2, LLAMA, compiled, fresh, hf, tokens  # noqa: F401
+from typer.testing import CliRunner
+
+import s2ft_compile as s2ft
+from s2ft_compile import CompileOptions, S2FTConfig
+from s2ft_compile.cli import app
+from s2ft_compile.errors import ConfigError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from methods import QUICK_SIZE, build  # noqa: E402
+from saved import saved_bytes  # noqa: E402
+
+TARGETS = {"attention.out": 1, "ffn.out": 5}
+
+
+def on_meta(setting):
+    return build(replace(setting, device="meta"))
+
+
+def predicted(setting, config=S2FTConfig(TARGETS), **options):
+    ids = torch.zeros(setting.batch, setting.length, dtype=torch.int64)
+    return s2ft.estimate(on_meta(setting), {"input_ids": ids, "labels": ids}, config, CompileOptions(**options))
+
+
+WIDE = replace(QUICK_SIZE, hidden=128, ffn=448, heads=4, kv_heads=1, vocabulary=2048, batch=2, length=128)
+
+
+@pytest.mark.parametrize("setting, options", [
+    (WIDE, {}), (replace(WIDE, dtype="bfloat16"), {"logits": False}), (WIDE, {"logits": False, "activation_budget": 0.5}),
+], ids=["logits", "bf16, no logits", "recomputed"])
+def test_what_is_predicted_is_what_a_step_takes(setting, options):
+    """Weights, slices and saved activations to the last bytes; the peak as the allocator sees it to 10%."""
+    made = predicted(setting, **options)
+    model = build(setting)
+    ids = torch.zeros(setting.batch, setting.length, dtype=torch.int64)
+    inputs = {"input_ids": ids, "labels": ids}
+    s2ft.prepare(model, {"input_ids": ids}, S2FTConfig(TARGETS))
+    deltas = s2ft.parameters(model)
+    net = compiled(model, "inductor", **options)
+    optimizer = torch.optim.AdamW(deltas, fused=True)
+
+    def step():
+        output = net(**inputs)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        return output
+
+    step(), step()
+    held = [*model.parameters(), *model.buffers(), *(b.backup for b in s2ft.state.state_of(model).blocks)]
+    held += [d.grad for d in deltas] + [t for s in optimizer.state.values() for t in s.values() if t.ndim]
+    fixed = sum(t.numel() * t.itemsize for t in held)
+    assert made.weights + made.slices + made.optimizer == fixed
+    assert made.trainable == sum(d.numel() for d in deltas)
+    # logits that are returned are alive too; what both leave out are a few small integers
+    outputs = 0 if options.get("logits", True) is False else net(**inputs).logits.nbytes
+    assert abs(made.activations - saved_bytes(net, inputs)) <= 4096 + (outputs if options.get("activation_budget") else 0)
+    assert fixed + peak_of(step) == pytest.approx(made.total, rel=0.1)
+
+
+def peak_of(step) -> int:
+    """The most bytes that a step has allocated at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def test_each_layer_adds_what_it_saves_and_nothing_else():
+    """No dY of another layer waits for the end of the backward: the working memory does not grow with depth."""
+    few, many = (predicted(replace(WIDE, layers=n)) for n in (2, 5))
+    assert many.working == few.working
+    per_layer = (many.activations - few.activations) / 3 / (WIDE.batch * WIDE.length * WIDE.hidden * 4)
+    assert per_layer == pytest.approx(SAVED_UNITS, rel=1e-3)
+
+
+# Per token and layer, in units of d: two residual streams and their norms' inverse roots, q, the keys and values of one of four
+# heads, the attention's output and its logsumexp, gate and up of 3.5 d. What the slices read is a part of these.
+D, HEADS = WIDE.hidden, WIDE.heads
+SAVED_UNITS = (2 * D + 2 + D + 2 * D / HEADS + D + HEADS + 2 * 3.5 * D) / D
+
+
+def test_less_is_kept_with_a_smaller_budget():
+    kept = [predicted(WIDE, activation_budget=b, logits=False).activations for b in (1.0, 0.5, 0.0)]
+    assert kept[0] > 2 * kept[1] > 2 * kept[2]
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.3, 0.0])
+def test_recomputed_gradients_are_the_same(budget):
+    grads = []
+    for options in ({}, {"activation_budget": budget, "logits": False}):
+        torch._dynamo.reset()
+        model, ids = hf("llama").double(), tokens()
+        s2ft.prepare(model, {"input_ids": ids}, S2FTConfig(TARGETS))
+        compiled(model, **options)(input_ids=ids, labels=ids).loss.backward()
+        grads.append([d.grad for d in s2ft.parameters(model)])
+    for whole, again in zip(*grads):
+        torch.testing.assert_close(whole, again, rtol=1e-5, atol=1e-7)  # norms are computed in float32
+
+
+# --- the command, and bad input --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    import transformers as t
+
+    t.LlamaConfig(**{**LLAMA, "use_cache": True}, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "llama")
+    t.GPT2Config(**GPT2, architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path / "gpt2")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_command_needs_a_configuration_only(folder, name):
+    done = CliRunner().invoke(app, ["estimate", str(folder / name), "--batch", "2", "--seq", "8", "--targets",
+                                    "ffn.out=2", "--dtype", "bfloat16", "--json"])
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout)
+    assert made["trainable"] == 2 * 2 * 16 and made["tokens"] == 16
+    assert made["total"] == sum(made[k] for k in ("weights", "slices", "optimizer", "activations", "working"))
+
+
+def test_bad_input_is_refused_with_what_would_be_valid(folder):
+    for arguments, message in (
+        (["--batch", "0"], "at least 1 sequence"), (["--dtype", "int8"], "valid: auto, float32"),
+        (["--targets", "ffn.oot=1"], "neither a role"), (["--activation-budget", "2"], "from 0"),
+    ):
+        done = CliRunner().invoke(app, ["estimate", str(folder / "llama"), *arguments])
+        assert done.exit_code == 1 and message in " ".join(done.output.split()), done.output
+    with pytest.raises(ConfigError, match="torch.device"):
+        s2ft.estimate(hf("llama"), {"input_ids": tokens()})
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"activation_budget": 1.5}, "from 0"), ({"activation_budget": "half"}, "from 0"), ({"logits": 0}, "True or False"),
+    ({"mode": "fast"}, "valid: default, reduce-overhead"),
+])
+def test_compile_options_are_checked(options, message):
+    with pytest.raises(ConfigError, match=message):
+        CompileOptions(**options)
