@@ -81,7 +81,7 @@ def peak_of(step) -> int:
 
 def test_each_layer_adds_what_it_saves_and_nothing_else():
     """No dY of another layer waits for the end of the backward: the working memory does not grow with depth."""
-    few, many = (predicted(replace(WIDE, layers=n)) for n in (2, 5))
+    few, many = (predicted(replace(WIDE, layers=n, vocabulary=64)) for n in (2, 5))  # so that the peak is in a layer
     assert many.working == few.working
     per_layer = (many.activations - few.activations) / 3 / (WIDE.batch * WIDE.length * WIDE.hidden * 4)
     assert per_layer == pytest.approx(SAVED_UNITS, rel=1e-3)
