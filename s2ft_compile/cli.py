@@ -124,6 +124,10 @@ def train(
     top_layers: Annotated[
         Optional[int], typer.Option(help="Train the last N layers only; the backward stops there. [default: all]")
     ] = None,
+    exclude: Annotated[
+        Optional[list[Path]],
+        typer.Option(help="An adapter of which nothing may train again, to fuse both; may be repeated. " + ADAPTER),
+    ] = None,
     calibration_batches: Annotated[
         int, typer.Option(help="Batches of the data that a selection looks at.")
     ] = 4,
@@ -156,7 +160,8 @@ def train(
         from .train import report
         from .train import train as run
 
-        config = S2FTConfig(parse_targets(targets), selection, not smallest, budget, seed, top_layers)
+        folders = [_adapter_folder(path) for path in exclude or ()]
+        config = S2FTConfig(parse_targets(targets), selection, not smallest, budget, seed, top_layers, folders)
         options = TrainOptions(
             model,
             data,
