@@ -1,8 +1,8 @@
 """Stage 3, select: which units of which parameters train.
 
 A `Band` is the part of a parameter's dimension that has one role, cut into units. Bands over the same axes (gate, up
-and down of one layer) share one ranking of their units, so that a channel is chosen whole. A unit is free if no entry of
-it, in any of these bands, is changed by an adapter that is excluded.
+and down of one layer) share one ranking of their units, so that a channel is chosen whole. A unit is free if no entry
+of it, in any of these bands, is changed by an adapter that is excluded.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,8 @@ class Selection:
 
 
 def select(analysis: Analysis, config: S2FTConfig, parameters: Mapping[str, Tensor],
-           measured: Mapping[tuple[str, int], Tensor] | None = None, taken: Taken | None = None) -> tuple[Selection, ...]:
+           measured: Mapping[tuple[str, int], Tensor] | None = None,
+           taken: Taken | None = None) -> tuple[Selection, ...]:
     """One selection per targeted parameter.
 
     measured: for a selection in `CALIBRATED`, what `calibrate` found: (parameter, dim) -> float64 (size of dim,).
@@ -190,9 +191,9 @@ def _free(group: Sequence[Band], taken: Taken) -> list[bool]:
 
 def _check_free(target: str, wanted: int, free: int, units: int) -> None:
     if wanted > free:
-        raise ConfigError(f"target {target!r} asks for {wanted} of {units} units, but {free} are free: the others share "
-                          f"entries with adapters in exclude (one that trains the other dimension of a weight crosses all "
-                          f"of its units); " + (f"use 1 to {free} units, or exclude fewer" if free else "exclude fewer"))
+        raise ConfigError(f"target {target!r} asks for {wanted} of {units} units, but {free} are free: the others "
+                          f"share entries with adapters in exclude (one that trains the other dimension of a weight "
+                          f"crosses all of its units); {f'use 1 to {free} units, or ' if free else ''}exclude fewer")
 
 
 def _choose(target: str, config: S2FTConfig, scores: Mapping[tuple, Sequence[float]],
@@ -223,7 +224,7 @@ def _ranked(scores: Sequence[float], highest: bool) -> list[int]:
 
 
 def _shares(scores: Mapping[tuple, Sequence[float]], highest: bool) -> dict[tuple, float]:
-    """What each group's share is proportional to: its part of all scores of free units, or where the lowest are wanted, the rest."""
+    """What each group's share is proportional to: its part of all scores, or where the lowest are wanted, the rest."""
     sums = {group: fsum(made) for group, made in scores.items()}
     return sums if highest or len(sums) == 1 else {group: fsum(sums.values()) - s for group, s in sums.items()}
 

@@ -266,6 +266,20 @@ def export_lora(
         out.print(f"LoRA: {output}")
 
 
+@export_app.command("shira")
+def export_shira(
+    model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False
+) -> None:
+    """Write an adapter as a SHiRA of PEFT's format, exactly, where its layers have room for it."""
+    with reported(err, debug):
+        from .data import load_model
+        from .exporters import save_shira
+
+        with err.status("converting"):
+            save_shira(load_model(model, dtype or _trained_dtype(adapter)), output, adapter=_adapter_folder(adapter))
+        out.print(f"SHiRA: {output}")
+
+
 @app.command()
 def merge(
     base: Annotated[Path, typer.Argument(help="A folder of safetensors: the base model.")],

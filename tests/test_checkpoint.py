@@ -343,6 +343,9 @@ def test_merge_and_extract_on_the_command_line(folders, tmp_path):
     assert same(stored(tmp_path / "again"), stored(merged))
     s2ft_command("export", "lora", "--model", folders / "base", "--adapter", folders / "first", "--output",
                  tmp_path / "lora", "--layout", "padded", "--ranks", "vllm")
+    s2ft_command("export", "shira", "--model", folders / "base", "--adapter", folders / "first", "--output",
+                 tmp_path / "shira")
+    assert json.loads((tmp_path / "shira" / "adapter_config.json").read_text())["peft_type"] == "SHIRA"
     s2ft_command("export", "onnx", "--model", folders / "base", "--adapter", folders / "first", "--separate", "--output",
                  tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").exists() and (tmp_path / "model.onnx_adapter").exists()

@@ -48,7 +48,7 @@ def train(base, folder, seed: int = 0, **fields):
     return save_adapter(model, folder)
 
 
-# --- what is selected --------------------------------------------------------------------------------------------------
+# --- what is selected ------------------------------------------------------------
 
 
 @given(cases(), st.lists(configs(), min_size=2, max_size=3))
@@ -100,8 +100,8 @@ def test_the_free_units_of_the_best_score_are_taken(llama, selection, budget, la
     measured = {(n, 1): s for n, s in score.items()}
     gone = {n: torch.arange(0, 24, 2 + i) for i, n in enumerate(names)}
     config = s2ft.S2FTConfig(targets={"ffn.out": 7}, selection=selection, budget=budget, largest=largest)
-    found = {s.parameter_name: s.indices.tolist() for s in
-             select(analysis, config, dict(model.named_parameters()), measured, {n: [(1, i)] for n, i in gone.items()})}
+    chosen = select(analysis, config, dict(model.named_parameters()), measured, {n: [(1, gone[n])] for n in names})
+    found = {s.parameter_name: s.indices.tolist() for s in chosen}
     down = largest or selection is by_hand
     left = {n: [u for u in score[n].argsort(descending=down).tolist() if u not in gone[n]] for n in names}
     if budget == "layer":
@@ -155,7 +155,7 @@ def test_an_adapter_along_the_other_dimension_crosses_every_unit(llama):
         assert s.parameter_name == "model.layers.1.mlp.down_proj.weight"
 
 
-# --- whole adapters -----------------------------------------------------------------------------------------------------
+# --- whole adapters --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, selections", [
