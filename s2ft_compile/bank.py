@@ -24,6 +24,7 @@ from .exporters.adapter import check_fits, summed
 from .exporters.format import Adapter, read_adapter
 from .exporters.lora import linear_layers
 from .plan import Slice
+from .rows import added, by_adapter
 from .state import is_prepared
 
 Written = tuple[nn.Parameter, int, Tensor, Tensor]  # weight, dim, indices, values
@@ -53,12 +54,10 @@ class Stack:
     def add(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         """y (N, ..., out) with the delta ids[i] of row i added. x: (N, ..., in)."""
         tokens, ids = x.reshape(x.shape[0], -1, x.shape[-1]), ids.to(self.index.device)  # a model may lie on several
-        index = self.index[ids][:, None, :].expand(-1, tokens.shape[1], -1)
-        delta = self.delta[ids].to(x.dtype)
-        if self.contracts:
-            return y + torch.bmm(tokens.gather(2, index), delta).to(y.dtype).view(y.shape)
-        made = torch.bmm(tokens, delta).to(y.dtype)
-        return y.reshape(y.shape[0], -1, y.shape[-1]).scatter_add(2, index, made).view(y.shape)
+        made = y.reshape(y.shape[0], -1, y.shape[-1])
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            return by_adapter(tokens, made, ids, self.index, self.delta, self.contracts).view(y.shape)
+        return added(tokens, made, self.index[ids], self.delta[ids], self.contracts).view(y.shape)
 
 
 class _Now(threading.local):
