@@ -1,22 +1,21 @@
 """Adapters in use: switched, side by side in one batch, on disk, and merged into a checkpoint, against LoRA with PEFT.
 
-    python benchmarks/adapters.py [--quick] [--output benchmarks/results/adapters.json] [--rounds 9] [--threads 2]
+    python benchmarks/adapters.py [--quick] [--output benchmarks/results/adapters.json] [--rounds 9] [--dtype bfloat16]
 
-The model has the shape of Llama-3.2-1B and random weights. Our adapters train 1% of its parameters (one head and 3.8% of
-the FFN channels of each layer), LoRA's the linear layers with rank 16, 0.9%. Both serve the same weights in one process
-and take turns; a figure is the median over the rounds. `--quick` is a rehearsal on a tiny model: its figures mean nothing.
+The model has the shape of Llama-3.2-1B and random weights. Our adapters train 1% of its parameters (one head and 3.8%
+of the FFN channels of each layer), LoRA's the linear layers with rank 16, 0.9%. Both serve the same weights in one
+process and take turns; a figure is the median over the rounds. `--quick` is a rehearsal on a tiny model: its figures
+mean nothing.
 """
 
 import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import date
 from importlib import metadata
 from importlib.util import find_spec
@@ -25,17 +24,15 @@ from statistics import median
 from typing import Any, Callable, Iterator, Mapping
 
 import torch
-from methods import LORA_RANK, Setting, build
+from disk import adapter_of, file_size, merge
+from methods import LORA_RANK, Setting
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.exporters.card import CARD, card
-from s2ft_compile.exporters.checkpoint import INDEX, mapped, sampled, stored_tensors
-from s2ft_compile.exporters.format import Adapter, describe_base, hash_of_block, write_adapter
-from s2ft_compile.fingerprint import combined, samples_of
+from s2ft_compile.exporters.format import Adapter
+from s2ft_compile.fingerprint import samples_of
 from s2ft_compile.passes.select import select
 
 HERE = Path(__file__).resolve().parent
@@ -65,7 +62,7 @@ def main() -> None:
     setting = replace(QUICK_SIZE if arguments.quick else FULL_SIZE, dtype=arguments.dtype, device=device)
     rounds = 2 if arguments.quick else arguments.rounds
     result = {"date": date.today().isoformat(), "quick": arguments.quick, **_facts(setting)}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, console.status("s2ft merge"):
         result["merge"] = merge(Path(folder), 0.01 if arguments.quick else 8.0)
     with torch.no_grad(), console.status("a model, and its adapters"):
         model = model_of(setting)
@@ -141,17 +138,6 @@ def our_adapters(model: nn.Module, setting: Setting) -> list[Adapter]:
     return found
 
 
-def adapter_of(config, chosen, weights: Mapping[str, Tensor], samples: Mapping[str, str], dtype: str) -> Adapter:
-    slices = []
-    for name, dim, roles, indices in chosen:
-        shape = list(weights[name].shape)
-        shape[dim] = len(indices)
-        slices.append(s2ft.Slice(name, dim, indices, tuple(weights[name].shape), roles, 1e-3 * torch.randn(shape)))
-    blocks = {s.parameter_name: hash_of_block(weights[s.parameter_name], s) for s in slices}
-    return Adapter(s2ft.Plan(config, combined(samples), tuple(slices)),
-                   describe_base("LlamaForCausalLM", dtype, samples, blocks))
-
-
 class BatchedLoRA:
     """Every linear layer of a model with a LoRA for each row: A and B gathered by row, and two batched products."""
 
@@ -219,3 +205,62 @@ def batch_times(model: nn.Module, adapters: list[Adapter], setting: Setting, rou
         "ours": lambda: run(bank.batch(bank.names)),
         "lora": lambda: run(lora.batch(rows)),
     }, rounds, setting.device)
+
+
+def switch_times(model: nn.Module, adapters: list[Adapter], rounds: int) -> dict[str, float]:
+    """An adapter on and off again, in place: what switching from one to another costs."""
+    from peft import LoraConfig, get_peft_model
+
+    device, bank = next(model.parameters()).device.type, s2ft.AdapterBank(model)
+    bank.add("ours", adapters[0])
+    config = LoraConfig(r=LORA_RANK, target_modules="all-linear", init_lora_weights=False)
+    lora = get_peft_model(model, config, autocast_adapter_dtype=False)
+
+    def ours() -> None:
+        bank.activate("ours")
+        bank.activate(None)
+
+    def theirs() -> None:
+        lora.merge_adapter()
+        lora.unmerge_adapter()
+
+    return in_turn({"ours": ours, "lora": theirs}, rounds, device)
+
+
+# --- what is made of them -----------------------------------------------------------------------------------------
+
+
+def ratios(result: Mapping[str, Any]) -> dict[str, float]:
+    switch, batch, file = result["switch"], result["batch"], result["file"]
+    found = {
+        "switch_lora_over_ours": switch["lora"] / switch["ours"],
+        "batch_ours_over_lora": batch["ours"] / batch["lora"],
+        "batch_ours_over_base": batch["ours"] / batch["base"],
+        "file_over_numbers": file["files"] / file["numbers"],
+        "merge_peak_gib": result["merge"]["peak_bytes"] / GIB,
+    }
+    return {**found, **({"onnx_base_speed": result["onnx"]["base_speed"]} if "onnx" in result else {})}
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    switch, batch, file, done = (result[key] for key in ("switch", "batch", "file", "merge"))
+    notes = {
+        "switch_lora_over_ours": f"PEFT merge + unmerge {switch['lora']:.0f} ms, ours {switch['ours']:.1f} ms",
+        "batch_ours_over_lora": f"batched LoRA {batch['lora']:.0f} ms, ours {batch['ours']:.0f} ms",
+        "batch_ours_over_base": f"base model alone {batch['base']:.0f} ms",
+        "file_over_numbers": f"{file['files'] / 1e6:.1f} MB on disk",
+        "merge_peak_gib": f"{done['checkpoint_bytes'] / 1e9:.1f} GB in 4 shards, {done['seconds']:.0f} s",
+    }
+    model = result["model"]
+    made = Table("figure", "measured", "goal", "", "", title=f"{model['layers']} layers of width {model['hidden']}, "
+                 f"{model['dtype']}, {result['device']}, {result['threads']} threads, {result['adapters']} adapters")
+    for name, value in result["ratios"].items():
+        sense, goal = GOALS[name]
+        met = value >= goal if sense == ">=" else value <= goal
+        verdict = "[green]met[/]" if met else "[red]missed[/]"
+        made.add_row(name, f"{value:.3g}", f"{sense} {goal:g}", verdict, notes.get(name, ""))
+    return made
+
+
+if __name__ == "__main__":
+    main()
