@@ -134,7 +134,7 @@ def _into_weights(module: nn.Module, plan: Plan) -> None:
 def _into_deltas(state: State, plan: Plan) -> None:
     if wide := [s.parameter_name for s in plan.slices if s.delta.dtype != torch.float32]:
         raise AdapterError(f"the deltas of {', '.join(wide[:3])} are float64, which the float32 deltas of a prepared "
-                           f"model cannot hold; call s2ft.release(model), and load the adapter into the plain base model")
+                           f"model cannot hold; load the adapter into a model that is not prepared")
     mine = {s.parameter_name: s for s in state.plan.slices}
     theirs = {s.parameter_name: s for s in plan.slices}
     names = sorted(mine.keys() | theirs.keys())
