@@ -8,12 +8,12 @@ GPU_PY := $(if $(wildcard $(PY)),$(PY),PYTHONPATH=. python3)
 
 # Nothing here needs a model hub: tests and demo build their own models.
 test test-slow demo sweep: export HF_HUB_OFFLINE = 1
-test test-slow demo bench-cpu: export TOKENIZERS_PARALLELISM = false
+test test-slow demo bench-cpu bench-adapters: export TOKENIZERS_PARALLELISM = false
 # Where other work shares the cores, threads that spin while they wait make a step several times slower.
 demo: export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow gpu-test gpu-bench demo bench-cpu sweep clean
+.PHONY: help setup test test-slow gpu-test gpu-bench demo bench-cpu bench-adapters sweep clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -42,6 +42,9 @@ demo: $(STAMP)  ## pretrain, fine-tune, export and compare a small model (minute
 
 bench-cpu: $(STAMP)  ## step times and memory against LoRA and full fine-tuning (writes benchmarks/results/cpu.json)
 	$(PY) benchmarks/cpu.py
+
+bench-adapters: $(STAMP)  ## switching, batches, files and merging of adapters (writes benchmarks/results/adapters.json)
+	$(PY) benchmarks/adapters.py
 
 sweep: $(STAMP)  ## couplings of every model type of transformers (half an hour; writes benchmarks/results/sweep.json)
 	$(PY) benchmarks/sweep.py --mapping all

@@ -1,4 +1,4 @@
-"""What a tuned model is turned into: an ordinary model, an adapter, a LoRA, an ONNX file."""
+"""What a tuned model is turned into: an ordinary model, an adapter, a LoRA, a SHiRA, an ONNX file."""
 
 from .adapter import load_adapter, save_adapter
 from .checkpoint import merge_checkpoint
@@ -7,6 +7,7 @@ from .lora import save_lora
 from .merged import save_merged
 from .onnx import export_onnx
 from .onnx_adapter import save_onnx_adapter
+from .shira import save_shira
 
 __all__ = ["save_merged", "merge_checkpoint", "save_adapter", "load_adapter", "extract", "save_lora", "export_onnx",
-           "save_onnx_adapter"]
+           "save_onnx_adapter", "save_shira"]

@@ -132,6 +132,9 @@ def _into_weights(module: nn.Module, plan: Plan) -> None:
 
 @torch.no_grad()
 def _into_deltas(state: State, plan: Plan) -> None:
+    if wide := [s.parameter_name for s in plan.slices if s.delta.dtype != torch.float32]:
+        raise AdapterError(f"the deltas of {', '.join(wide[:3])} are float64, which the float32 deltas of a prepared "
+                           f"model cannot hold; load the adapter into a model that is not prepared")
     mine = {s.parameter_name: s for s in state.plan.slices}
     theirs = {s.parameter_name: s for s in plan.slices}
     names = sorted(mine.keys() | theirs.keys())
@@ -149,6 +152,6 @@ def _into_deltas(state: State, plan: Plan) -> None:
 
 
 def _same(mine: Slice, theirs: Slice) -> bool:
-    """Whether the adapter's slice is this one, with a delta that this one can hold."""
+    """Whether the adapter's slice is this one."""
     indices = mine.indices.cpu().sort().values
-    return mine.dim == theirs.dim and mine.delta.dtype == theirs.delta.dtype and torch.equal(indices, theirs.indices)
+    return mine.dim == theirs.dim and torch.equal(indices, theirs.indices)

@@ -26,17 +26,24 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base, "this-folder")     # model.merge_and_unload() adds it to the weights
 ```
 
+"""
+
+LORA = PEFT + """\
 vLLM: `--enable-lora --max-lora-rank {rank} --lora-modules name=this-folder`. The LoRA is exact: one factor of each pair
 is one-hot, and `lora_alpha == r`.
 """
 
+SHIRA = PEFT + """\
+A SHiRA: it adds single numbers to each weight, at positions that its files hold. vLLM does not take it.
+"""
 
-def card(adapter: Adapter, rank: int | None = None, errors: Mapping[str, float] | None = None) -> str:
-    """Markdown. rank: of a LoRA, None for the native format. errors: relative, of modules that were cut to it."""
+
+def card(adapter: Adapter, how: str = NATIVE, errors: Mapping[str, float] | None = None) -> str:
+    """Markdown. how: to load it. errors: relative, of modules that were cut to a rank."""
     base, config = adapter.base, adapter.plan.config
     changed = sum(s.delta.numel() for s in adapter.slices)
     lines = [
-        "---", "library_name: " + ("s2ft-compile" if rank is None else "peft"), "tags:", "- s2ft", "---", "",
+        "---", "library_name: " + ("s2ft-compile" if how is NATIVE else "peft"), "tags:", "- s2ft", "---", "",
         "# S²FT adapter", "",
         "Dense slices of coupled weights, trained with the rest frozen "
         "([S²FT](https://arxiv.org/abs/2412.06289)).", "",
@@ -48,7 +55,7 @@ def card(adapter: Adapter, rank: int | None = None, errors: Mapping[str, float] 
         f"| selection | {config.selection}, seed {config.seed}, budget per {config.budget} |",
         f"| trained | {changed:,} numbers in {len(adapter.slices)} weights |",
         "", "## What it changes", "", "| role | weights | of each |", "|---|---|---|", *_rows(adapter.slices),
-        "", "## How to load it", "", NATIVE if rank is None else PEFT.format(rank=rank),
+        "", "## How to load it", "", how,
     ]
     if errors:
         lines += ["## Not exact", "", "These were cut to the rank by SVD; relative errors in the Frobenius norm:", "",

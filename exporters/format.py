@@ -198,7 +198,13 @@ def check_base(adapter: Adapter, found: Mapping[str, str], what: str) -> None:
             f"{adapter.source} was trained from another base model: a {adapter.base.get('class')} in "
             f"{adapter.base.get('dtype')} with fingerprint {adapter.plan.fingerprint}; this is {what} with fingerprint "
             f"{combined(found)}, which {'has no' if absent else 'differs in'} {', '.join(differ[:3])}"
-            f"{', ...' if len(differ) > 3 else ''}")
+            f"{', ...' if len(differ) > 3 else ''}{_alike(differ[0], found, adapter) if absent else ''}")
+
+
+def _alike(name: str, found: Mapping[str, str], adapter: Adapter) -> str:
+    """What is named like a missing weight but for a prefix: the same weights of another class have such names."""
+    alike = [other for other in found if f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")]
+    return f"; it has {alike[0]}: save it as a {adapter.base.get('class')}, whose names these are" if alike else ""
 
 
 def check_slice(adapter: Adapter, s: Slice, W: Tensor) -> None:

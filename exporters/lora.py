@@ -29,7 +29,7 @@ from ..errors import ConfigError, ExportError
 from ..plan import Slice
 from ..state import is_prepared
 from .adapter import adapter_of, check_fits
-from .card import CARD, card
+from .card import CARD, LORA, card
 from .files import new_directory
 from .format import Adapter, read_adapter
 
@@ -73,7 +73,7 @@ def save_lora(
     holds), a rank above the limit, or a folder that exists; `ConfigError` for an option that is unknown.
     """
     _check_options(layout, ranks)
-    module, source = unwrap(model), _source(model, adapter)
+    module, source = unwrap(model), adapter_source(model, adapter)
     holders = linear_layers(module, source)
     with new_directory(directory) as folder:
         factors = [_factors(s, *holders[s.parameter_name]) for s in source.slices]
@@ -87,7 +87,7 @@ def save_lora(
         config = _config(module, factors, transposed)
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         errors = {f.module: f.error for f in factors if f.error}
-        (folder / CARD).write_text(card(source, config["r"], errors), encoding="utf-8")
+        (folder / CARD).write_text(card(source, LORA.format(rank=config["r"]), errors), encoding="utf-8")
     log.info("LoRA written to %s: %d modules, ranks up to %d", directory, len(factors), config["r"])
     return Path(directory)
 
@@ -99,7 +99,8 @@ def _check_options(layout: str, ranks: int | str) -> None:
         raise ConfigError(f"ranks must be 'exact', 'vllm' or a positive number, got {ranks!r}")
 
 
-def _source(model: nn.Module, adapter: str | os.PathLike | None) -> Adapter:
+def adapter_source(model: nn.Module, adapter: str | os.PathLike | None) -> Adapter:
+    """What a prepared model has trained, or an adapter folder of this plain model."""
     if adapter is None:
         return adapter_of(model)
     if is_prepared(model):
@@ -196,19 +197,26 @@ def _config(module: nn.Module, factors: Sequence[Factors], transposed: bool) -> 
     widest = max(ranks.values())
     pattern = ranks if len(set(ranks.values())) > 1 else {}
     return {
+        **peft_config(module, [f.module for f in factors]),
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if type(module).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": getattr(getattr(module, "config", None), "_name_or_path", None) or None,
         "r": widest,
         "lora_alpha": widest,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": _targets(module, [f.module for f in factors]),
         "fan_in_fan_out": transposed,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
+    }
+
+
+def peft_config(module: nn.Module, layers: Sequence[str]) -> dict[str, Any]:
+    """The fields that all of PEFT's methods have."""
+    return {
+        "task_type": "CAUSAL_LM" if type(module).__name__.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": getattr(getattr(module, "config", None), "_name_or_path", None) or None,
+        "target_modules": _targets(module, layers),
         "inference_mode": True,
     }
 

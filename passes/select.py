@@ -1,10 +1,12 @@
 """Stage 3, select: which units of which parameters train.
 
 A `Band` is the part of a parameter's dimension that has one role, cut into units. Bands over the same axes (gate, up
-and down of one layer) share one ranking of their units, so that a channel is chosen whole.
+and down of one layer) share one ranking of their units, so that a channel is chosen whole. A unit is free if no entry
+of it, in any of these bands, is changed by an adapter that is excluded.
 """
 
 from dataclasses import dataclass
+from itertools import compress
 from math import fsum, inf, prod
 from typing import Callable, Iterable, Mapping, Sequence
 
@@ -16,6 +18,9 @@ from ..errors import ConfigError
 from ..structure import Analysis
 from .layout import coordinates, end_roles, leaves, role_mask
 from .scores import low_rank_squares, random_scores, squares
+
+
+Taken = Mapping[str, Sequence[tuple[int, Tensor]]]  # parameter -> (dim, indices) that excluded adapters change
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,12 @@ class Selection:
 
 
 def select(analysis: Analysis, config: S2FTConfig, parameters: Mapping[str, Tensor],
-           measured: Mapping[tuple[str, int], Tensor] | None = None) -> tuple[Selection, ...]:
+           measured: Mapping[tuple[str, int], Tensor] | None = None,
+           taken: Taken | None = None) -> tuple[Selection, ...]:
     """One selection per targeted parameter.
 
     measured: for a selection in `CALIBRATED`, what `calibrate` found: (parameter, dim) -> float64 (size of dim,).
-    Raises `ConfigError` where a target cannot be met.
+    taken: what the adapters in `config.exclude` change. Raises `ConfigError` where a target cannot be met.
     """
     targeted = targeted_bands(analysis, config)
     by_group: dict[tuple, list[Band]] = {}
@@ -52,9 +58,10 @@ def select(analysis: Analysis, config: S2FTConfig, parameters: Mapping[str, Tens
         for band in bands:
             by_group.setdefault(band.group, []).append(band)
     scores = {group: _scores(bands, config, parameters, measured or {}) for group, bands in by_group.items()}
+    free = {group: _free(bands, taken or {}) for group, bands in by_group.items()}
     chosen: dict[tuple[str, int], tuple[list[str], list[Tensor]]] = {}
     for target, bands in targeted.items():
-        units = _choose(target, config, {b.group: scores[b.group] for b in bands})
+        units = _choose(target, config, {b.group: scores[b.group] for b in bands}, free)
         for band in bands:
             if units[band.group]:
                 roles, parts = chosen.setdefault((band.parameter_name, band.dim), ([], []))
@@ -173,15 +180,34 @@ def _preferred(candidates: Sequence[Band]) -> list[Band]:
     return [b for b in candidates if tier(b) == best]
 
 
-def _choose(target: str, config: S2FTConfig, scores: Mapping[tuple, Sequence[float]]) -> dict[tuple, list[int]]:
-    """The chosen units of each group, those with the highest scores (lowest where not `largest`)."""
+def _free(group: Sequence[Band], taken: Taken) -> list[bool]:
+    """Whether each unit shares no entry with what is taken. A slice along another dimension crosses all of them."""
+    free = torch.ones(len(group[0].positions), dtype=torch.bool)
+    for band in group:
+        for dim, indices in taken.get(band.parameter_name, ()):
+            free &= ~torch.isin(band.positions, indices).any(1) if dim == band.dim else False
+    return free.tolist()
+
+
+def _check_free(target: str, wanted: int, free: int, units: int) -> None:
+    if wanted > free:
+        raise ConfigError(f"target {target!r} asks for {wanted} of {units} units, but {free} are free: the others "
+                          f"share entries with adapters in exclude (one that trains the other dimension of a weight "
+                          f"crosses all of its units); {f'use 1 to {free} units, or ' if free else ''}exclude fewer")
+
+
+def _choose(target: str, config: S2FTConfig, scores: Mapping[tuple, Sequence[float]],
+            free: Mapping[tuple, Sequence[bool]]) -> dict[tuple, list[int]]:
+    """The chosen units of each group: the free ones with the highest scores (lowest where not `largest`)."""
     pools = [[group] for group in scores] if config.budget == "layer" else [list(scores)]
     chosen: dict[tuple, list[int]] = {group: [] for group in scores}
     highest = config.largest or not config.scored
-    ranked = {group: _ranked(made, highest) for group, made in scores.items()}
-    shares = _shares(scores, highest)
+    ranked = {group: [u for u in _ranked(made, highest) if free[group][u]] for group, made in scores.items()}
+    shares = _shares({group: list(compress(made, free[group])) for group, made in scores.items()}, highest)
     for pool in pools:
-        wanted = units_for(config.targets[target], sum(len(scores[group]) for group in pool), f"target {target!r}")
+        total = sum(len(scores[group]) for group in pool)
+        wanted = units_for(config.targets[target], total, f"target {target!r}")
+        _check_free(target, wanted, sum(sum(free[group]) for group in pool), total)
         units = [(group, unit, rank) for group in pool for rank, unit in enumerate(ranked[group], 1)]
         if config.budget == "score":  # the next unit to the layer with the most share per unit so far (D'Hondt)
             units.sort(key=lambda gur: -shares[gur[0]] / gur[2])

@@ -24,6 +24,7 @@ from .exporters.adapter import check_fits, summed
 from .exporters.format import Adapter, read_adapter
 from .exporters.lora import linear_layers
 from .plan import Slice
+from .rows import bmm_by_id
 from .state import is_prepared
 
 Written = tuple[nn.Parameter, int, Tensor, Tensor]  # weight, dim, indices, values
@@ -53,12 +54,17 @@ class Stack:
     def add(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         """y (N, ..., out) with the delta ids[i] of row i added. x: (N, ..., in)."""
         tokens, ids = x.reshape(x.shape[0], -1, x.shape[-1]), ids.to(self.index.device)  # a model may lie on several
-        index = self.index[ids][:, None, :].expand(-1, tokens.shape[1], -1)
-        delta = self.delta[ids].to(x.dtype)
+        index = self.index.index_select(0, ids)[:, None, :].expand(-1, tokens.shape[1], -1)
         if self.contracts:
-            return y + torch.bmm(tokens.gather(2, index), delta).to(y.dtype).view(y.shape)
-        made = torch.bmm(tokens, delta).to(y.dtype)
+            return y + self._product(tokens.gather(2, index), ids).to(y.dtype).view(y.shape)
+        made = self._product(tokens, ids).to(y.dtype)
         return y.reshape(y.shape[0], -1, y.shape[-1]).scatter_add(2, index, made).view(y.shape)
+
+    def _product(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x (N, tokens, k) times the deltas of its rows."""
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            return bmm_by_id(x, self.delta.to(x.dtype), ids)
+        return torch.bmm(x, self.delta[ids].to(x.dtype))
 
 
 class _Now(threading.local):

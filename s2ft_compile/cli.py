@@ -153,6 +153,10 @@ def train(
     top_layers: Annotated[
         Optional[int], typer.Option(help="Train the last N layers only; the backward stops there. [default: all]")
     ] = None,
+    exclude: Annotated[
+        Optional[list[Path]],
+        typer.Option(help="An adapter of which nothing may train again, to fuse both; may be repeated. " + ADAPTER),
+    ] = None,
     calibration_batches: Annotated[
         int, typer.Option(help="Batches of the data that a selection looks at.")
     ] = 4,
@@ -186,7 +190,8 @@ def train(
         from .train import report
         from .train import train as run
 
-        config = S2FTConfig(parse_targets(targets), selection, not smallest, budget, seed, top_layers)
+        folders = [_adapter_folder(path) for path in exclude or ()]
+        config = S2FTConfig(parse_targets(targets), selection, not smallest, budget, seed, top_layers, folders)
         options = TrainOptions(
             model,
             data,
@@ -290,6 +295,20 @@ def export_lora(
             number = int(ranks) if ranks.isdecimal() else ranks
             save_lora(base, output, layout, number, adapter=_adapter_folder(adapter), truncate=truncate)
         out.print(f"LoRA: {output}")
+
+
+@export_app.command("shira")
+def export_shira(
+    model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False
+) -> None:
+    """Write an adapter as a SHiRA of PEFT's format, exactly, where its layers have room for it."""
+    with reported(err, debug):
+        from .data import load_model
+        from .exporters import save_shira
+
+        with err.status("converting"):
+            save_shira(load_model(model, dtype or _trained_dtype(adapter)), output, adapter=_adapter_folder(adapter))
+        out.print(f"SHiRA: {output}")
 
 
 @app.command()

@@ -1,10 +1,11 @@
 """`S2FTConfig`: what to train. `CompileOptions`: how its graphs are compiled. Plain values, checked when they are made."""
 
+import os
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from math import ceil
 from numbers import Integral, Real
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 from .errors import ConfigError
 
@@ -54,6 +55,9 @@ class S2FTConfig:
     seed: of the random selection; the same on every machine.
     top_layers: only the last N layers of each target train, in the order in which the model uses them; the backward
         stops at the first of them. None: all.
+    exclude: folders of adapters of the same base model, of which no entry may train again (the paper's non-overlapped
+        fusion). Their units are not free; ratios still count of all. An adapter that trains the other dimension of a
+        weight crosses every unit of it, so none of that weight is free. Kept as text; read by `prepare` only.
     """
 
     targets: Mapping[str, int | float] = field(default_factory=lambda: {"ffn.out": 0.03})
@@ -62,6 +66,7 @@ class S2FTConfig:
     budget: str = "layer"
     seed: int = 0
     top_layers: int | None = None
+    exclude: Sequence[str | os.PathLike] = ()
 
     def __post_init__(self):
         if not isinstance(self.targets, Mapping) or not self.targets:
@@ -82,6 +87,7 @@ class S2FTConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed!r}")
         _check_top_layers(self.top_layers)
+        object.__setattr__(self, "exclude", _folders(self.exclude))
 
     @property
     def scored(self) -> bool:
@@ -90,7 +96,7 @@ class S2FTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values. A function is recorded by its name, "module:function"."""
-        return {**asdict(self), "selection": qualified_name(self.selection)}
+        return {**asdict(self), "selection": qualified_name(self.selection), "exclude": list(self.exclude)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "S2FTConfig":
@@ -177,6 +183,13 @@ def _check_selection(selection):
 def _check_top_layers(value):
     if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
         raise ConfigError(f"top_layers is a number of layers from 1, or None for all of them, got {value!r}")
+
+
+def _folders(values) -> tuple[str, ...]:
+    listed = isinstance(values, Sequence) and not isinstance(values, str)
+    if not listed or not all(isinstance(v, (str, os.PathLike)) and os.fspath(v) for v in values):
+        raise ConfigError(f"exclude is a list of adapter folders, got {values!r}; for example ['adapters/law']")
+    return tuple(os.fspath(v) for v in values)
 
 
 def _check_choice(name, value, valid):

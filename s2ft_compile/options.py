@@ -9,6 +9,7 @@ import torch
 from .config import ROLES, CompileOptions, S2FTConfig, is_glob
 from .data import Records, load_config, model_class, read_records
 from .errors import ConfigError, ExportError
+from .exporters.format import read_adapter
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -86,6 +87,8 @@ def check(options: TrainOptions) -> Records:
     config = load_config(options.model)
     _check_causal(options.model, config)
     _check_globs(config, options.s2ft)
+    for folder in options.s2ft.exclude:
+        read_adapter(folder)
     return read_records(options.data)
 
 

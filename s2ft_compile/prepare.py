@@ -11,10 +11,12 @@ from .calibrate import check as check_calibration
 from .capture import capture, unwrap
 from .config import CALIBRATED, S2FTConfig
 from .errors import ConfigError, StateError, VerificationError
+from .exporters.adapter import check_fits
+from .exporters.format import read_adapter
 from .fingerprint import fingerprint
 from .passes.couple import couple
 from .passes.permute import dense_orders, move, moves_for, ranges
-from .passes.select import Selection, select, targeted_bands
+from .passes.select import Selection, Taken, select, targeted_bands
 from .plan import Plan, Slice
 from .state import Block, State, find_state, watch_optimizers
 from .structure import Analysis, Coupling
@@ -64,7 +66,8 @@ def prepare(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = N
     calibration: batches, each a tuple or a dict of the forward's arguments, for the selections that look at data. loss:
     (output, batch) -> scalar, for the selection "gradient" of a model whose output is neither a loss nor has one.
     The model stays the user's: same class, same `state_dict()` keys, same outputs (up to the rounding of reordered
-    sums). Raises `ConfigError`, `CaptureError` or `StateError`, each before anything is changed.
+    sums). Raises `ConfigError`, `CaptureError`, `StateError`, or `AdapterError` for an adapter
+    in `config.exclude` that cannot be read or is of another base model, each before anything is changed.
     """
     model, config = unwrap(model), config or S2FTConfig()
     if not isinstance(config, S2FTConfig):
@@ -72,9 +75,9 @@ def prepare(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = N
     if find_state(model) is not None:
         raise StateError("this model is prepared already; call s2ft.release(model) before preparing it again")
     check_calibration(config.selection, calibration)
-    parameters = dict(model.named_parameters())
+    parameters, taken = dict(model.named_parameters()), _taken(model, config)
     analysis = analyze(model, example_inputs)
-    selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss))
+    selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss), taken)
     _check_trainable(selections, parameters)
     base = fingerprint(model)
     index = moves_for(dense_orders(analysis, selections), analysis.layouts)
@@ -95,6 +98,16 @@ def prepare(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = N
     trained = sum(b.delta.numel() for b in blocks)
     log.info("prepared %s: %d slices, %d parameters train", type(model).__name__, len(blocks), trained)
     return plan
+
+
+def _taken(model: nn.Module, config: S2FTConfig) -> Taken:
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    for folder in config.exclude:
+        adapter = read_adapter(folder)
+        check_fits(model, adapter)
+        for s in adapter.slices:
+            found.setdefault(s.parameter_name, []).append((s.dim, s.indices))
+    return found
 
 
 def _measured(model: nn.Module, analysis: Analysis, config: S2FTConfig, calibration, loss) -> dict:

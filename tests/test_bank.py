@@ -14,6 +14,7 @@ import s2ft_compile as s2ft
 from s2ft_compile.bank import AdapterBank
 from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.exporters import load_adapter, save_adapter
+from s2ft_compile.rows import bmm_by_id, runs
 
 TARGETS = {"a": {"ffn.out": 5, "attention.out": 1}, "b": {"ffn.out": 3, "ffn.in": 2}, "c": {"attention.value": 1},
            "d": {"ffn.in": 0.3, "attention.query": 1}}
@@ -190,6 +191,52 @@ def test_threads_keep_their_own_adapters(folder):
         thread.join(timeout=120)
     assert not failed and not any(t.is_alive() for t in threads)
     assert same(weights(bank.model), weights(alone(folder, None)))
+
+
+@given(st.lists(st.integers(0, 5), max_size=9))
+def test_runs_hold_every_row_once_beside_its_neighbours(ids):
+    found = list(runs(ids))
+    assert sorted((row, first + i) for first, rows in found for i, some in enumerate(rows) for row in some) == \
+        [(row, k) for row, k in enumerate(ids) if k]
+    assert all(len({len(some) for some in rows}) == 1 for _, rows in found)
+    for (first, rows), (then, others) in zip(found, found[1:]):  # two runs have a gap, or another number of rows
+        assert then > first + len(rows) or len(rows[0]) != len(others[0])
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=7), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
+def test_rows_brought_to_the_deltas_give_what_copies_of_the_deltas_give(ids, length, k, m):
+    random = torch.Generator().manual_seed(len(ids) * 100 + k * 10 + m)
+    x = torch.randn(len(ids), length, k, generator=random, dtype=torch.float64)
+    delta = torch.randn(5, k, m, generator=random, dtype=torch.float64)
+    delta[0] = 0
+    expected = torch.bmm(x, delta[torch.tensor(ids)])
+    torch.use_deterministic_algorithms(True)  # fills memory that nothing was written to with NaN
+    try:
+        found = bmm_by_id(x, delta, torch.tensor(ids))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)  # sums of at most 6 products of order 1
+
+
+def test_the_operator_is_what_it_says_to_dynamo():
+    torch.library.opcheck(bmm_by_id, (torch.randn(3, 2, 4), torch.randn(3, 4, 5), torch.tensor([2, 0, 1])),
+                          test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_batch_has_gradients_where_they_are_enabled(folder):
+    """And its outputs are those of the operator that has none."""
+    bank, inputs, ids = bank_of(folder), tokens(3), ["a", "d", "b"]
+    with bank.batch(ids):
+        found = bank.model(inputs).logits
+        with torch.no_grad():
+            close(bank.model(inputs).logits, found.detach())
+    (gradient,) = torch.autograd.grad(found.square().sum(), bank.model.model.embed_tokens.weight)
+    expected = torch.zeros_like(gradient)
+    for i, name in enumerate(ids):
+        model = alone(folder, name)
+        loss = model(inputs[i : i + 1]).logits.square().sum()
+        expected += torch.autograd.grad(loss, model.model.embed_tokens.weight)[0]
+    close(gradient, expected)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------

@@ -169,8 +169,15 @@ def other_name(base: Path) -> str:
     return "has no model.layers.1.mlp.down_proj"
 
 
+def other_prefix(base: Path) -> str:
+    """As AutoModel names the weights of an AutoModelForCausalLM."""
+    for path in base.glob("*.safetensors"):
+        save_file({n.removeprefix("model."): t for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    return r"has no model.layers.*\.\.\.; it has layers\.\d.*_proj.weight: save it as a LlamaForCausalLM, whose names"
+
+
 @pytest.mark.parametrize("change", [damage_shard, remove_shard, lead_outside, break_index, remove_all, other_type,
-                                    other_value, other_name])
+                                    other_value, other_name, other_prefix])
 def test_what_is_no_base_of_the_adapter_is_refused_and_nothing_is_left(folders, tmp_path, change):
     base = tmp_path / "in" / "base"
     base.mkdir(parents=True)
@@ -343,6 +350,9 @@ def test_merge_and_extract_on_the_command_line(folders, tmp_path):
     assert same(stored(tmp_path / "again"), stored(merged))
     s2ft_command("export", "lora", "--model", folders / "base", "--adapter", folders / "first", "--output",
                  tmp_path / "lora", "--layout", "padded", "--ranks", "vllm")
+    s2ft_command("export", "shira", "--model", folders / "base", "--adapter", folders / "first", "--output",
+                 tmp_path / "shira")
+    assert json.loads((tmp_path / "shira" / "adapter_config.json").read_text())["peft_type"] == "SHIRA"
     s2ft_command("export", "onnx", "--model", folders / "base", "--adapter", folders / "first", "--separate", "--output",
                  tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").exists() and (tmp_path / "model.onnx_adapter").exists()

@@ -259,6 +259,8 @@ def test_train_takes_jsonl_and_its_options(base, tmp_path, row):
         ({"--budget": "all"}, "unknown budget 'all'"),
         ({"--budget": "score"}, "budget 'score' shares units out by their scores"),
         ({"--top-layers": 3}, "top_layers = 3, but target 'ffn.out' has 2 layers"),
+        ({"--exclude": "{tmp}/none"}, "none does not exist; valid: an adapter, or the output"),
+        ({"--exclude": "{tmp}"}, "is not an adapter: it has no file adapter_config.json"),
         ({"--calibration-batches": 0}, "calibration_batches is at least 1"),
         ({"--inner": "tvm"}, "unknown inner 'tvm'"),
         ({"--dtype": "int8"}, "unknown dtype 'int8'"),
@@ -274,6 +276,19 @@ def test_train_refuses_with_one_line_and_leaves_nothing(base, text, tmp_path, ch
     flat = [str(piece).replace("{tmp}", str(tmp_path)) for pair in options.items() for piece in pair]
     assert found in refused("train", *flat)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_train_leaves_the_units_of_an_excluded_adapter_alone(run, base, text, tmp_path):
+    from s2ft_compile.exporters.format import read_adapter
+
+    given = {"--model": base, "--data": text, "--output": tmp_path / "run", "--targets": "ffn.out=20,attention.out=2",
+             "--steps": 1, "--batch-size": 2, "--seq-len": 16, "--inner": "eager", "--exclude": run[0]}
+    result = invoke("train", *[piece for pair in given.items() for piece in pair])
+    assert result.exit_code == 0, result.output
+    first, second = read_adapter(run[0] / "adapter"), read_adapter(tmp_path / "run" / "adapter")
+    assert second.plan.config.exclude == (str(run[0] / "adapter"),)
+    for a, b in zip(first.slices, second.slices, strict=True):
+        assert a.parameter_name == b.parameter_name and not torch.isin(a.indices, b.indices).any()
 
 
 def test_a_selection_that_looks_at_data_looks_at_the_training_data(base, text, tmp_path):

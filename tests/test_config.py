@@ -1,6 +1,7 @@
 """`S2FTConfig`: what is accepted, and that every refusal says what is valid."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,13 +15,15 @@ targets = st.dictionaries(st.one_of(st.sampled_from(ROLES), st.text(min_size=1, 
 choices = st.tuples(st.sampled_from(SELECTIONS), st.sampled_from(BUDGETS)).filter(lambda c: c != ("random", "score"))
 configs = st.builds(lambda choice, **fields: S2FTConfig(selection=choice[0], budget=choice[1], **fields), choices,
                     targets=targets, largest=st.booleans(), seed=st.integers(0, 2**63 - 1),
-                    top_layers=st.none() | st.integers(1, 99))
+                    top_layers=st.none() | st.integers(1, 99),
+                    exclude=st.lists(st.text(min_size=1, max_size=8) | st.sampled_from([Path("a/b"), Path("c")])))
 
 
 @given(configs)
 def test_a_dict_and_back(config):
     assert S2FTConfig.from_dict(config.to_dict()) == config
-    assert set(config.to_dict()) == {"targets", "selection", "largest", "budget", "seed", "top_layers"}
+    assert set(config.to_dict()) == {"targets", "selection", "largest", "budget", "seed", "top_layers", "exclude"}
+    assert S2FTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config, "and through a file"
 
 
 def by_hand(bands, scores):
@@ -88,6 +91,9 @@ BAD = {  # arguments -> words of the message: what was found, what is valid
     "no layers": (dict(top_layers=0), ["0", "from 1", "None"]),
     "layers as a ratio": (dict(top_layers=0.5), ["0.5", "from 1"]),
     "layers True": (dict(top_layers=True), ["True"]),
+    "one folder": (dict(exclude="adapter"), ["'adapter'", "list", "adapters/law"]),
+    "no folders": (dict(exclude=[3, ""]), ["[3, '']", "list"]),
+    "folders as None": (dict(exclude=None), ["None", "list"]),
     "seed True": (dict(seed=True), ["True", "integer"]),
 }
 

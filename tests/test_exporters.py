@@ -661,6 +661,17 @@ def test_a_model_prepared_with_other_slices_is_refused(saved, targets):
     refused([trained(Toy(), targets=targets)], saved, "other slices")
 
 
+def test_float64_deltas_are_refused_by_a_prepared_model_and_taken_by_a_plain_one(tmp_path):
+    base, changed = Toy().double(), Toy().double()
+    name = next(n for n, p in base.named_parameters() if p.dim() == 2)
+    with torch.no_grad():
+        changed.get_parameter(name)[1] += torch.randn(changed.get_parameter(name).shape[1], dtype=torch.float64) / 3
+    s2ft.exporters.extract(base, changed, tmp_path / "a")
+    refused([trained(Toy().double(), targets={"ffn.out": 3})], tmp_path / "a", "are float64, which the float32 deltas")
+    load_adapter(base, tmp_path / "a")
+    assert torch.equal(base.get_parameter(name), changed.get_parameter(name))
+
+
 def test_the_format_holds_no_pickle(saved):
     with safe_open(saved / WEIGHTS, framework="pt") as file:
         assert file.keys()

@@ -1,0 +1,270 @@
+"""Adapters in use: switched, side by side in one batch, on disk, and merged into a checkpoint, against LoRA with PEFT.
+
+    python benchmarks/adapters.py [--quick] [--output benchmarks/results/adapters.json] [--rounds 9] [--dtype bfloat16]
+
+The model has the shape of Llama-3.2-1B and random weights. Our adapters train 1% of its parameters (one head and 3.8%
+of the FFN channels of each layer), LoRA's the linear layers with rank 16, 0.9%. Both serve the same weights in one
+process and take turns; a figure is the median over the rounds. `--quick` is a rehearsal on a tiny model: its figures
+mean nothing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import date
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any, Callable, Iterator, Mapping
+
+import torch
+from disk import adapter_of, file_size, merge
+from methods import LORA_RANK, Setting
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import s2ft_compile as s2ft
+from s2ft_compile.exporters.format import Adapter
+from s2ft_compile.fingerprint import samples_of
+from s2ft_compile.passes.select import select
+
+HERE = Path(__file__).resolve().parent
+WARM_UP = 2
+ADAPTERS = 16  # behind one model, and rows of a batch: each row its own
+TARGETS = {"attention.out": 1, "ffn.out": 0.038}
+FULL_SIZE = Setting(hidden=2048, layers=16, ffn=8192, heads=32, kv_heads=8, vocabulary=128256, batch=ADAPTERS, length=1)
+QUICK_SIZE = Setting(hidden=64, layers=2, ffn=256, heads=4, kv_heads=2, vocabulary=64, batch=ADAPTERS, length=1)
+GIB = 2**30
+GOALS = {
+    "switch_lora_over_ours": (">=", 16),
+    "batch_ours_over_lora": ("<=", 0.78),
+    "batch_ours_over_base": ("<=", 1.3),
+    "file_over_numbers": ("<=", 1.05),
+    "merge_peak_gib": ("<=", 3),
+    "onnx_base_speed": (">=", 0.95),
+}
+
+console = Console()
+
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    setting = replace(QUICK_SIZE if arguments.quick else FULL_SIZE, dtype=arguments.dtype, device=device)
+    rounds = 2 if arguments.quick else arguments.rounds
+    result = {"date": date.today().isoformat(), "quick": arguments.quick, **_facts(setting)}
+    with tempfile.TemporaryDirectory() as folder, console.status("s2ft merge"):
+        result["merge"] = merge(Path(folder), 0.01 if arguments.quick else 8.0)
+    with torch.no_grad(), console.status("a model, and its adapters"):
+        model = model_of(setting)
+        adapters = our_adapters(model, setting)
+    result["file"] = file_size(adapters[0])
+    with torch.no_grad():
+        result["batch"] = batch_times(model, adapters, setting, rounds)
+        result["switch"] = switch_times(model, adapters[:2], rounds)
+    if find_spec("onnx_adapters"):
+        from onnx_adapters import measure
+
+        result["onnx"] = measure(**({"layers": 2, "rounds": 2} if arguments.quick else {}))
+    result["ratios"] = ratios(result)
+    console.print(table(result))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    console.print(f"wrote {arguments.output}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds, to see that everything runs")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "adapters.json")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default 9)")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights (default bfloat16, as that model's are)")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def _facts(setting: Setting) -> dict[str, Any]:
+    """What the figures depend on."""
+    packages = ("torch", "transformers", "peft", "s2ft-compile")
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "model": {**asdict(setting), "targets": TARGETS},
+        "lora_rank": LORA_RANK,
+        "adapters": ADAPTERS,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None  # a GPU machine may not have it
+
+
+# --- a model and adapters -----------------------------------------------------------------------------------------
+
+
+def model_of(setting: Setting) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=setting.vocabulary, hidden_size=setting.hidden, intermediate_size=setting.ffn,
+        num_hidden_layers=setting.layers, num_attention_heads=setting.heads, num_key_value_heads=setting.kv_heads,
+        head_dim=setting.hidden // setting.heads, use_cache=False, tie_word_embeddings=True)
+    with torch.device(setting.device):
+        return LlamaForCausalLM._from_config(config, dtype=getattr(torch, setting.dtype)).eval().requires_grad_(False)
+
+
+def our_adapters(model: nn.Module, setting: Setting) -> list[Adapter]:
+    """As if each had been trained from a random selection of its own; random deltas."""
+    shape = model_of(replace(setting, device="meta"))
+    analysis = s2ft.analyze(shape, {"input_ids": torch.zeros(2, 8, dtype=torch.int64, device="meta")})
+    weights, base = dict(model.named_parameters()), samples_of(model)
+    found = []
+    for seed in range(ADAPTERS):
+        config = s2ft.S2FTConfig(TARGETS, seed=seed)
+        chosen = [(s.parameter_name, s.dim, s.roles, s.indices) for s in select(analysis, config, {})]
+        found.append(adapter_of(config, chosen, weights, base, setting.dtype))
+    return found
+
+
+class BatchedLoRA:
+    """Every linear layer of a model with a LoRA for each row: A and B gathered by row, and two batched products."""
+
+    def __init__(self, model: nn.Module):
+        self.ids: Tensor | None = None
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear) and name != "lm_head":
+                A = 1e-2 * torch.randn(ADAPTERS, layer.in_features, LORA_RANK).to(layer.weight)
+                B = 1e-2 * torch.randn(ADAPTERS, LORA_RANK, layer.out_features).to(layer.weight)
+                layer.register_forward_hook(self._hook(A, B))
+
+    def _hook(self, A: Tensor, B: Tensor) -> Callable:
+        def add(layer, args, y):
+            if self.ids is None:
+                return None
+            made = torch.einsum("nti,nir->ntr", args[0], A[self.ids])
+            return y + torch.einsum("ntr,nro->nto", made, B[self.ids])
+
+        return add
+
+    @contextmanager
+    def batch(self, ids: Tensor) -> Iterator[None]:
+        self.ids = ids
+        try:
+            yield
+        finally:
+            self.ids = None
+
+
+# --- measurements -------------------------------------------------------------------------------------------------
+
+
+def in_turn(trials: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
+    """Median milliseconds of each; every round runs all of them, and starts with another one."""
+    names, spent = list(trials), {name: [] for name in trials}
+    for turn in range(WARM_UP + rounds):
+        for name in names[turn % len(names):] + names[:turn % len(names)]:
+            _wait(device)
+            began = time.perf_counter()
+            trials[name]()
+            _wait(device)
+            spent[name].append(1e3 * (time.perf_counter() - began))
+    return {name: median(times[WARM_UP:]) for name, times in spent.items()}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def batch_times(model: nn.Module, adapters: list[Adapter], setting: Setting, rounds: int) -> dict[str, float]:
+    """One forward of `ADAPTERS` rows of one token, each with an adapter of its own."""
+    bank, lora = s2ft.AdapterBank(model), BatchedLoRA(model)
+    for k, adapter in enumerate(adapters):
+        bank.add(str(k), adapter)
+    inputs = torch.randint(setting.vocabulary, (ADAPTERS, 1), device=setting.device)
+    rows = torch.arange(ADAPTERS, device=setting.device)
+
+    def run(context) -> None:
+        with context:
+            model(input_ids=inputs)
+
+    return in_turn({
+        "base": lambda: model(input_ids=inputs),
+        "ours": lambda: run(bank.batch(bank.names)),
+        "lora": lambda: run(lora.batch(rows)),
+    }, rounds, setting.device)
+
+
+def switch_times(model: nn.Module, adapters: list[Adapter], rounds: int) -> dict[str, float]:
+    """An adapter on and off again, in place: what switching from one to another costs."""
+    from peft import LoraConfig, get_peft_model
+
+    device, bank = next(model.parameters()).device.type, s2ft.AdapterBank(model)
+    bank.add("ours", adapters[0])
+    config = LoraConfig(r=LORA_RANK, target_modules="all-linear", init_lora_weights=False)
+    lora = get_peft_model(model, config, autocast_adapter_dtype=False)
+
+    def ours() -> None:
+        bank.activate("ours")
+        bank.activate(None)
+
+    def theirs() -> None:
+        lora.merge_adapter()
+        lora.unmerge_adapter()
+
+    return in_turn({"ours": ours, "lora": theirs}, rounds, device)
+
+
+# --- what is made of them -----------------------------------------------------------------------------------------
+
+
+def ratios(result: Mapping[str, Any]) -> dict[str, float]:
+    switch, batch, file = result["switch"], result["batch"], result["file"]
+    found = {
+        "switch_lora_over_ours": switch["lora"] / switch["ours"],
+        "batch_ours_over_lora": batch["ours"] / batch["lora"],
+        "batch_ours_over_base": batch["ours"] / batch["base"],
+        "file_over_numbers": file["files"] / file["numbers"],
+        "merge_peak_gib": result["merge"]["peak_bytes"] / GIB,
+    }
+    if "onnx" in result:  # the slower of the two, with no adapter active
+        found["onnx_base_speed"] = min(result["onnx"][stage]["speed"]["slices"] for stage in ("prefill", "decode"))
+    return found
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    switch, batch, file, done = (result[key] for key in ("switch", "batch", "file", "merge"))
+    notes = {
+        "switch_lora_over_ours": f"PEFT merge + unmerge {switch['lora']:.0f} ms, ours {switch['ours']:.1f} ms",
+        "batch_ours_over_lora": f"batched LoRA {batch['lora']:.0f} ms, ours {batch['ours']:.0f} ms",
+        "batch_ours_over_base": f"base model alone {batch['base']:.0f} ms",
+        "file_over_numbers": f"{file['files'] / 1e6:.1f} MB on disk",
+        "merge_peak_gib": f"{done['checkpoint_bytes'] / 1e9:.1f} GB in 4 shards, {done['seconds']:.0f} s",
+    }
+    model = result["model"]
+    made = Table("figure", "measured", "goal", "", "", title=f"{model['layers']} layers of width {model['hidden']}, "
+                 f"{model['dtype']}, {result['device']}, {result['threads']} threads, {result['adapters']} adapters")
+    for name, value in result["ratios"].items():
+        sense, goal = GOALS[name]
+        met = value >= goal if sense == ">=" else value <= goal
+        verdict = "[green]met[/]" if met else "[red]missed[/]"
+        made.add_row(name, f"{value:.3g}", f"{sense} {goal:g}", verdict, notes.get(name, ""))
+    return made
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The adapter as a SHiRA (sparse high rank adapter, arXiv 2406.13175) of PEFT's format.
+
+A SHiRA adds single numbers to a weight (out, in): r (in + out) of them in each layer, one r for all layers, and its
+files hold their positions. A slice is n * out (columns) or n * in (rows) numbers: r is what the layer with the most
+of them needs, and the others get zeros at positions that nothing changes. In float32 PEFT's `merge_and_unload` gives
+the bits of `save_merged` (but for the sign of a weight that is -0.0); in bfloat16 and float16 it rounds the delta
+before it adds.
+"""
+
+import json
+import logging
+import os
+from math import ceil
+from pathlib import Path
+from typing import Mapping
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..capture import unwrap
+from ..errors import ExportError
+from ..plan import Slice
+from .card import CARD, SHIRA, card
+from .files import new_directory
+from .lora import CONFIG, WEIGHTS, adapter_source, linear_layers, peft_config
+
+log = logging.getLogger(__name__)
+
+
+def save_shira(model: nn.Module, directory: str | os.PathLike, *, adapter: str | os.PathLike | None = None) -> Path:
+    """Writes an adapter into a new folder as a SHiRA of PEFT, and returns its path.
+
+    model: prepared; or, with `adapter`, the plain base model of that adapter folder. Raises `ExportError` for slices
+    that no SHiRA has (of anything but the weight of an `nn.Linear`, or of a tied one), for a layer that has no room for
+    as many numbers as the largest slice asks of all layers, or a folder that exists.
+    """
+    module, source = unwrap(model), adapter_source(model, adapter)
+    held = linear_layers(module, source)
+    layers = {held[s.parameter_name][0]: s for s in source.slices}
+    _check_layers(module, layers)
+    r = common_r(layers)
+    with new_directory(directory) as folder:
+        tensors = {}
+        for layer, s in layers.items():
+            values, indices = numbers(s, r * sum(s.shape))
+            tensors[f"base_model.model.{layer}.shira_weight"] = values
+            tensors[f"base_model.model.{layer}.shira_indices"] = indices
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        config = {**peft_config(module, list(layers)), "peft_type": "SHIRA", "r": r, "mask_type": "random"}
+        (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        (folder / CARD).write_text(card(source, SHIRA), encoding="utf-8")
+    log.info("SHiRA written to %s: %d modules, r = %d", directory, len(layers), r)
+    return Path(directory)
+
+
+def _check_layers(module: nn.Module, layers: Mapping[str, Slice]) -> None:
+    for layer, s in layers.items():
+        if not isinstance(module.get_submodule(layer), nn.Linear):
+            kind = type(module.get_submodule(layer)).__name__
+            raise ExportError(f"{layer} is a {kind}; PEFT's SHiRA takes nn.Linear only. `save_lora` takes it")
+        if s.delta.dtype != torch.float32:
+            raise ExportError(f"the delta of {s.parameter_name} is {s.delta.dtype}; PEFT keeps a SHiRA in float32, "
+                              f"which would not be exact")
+
+
+def common_r(layers: Mapping[str, Slice]) -> int:
+    """The r with which every layer holds its slice. Raises `ExportError` where a layer has no room for it."""
+    needs = {layer: ceil(s.delta.numel() / sum(s.shape)) for layer, s in layers.items()}
+    widest = max(needs, key=needs.__getitem__)
+    for layer, s in layers.items():
+        (rows, columns), most = s.shape, s.shape[0] * s.shape[1] // sum(s.shape)
+        if needs[widest] > most:
+            raise ExportError(
+                f"a SHiRA changes r * (in + out) numbers of every layer, with one r for all. {widest} changes "
+                f"{layers[widest].delta.numel():,} and needs r = {needs[widest]}, but {layer} ({rows} x {columns}) has "
+                f"room for r = {most} at most, which is {most * (rows + columns):,} numbers. Train fewer units of "
+                f"{widest}, or use `save_lora`")
+    return needs[widest]
+
+
+def numbers(s: Slice, count: int) -> tuple[Tensor, Tensor]:
+    """The slice as `count` float32 numbers and their int32 (2, count) rows and columns, ascending as in PEFT's files.
+
+    Those beyond the slice are zeros, in the rows or columns that it leaves alone.
+    """
+    others = torch.ones(s.shape[s.dim], dtype=torch.bool).index_fill_(0, s.indices, False).nonzero().flatten()
+    across = s.shape[1 - s.dim]
+    k = torch.arange(count)
+    along = torch.cat([s.indices, others])[k // across]
+    values = torch.zeros(count)
+    values[: s.delta.numel()] = s.delta.movedim(s.dim, 0).flatten()
+    rows, columns = (along, k % across) if s.dim == 0 else (k % across, along)
+    order = (rows * s.shape[1] + columns).argsort()
+    return values[order], torch.stack([rows, columns])[:, order].to(torch.int32)
