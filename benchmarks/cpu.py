@@ -23,7 +23,7 @@ from statistics import median, quantiles
 from typing import Any, Mapping
 
 import torch
-from methods import FULL_SIZE, METHODS, QUICK_SIZE, TITLES, Setting, batch, build
+from methods import CPU_METHODS, FULL_SIZE, METHODS, QUICK_SIZE, TITLES, Setting, batch, build
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -103,7 +103,7 @@ def prepare_seconds(setting: Setting) -> float:
 def step_rows(setting: Setting, steps: int) -> list[dict[str, Any]]:
     """One row a method. The methods take turns, and each round starts with another one."""
     inputs = batch(setting)
-    trials = {name: make(setting) for name, make in METHODS.items()}
+    trials = {name: METHODS[name](setting) for name in CPU_METHODS}
     names, seconds = list(trials), {name: [] for name in trials}
     for turn in track(range(WARM_UP + steps), "training steps", console=console):
         for name in names[turn % len(names):] + names[:turn % len(names)]:
@@ -126,7 +126,7 @@ def step_rows(setting: Setting, steps: int) -> list[dict[str, Any]]:
 def saved_activations(quick: bool) -> list[dict[str, Any]]:
     """Per token and layer of a bf16 Llama block, in units of the hidden size, from two depths."""
     setting = replace(QUICK_SIZE, dtype="bfloat16") if quick else BLOCK
-    names = track([name for name in METHODS if name != "floor"], "saved activations", console=console)
+    names = track([name for name in CPU_METHODS if name != "floor"], "saved activations", console=console)
     return [{"method": name, "d_per_token_and_layer": units_per_layer(name, setting, DEPTHS)} for name in names]
 
 
