@@ -215,7 +215,7 @@ def test_a_failure_half_way_restores_a_prepared_model(tmp_path, monkeypatch):
     model = trained(Ffn().bfloat16().train(), (torch.randn(2, 4, dtype=torch.bfloat16),))
     before = bits(model)
     monkeypatch.setattr(exporter, "_translated", lambda *_: type("M", (), {"graph": None})())
-    monkeypatch.setattr(exporter, "_name_values", lambda *_: None)
+    monkeypatch.setattr(exporter, "name_values", lambda *_: None)
     monkeypatch.setattr(exporter, "_write", half)
     with pytest.raises(ExportError, match="disk full"):
         export_onnx(model, tmp_path / "new" / "m.onnx", (torch.randn(2, 4, dtype=torch.bfloat16),))
