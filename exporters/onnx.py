@@ -23,7 +23,7 @@ from .files import new_files
 from .merged import plain
 from .onnx_adapter import places_of, untrained
 from .onnx_cache import stepping
-from .onnx_genai import FILE, write_genai_config
+from .onnx_genai import FILE, tokens_of, write_genai_config
 from .onnx_places import GENAI, NAMES, add_places, check_names
 from .onnx_values import Call, name_values
 from .verify import check, first_line, tensors
@@ -65,7 +65,7 @@ def export_onnx(
     file that exists, an operator without translation, or a result that differs from the model's.
     """
     target, module = Path(path), unwrap(model)
-    _check_options(target, cache, names, opset)
+    _check_options(target, module, cache, names, opset)
     inputs = Inputs(*pytree.tree_map(_widened, tuple(arguments(example_inputs))))
     places = [] if adapters == "merged" else places_of(model, adapters)
     beside = [target.with_name(FILE)] if names == GENAI else []
@@ -90,7 +90,7 @@ def export_onnx(
     return target
 
 
-def _check_options(target: Path, cache: bool, names: str, opset: int) -> None:
+def _check_options(target: Path, module: nn.Module, cache: bool, names: str, opset: int) -> None:
     if target.suffix != ".onnx":
         raise ExportError(f"{target} is not the name of an ONNX file; {target.with_suffix('.onnx')} would be")
     if opset not in OPSETS:
@@ -99,6 +99,8 @@ def _check_options(target: Path, cache: bool, names: str, opset: int) -> None:
     if names == GENAI and not cache:
         raise ConfigError("names='genai' is for graphs with a KV cache, which is all that onnxruntime-genai runs; pass "
                           "cache=True too")
+    if names == GENAI:
+        tokens_of(module)
 
 
 # --- from module to graph ----------------------------------------------------------------------------------

@@ -84,14 +84,14 @@ def _call(module: nn.Module, prompt: Mapping[str, Tensor]) -> Call:
     try:
         with torch.no_grad():
             whole = module(**prompt, past_key_values=[])
-            before = module(**_part(prompt, 0, PAST), past_key_values=[])["present"]
-            _check_layers(before)
-            past = [{k: t.clone() for k, t in pair.items()} for pair in before]
+            before = module(**_part(prompt, 0, PAST), past_key_values=[])
+            _check_layers(before["present"])
+            past = [{k: t.clone() for k, t in pair.items()} for pair in before["present"]]
             traced = {**_part(prompt, PAST, PAST + NEW), "past_key_values": past}
             again = module(**traced)
     except Exception as error:  # whatever a model raises on a cache that is not of its kind
         raise _no_cache(module, first_line(error) if not isinstance(error, ConfigError) else str(error)) from error
-    if not close(whole["logits"][1:, PAST:], again["logits"][1:]):
+    if not close(whole["logits"][1:], torch.cat([before["logits"], again["logits"]], 1)[1:]):
         raise _no_cache(module, "its tokens see those that follow, so a prompt cannot be continued")
     empty = [{k: t[:, :, :0] for k, t in pair.items()} for pair in past]
     last = [{k: t[1:, :, :-1] for k, t in pair.items()} for pair in again["present"]]

@@ -20,48 +20,49 @@ PRESENT_NAMES = {"present_key_names": "present.%d.key", "present_value_names": "
 
 def write_genai_config(module: nn.Module, graph: Any, file: Path, name: str) -> None:
     """Writes the configuration of the graph of `module` that will be called `name`. Raises `ConfigError`."""
-    config = genai_config(module.config.get_text_config(), getattr(module, "generation_config", None), graph, name)
+    config = genai_config(module.config.get_text_config(), tokens_of(module), graph, name)
     file.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
 
 
-def genai_config(config: Any, generation: Any, graph: Any, name: str) -> dict[str, Any]:
-    """The configuration, sizes read from the graph. config: Hugging Face's. Raises `ConfigError` for what it lacks."""
+def tokens_of(module: nn.Module) -> dict[str, Any]:
+    """What the configuration says of tokens. Raises `ConfigError` for what the model's own lacks."""
+    config = getattr(module, "config", None)
+    sources = (getattr(module, "generation_config", None), config and config.get_text_config())
+
+    def find(name: str, default: Any = None) -> Any:
+        found = [getattr(source, name, None) for source in sources]
+        return next((value for value in found if value is not None), default)
+
+    needed = {"eos_token_id": find("eos_token_id"), "max_position_embeddings": find("max_position_embeddings")}
+    for name, value in needed.items():
+        if value is None:
+            raise ConfigError(f"genai_config.json needs the model's {name}, and its configuration has none; set "
+                              f"model.config.{name}")
+    ends = needed["eos_token_id"]
+    last = ends if isinstance(ends, int) else ends[0]
+    return {"bos_token_id": find("bos_token_id", last), "eos_token_id": ends, "pad_token_id": find("pad_token_id", last),
+            "context_length": needed["max_position_embeddings"], "vocab_size": find("vocab_size")}
+
+
+def genai_config(config: Any, tokens: dict[str, Any], graph: Any, name: str) -> dict[str, Any]:
+    """The configuration, sizes of the cache read from the graph. config: Hugging Face's. Raises `ConfigError`."""
     inputs = {value.name: value.shape for value in graph.inputs}
     keys = [shape for value, shape in inputs.items() if value.endswith(".key")]
     values = [shape for value, shape in inputs.items() if value.endswith(".value")]
     if any(k[i] != v[i] for k, v in zip(keys, values) for i in (1, 3)):
         raise ConfigError("onnxruntime-genai takes keys and values of one shape, and this model's differ: "
                           f"{list(keys[0])} and {list(values[0])}; names='model' exports it")
-    ends = _token("eos_token_id", config, generation)
-    length = getattr(config, "max_position_embeddings", None)
-    if ends is None or not length:
-        lacking = "eos_token_id" if ends is None else "max_position_embeddings"
-        raise ConfigError(f"genai_config.json needs the model's {lacking}, and its configuration has none; set "
-                          f"model.config.{lacking}")
-    last = ends if isinstance(ends, int) else ends[0]
-    model = {
-        "type": TYPE,
-        "bos_token_id": _token("bos_token_id", config, generation, last),
-        "eos_token_id": ends,
-        "pad_token_id": _token("pad_token_id", config, generation, last),
-        "context_length": length,
-        "vocab_size": config.vocab_size,
-        "decoder": {
-            "filename": name,
-            "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-            "hidden_size": config.hidden_size,
-            "head_size": keys[0][3],
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": keys[0][1],
-            "num_hidden_layers": len(keys),
-            "inputs": {n: n for n in ("input_ids", "attention_mask", "position_ids") if n in inputs} | CACHE_NAMES,
-            "outputs": {"logits": "logits", **PRESENT_NAMES},
-        },
+    decoder = {
+        "filename": name,
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "hidden_size": config.hidden_size,
+        "head_size": keys[0][3],
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": keys[0][1],
+        "num_hidden_layers": len(keys),
+        "inputs": {n: n for n in ("input_ids", "attention_mask", "position_ids") if n in inputs} | CACHE_NAMES,
+        "outputs": {"logits": "logits", **PRESENT_NAMES},
     }
     # the past is handed over as it was returned: a buffer of full length would need a graph that writes into it
-    return {"model": model, "search": {"max_length": length, "do_sample": False, "past_present_share_buffer": False}}
-
-
-def _token(name: str, config: Any, generation: Any, default: Any = None) -> Any:
-    found = [getattr(source, name, None) for source in (generation, config)]
-    return next((value for value in found if value is not None), default)
+    search = {"max_length": tokens["context_length"], "do_sample": False, "past_present_share_buffer": False}
+    return {"model": {"type": TYPE, **tokens, "decoder": decoder}, "search": search}
