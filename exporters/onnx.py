@@ -29,7 +29,7 @@ from .onnx_values import Call, name_values
 from .verify import check, first_line, tensors
 
 log = logging.getLogger(__name__)
-OPSETS = (18, 19, 20, 21, 22, 23, 24)
+OPSETS = (18, 19, 20, 21, 22, 24, 25)  # of 23, ONNX Runtime refuses the RotaryEmbedding that onnxscript makes
 OPSET = 20
 INLINE_BYTES = 1 << 20  # weights up to this size lie in the .onnx file itself, which can hold 2 GB at most
 
