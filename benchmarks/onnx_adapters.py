@@ -1,8 +1,9 @@
 """What room for adapters costs an ONNX graph: speed of the base beside that of a plain export, and with one active.
 
 `measure()` exports a Llama-style model with a KV cache three times: plain, with adapters as slices, and as LoRAs
-(names="genai"), and runs prefill and one step of decoding of all of them in turn. Speeds are ratios to the plain
-export, medians over the rounds, so that what else the machine does weighs on all alike.
+(names="genai"), and runs prefill and one step of decoding of all of them in turn, on one thread. Speeds are ratios to
+the plain export, medians over the rounds of the process's CPU time, so that what else the machine does weighs little,
+and on all alike.
 """
 
 import json
@@ -40,10 +41,10 @@ def prepared(layers: int, width: int) -> torch.nn.Module:
     return model
 
 
-def runner(path: Path, threads: int, adapter: Path | None = None) -> Callable[[dict], list]:
+def runner(path: Path, adapter: Path | None = None) -> Callable[[dict], list]:
     """(inputs) -> outputs, with the adapter active."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, threads
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     run, loaded = onnxruntime.RunOptions(), onnxruntime.LoraAdapter()
     if adapter:
@@ -68,28 +69,30 @@ def inputs(model: torch.nn.Module, past: int, new: int) -> dict[str, np.ndarray]
 
 
 def medians(runs: dict[str, Callable], feeds: dict, rounds: int) -> dict[str, float]:
-    """Seconds of each, taken in turn."""
+    """Seconds of each, taken in turn, in changing order; two rounds warm up."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
     for i in range(rounds + 2):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(feeds)
+        order = [*order[1:], order[0]] if i % 2 else order[::-1]
+        for name in order:
+            start = time.process_time()
+            runs[name](feeds)
             if i >= 2:
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(time.process_time() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def measure(layers: int = 4, width: int = 512, rounds: int = 60, threads: int = 1) -> dict[str, Any]:
+def measure(layers: int = 4, width: int = 512, rounds: int = 60) -> dict[str, Any]:
     """Speeds relative to the plain export; the goal is at least 0.95 for `slices` with no adapter active."""
     model, example = prepared(layers, width), {"input_ids": torch.arange(16)[None]}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         export_onnx(model, folder / "plain.onnx", example, cache=True)
-        runs = {"plain": runner(folder / "plain.onnx", threads)}
+        runs = {"plain": runner(folder / "plain.onnx")}
         for form, names in (("slices", "model"), ("lora", "genai")):
             path = export_onnx(model, folder / form / "base.onnx", example, "separate", cache=True, names=names)
             file = save_onnx_adapter(model, folder / form / "one.onnx_adapter", names=names)
-            runs |= {form: runner(path, threads), f"{form}, active": runner(path, threads, file)}
+            runs |= {form: runner(path), f"{form}, active": runner(path, file)}
         figures = {}
         for stage, past, new, repeats in (("prefill", 0, PROMPT, rounds), ("decode", PROMPT, 1, 4 * rounds)):
             seconds = medians(runs, inputs(model, past, new), repeats)
@@ -97,8 +100,7 @@ def measure(layers: int = 4, width: int = 512, rounds: int = 60, threads: int = 
                               "speed": {name: seconds["plain"] / s for name, s in seconds.items() if name != "plain"}}
     size = sum(p.numel() for p in model.parameters())
     return {"parameters": size, "slices": len(model.s2ft.plan.slices), "batch": BATCH, "prompt": PROMPT,
-            "rounds": rounds,
-            "threads": threads, "onnxruntime": onnxruntime.__version__, **figures}
+            "rounds": rounds, "onnxruntime": onnxruntime.__version__, **figures}
 
 
 if __name__ == "__main__":

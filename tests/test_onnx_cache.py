@@ -148,6 +148,27 @@ def test_names_and_axes_of_the_graph_and_the_genai_config_that_describes_it(tmp_
     assert made["search"]["past_present_share_buffer"] is False
 
 
+@pytest.mark.slow
+def test_weights_over_two_gigabytes_lie_beside_the_file_once(tmp_path):
+    """Above what one protobuf file holds, with an embedding that is tied; needs 6 GB of memory, 2.3 GB of disk."""
+    torch.manual_seed(0)
+    model = t.LlamaForCausalLM(t.LlamaConfig(
+        vocab_size=100_000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=6, num_attention_heads=16,
+        num_key_value_heads=4, tie_word_embeddings=True, max_position_embeddings=64)).eval()
+    size = sum(4 * p.numel() for p in model.parameters())
+    assert size > 1 << 31
+    path = export_onnx(model, tmp_path / "m.onnx", EXAMPLE, cache=True)
+    try:
+        assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
+        assert path.stat().st_size < 1 << 20
+        assert size <= (tmp_path / "m.onnx.data").stat().st_size <= 1.01 * size
+        ids, mask = prompts()
+        np.testing.assert_array_equal(found(load(path), ids, mask, 3), expected(model, ids, mask, 3))
+    finally:
+        for file in tmp_path.iterdir():
+            file.unlink()
+
+
 # --- refusals ----------------------------------------------------------------------------------------------
 
 
