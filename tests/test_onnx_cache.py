@@ -12,13 +12,17 @@ import torch
 import transformers as t
 from safetensors.numpy import load_file
 from small import LLAMA, assert_weights, hf, randomize, tokens
+from test_data import tiny_tokenizer
+from typer.testing import CliRunner
 
 import s2ft_compile as s2ft
+from s2ft_compile.cli import app
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.exporters import export_onnx, save_lora, save_onnx_adapter
 from s2ft_compile.exporters.onnx import OPSETS
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
+import generate_onnx  # noqa: E402
 from generate_onnx import generate, load, load_adapter  # noqa: E402
 
 TARGETS = {"ffn.out": 5, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
@@ -146,6 +150,37 @@ def test_names_and_axes_of_the_graph_and_the_genai_config_that_describes_it(tmp_
         "vocab_size": 50, "decoder": None}
     assert decoder["filename"] == "m.onnx" and decoder["hidden_size"] == 16 and decoder["num_attention_heads"] == 4
     assert made["search"]["past_present_share_buffer"] is False
+
+
+def test_the_command_line_and_the_example(tmp_path, monkeypatch, capsys):
+    """`s2ft export onnx --genai --separate` leaves a folder that runs, and examples/generate_onnx.py runs it."""
+    tokenizer = tiny_tokenizer()
+    fields = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "num_hidden_layers": 1}
+    hf("llama", **fields).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = hf("llama", **fields)
+    s2ft.prepare(model, EXAMPLE, s2ft.S2FTConfig(targets={"ffn.out": 5}))
+    randomize(model, 0, 0.3)
+    model.s2ft.refresh()
+    s2ft.exporters.save_adapter(model, tmp_path / "adapter")
+    made = CliRunner().invoke(app, [
+        "export", "onnx", "--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), "--genai",
+        "--separate", "--opset", "21", "--output", str(tmp_path / "out" / "m.onnx")])
+    assert made.exit_code == 0, made.output
+    assert {"m.onnx", "m.onnx_adapter", "genai_config.json", "tokenizer.json"} <= {
+        p.name for p in (tmp_path / "out").iterdir()}
+    file, prompts = tmp_path / "out" / "m.onnx", ["the cat", "a model and the data"]
+    assert onnx.load(file).opset_import[0].version == 21
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    encoded = tokenizer(prompts, return_tensors="pt", padding=True)
+    for more, tuned_model in (([], hf("llama", **fields)), (["--adapter", f"{file}_adapter"], model)):
+        monkeypatch.setattr(sys, "argv", ["x", str(file), str(file.parent), *prompts, "--max-new-tokens", "6", *more])
+        capsys.readouterr()
+        generate_onnx.main()
+        want = expected(tuned_model, encoded["input_ids"], encoded["attention_mask"], 6, tokenizer.eos_token_id)
+        text = [tokenizer.decode(row[len(row) - 6 - n:], skip_special_tokens=True)
+                for row, n in zip(want, encoded["attention_mask"].sum(1).tolist())]
+        assert capsys.readouterr().out.splitlines() == [line for t in text for line in t.splitlines()]
 
 
 @pytest.mark.slow
