@@ -109,25 +109,29 @@ def _check_options(target: Path, module: nn.Module, cache: bool, names: str, ops
 def _traced(module: nn.Module, call: Call) -> torch.export.ExportedProgram:
     """The module's graph: dynamic where it can be; of the example's sizes if it is not traced otherwise, but for a
     call that names what has to be dynamic."""
-    (args, kwargs), axes = (call.inputs, call.dynamic()) if call.axes else _without_ones(call)
+    inputs, dynamic = (call.inputs, call.dynamic()) if call.axes else _without_ones(call)
     dims = torch.export.ShapesCollection()
-    for tensor, names in axes:
+    for tensor, names in dynamic:
         dims[tensor] = dict.fromkeys(names, torch.export.Dim.AUTO)
     try:
-        return torch.export.export(module, args, kwargs, dynamic_shapes=dims, strict=False)
-    except Exception as error:  # export raises many unrelated types
-        refused, cause = first_line(error), error
-    try:
+        return _exported(module, inputs, dims)
+    except CaptureError as error:
         if call.axes:
-            raise cause
-        program = torch.export.export(module, *call.inputs, strict=False)
-    except Exception as error:
+            raise
+        refused = first_line(error.__cause__)
+    program = _exported(module, call.inputs, None)
+    log.warning("the ONNX file takes inputs of the example's sizes only: %s", refused)
+    return program
+
+
+def _exported(module: nn.Module, inputs: Inputs, dims: Any) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(module, *inputs, dynamic_shapes=dims, strict=False)
+    except Exception as error:  # export raises many unrelated types
         raise CaptureError(
             f"{type(module).__name__} could not be traced by torch.export: {first_line(error)}. The "
             f"forward has to run on the example inputs without branching on tensor values"
         ) from error
-    log.warning("the ONNX file takes inputs of the example's sizes only: %s", refused)
-    return program
 
 
 def _without_ones(call: Call) -> tuple[Inputs, list]:
@@ -233,7 +237,9 @@ def _write(onnx_model: Any, file: Path) -> None:
 
 def _widened(x: Any) -> Any:
     """A tensor of its own: torch.export writes guards for a view that torch.onnx cannot evaluate."""
-    return x.detach().clone().to(torch.float32 if x.dtype == torch.bfloat16 else x.dtype) if isinstance(x, Tensor) else x
+    if not isinstance(x, Tensor):
+        return x
+    return x.detach().clone().to(torch.float32 if x.dtype == torch.bfloat16 else x.dtype)
 
 
 @contextmanager

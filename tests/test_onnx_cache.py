@@ -135,7 +135,8 @@ def test_names_and_axes_of_the_graph_and_the_genai_config_that_describes_it(tmp_
     graph = onnx.load(path).graph
     axes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
             for v in (*graph.input, *graph.output)}
-    past = {f"past_key_values.{i}.{kind}": ["batch", 2, "past_sequence", 4] for i in (0, 1) for kind in ("key", "value")}
+    past = {f"past_key_values.{i}.{kind}": ["batch", 2, "past_sequence", 4]
+            for i in (0, 1) for kind in ("key", "value")}
     present = {n.replace("past_key_values", "present"): ["batch", 2, "total_sequence", 4] for n in past}
     assert axes == {"input_ids": ["batch", "sequence"], "attention_mask": ["batch", "total_sequence"],
                     "position_ids": ["batch", "sequence"], **past, "logits": ["batch", "sequence", 50], **present}
@@ -212,7 +213,8 @@ def mamba():
 
 
 def t5():
-    return t.T5ForConditionalGeneration(t.T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4))
+    return t.T5ForConditionalGeneration(
+        t.T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4))
 
 
 class Seeing(t.LlamaForCausalLM):
