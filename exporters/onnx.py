@@ -6,30 +6,32 @@ and the file is checked before it appears: by onnx.checker, and by ONNX Runtime 
 
 import logging
 import os
-import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from ..capture import arguments, inference_mode_of, tied_names, unwrap
-from ..errors import CaptureError, ExportError
+from ..capture import Inputs, arguments, inference_mode_of, tied_names, unwrap
+from ..errors import CaptureError, ConfigError, ExportError
 from .files import new_files
 from .merged import plain
-from .onnx_adapter import add_places, places_of, untrained
-from .verify import check, first_line, named_tensors, tensors
+from .onnx_adapter import places_of, untrained
+from .onnx_cache import stepping
+from .onnx_genai import FILE, tokens_of, write_genai_config
+from .onnx_places import GENAI, NAMES, add_places, check_names
+from .onnx_values import Call, name_values
+from .verify import check, first_line, tensors
 
 log = logging.getLogger(__name__)
-OPSET = 20  # 18, 20, 21, 22 and 24 ran in ONNX Runtime; 23 failed on RotaryEmbedding
+OPSETS = (18, 19, 20, 21, 22, 24, 25)  # of 23, ONNX Runtime refuses the RotaryEmbedding that onnxscript makes
+OPSET = 20
 INLINE_BYTES = 1 << 20  # weights up to this size lie in the .onnx file itself, which can hold 2 GB at most
-AXES = ("batch", "sequence")  # the names of an input's first two dimensions
 
 
 def export_onnx(
@@ -37,72 +39,104 @@ def export_onnx(
     path: str | os.PathLike,
     example_inputs: Any,
     adapters: str | Sequence[str | os.PathLike] = "merged",
+    *,
+    cache: bool = False,
+    names: str = NAMES[0],
+    opset: int = OPSET,
 ) -> Path:
-    """Writes the model, merged, in eval mode and without a KV cache, as an ONNX file, and returns its path.
+    """Writes the model, merged and in eval mode, as an ONNX file, and returns its path.
 
     Inputs are named like the forward's arguments, outputs as the model names them (`logits`; `output`, or
     `output_0` and so on, where it does not), weights like the parameters. The first two dimensions of each
     input are dynamic where the model's code allows it; a warning names what is not. Weights over 1 MiB in
-    total lie beside the file, in `<path>.data`. bfloat16 weights are written as float32, because ONNX
+    total lie beside the file, in `<path>.data`, each once. bfloat16 weights are written as float32, because ONNX
     Runtime has no bfloat16 kernels on a CPU. The model is afterwards as it was.
 
     adapters: "merged"; "separate", the untrained base model with inputs for what a prepared model trains; or a list
     of adapter folders, the same for all that these change. `save_onnx_adapter` writes what goes there.
+    cache: for causal language models, `past_key_values.N.key` and `.value` are inputs and `present.N.key` and
+    `.value` outputs, in one graph for prefill (an empty past) and decoding; `onnx_cache` has the shapes.
+    names: "model"; or "genai", with cache=True, what onnxruntime-genai loads: a genai_config.json is written beside
+    the file, and adapters are inputs in the form and with the names of Olive's LoRA adapters.
+    opset: of the file, one of `OPSETS`.
 
-    Raises `ConfigError` for adapters that leave nothing to make room for, `CaptureError` for a
-    model that cannot be traced, `ExportError` for a file that exists, an operator without translation, or a
-    result that differs from the model's.
+    Raises `ConfigError` for an option that is unknown, adapters that leave nothing to make room for, or a model
+    without a cache that is asked for one, `CaptureError` for a model that cannot be traced, `ExportError` for a
+    file that exists, an operator without translation, or a result that differs from the model's.
     """
     target, module = Path(path), unwrap(model)
-    if target.suffix != ".onnx":
-        raise ExportError(f"{target} is not the name of an ONNX file; {target.with_suffix('.onnx')} would be")
-    inputs = pytree.tree_map(_widened, arguments(example_inputs))
+    _check_options(target, module, cache, names, opset)
+    inputs = Inputs(*pytree.tree_map(_widened, tuple(arguments(example_inputs))))
     places = [] if adapters == "merged" else places_of(model, adapters)
+    beside = [target.with_name(FILE)] if names == GENAI else []
     with (
-        new_files(target, target.with_name(target.name + ".data")) as folder,
+        new_files(target, target.with_name(target.name + ".data"), *beside) as folder,
         untrained(model) if places else plain(model),
         inference_mode_of(module),
         _bfloat16_as_float32(module),
         _quiet(),
+        stepping(module, inputs) if cache else nullcontext(Call(inputs)) as call,
     ):
         file = folder / target.name
-        program = _traced(module, inputs)
-        onnx_model = _translated(module, program)
-        _name_values(onnx_model.graph, module, program, inputs)
-        add_places(onnx_model.graph, places)
+        program = _traced(module, call)
+        onnx_model = _translated(module, program, opset)
+        name_values(onnx_model.graph, module, program, call)
+        add_places(onnx_model.graph, places, lora=names == GENAI)
         _write(onnx_model, file)
-        check(module, file, inputs)
+        check(module, file, call.inputs, call.checks)
+        if beside:
+            write_genai_config(module, onnx_model.graph, folder / FILE, target.name)
     log.info("ONNX model written to %s", target)
     return target
+
+
+def _check_options(target: Path, module: nn.Module, cache: bool, names: str, opset: int) -> None:
+    if target.suffix != ".onnx":
+        raise ExportError(f"{target} is not the name of an ONNX file; {target.with_suffix('.onnx')} would be")
+    if opset not in OPSETS:
+        raise ConfigError(f"opset {opset!r} is not supported; valid: {', '.join(map(str, OPSETS))}")
+    check_names(names)
+    if names == GENAI and not cache:
+        raise ConfigError("names='genai' is for graphs with a KV cache, which is all that onnxruntime-genai runs; pass "
+                          "cache=True too")
+    if names == GENAI:
+        tokens_of(module)
 
 
 # --- from module to graph ----------------------------------------------------------------------------------
 
 
-def _traced(module: nn.Module, inputs: tuple[tuple, dict]) -> torch.export.ExportedProgram:
-    """The module's graph: dynamic where it can be, of the example's sizes if it is not traced otherwise."""
-    args, kwargs = _without_ones(inputs)
+def _traced(module: nn.Module, call: Call) -> torch.export.ExportedProgram:
+    """The module's graph: dynamic where it can be; of the example's sizes if it is not traced otherwise, but for a
+    call that names what has to be dynamic."""
+    inputs, dynamic = (call.inputs, call.dynamic()) if call.axes else _without_ones(call)
     dims = torch.export.ShapesCollection()
-    for tensor in tensors((args, kwargs)):
-        dims[tensor] = {d: torch.export.Dim.AUTO for d in range(min(tensor.dim(), len(AXES)))}
+    for tensor, names in dynamic:
+        dims[tensor] = dict.fromkeys(names, torch.export.Dim.AUTO)
     try:
-        return torch.export.export(module, args, kwargs, dynamic_shapes=dims, strict=False)
-    except Exception as error:  # export raises many unrelated types
-        refused = first_line(error)
-    args, kwargs = inputs
-    try:
-        program = torch.export.export(module, args, kwargs, strict=False)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(module).__name__} could not be traced by torch.export: {first_line(error)}. The "
-            f"forward has to run on the example inputs without branching on tensor values"
-        ) from error
+        return _exported(module, inputs, dims)
+    except CaptureError as error:
+        if call.axes:
+            raise
+        refused = first_line(error.__cause__)
+    program = _exported(module, call.inputs, None)
     log.warning("the ONNX file takes inputs of the example's sizes only: %s", refused)
     return program
 
 
-def _without_ones(inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
+def _exported(module: nn.Module, inputs: Inputs, dims: Any) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(module, *inputs, dynamic_shapes=dims, strict=False)
+    except Exception as error:  # export raises many unrelated types
+        raise CaptureError(
+            f"{type(module).__name__} could not be traced by torch.export: {first_line(error)}. The "
+            f"forward has to run on the example inputs without branching on tensor values"
+        ) from error
+
+
+def _without_ones(call: Call) -> tuple[Inputs, list]:
     """The inputs, doubled along a dimension that is 1 in all of them: the tracer takes a 1 for a constant."""
+    inputs = call.inputs
     rows = [t for t in tensors(inputs) if t.dim() > 0]
     tokens = [t for t in rows if t.dim() > 1 and not t.is_floating_point()]
     for dim, group in ((0, rows), (1, tokens)):
@@ -111,10 +145,10 @@ def _without_ones(inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
             repeated = {i: torch.cat([t, t], dim) for i, t in zip(chosen, group)}
             tokens = [repeated.get(id(t), t) for t in tokens]
             inputs = pytree.tree_map(lambda x: repeated.get(id(x), x), inputs)
-    return inputs
+    return inputs, Call(inputs).dynamic()
 
 
-def _translated(module: nn.Module, program: torch.export.ExportedProgram) -> Any:
+def _translated(module: nn.Module, program: torch.export.ExportedProgram, opset: int) -> Any:
     """The traced graph as an `onnx_ir.Model` whose initializers are the module's parameters, each once.
 
     torch.onnx folds the transposition of a weight into a new constant, a second copy of a weight that is
@@ -125,7 +159,7 @@ def _translated(module: nn.Module, program: torch.export.ExportedProgram) -> Any
 
     try:
         onnx_program = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
+            program, dynamo=True, opset_version=opset, optimize=False, verbose=False
         )
         graph, tied = onnx_program.model.graph, tied_names(module)
         weights = {
@@ -140,7 +174,7 @@ def _translated(module: nn.Module, program: torch.export.ExportedProgram) -> Any
         onnx_program.optimize()
     except Exception as error:  # onnxscript and torch.onnx raise many unrelated types
         raise ExportError(
-            f"{type(module).__name__} could not be translated to ONNX opset {OPSET}: "
+            f"{type(module).__name__} could not be translated to ONNX opset {opset}: "
             f"{first_line(_innermost(error))}"
         ) from error
     for value, content in weights.items():
@@ -186,57 +220,6 @@ def _replace_constant(graph: Any, old: Any, content: np.ndarray, name: str, user
         graph.initializers.pop(old.name, None)
 
 
-# --- names -------------------------------------------------------------------------------------------------
-
-
-def _name_values(
-    graph: Any, module: nn.Module, program: torch.export.ExportedProgram, inputs: tuple[tuple, dict]
-) -> None:
-    """Names inputs like the forward's arguments, outputs as the module does, dynamic dimensions by `AXES`."""
-    args, kwargs = inputs
-    with torch.no_grad():
-        names = [name for name, _ in named_tensors(module(*args, **kwargs))]
-    arguments = [
-        spec.arg.name
-        for spec in program.graph_signature.input_specs
-        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
-    ]
-    for value, name in zip(graph.outputs, names, strict=True):
-        value.name = f"{name}_out" if name in arguments or name in graph.initializers else name
-    axes: dict[str, str] = {}
-    sizes: dict[str, int] = {}
-    for value, name, tensor in zip(graph.inputs, arguments, tensors(inputs), strict=True):
-        value.name = name
-        for axis, dim, size in zip(AXES, value.shape, tensor.shape):
-            if str(dim).isdigit():
-                _warn_of_fixed(name, axis, tensor)
-            elif str(dim) not in axes:
-                shared = sizes.setdefault(axis, size) == size
-                axes[str(dim)] = axis if shared else f"{axis}_{name}"
-    for value in chain(graph.inputs, (v for node in graph.all_nodes() for v in node.outputs)):
-        _rename_dims(value, axes)
-
-
-def _warn_of_fixed(name: str, axis: str, tensor: Tensor) -> None:
-    """A feature dimension is meant to be fixed; a batch is not, nor is the length of what holds tokens."""
-    dim = AXES.index(axis)
-    if tensor.shape[dim] > 1 and (dim == 0 or not tensor.is_floating_point()):
-        log.warning("the model's code fixes the %s of input %s to %d", axis, name, tensor.shape[dim])
-
-
-def _rename_dims(value: Any, axes: Mapping[str, str]) -> None:
-    import onnx_ir as ir
-
-    def renamed(dim: Any) -> int | str | None:
-        text = re.sub(r"\w+", lambda m: axes.get(m[0], m[0]), str(dim))
-        if text.isdigit():  # torch leaves "2" for what it fixed
-            return int(text)
-        return None if text == "None" else text
-
-    if value.shape is not None:
-        value.shape = ir.Shape([renamed(dim) for dim in value.shape])
-
-
 # --- the file, and its check -------------------------------------------------------------------------------
 
 
@@ -253,7 +236,10 @@ def _write(onnx_model: Any, file: Path) -> None:
 
 
 def _widened(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x
+    """A tensor of its own: torch.export writes guards for a view that torch.onnx cannot evaluate."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.detach().clone().to(torch.float32 if x.dtype == torch.bfloat16 else x.dtype)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,13 @@ from ..errors import ExportError
 log = logging.getLogger(__name__)
 
 
-def check(module: nn.Module, file: Path, inputs: tuple[tuple, dict]) -> None:
+def check(
+    module: nn.Module, file: Path, inputs: tuple[tuple, dict], others: Sequence[tuple[tuple, dict]] = ()
+) -> None:
     """The file is valid ONNX, and gives the module's outputs for the example and for inputs of other sizes.
 
-    Raises `ExportError`. What ONNX Runtime has no CPU kernel for is not run, with a warning.
+    others: these inputs; none: the example with a row more and a token less, if the module takes it. Raises
+    `ExportError`. What ONNX Runtime has no CPU kernel for is not run, with a warning.
     """
     import onnx
     import onnxruntime
@@ -33,7 +36,10 @@ def check(module: nn.Module, file: Path, inputs: tuple[tuple, dict]) -> None:
         return
     except Exception as error:  # neither library has a base class for its errors
         raise ExportError(f"the exported graph is not valid: {first_line(error)}") from error
-    _compare(module, session, inputs)
+    for given in (inputs, *others):
+        _compare(module, session, given)
+    if others:
+        return
     resized = _resized(session, inputs)
     try:
         with torch.no_grad():
@@ -63,12 +69,12 @@ def _compare(module: nn.Module, session: Any, inputs: tuple[tuple, dict]) -> Non
         where = f"ONNX Runtime differs from the model in output {name!r}"
         if want.shape != got.shape:
             raise ExportError(f"{where}: shape {tuple(got.shape)} instead of {tuple(want.shape)}")
-        if not _close(want, got):
+        if not close(want, got):
             raise ExportError(f"{where}: by up to {(want.double() - got.double()).abs().max():.3g}")
 
 
-def _close(want: Tensor, got: Tensor) -> bool:
-    """Half the digits of the type, of the largest entry: the sums are the same, in another order."""
+def close(want: Tensor, got: Tensor) -> bool:
+    """Equal to half the digits of the type, of the largest entry: the sums are the same, in another order."""
     if not want.is_floating_point():
         return torch.equal(want, got)
     finite = want[want.isfinite()].abs()
@@ -100,16 +106,16 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+def named_tensors(output: Any, name: str = "", separator: str = "_") -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of what a forward returns, in the order of its pytree."""
     if isinstance(output, Tensor):
         yield name or "output", output
     elif isinstance(output, Mapping):
         for key, value in output.items():
-            yield from named_tensors(value, f"{name}_{key}" if name else str(key))
+            yield from named_tensors(value, f"{name}{separator}{key}" if name else str(key), separator)
     elif isinstance(output, (tuple, list)):
         for i, value in enumerate(output):
-            yield from named_tensors(value, f"{name or 'output'}_{i}")
+            yield from named_tensors(value, f"{name or 'output'}{separator}{i}", separator)
 
 
 def first_line(error: BaseException) -> str:

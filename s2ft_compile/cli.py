@@ -257,6 +257,15 @@ def export_onnx(
         bool,
         typer.Option("--separate", help="The base model, and the adapter in a file .onnx_adapter beside it."),
     ] = False,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="For generation: a KV cache as inputs and outputs; causal models.")
+    ] = False,
+    genai: Annotated[
+        bool,
+        typer.Option("--genai", help="For onnxruntime-genai: --cache, its genai_config.json and the tokenizer beside "
+                     "the file, and --separate as Olive's LoRA."),
+    ] = False,
+    opset: Annotated[Optional[int], typer.Option(help="ONNX operator set. [default: 20]")] = None,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
@@ -265,13 +274,18 @@ def export_onnx(
         from .data import example_inputs
         from .exporters import export_onnx as write
 
+        names = {"names": "genai"} if genai else {}
+        options = {"cache": cache or genai, **names, **({} if opset is None else {"opset": opset})}
         if separate:
-            _export_separate(model, output, adapter, dtype)
-            return
-        with err.status("exporting"):
-            adapted = _adapted(model, adapter, dtype)
-            write(adapted, output, example_inputs(adapted))
-        out.print(f"ONNX model: {output}")
+            _export_separate(model, output, adapter, dtype, options, names)
+        else:
+            with err.status("exporting"):
+                adapted = _adapted(model, adapter, dtype)
+                write(adapted, output, example_inputs(adapted), **options)
+            out.print(f"ONNX model: {output}")
+        tokenizer = _tokenizer(model) if genai else None
+        if tokenizer and not (output.parent / "tokenizer_config.json").exists():
+            tokenizer.save_pretrained(output.parent)
 
 
 @export_app.command("lora")
@@ -361,7 +375,9 @@ def demo(
         run(output, 60 * minutes, out)
 
 
-def _export_separate(model: str, output: Path, adapter: Optional[Path], dtype: Optional[str]) -> None:
+def _export_separate(
+    model: str, output: Path, adapter: Optional[Path], dtype: Optional[str], options: dict, names: dict
+) -> None:
     from .data import example_inputs, load_model
     from .exporters import export_onnx, save_onnx_adapter
 
@@ -370,9 +386,9 @@ def _export_separate(model: str, output: Path, adapter: Optional[Path], dtype: O
     folder, file = _adapter_folder(adapter), output.with_suffix(".onnx_adapter")
     with err.status("exporting"):
         base = load_model(model, dtype or _trained_dtype(adapter))
-        save_onnx_adapter(base, file, adapter=folder)
+        save_onnx_adapter(base, file, adapter=folder, **names)
         try:
-            export_onnx(base, output, example_inputs(base), [folder])
+            export_onnx(base, output, example_inputs(base), [folder], **options)
         except BaseException:
             file.unlink()
             raise
@@ -416,7 +432,7 @@ def _tokenizer(model: str):
     try:
         return load_tokenizer(model)
     except ConfigError as error:
-        err.print(f"[yellow]{error}; the merged folder will have no tokenizer[/]")
+        err.print(f"[yellow]{error}; the folder will have no tokenizer[/]")
         return None
 
 

@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -14,13 +15,14 @@ from small import assert_weights, hf, randomize, tokens
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.exporters import export_onnx, save_adapter, save_onnx_adapter
-from s2ft_compile.exporters.onnx_adapter import add_places
+from s2ft_compile.exporters.onnx import OPSETS
+from s2ft_compile.exporters.onnx_places import add_places
 
 TARGETS = {"ffn.out": 5, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
 
 
-def tuned(kind: str, seed: int, targets=TARGETS):
-    model = hf(kind)
+def tuned(kind: str, seed: int, targets=TARGETS, **changes):
+    model = hf(kind, **changes)
     s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets=targets, seed=seed))
     randomize(model, seed)
     model.s2ft.refresh()
@@ -35,7 +37,8 @@ def run(session, inputs, *files) -> torch.Tensor:
         loaded.append(onnxruntime.LoraAdapter())
         loaded[-1].Load(str(file))
         options.add_active_adapter(loaded[-1])
-    return torch.from_numpy(session.run(["logits"], {"input_ids": inputs.numpy()}, options)[0])
+    feeds = inputs if isinstance(inputs, dict) else {"input_ids": inputs.numpy()}
+    return torch.from_numpy(session.run(["logits"], feeds, options)[0])
 
 
 def close(found, expected) -> None:
@@ -82,6 +85,31 @@ def test_room_for_the_adapters_of_several_folders(tmp_path):
         with torch.no_grad():
             close(run(session, inputs, file), model(inputs).logits)
     close(run(session, inputs), base(inputs).logits.detach())
+
+
+# --- opsets ------------------------------------------------------------------------------------------------
+
+FAST = ((24, False),)  # the first with an Attention operator; the default runs in all other tests
+
+
+@pytest.mark.parametrize("opset, cache", [
+    pytest.param(o, c, marks=() if (o, c) in FAST else pytest.mark.slow) for o in OPSETS for c in (False, True)])
+def test_each_opset_runs_plain_and_with_adapters(tmp_path, opset, cache):
+    layers, example, ids = {"num_hidden_layers": 1}, {"input_ids": tokens()}, tokens(3, 11, seed=5)
+    model, base, feeds = tuned("llama", 0, **layers), hf("llama", **layers), {"input_ids": ids.numpy()}
+    if cache:
+        empty = np.zeros((3, 2, 0, 4), np.float32)
+        feeds |= {"attention_mask": np.ones((3, 11), np.int64), "position_ids": np.arange(11)[None].repeat(3, 0),
+                  "past_key_values.0.key": empty, "past_key_values.0.value": empty}
+    file = save_onnx_adapter(model, tmp_path / "one.onnx_adapter")
+    for name, adapters, cases in (
+        ("plain", "merged", ((model, ()),)), ("separate", "separate", ((base, ()), (model, (file,))))):
+        path = export_onnx(model, tmp_path / f"{name}.onnx", example, adapters, cache=cache, opset=opset)
+        assert [(o.domain, o.version) for o in onnx.load(path).opset_import] == [("", opset)]
+        session = onnxruntime.InferenceSession(str(path))
+        for expected, files in cases:
+            with torch.no_grad():
+                close(run(session, feeds, *files), expected(ids).logits)
 
 
 # --- the pass ----------------------------------------------------------------------------------------------
@@ -136,6 +164,27 @@ def test_the_pass_adds_the_slices_that_are_given(kind, size_in, size_out, dims, 
     found = session.run(None, feeds)
     for got, sign in zip(found, (1, -1)):
         np.testing.assert_allclose(got, sign * (x.astype(np.float64) @ total), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=15)
+@given(st.sampled_from(["MatMul", "Gemm", "Gemm transB", "Transpose"]), st.integers(1, 5), st.integers(1, 5),
+       st.integers(0, 4), st.booleans(), st.integers(0, 99))
+def test_the_pass_adds_a_lora_of_any_rank(kind, size_in, size_out, rank, twice, seed):
+    random = np.random.default_rng(seed)
+    W = random.standard_normal((size_in, size_out)).astype(np.float32)
+    model = graph_of(kind, W, twice)
+    weight = model.graph.initializers.pop("W")
+    weight.name = "layer.weight"
+    model.graph.initializers.add(weight)
+    add_places(model.graph, [("layer.weight", 0), ("layer.weight", 1)], lora=True)
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    x = random.standard_normal((3, size_in)).astype(np.float32)
+    np.testing.assert_allclose(session.run(["y"], {"x": x})[0], x @ W, rtol=1e-5, atol=1e-5)
+    A, B = (random.standard_normal(shape).astype(np.float32) for shape in ((size_in, rank), (rank, size_out)))
+    found = session.run(None, {"x": x, "layer.lora_A.weight": A, "layer.lora_B.weight": B})
+    for got, sign in zip(found, (1, -1)):
+        np.testing.assert_allclose(got, sign * (x.astype(np.float64) @ (W + A.astype(np.float64) @ B)),
+                                   rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_that_is_no_factor_of_a_product_is_refused_by_its_node():

@@ -1,0 +1,107 @@
+"""What room for adapters costs an ONNX graph: speed of the base beside that of a plain export, and with one active.
+
+`measure()` exports a Llama-style model with a KV cache three times: plain, with adapters as slices, and as LoRAs
+(names="genai"), and runs prefill and one step of decoding of all of them in turn, on one thread. Speeds are ratios to
+the plain export, medians over the rounds of the process's CPU time, so that what else the machine does weighs little,
+and on all alike.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import onnxruntime
+import torch
+
+import s2ft_compile as s2ft
+from s2ft_compile.exporters import export_onnx, save_onnx_adapter
+
+BATCH, PROMPT = 4, 128
+TARGETS = {"attention.out": 1, "ffn.out": 0.03, "ffn.in": 0.03}
+
+
+def prepared(layers: int, width: int) -> torch.nn.Module:
+    """A model with an adapter, as if it had been trained."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=4096, hidden_size=width, intermediate_size=7 * width // 2, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=width // 256, max_position_embeddings=2 * PROMPT)).eval()
+    s2ft.prepare(model, {"input_ids": torch.arange(16)[None]}, s2ft.S2FTConfig(targets=TARGETS))
+    with torch.no_grad():
+        for delta in s2ft.parameters(model):
+            delta.normal_(std=0.02)
+    model.s2ft.refresh()
+    return model
+
+
+def runner(path: Path, adapter: Path | None = None) -> Callable[[dict], list]:
+    """(inputs) -> outputs, with the adapter active."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    run, loaded = onnxruntime.RunOptions(), onnxruntime.LoraAdapter()
+    if adapter:
+        loaded.Load(str(adapter))
+        run.add_active_adapter(loaded)
+
+    def call(feeds: dict) -> list:
+        return session.run(None, feeds, run)
+
+    call.adapter = loaded  # ONNX Runtime keeps a pointer to it only
+    return call
+
+
+def inputs(model: torch.nn.Module, past: int, new: int) -> dict[str, np.ndarray]:
+    config, random = model.config, np.random.default_rng(0)
+    shape = (BATCH, config.num_key_value_heads, past, config.hidden_size // config.num_attention_heads)
+    cache = {f"past_key_values.{i}.{kind}": random.standard_normal(shape, np.float32)
+             for i in range(config.num_hidden_layers) for kind in ("key", "value")}
+    return {"input_ids": random.integers(0, config.vocab_size, (BATCH, new)),
+            "attention_mask": np.ones((BATCH, past + new), np.int64),
+            "position_ids": np.arange(past, past + new)[None].repeat(BATCH, 0), **cache}
+
+
+def medians(runs: dict[str, Callable], feeds: dict, rounds: int) -> dict[str, float]:
+    """Seconds of each, taken in turn, in changing order; two rounds warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for i in range(rounds + 2):
+        order = [*order[1:], order[0]] if i % 2 else order[::-1]
+        for name in order:
+            start = time.process_time()
+            runs[name](feeds)
+            if i >= 2:
+                taken[name].append(time.process_time() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def measure(layers: int = 4, width: int = 512, rounds: int = 60) -> dict[str, Any]:
+    """Speeds relative to the plain export; the goal is at least 0.95 for `slices` with no adapter active."""
+    model, example = prepared(layers, width), {"input_ids": torch.arange(16)[None]}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        export_onnx(model, folder / "plain.onnx", example, cache=True)
+        runs = {"plain": runner(folder / "plain.onnx")}
+        for form, names in (("slices", "model"), ("lora", "genai")):
+            path = export_onnx(model, folder / form / "base.onnx", example, "separate", cache=True, names=names)
+            file = save_onnx_adapter(model, folder / form / "one.onnx_adapter", names=names)
+            runs |= {form: runner(path), f"{form}, active": runner(path, file)}
+        figures = {}
+        for stage, past, new, repeats in (("prefill", 0, PROMPT, rounds), ("decode", PROMPT, 1, 4 * rounds)):
+            seconds = medians(runs, inputs(model, past, new), repeats)
+            figures[stage] = {"plain_ms": 1e3 * seconds["plain"],
+                              "speed": {name: seconds["plain"] / s for name, s in seconds.items() if name != "plain"}}
+    size = sum(p.numel() for p in model.parameters())
+    return {"parameters": size, "slices": len(model.s2ft.plan.slices), "batch": BATCH, "prompt": PROMPT,
+            "rounds": rounds, "onnxruntime": onnxruntime.__version__, **figures}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(**({"layers": 2, "rounds": 5} if "--quick" in sys.argv else {})), indent=2))
