@@ -1,11 +1,12 @@
-"""Step times and peak memory on one GPU, bf16, against LoRA, full fine-tuning and the frozen floor.
+"""Step times and peak memory on one GPU, bf16, against PEFT's methods, full fine-tuning and the frozen floor.
 
-    python benchmarks/gpu.py [--quick] [--models llama-1b,llama-8b] [--tokens 512,2048,8192] [--seconds 500]
+    python benchmarks/gpu.py [--quick] [--only 8b,4096] [--seconds 500] [--fresh]
 
-Ours stays on the GPU and each other method takes turns with it, one step each, so a ratio compares steps of the same
-seconds; then the other one is freed. Peak memory is what a method's own step reaches over what the other holds. A
-run that nears its time limit stops, writes what it has, and says what is missing. `--quick` is a rehearsal on any
-device with a tiny model: its figures mean nothing.
+Works down `PLAN`, the rows that say most first. S²FT stays on the GPU and each other method takes turns with it, one step
+each, so a ratio compares steps of the same seconds; then the other one is freed. Peak memory is what a method's own
+step reaches over what the other holds. A run that nears its time limit stops, writes what it has, and says what is
+missing; the next run goes on from there (`--fresh`: from the beginning). `--quick` is a rehearsal on any device with a
+tiny model: its figures mean nothing.
 """
 
 import argparse
@@ -22,32 +23,54 @@ from statistics import median
 from typing import Any, Callable, Iterator
 
 import torch
-from methods import METHODS, QUICK_SIZE, TITLES, Setting, Trial, batch
+from methods import METHODS, NEEDS, QUICK_SIZE, TITLES, Setting, Trial, batch, build
 from rich.console import Console
 from rich.table import Table
 
+import s2ft_compile as s2ft
+
 HERE = Path(__file__).resolve().parent
 WARM_UP, STEPS = 3, 20
+BF16 = dict(vocabulary=128256, heads=32, kv_heads=8, head_dim=128, batch=1, length=512, dtype="bfloat16")
 SHAPES = {
-    "llama-1b": Setting(hidden=2048, layers=16, ffn=8192, heads=32, kv_heads=8, vocabulary=128256, batch=1, length=512),
-    "llama-8b": Setting(hidden=4096, layers=32, ffn=14336, heads=32, kv_heads=8, vocabulary=128256, batch=1, length=512),
+    "llama-8b": Setting(hidden=4096, layers=32, ffn=14336, **BF16),
+    "llama-1b": Setting(hidden=2048, layers=16, ffn=8192, tied=True, **{**BF16, "head_dim": 64}),
+    "qwen3-4b": Setting(hidden=2560, layers=36, ffn=9728, family="qwen3", tied=True, **{**BF16, "vocabulary": 151936}),
 }
-OTHERS = ("floor", "lora_compiled", "lora_eager", "full")
+MAIN = ("floor", "ours_loss", "lora_bf16", "lora_eager", "full")
+REST = ("ours_recomputed", "lora_recomputed", "lora_liger", "dora", "shira")
+# shape, rows, tokens in a row, forwards in a step, methods beside ours
+PLAN = (
+    ("llama-8b", 1, 4096, 1, MAIN),
+    ("llama-8b", 1, 512, 1, MAIN + ("ours_graphs",)),
+    ("llama-1b", 1, 4096, 1, MAIN),
+    ("llama-8b", 1, 2048, 1, MAIN),
+    ("llama-8b", 2, 4096, 1, MAIN),
+    ("llama-8b", 1, 4096, 1, REST),
+    ("llama-8b", 4, 2048, 4, MAIN),
+    ("qwen3-4b", 1, 4096, 1, MAIN),
+    ("llama-1b", 4, 2048, 1, MAIN + REST),
+    ("llama-1b", 1, 512, 1, MAIN + ("ours_graphs",)),
+)
 console = Console()
 
 
 def main() -> None:
     arguments = _arguments()
+    torch._dynamo.config.recompile_limit = 64  # every method compiles the same forward
     ends = time.monotonic() + arguments.seconds
-    rows, missing = [], []
-    for name, setting in settings(arguments):
-        console.print(f"{name}, {setting.batch} × {setting.length} tokens")
-        rows += measured(name, setting, ends, missing)
-    result = {"date": date.today().isoformat(), "quick": arguments.quick, **facts(arguments), "rows": rows,
-              "missing": missing}
+    rows = [] if arguments.fresh or arguments.quick or not arguments.output.exists() else _before(arguments.output)
+    missing: list[str] = []
+    for label, setting, methods in settings(arguments):
+        have = {row["method"] for row in rows if row["setting"] == label}
+        wanted = [m for m in ("ours", *methods) if m not in have]
+        if wanted:
+            console.print(f"{label}: {', '.join(wanted)}")
+            rows += measured(label, setting, wanted, ends, missing)
+    result = {"date": date.today().isoformat(), "quick": arguments.quick, **facts(), "rows": rows, "missing": missing}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    console.print(table(rows), f"wrote {arguments.output}", sep="\n")
+    console.print(table(rows, result["gemm_tflops"]), f"wrote {arguments.output}", sep="\n")
     if missing:
         console.print(f"not measured: {'; '.join(missing)}")
 
@@ -55,31 +78,35 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
-    parser.add_argument("--models", default="llama-1b,llama-8b")
-    parser.add_argument("--tokens", default="512,2048,8192", help="tokens per step, in rows of at most 4096")
+    parser.add_argument("--only", default="", help="parts of a setting's name that it must have, by commas")
     parser.add_argument("--seconds", type=float, default=500, help="start nothing new after this (default 500)")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the output has already")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "gpu.json")
-    arguments = parser.parse_args()
-    unknown = set(arguments.models.split(",")) - set(SHAPES)
-    if unknown:
-        parser.error(f"unknown model {', '.join(unknown)}; valid: {', '.join(SHAPES)}")
-    return arguments
+    return parser.parse_args()
 
 
-def settings(arguments) -> Iterator[tuple[str, Setting]]:
+def _before(output: Path) -> list[dict[str, Any]]:
+    result = json.loads(output.read_text(encoding="utf-8"))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return result["rows"] if result.get("gpu") == gpu and not result.get("quick") else []
+
+
+def settings(arguments) -> Iterator[tuple[str, Setting, tuple[str, ...]]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.quick:
-        yield "tiny", replace(QUICK_SIZE, device=device, dtype="bfloat16")
+        quick = replace(QUICK_SIZE, device=device, dtype="bfloat16")
+        yield "tiny", quick, tuple(m for m in METHODS if m != "ours")
+        yield "tiny, 2 forwards", replace(quick, forwards=2), ("floor", "full")
         return
-    for name in arguments.models.split(","):
-        for tokens in map(int, arguments.tokens.split(",")):
-            length = min(tokens, 4096)
-            yield name, replace(SHAPES[name], batch=tokens // length, length=length, device=device, dtype="bfloat16")
+    for shape, rows, length, forwards, methods in PLAN:
+        label = f"{shape}, {rows} x {length}" + (f", {forwards} forwards" if forwards > 1 else "")
+        if all(part in label for part in filter(None, arguments.only.split(","))):
+            yield label, replace(SHAPES[shape], batch=rows, length=length, forwards=forwards, device=device), methods
 
 
-def facts(arguments) -> dict[str, Any]:
+def facts() -> dict[str, Any]:
     """What the figures depend on, and the rate of a large product in the same run."""
-    packages = [p for p in ("torch", "triton", "transformers", "peft") if find_spec(p)]
+    packages = [p for p in ("torch", "triton", "transformers", "peft", "liger_kernel") if find_spec(p)]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "gpu": gpu,
@@ -95,42 +122,59 @@ def gemm_tflops(n: int = 8192) -> float:
     return 2 * n**3 / median(timed(lambda: a @ b, 23)[3:]) / 1e9
 
 
+def floor_tflop(setting: Setting) -> float:
+    """Forward and dX: two products with every weight of the linear layers and the head, and causal attention's two
+    products forwards and four backwards."""
+    head_dim = setting.head_dim or setting.hidden // setting.heads
+    attention = 2 * setting.hidden * head_dim * (setting.heads + setting.kv_heads)
+    weights = setting.layers * (attention + 3 * setting.hidden * setting.ffn) + setting.hidden * setting.vocabulary
+    scores = setting.layers * setting.heads * head_dim * setting.length / 2
+    return setting.tokens * (4 * weights + 12 * scores) / 1e12
+
+
 # --- measurements ----------------------------------------------------------------------------------------------
 
 
-def measured(name: str, setting: Setting, ends: float, missing: list[str]) -> list[dict[str, Any]]:
-    """A row for ours and for each other method that fits into time and memory."""
-    inputs, rows = batch(setting), []
-    ours = METHODS["ours"](setting)
-    row = _row(name, "ours", setting, ours, inputs)
-    rows.append({**row, "over_ours": 1.0})
-    for method in OTHERS:
-        label = f"{name}, {setting.tokens} tokens, {method}"
-        if method.startswith("lora") and not find_spec("peft"):
-            missing.append(f"{label} (no peft)")
-        elif time.monotonic() > ends:
-            missing.append(f"{label} (no time left)")
-        else:
-            try:
-                rows.append(_against(name, method, setting, ours, inputs))
-            except torch.cuda.OutOfMemoryError:
-                missing.append(f"{label} (out of memory)")
+def measured(label: str, setting: Setting, methods: list[str], ends: float, missing: list[str]) -> list[dict[str, Any]]:
+    """A row for each method that fits into time and memory; ours runs beside each."""
+    inputs, rows, ours = batch(setting), [], None
+    for method in methods:
+        lacks = [p for p in NEEDS.get(method, ()) if not find_spec(p)]
+        if lacks or time.monotonic() > ends:
+            missing.append(f"{label}, {method} ({'no ' + lacks[0] if lacks else 'no time left'})")
+            continue
+        try:
+            ours = ours or METHODS["ours"](setting)
+            if method == "ours":
+                rows.append({**_row(label, method, setting, ours, inputs), "over_ours": 1.0,
+                             "predicted_bytes": predicted_bytes(setting)})
+            else:
+                rows.append(_against(label, method, setting, ours, inputs))
+        except torch.cuda.OutOfMemoryError:
+            missing.append(f"{label}, {method} (out of memory)")
         _free()
     del ours
     _free()
     return rows
 
 
-def _against(name: str, method: str, setting: Setting, ours: Trial, inputs) -> dict[str, Any]:
+def predicted_bytes(setting: Setting) -> int:
+    """What `s2ft estimate` says of ours."""
+    shape = replace(setting, device="cpu", batch=setting.batch // setting.forwards)
+    return s2ft.estimate(build(replace(shape, device="meta")), batch(shape), s2ft.S2FTConfig(setting.targets)).total
+
+
+def _against(label: str, method: str, setting: Setting, ours: Trial, inputs) -> dict[str, Any]:
     """The other method's row, with its step time over that of our steps between its own."""
     other = METHODS[method](setting)
-    row = _row(name, method, setting, other, inputs)
-    ours.step(inputs)
+    row = _row(label, method, setting, other, inputs)
+    for _ in range(WARM_UP):  # compiles again where `_free` forgot the graphs
+        ours.step(inputs)
     pairs = [(timed(lambda: ours.step(inputs), 1)[0], timed(lambda: other.step(inputs), 1)[0]) for _ in range(STEPS)]
     return {**row, "over_ours": median(theirs for _, theirs in pairs) / median(mine for mine, _ in pairs)}
 
 
-def _row(name: str, method: str, setting: Setting, trial: Trial, inputs) -> dict[str, Any]:
+def _row(label: str, method: str, setting: Setting, trial: Trial, inputs) -> dict[str, Any]:
     for _ in range(WARM_UP):
         trial.step(inputs)
     others = _held() - _weights(trial)
@@ -138,9 +182,9 @@ def _row(name: str, method: str, setting: Setting, trial: Trial, inputs) -> dict
         torch.cuda.reset_peak_memory_stats()
     step_ms = median(timed(lambda: trial.step(inputs), STEPS))
     peak = torch.cuda.max_memory_allocated() - others if torch.cuda.is_available() else None
-    return {"model": name, "method": method, "tokens_per_step": setting.tokens, "length": setting.length,
+    return {"setting": label, "method": method, "tokens_per_step": setting.tokens, "length": setting.length,
             "step_ms": step_ms, "tokens_per_s": 1e3 * setting.tokens / step_ms, "peak_bytes": peak,
-            "trainable_parameters": trial.trainable}
+            "floor_tflop": floor_tflop(setting), "trainable_parameters": trial.trainable}
 
 
 def timed(run: Callable, times: int) -> list[float]:
@@ -167,8 +211,10 @@ def _held() -> int:
 
 
 def _weights(trial: Trial) -> int:
-    """Bytes that a trial holds between its steps: weights, buffers, gradients and optimizer state."""
+    """Bytes that a trial holds between its steps: weights, buffers, backups, gradients and optimizer state."""
     tensors = [*trial.model.parameters(), *trial.model.buffers()]
+    if s2ft.is_prepared(trial.model):
+        tensors += [block.backup for block in s2ft.state.state_of(trial.model).blocks]
     tensors += [p.grad for p in trial.leaves if p.grad is not None]
     for state in (trial.optimizer.state if trial.optimizer else {}).values():
         tensors += [t for t in state.values() if isinstance(t, torch.Tensor)]
@@ -177,18 +223,18 @@ def _weights(trial: Trial) -> int:
 
 
 def _free() -> None:
-    torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    made = Table("model", "tokens", "method", "step", "tokens/s", "× ours", "peak")
+def table(rows: list[dict[str, Any]], tflops: float | None) -> Table:
+    made = Table("setting", "method", "step", "tokens/s", "× ours", "of the FLOP floor", "peak")
     for row in rows:
         peak = f"{row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""
-        made.add_row(row["model"], str(row["tokens_per_step"]), TITLES[row["method"]], f"{row['step_ms']:.1f} ms",
-                     f"{row['tokens_per_s']:,.0f}", f"{row['over_ours']:.2f}", peak)
+        share = f"{1e3 * row['floor_tflop'] / tflops / row['step_ms']:.0%}" if tflops else ""
+        made.add_row(row["setting"], TITLES[row["method"]], f"{row['step_ms']:.1f} ms", f"{row['tokens_per_s']:,.0f}",
+                     f"{row['over_ours']:.2f}", share, peak)
     return made
 
 
