@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from triton import language as tl
 from triton.runtime import interpreter
 
@@ -13,23 +14,30 @@ def interpreted(kernel) -> interpreter.InterpretedFunction:
 
 @pytest.fixture(autouse=True)
 def whole_interpreter(monkeypatch):
-    """What the interpreter lacks: it multiplies the bits of bf16 as integers, and loops to bounds that are computed
-    need an `int` of an array with one entry, which numpy has given up."""
-    create_dot, patch_tensor = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
+    """What the interpreter lacks: it multiplies bf16 as if its bits were integers, and cuts float32 off to bf16 where a
+    GPU rounds; and it asks numpy for the `int` of an array with one entry, which numpy has given up."""
+    builder = interpreter.InterpreterBuilder
+    create_dot, truncate, patch = builder.create_dot, builder.create_fp_trunc, interpreter._patch_lang_tensor
 
     def dot(self, a, b, *rest):
         return create_dot(self, _widened(a), _widened(b), *rest)
 
+    def rounded(self, source, type):
+        if (source.dtype.scalar, type.scalar) != (tl.float32, tl.bfloat16):
+            return truncate(self, source, type)
+        bits = torch.from_numpy(source.data).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return interpreter.TensorHandle(bits, tl.bfloat16)
+
     def patched(tensor, *scope):
-        patch_tensor(tensor, *scope)
+        patch(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(builder, "create_dot", dot)
+    monkeypatch.setattr(builder, "create_fp_trunc", rounded)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def _widened(handle):
     if handle.dtype.scalar != tl.bfloat16:
         return handle
-    bits = handle.data.astype(np.uint32) << 16
-    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+    return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
