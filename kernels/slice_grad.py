@@ -23,13 +23,14 @@ from .support import jit, processors, tl
 MAX_SPLITS = 32
 
 
-def slice_grad_reference(A: Tensor, B: Tensor) -> Tensor:
-    """(M, N) float32 of (T, M) and (T, N)."""
-    return A.float().T @ B.float()
+def slice_grad_reference(A: Tensor, B: Tensor, C: Tensor | None = None) -> Tensor:
+    """(M, N) float32 of (T, M) and (T, N), added to C if there is one."""
+    product = A.float().T @ B.float()
+    return product if C is None else C + product
 
 
 @jit(do_not_specialize=["T"])
-def _kernel(A, B, C, T, M, N, a_t, a_m, b_t, b_n, c_s, c_m, c_n,
+def _kernel(A, B, C, out, T, M, N, a_t, a_m, b_t, b_n, c_s, c_m, c_n,
             ADD: tl.constexpr, SPLITS: tl.constexpr,
             BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     across = (N + BLOCK_N - 1) // BLOCK_N
@@ -45,11 +46,11 @@ def _kernel(A, B, C, T, M, N, a_t, a_m, b_t, b_n, c_s, c_m, c_n,
         a = tl.load(A + t[:, None] * a_t + m[None, :] * a_m, mask=(t[:, None] < T) & (m[None, :] < M), other=0.0)
         b = tl.load(B + t[:, None] * b_t + n[None, :] * b_n, mask=(t[:, None] < T) & (n[None, :] < N), other=0.0)
         total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
-    at = C + part.to(tl.int64) * c_s + m[:, None] * c_m + n[None, :] * c_n
+    at = part.to(tl.int64) * c_s + m[:, None] * c_m + n[None, :] * c_n
     inside = (m[:, None] < M) & (n[None, :] < N)
     if ADD:
-        total += tl.load(at, mask=inside, other=0.0)
-    tl.store(at, total, mask=inside)
+        total += tl.load(C + at, mask=inside, other=0.0)
+    tl.store(out + at, total, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -79,55 +80,59 @@ def _side(size: int) -> int:
     return 64 if -(-size // 64) % 2 else 128
 
 
-def launch(kernel, A: Tensor, B: Tensor, C: Tensor, add: bool, at_once: int) -> None:
-    """C = Aᵀ B, or C += Aᵀ B. kernel: the Triton kernel, interpreted or wrapped for a graph. C: (M, N) float32."""
+def launch(kernel, A: Tensor, B: Tensor, C: Tensor | None, out: Tensor, at_once: int) -> None:
+    """out = Aᵀ B, plus C if there is one. kernel: the Triton kernel, interpreted or wrapped for a graph. out: (M, N)
+    float32; C: the same with its strides, or `out` itself."""
     T, M, N = A.shape[0], A.shape[1], B.shape[1]
     if M == 0 or N == 0:
         return
     how = tiles(M, N, A.element_size(), at_once)
-    parts = C if how.SPLITS == 1 else C.new_empty((how.SPLITS, M, N))
-    strides = (0, *C.stride()) if how.SPLITS == 1 else parts.stride()
+    whole = how.SPLITS == 1
+    parts = out if whole else out.new_empty((how.SPLITS, M, N))
+    strides = (0, *out.stride()) if whole else parts.stride()
     grid = (-(-M // how.BLOCK_M) * -(-N // how.BLOCK_N), how.SPLITS, 1)
-    kernel[grid](A, B, parts, T, M, N, *A.stride(), *B.stride(), *strides, ADD=add and how.SPLITS == 1, **vars(how))
-    if how.SPLITS > 1:
-        total = parts.sum(0)
-        C.add_(total) if add else C.copy_(total)
+    kernel[grid](A, B, out if C is None else C, parts, T, M, N, *A.stride(), *B.stride(), *strides,
+                 ADD=whole and C is not None, **vars(how))
+    if not whole:
+        out.copy_(parts.sum(0) if C is None else C + parts.sum(0))
 
 
-def _check(A: Tensor, B: Tensor) -> None:
+def _result(A: Tensor, B: Tensor, C: Tensor | None = None) -> Tensor:
+    """An empty result."""
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[0] or A.dtype != B.dtype:
         raise ValueError(f"slice_grad takes (T, M) and (T, N) of one type, got {A.dtype} {list(A.shape)} and "
                          f"{B.dtype} {list(B.shape)}")
+    shape = A.shape[1], B.shape[1]
+    if C is not None and (C.shape != shape or C.dtype != torch.float32):
+        raise ValueError(f"slice_grad adds to a float32 {list(shape)}, got {C.dtype} {list(C.shape)}")
+    return A.new_empty(shape, dtype=torch.float32) if C is None else torch.empty_like(C)
 
 
 @triton_op("s2ft::slice_grad", mutates_args=())
-def slice_grad(A: Tensor, B: Tensor) -> Tensor:
-    """Aᵀ B in float32. Raises `ValueError` for operands of two types or numbers of tokens."""
-    _check(A, B)
-    C = A.new_empty((A.shape[1], B.shape[1]), dtype=torch.float32)
-    launch(wrap_triton(_kernel), A, B, C, False, processors(A.device.index))
-    return C
+def slice_grad(A: Tensor, B: Tensor, C: Tensor | None = None) -> Tensor:
+    """Aᵀ B in float32, plus C (M, N) float32 if there is one, which stays as it is.
+
+    Raises `ValueError` for operands of two types or numbers of tokens.
+    """
+    out = _result(A, B, C)
+    launch(wrap_triton(_kernel), A, B, C, out, processors(A.device.index))
+    return out
 
 
 @triton_op("s2ft::slice_grad_", mutates_args={"C"})
 def slice_grad_(C: Tensor, A: Tensor, B: Tensor) -> None:
     """C += Aᵀ B, in float32."""
-    _check(A, B)
-    launch(wrap_triton(_kernel), A, B, C, True, processors(A.device.index))
+    _result(A, B, C)
+    launch(wrap_triton(_kernel), A, B, C, C, processors(A.device.index))
 
 
-@slice_grad.register_fake
-def _(A, B):
-    _check(A, B)
-    return A.new_empty((A.shape[1], B.shape[1]), dtype=torch.float32)
+slice_grad.register_fake(_result)
+slice_grad.register_kernel("cpu")(slice_grad_reference)
 
 
 @slice_grad_.register_fake
 def _(C, A, B):
-    _check(A, B)
-
-
-slice_grad.register_kernel("cpu")(slice_grad_reference)
+    _result(A, B, C)
 
 
 @slice_grad_.register_kernel("cpu")

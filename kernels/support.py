@@ -27,21 +27,30 @@ def jit(**options: Any) -> Callable:
 
 def capability(device: torch.device) -> tuple[int, int] | None:
     """The compute capability for which Triton kernels are compiled on this device, or None where aten runs."""
-    if torch.device(device).type != "cuda":
-        return None
-    index = torch.device(device).index
-    return _of_gpu(torch.cuda.current_device() if index is None else index)
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _capability(device)
 
 
 @lru_cache
-def _of_gpu(index: int) -> tuple[int, int] | None:
-    """Asked once for each GPU, so what it has to say is said once."""
-    found = torch.cuda.get_device_capability(index)
-    if triton is None or torch.version.cuda is None or found < AMPERE:
-        why = "Triton is not installed" if triton is None else f"its compute capability is {found[0]}.{found[1]}, under 8.0"
-        log.warning("GPU %d runs aten instead of the Triton kernels: %s", index, why)
-        return None
-    return found
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Asked once for each device, so what it has to say is said once."""
+    why = _why_not(device)
+    if why is None:
+        return torch.cuda.get_device_capability(device)
+    log.log(logging.INFO if device.type == "cpu" else logging.WARNING,
+            "%s runs aten instead of the Triton kernels: %s", device, why)
+    return None
+
+
+def _why_not(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "they are for CUDA GPUs"
+    if triton is None:
+        return "Triton is not installed"
+    found = torch.cuda.get_device_capability(device)
+    return f"its compute capability is {found[0]}.{found[1]}, under 8.0" if found < AMPERE else None
 
 
 @lru_cache

@@ -1,6 +1,6 @@
 """`torch.compile(model, backend="s2ft")`.
 
-dynamo graph ── attach deltas ──▶ joint graph ── slice pushdown ──▶ Inductor. Every stage is a function of a graph; this
+dynamo graph ── attach deltas ──▶ joint graph ── slice pushdown, lower ──▶ Inductor. Every stage is a function of a graph; this
 module only puts them in order and hands them to AOTAutograd.
 """
 
@@ -22,7 +22,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from .capture import Inputs, unwrap
 from .config import S2FTConfig
 from .errors import ConfigError, StateError
+from .kernels import slice_grad as slice_grad_kernel
 from .passes import attach as attach_pass
+from .passes import lower as lower_pass
 from .passes import slice_pushdown as pushdown_pass
 from .prepare import prepare
 from .state import Block, State, blocks_for, live_states
@@ -222,13 +224,18 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 class SlicePushdown(CustomGraphPass):
-    """The pass as Inductor's hook on the joint graph. Its uuid is its source, so compile caches stay valid."""
+    """The passes as Inductor's hook on the joint graph. Their uuid is their source, so compile caches stay valid."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        pushdown_pass.slice_pushdown(graph)
+        _rewrite(graph)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((attach_pass.__file__, pushdown_pass.__file__))
+        return get_hash_for_files(tuple(m.__file__ for m in (attach_pass, pushdown_pass, lower_pass, slice_grad_kernel)))
+
+
+def _rewrite(joint: fx.Graph) -> None:
+    if pushdown_pass.slice_pushdown(joint):
+        lower_pass.lower(joint, lower_pass.graph_capability(joint))
 
 
 def _compile(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, mode: str | None) -> Callable:
@@ -254,6 +261,6 @@ def _boxed(gm: fx.GraphModule, inputs) -> Callable:
 
 
 def _partition(joint: fx.GraphModule, inputs, **kwargs):
-    pushdown_pass.slice_pushdown(joint.graph)
+    _rewrite(joint.graph)
     joint.recompile()
     return min_cut_rematerialization_partition(joint, inputs, **kwargs)
