@@ -17,6 +17,8 @@ import logging
 
 import torch
 from torch import fx
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ..kernels import slice_grad as _  # noqa: F401  (defines the operator)
@@ -129,3 +131,31 @@ def _in_place(editor: Editor, x: fx.Node) -> fx.Node:
         source = source.args[0]
     made_here = source.op == "call_function" and source.meta.get("partitioner_tag") == "is_backward"
     return x.args[0] if made_here else x
+
+
+# --- for Inductor ------------------------------------------------------------------------------------------------
+
+
+def see_through(graph: fx.Graph) -> None:
+    """Replaces each slice_grad on a GPU with what it launches, as tracing would have done: Inductor then calls the
+    kernel itself, without the operator's Python, and fuses the sum of its parts with what comes next."""
+    for node in graph.find_nodes(op="call_function", target=SLICE_GRAD):
+        if node.meta["val"].is_cuda:
+            node.replace_all_uses_with(_inlined(graph, node))
+            graph.erase_node(node)
+    graph.lint()
+
+
+def _inlined(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    values = [x.meta["val"] for x in node.args]
+    with values[0].fake_mode:
+        traced = make_fx(dispatch_functionalize(node.target))(*values).graph
+    traced.eliminate_dead_code()
+    copies = dict(zip(traced.find_nodes(op="placeholder"), node.args))
+    about = {k: v for k, v in node.meta.items() if k in ("stack_trace", "seq_nr", "partitioner_tag")}
+    with graph.inserting_before(node):
+        for inner in traced.nodes:
+            if inner.op == "call_function":
+                copies[inner] = graph.node_copy(inner, copies.__getitem__)
+                copies[inner].meta.update(about)
+    return copies[traced.find_nodes(op="output")[0].args[0]]

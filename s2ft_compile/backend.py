@@ -228,6 +228,7 @@ class SlicePushdown(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         _rewrite(graph)
+        lower_pass.see_through(graph)
 
     def uuid(self) -> bytes:
         return get_hash_for_files(tuple(m.__file__ for m in (attach_pass, pushdown_pass, lower_pass, slice_grad_kernel)))
