@@ -80,12 +80,12 @@ def _side(size: int) -> int:
     return 64 if -(-size // 64) % 2 else 128
 
 
-def launch(kernel, A: Tensor, B: Tensor, C: Tensor | None, out: Tensor, at_once: int) -> None:
-    """out = Aᵀ B, plus C if there is one. kernel: the Triton kernel, interpreted or wrapped for a graph. out: (M, N)
-    float32; C: the same with its strides, or `out` itself."""
+def launch(kernel, A: Tensor, B: Tensor, C: Tensor | None, out: Tensor, at_once: int) -> Tensor:
+    """Aᵀ B, plus C if there is one, in `out` or, if the tokens are split, in a tensor of its own. kernel: the Triton
+    kernel, interpreted or wrapped for a graph. out: (M, N) float32; C: the same with its strides, or `out` itself."""
     T, M, N = A.shape[0], A.shape[1], B.shape[1]
     if M == 0 or N == 0:
-        return
+        return out
     how = tiles(M, N, A.element_size(), at_once)
     whole = how.SPLITS == 1
     parts = out if whole else out.new_empty((how.SPLITS, M, N))
@@ -93,8 +93,9 @@ def launch(kernel, A: Tensor, B: Tensor, C: Tensor | None, out: Tensor, at_once:
     grid = (-(-M // how.BLOCK_M) * -(-N // how.BLOCK_N), how.SPLITS, 1)
     kernel[grid](A, B, out if C is None else C, parts, T, M, N, *A.stride(), *B.stride(), *strides,
                  ADD=whole and C is not None, **vars(how))
-    if not whole:
-        out.copy_(parts.sum(0) if C is None else C + parts.sum(0))
+    if whole:
+        return out
+    return parts.sum(0) if C is None else C + parts.sum(0)
 
 
 def _result(A: Tensor, B: Tensor, C: Tensor | None = None) -> Tensor:
@@ -114,16 +115,16 @@ def slice_grad(A: Tensor, B: Tensor, C: Tensor | None = None) -> Tensor:
 
     Raises `ValueError` for operands of two types or numbers of tokens.
     """
-    out = _result(A, B, C)
-    launch(wrap_triton(_kernel), A, B, C, out, processors(A.device.index))
-    return out
+    return launch(wrap_triton(_kernel), A, B, C, _result(A, B, C), processors(A.device.index))
 
 
 @triton_op("s2ft::slice_grad_", mutates_args={"C"})
 def slice_grad_(C: Tensor, A: Tensor, B: Tensor) -> None:
     """C += Aᵀ B, in float32."""
     _result(A, B, C)
-    launch(wrap_triton(_kernel), A, B, C, C, processors(A.device.index))
+    made = launch(wrap_triton(_kernel), A, B, C, C, processors(A.device.index))
+    if made is not C:
+        C.copy_(made)
 
 
 slice_grad.register_fake(_result)
