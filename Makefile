@@ -34,8 +34,9 @@ test-slow: $(STAMP)  ## the sweeps that take minutes, too
 gpu-test:  ## the tests that need a CUDA GPU (with python3 where there is no .venv)
 	$(GPU_PY) -m pytest -m gpu
 
-gpu-bench:  ## step times and peak memory on a GPU (under 10 minutes; writes benchmarks/results/gpu.json)
+gpu-bench:  ## step times and peak memory on a GPU (under 10 minutes; writes benchmarks/results/gpu.json, gpu_kernels.json)
 	$(GPU_PY) benchmarks/gpu.py
+	$(GPU_PY) benchmarks/gpu_kernels.py
 
 demo: $(STAMP)  ## pretrain, fine-tune, export and compare a small model (minutes; writes demo/)
 	$(VENV)/bin/s2ft demo

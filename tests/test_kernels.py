@@ -5,6 +5,8 @@ import copy
 import subprocess
 import sys
 from contextlib import nullcontext
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,6 +245,27 @@ def test_a_bank_uses_the_operator(tmp_path, monkeypatch):
         torch.testing.assert_close(found[row], model(ids[row : row + 1]).logits[0].detach(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("contracts", [True, False])
+def test_the_operators_compile_on_a_gpu(contracts):
+    """Within torch.compile, where Inductor sees the kernels; other lengths compile once more at most."""
+    torch._functorch.config.enable_autograd_cache = False
+    index, rank = torch.arange(8, device="cuda").expand(3, 8), torch.tensor([0, 8, 5], dtype=torch.int32, device="cuda")
+    delta = randn((3, 8, 48) if contracts else (3, 32, 8), torch.bfloat16, 0, "cuda")
+    ids = torch.tensor([2, 0, 1], device="cuda")
+
+    def function(x, y):
+        y = y * 1.0
+        torch.ops.s2ft.adapter_add_(y, x, ids, index, delta, rank, contracts)
+        return y, torch.ops.s2ft.slice_grad(x.flatten(0, 1), y.flatten(0, 1))
+
+    net = torch.compile(function, dynamic=True, fullgraph=True)
+    for L in (1, 7, 64, 300):
+        x, y = randn((3, L, 32), torch.bfloat16, 1, "cuda"), randn((3, L, 48), torch.bfloat16, 2, "cuda")
+        for a, b in zip(net(x, y), function(x, y), strict=True):
+            torch.testing.assert_close(a, b, rtol=2.0**-7, atol=1e-3 * 3 * L)
+
+
 # --- on GPUs that are not there --------------------------------------------------------------------------------
 
 
@@ -272,6 +295,14 @@ def test_a_new_sequence_length_compiles_nothing():
         A, B = torch.empty(T, 64, dtype=torch.bfloat16), torch.empty(T, 16, dtype=torch.bfloat16)
         slice_grad.launch(kernel, A, B, None, torch.empty(64, 16), 132)
     assert len({made.hash for made in kernel.made}) == 1
+
+
+def test_nothing_here_is_taken_for_the_package_kernels():
+    """transformers imports a package of that name where it finds one: `kernels/` has to stay without `__init__.py`, and
+    no script beside another one may be called so."""
+    root = Path(__file__).resolve().parents[1]
+    spec = PathFinder.find_spec("kernels", [str(root), str(root / "benchmarks"), str(root / "tests")])
+    assert spec is None or spec.origin is None, spec
 
 
 WITHOUT = """

@@ -200,7 +200,7 @@ def assert_inductor_close(lowered, plain):
         assert (a - b).norm() <= 2.0**-6 * b.norm()
 
 
-@settings(max_examples=4, phases=QUICK)
+@settings(max_examples=3, phases=QUICK)
 @given(cases(max_blocks=1), st.sampled_from([{"ffn.out": 2}, {"ffn.in": 2, "attention.value": 1}]))
 def test_drawn_models(case, targets):
     """Drawn models in bf16: with biases (never lowered), fused and transposed projections."""
@@ -220,6 +220,22 @@ def test_drawn_models(case, targets):
     assert [g[:2] for g in forced.graphs] == [(matrices, matrices)]
     for a, b in zip(lowered, plain, strict=True):
         assert ((a - b).abs() <= 2.0**-8 * b.abs() + 2.0**-12 * b.abs().max()).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_on_a_gpu_every_slice_has_its_kernel(family, inner, monkeypatch):
+    """Without forcing anything: the same numbers as on the CPU's way, which casts a rounded product."""
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
+    model, ids = hf(family).to("cuda", torch.bfloat16), tokens().cuda()
+    s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig(targets=TARGETS))
+    counted = []
+    monkeypatch.setattr(lower_pass, "lower", lambda graph, capability: counted.append(lower(graph, capability)))
+    lowered = gradients(model, lambda net: net(input_ids=ids, labels=ids).loss, inner=inner)
+    assert counted == [len(s2ft.parameters(model))]
+    monkeypatch.setattr(lower_pass, "graph_capability", lambda graph: None)
+    assert_inductor_close(lowered, gradients(model, lambda net: net(input_ids=ids, labels=ids).loss, inner=inner))
 
 
 # --- devices ---------------------------------------------------------------------------------------------------
