@@ -14,7 +14,7 @@ from ahead import Ahead
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import interpreted, whole_interpreter  # noqa: F401
-from small import fresh, hf, prepared, randomize, same_bits, tokens  # noqa: F401
+from small import U32, fresh, hf, prepared, randomize, same_bits, tokens  # noqa: F401
 from torch import Tensor
 
 import s2ft_compile as s2ft
@@ -118,6 +118,7 @@ def parts(draw):
     return tuple(shape), dim, tuple(draw(st.permutations(ranges)))
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # of numpy, in the interpreter: inf is right
 @on_devices
 @given(drawn=st.lists(parts(), min_size=1, max_size=4), dtype=st.sampled_from(TYPES), seed=st.integers(0, 99))
 def test_refresh(device, drawn, dtype, seed):
@@ -153,7 +154,8 @@ def in_one_launch(monkeypatch):
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_model_refreshes_as_block_by_block(in_one_launch, dtype):
     model = hf("llama").to(dtype)
-    s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets={"attention.out": 1, "ffn.in": 2, "ffn.out": 3}))
+    targets = {"attention.out": 1, "ffn.in": 2, "ffn.out": 3}
+    s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets=targets))
     randomize(model)
     state = state_module.state_of(model)
     for _ in range(2):
@@ -202,7 +204,8 @@ def test_adapter_add(device, N, L, inner, outer, contracts, dtype, data, seed):
     ranks = [0, *data.draw(st.lists(st.integers(0, min(side, 40)), min_size=1, max_size=4))]
     ids = torch.tensor(data.draw(st.lists(st.integers(0, len(ranks) - 1), min_size=N, max_size=N)), device=device)
     n = max(*ranks, 1)
-    index = torch.stack([torch.randperm(side, generator=torch.Generator().manual_seed(k))[:n] for k in range(len(ranks))])
+    random = torch.Generator().manual_seed(seed)
+    index = torch.stack([torch.randperm(side, generator=random)[:n] for _ in ranks])
     delta = randn((len(ranks), n, outer) if contracts else (len(ranks), inner, n), dtype, seed, device)
     for k, rank in enumerate(ranks):  # padding that must not be read
         index[k, rank:] = 2**40
@@ -222,15 +225,17 @@ def test_adapter_add(device, N, L, inner, outer, contracts, dtype, data, seed):
         guarded.check()
 
 
-def test_a_bank_uses_the_operator(tmp_path, monkeypatch):
-    """As on a GPU, with the reference behind the operator: every row is that of its adapter alone."""
-    monkeypatch.setattr(bank_module, "capability", lambda device: (9, 0))
+@on_devices
+def test_a_bank_uses_the_operator(device, tmp_path, monkeypatch):
+    """Every row is that of its adapter alone; on the CPU with the reference behind the operator."""
+    if device == "cpu":
+        monkeypatch.setattr(bank_module, "capability", lambda device: (9, 0))
     for name, targets in (("a", {"ffn.out": 5, "attention.value": 1}), ("b", {"ffn.out": 2, "ffn.in": 3})):
         model = hf("llama")
         s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets=targets))
         randomize(model)
         save_adapter(model, tmp_path / name)
-    bank, ids = s2ft.AdapterBank(hf("llama")), tokens(3, 6)
+    bank, ids = s2ft.AdapterBank(hf("llama").to(device)), tokens(3, 6).to(device)
     for name in "ab":
         bank.add(name, tmp_path / name)
     calls = []
@@ -239,10 +244,11 @@ def test_a_bank_uses_the_operator(tmp_path, monkeypatch):
         found = bank.model(ids).logits
     assert calls
     for row, name in zip(range(3), ("b", None, "a")):
-        model = hf("llama")
+        model = hf("llama").to(device)
         if name:
             load_adapter(model, tmp_path / name)
-        torch.testing.assert_close(found[row], model(ids[row : row + 1]).logits[0].detach(), rtol=0, atol=1e-4)
+        expected = model(ids[row : row + 1]).logits[0].detach()  # layers of at most 64 terms, two blocks, float32
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=2**9 * U32 * float(expected.abs().max()))
 
 
 @pytest.mark.gpu

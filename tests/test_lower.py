@@ -51,8 +51,8 @@ GRADIENTS = {
     "two uses": (lambda y, x, u, v, z: float32(aten.add(aten.mm(aten.t(y), x), aten.mm(aten.t(u), v))), 2),
     "two uses, one transposed": (
         lambda y, x, u, v, z: float32(aten.add(aten.t(aten.mm(aten.t(y), x)), aten.mm(aten.t(v), u))), 2),
-    "three uses, cast one by one": (
-        lambda y, x, u, v, z: float32(aten.mm(aten.t(y), x)) + float32(aten.mm(aten.t(u), v)) + float32(aten.mm(z, x)), 3),
+    "three uses, cast one by one": (lambda y, x, u, v, z: aten.add(
+        aten.add(float32(aten.mm(aten.t(y), x)), float32(aten.mm(aten.t(u), v))), float32(aten.mm(z, x))), 3),
 }
 
 
