@@ -3,8 +3,8 @@
     python benchmarks/gpu_kernels.py [--quick] [--only slice_grad,refresh,optimizer,switch,decode]
 
 The methods of a row take turns, one call each; a figure is the median of 30 after 5 to warm up, by device events. What
-runs inside a compiled graph (slice_grad, decode) is replayed as a CUDA graph, so that the time is the device's; the rest
-is called as it is in training, with its launches. What is done for each layer on its own is measured on one layer and
+runs inside a compiled graph (slice_grad, decode) is replayed as a CUDA graph, so that the time is the device's; the
+rest is called as it is in training, with its launches. What is done for each layer on its own is measured on one layer and
 multiplied. `--quick` is a rehearsal with tiny shapes on
 any device, without a GPU through the kernels' references: its figures mean nothing, and it writes no file.
 """

@@ -1,4 +1,5 @@
-"""Triton kernels on the CPU, in Triton's interpreter, without `TRITON_INTERPRET`: nothing else in the process sees it."""
+"""Triton kernels on the CPU, in Triton's interpreter, without `TRITON_INTERPRET`: nothing else in the process sees
+it."""
 
 import numpy as np
 import pytest

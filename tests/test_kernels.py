@@ -1,5 +1,5 @@
-"""Each Triton kernel against its reference: drawn shapes, strides and types, in Triton's interpreter, and on a GPU where
-there is one. And each compiled for GPUs that need not be there."""
+"""Each Triton kernel against its reference: drawn shapes, strides and types, in Triton's interpreter, and on a GPU
+where there is one. And each compiled for GPUs that need not be there."""
 
 import copy
 import subprocess
@@ -321,5 +321,6 @@ assert torch.equal(torch.ops.s2ft.slice_grad(A, A), torch.full((2, 2), 3.0))
 """
 
 
+@pytest.mark.slow
 def test_without_triton_the_references_are_there():
     subprocess.run([sys.executable, "-c", WITHOUT], check=True, timeout=120)

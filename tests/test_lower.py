@@ -1,5 +1,5 @@
-"""Lowering: the same gradients, one kernel for each use of a slice, no cast and no sum after it; forced on the CPU, where
-the operator runs its reference."""
+"""Lowering: the same gradients, one kernel for each use of a slice, no cast and no sum after it; forced on the CPU,
+where the operator runs its reference."""
 
 import logging
 
@@ -277,7 +277,7 @@ class NoGpu:
 
 @pytest.mark.parametrize("columns, splits", [(512, 1), (200, 2)])
 def test_inductor_sees_the_kernel(columns, splits, monkeypatch):
-    """A graph for a GPU that is not there: the operator becomes the launch, which writes its result and nothing else."""
+    """A graph for a GPU that is not there: the operator becomes the launch, which writes its result only."""
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
     monkeypatch.setattr(slice_grad, "processors", lambda index: 128)
     monkeypatch.setattr(driver, "_active", NoGpu())
