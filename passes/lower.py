@@ -148,7 +148,7 @@ def see_through(graph: fx.Graph) -> None:
 
 def _inlined(graph: fx.Graph, node: fx.Node) -> fx.Node:
     values = [x.meta["val"] for x in node.args]
-    with values[0].fake_mode:
+    with torch.no_grad(), values[0].fake_mode:
         traced = make_fx(dispatch_functionalize(node.target))(*values).graph
     traced.eliminate_dead_code()
     copies = dict(zip(traced.find_nodes(op="placeholder"), node.args))
