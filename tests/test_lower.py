@@ -46,6 +46,7 @@ GRADIENTS = {
     "transposed": (lambda y, x, *_: float32(aten.t(aten.mm(aten.t(y), x))), 1),
     "turned twice": (lambda y, x, *_: float32(aten.transpose(aten.permute(aten.mm(aten.t(y), x), [1, 0]), -2, -1)), 1),
     "turned by nothing": (lambda y, x, *_: float32(aten.permute(aten.mm(aten.t(y), x), [0, -1])), 1),
+    "turned from behind": (lambda y, x, *_: float32(aten.permute(aten.mm(aten.t(y), x), [-1, -2])), 1),
     "operands as they lie": (lambda y, x, u, v, z: float32(aten.mm(z, x)), 1),
     "cast before": (lambda y, x, *_: aten.t(float32(aten.mm(aten.t(y), x))), 1),
     "two uses": (lambda y, x, u, v, z: float32(aten.add(aten.mm(aten.t(y), x), aten.mm(aten.t(u), v))), 2),
@@ -111,13 +112,13 @@ def test_large_gradients_are_products_of_cublas_with_a_float32_result(monkeypatc
 
 def test_a_slice_of_what_the_backward_makes_is_read_in_place():
     def function(y, x):
-        dY = aten.mul(y, 2.0)
-        return float32(aten.mm(aten.clone(aten.slice(aten.t(dY), 0, 1, 4)), aten.clone(aten.slice(x, 1, 0, 2))))
+        dY, X = aten.mul(y, 2.0), aten.relu(x)
+        return float32(aten.mm(aten.clone(aten.slice(aten.t(dY), 0, 1, 4)), aten.clone(aten.slice(X, 1, 0, 2))))
 
     gm = graph_of(function, bf16(T, M), bf16(T, N))
     for node in gm.graph.nodes:
         if node.op == "call_function":
-            node.meta["partitioner_tag"] = "is_backward"
+            node.meta["partitioner_tag"] = "is_forward" if node.target is aten.relu.default else "is_backward"
     lower(gm.graph, HOPPER)
     (kernel,) = gm.graph.find_nodes(op="call_function", target=SLICE_GRAD)
     assert kernel.args[0].meta["val"].stride() == (M, 1)
