@@ -13,7 +13,7 @@ test test-slow demo bench-cpu bench-adapters: export TOKENIZERS_PARALLELISM = fa
 demo: export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow gpu-test gpu-bench demo bench-cpu bench-adapters sweep clean
+.PHONY: help setup test test-slow gpu-test gpu-sanitize gpu-bench demo bench-cpu bench-adapters sweep clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -34,8 +34,13 @@ test-slow: $(STAMP)  ## the sweeps that take minutes, too
 gpu-test:  ## the tests that need a CUDA GPU (with python3 where there is no .venv)
 	$(GPU_PY) -m pytest -m gpu
 
-gpu-bench:  ## step times and peak memory on a GPU (under 10 minutes; writes benchmarks/results/gpu.json)
+gpu-sanitize:  ## the kernels' tests under CUDA's compute-sanitizer
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --error-exitcode 1 \
+		env $(GPU_PY) -m pytest -m gpu tests/test_kernels.py
+
+gpu-bench:  ## step times and peak memory on a GPU (under 10 minutes; writes benchmarks/results/gpu.json, gpu_kernels.json)
 	$(GPU_PY) benchmarks/gpu.py
+	$(GPU_PY) benchmarks/gpu_kernels.py
 
 demo: $(STAMP)  ## pretrain, fine-tune, export and compare a small model (minutes; writes demo/)
 	$(VENV)/bin/s2ft demo

@@ -36,7 +36,7 @@ def slice_pushdown(graph: fx.Graph) -> int:
     taken = [n for n in graph.find_nodes(op="call_function", target=TAKE)]
     if not attached and not taken:
         return 0
-    editor = _Editor(graph)
+    editor = Editor(graph)
     for node in taken:
         node.replace_all_uses_with(_pushed(editor, node))
     for node in attached:
@@ -51,7 +51,7 @@ def slice_pushdown(graph: fx.Graph) -> int:
     return len(attached)
 
 
-class _Editor:
+class Editor:
     """Adds nodes with their fake values, next to the node that is being rewritten."""
 
     def __init__(self, graph: fx.Graph):
@@ -78,7 +78,7 @@ class _Editor:
         return self.call(TAKE, x, dim % x.meta["val"].ndim, *how.args[2:])
 
 
-def _pushed(editor: _Editor, node: fx.Node) -> fx.Node:
+def _pushed(editor: Editor, node: fx.Node) -> fx.Node:
     """What computes `node` (a take of a gradient) without its full-size input."""
     editor.at = node
     x, dim = node.args[:2]
@@ -94,7 +94,7 @@ def _pushed(editor: _Editor, node: fx.Node) -> fx.Node:
     return made
 
 
-def _recurse(editor: _Editor, x: fx.Node, dim: int, how: fx.Node) -> fx.Node:
+def _recurse(editor: Editor, x: fx.Node, dim: int, how: fx.Node) -> fx.Node:
     """The pushed-down slice of `x`, still part of the gradient's way."""
     here = editor.at
     result = _pushed(editor, editor.take(x, dim, how))
@@ -269,7 +269,7 @@ def _rule_for(target: Any) -> Callable | None:
 # --- what is left of the takes: slices of activations ----------------------------------------------------------
 
 
-def _lower(editor: _Editor, node: fx.Node) -> None:
+def _lower(editor: Editor, node: fx.Node) -> None:
     """A copy of the slice, so that saving it for the backward does not keep the whole activation alive."""
     editor.at = node
     x, dim, starts, lengths = node.args

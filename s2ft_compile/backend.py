@@ -1,6 +1,6 @@
 """`torch.compile(model, backend="s2ft")`.
 
-dynamo graph ── attach deltas ──▶ joint graph ── slice pushdown ──▶ Inductor. Every stage is a function of a graph; this
+dynamo graph ── attach deltas ──▶ joint graph ── slice pushdown, lower ──▶ Inductor. Every stage is a function of a graph; this
 module only puts them in order and hands them to AOTAutograd.
 """
 
@@ -23,8 +23,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from .capture import Inputs, unwrap
 from .config import CompileOptions, S2FTConfig
 from .errors import ConfigError, StateError
+from .kernels import slice_grad as slice_grad_kernel
 from .passes import attach as attach_pass
 from .passes import chunk_loss as chunk_loss_pass
+from .passes import lower as lower_pass
 from .passes import slice_pushdown as pushdown_pass
 from .prepare import prepare
 from .state import Block, State, blocks_for, live_states
@@ -237,20 +239,25 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def joint_passes(graph: fx.Graph) -> None:
+PASS_FILES = tuple(m.__file__ for m in (attach_pass, pushdown_pass, chunk_loss_pass, lower_pass, slice_grad_kernel))
+
+
+def joint_passes(joint: fx.Graph) -> None:
     """What happens to a joint graph, in order."""
-    pushdown_pass.slice_pushdown(graph)
-    chunk_loss_pass.keep_saved(graph)
+    if pushdown_pass.slice_pushdown(joint):
+        chunk_loss_pass.keep_saved(joint)
+        lower_pass.lower(joint, lower_pass.graph_capability(joint))
 
 
 class JointPasses(CustomGraphPass):
-    """`joint_passes` as Inductor's hook on the joint graph. Its uuid is its source, so compile caches stay valid."""
+    """The passes as Inductor's hook on the joint graph. Their uuid is their source, so compile caches stay valid."""
 
     def __call__(self, graph: fx.Graph) -> None:
         joint_passes(graph)
+        lower_pass.see_through(graph)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((attach_pass.__file__, pushdown_pass.__file__, chunk_loss_pass.__file__))
+        return get_hash_for_files(PASS_FILES)
 
 
 def drop_logits(gm: fx.GraphModule) -> list[int]:

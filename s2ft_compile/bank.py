@@ -23,6 +23,8 @@ from .errors import AdapterError, StateError
 from .exporters.adapter import check_fits, summed
 from .exporters.format import Adapter, read_adapter
 from .exporters.lora import linear_layers
+from .kernels.adapters import adapter_add_
+from .kernels.support import capability
 from .plan import Slice
 from .rows import bmm_by_id
 from .state import is_prepared
@@ -50,9 +52,12 @@ class Stack:
     contracts: bool
     index: Tensor
     delta: Tensor
+    rank: Tensor | None = None  # int32 (adapters + 1,), how many of the n count, where the kernel runs
 
     def add(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         """y (N, ..., out) with the delta ids[i] of row i added. x: (N, ..., in)."""
+        if self.rank is not None and not y.requires_grad:
+            return self._added(x, y, ids)
         tokens, ids = x.reshape(x.shape[0], -1, x.shape[-1]), ids.to(self.index.device)  # a model may lie on several
         index = self.index.index_select(0, ids)[:, None, :].expand(-1, tokens.shape[1], -1)
         if self.contracts:
@@ -65,6 +70,11 @@ class Stack:
         if x.device.type == "cpu" and not torch.is_grad_enabled():
             return bmm_by_id(x, self.delta.to(x.dtype), ids)
         return torch.bmm(x, self.delta[ids].to(x.dtype))
+
+    def _added(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        tokens = [t.reshape(t.shape[0], -1, t.shape[-1]) for t in (y, x)]
+        adapter_add_(*tokens, ids.to(self.index.device), self.index, self.delta, self.rank, self.contracts)
+        return tokens[0].view(y.shape)
 
 
 class _Now(threading.local):
@@ -298,4 +308,11 @@ def _stack(contracts: bool, parts: Sequence[tuple[int, Slice, Tensor]], rows: in
     for k, s, d in parts:
         index[k, : len(s.indices)] = s.indices
         delta[k].narrow(0 if contracts else 1, 0, len(s.indices)).copy_(d)
-    return Stack(contracts, index.to(W.device), delta)
+    return Stack(contracts, index.to(W.device), delta, _ranks(parts, rows, W.device) if capability(W.device) else None)
+
+
+def _ranks(parts: Sequence[tuple[int, Slice, Tensor]], rows: int, device: torch.device) -> Tensor:
+    ranks = torch.zeros(rows, dtype=torch.int32)
+    for k, s, _ in parts:
+        ranks[k] = len(s.indices)
+    return ranks.to(device)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import any_torch_dispatch_mode_on_stack
 
 from .capture import unwrap
 from .errors import StateError
+from .kernels import refresh as kernel
 from .passes.attach import attach
 from .passes.permute import move
 from .plan import Plan
@@ -74,6 +75,20 @@ class Block:
         return self.version != self.delta._version
 
 
+def refresh(blocks: list[Block]) -> None:
+    """Writes the deltas into their weights: on a GPU in one launch, elsewhere and for DTensors one after another."""
+    together: list[Block] = []
+    for block in blocks:
+        if kernel.fits(block.weight, block.backup, block.delta):
+            together.append(block)
+        else:
+            block.refresh()
+    if together:
+        kernel.refresh([(b.weight, b.backup, b.delta, b.dim, b.ranges) for b in together])
+    for block in together:
+        block.version = block.delta._version
+
+
 class State(nn.Module):
     """blocks: what trains. moves: (parameter, dim, gather index) that made the blocks dense. frozen: the parameters
     that `prepare` froze. `active` is False while the weights are not the trained ones in training order."""
@@ -115,9 +130,7 @@ class State(nn.Module):
     def refresh(self) -> None:
         """Writes every delta that has changed into its weight."""
         if self.active:
-            for block in self.blocks:
-                if block.stale:
-                    block.refresh()
+            refresh([block for block in self.blocks if block.stale])
 
     # the deltas are not part of the model's own state
 
@@ -237,8 +250,7 @@ def _arranged(model: nn.Module, trained: bool) -> Iterator[None]:
         for parameter, dim, index in state.moves:
             move(parameter, dim, index)
         state.active = True
-        for block in state.blocks:
-            block.refresh()
+        refresh(state.blocks)
 
 
 def _to_base_order(state: State, trained: bool) -> None:
@@ -308,8 +320,7 @@ def _named(some: list[Block], blocks: list[Block]) -> str:
 def _after_step(optimizer, args, kwargs) -> None:
     for state, blocks in _blocks_in(optimizer):
         if state.active:
-            for block in blocks:
-                block.refresh()
+            refresh(blocks)
 
 
 def _blocks_in(optimizer) -> list[tuple[State, list[Block]]]:

@@ -1,0 +1,59 @@
+"""Where the kernels run: what every one of them asks first.
+
+Triton is optional. Without it, on the CPU and on GPUs that it does not compile bf16 for, aten runs.
+"""
+
+import logging
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, Callable
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not Linux: the references are what is left
+    triton, tl = None, SimpleNamespace(constexpr=object)
+
+log = logging.getLogger(__name__)
+AMPERE = (8, 0)  # the first with bf16 in its matrix units and in Triton
+
+
+def jit(**options: Any) -> Callable:
+    """`triton.jit` with options; where there is no Triton, a kernel is the plain function that nothing calls."""
+    return triton.jit(**options) if triton else lambda function: function
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability for which Triton kernels are compiled on this device, or None where aten runs."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _capability(device)
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Asked once for each device, so what it has to say is said once."""
+    why = _why_not(device)
+    if why is None:
+        return torch.cuda.get_device_capability(device)
+    log.log(logging.INFO if device.type == "cpu" else logging.WARNING,
+            "%s runs aten instead of the Triton kernels: %s", device, why)
+    return None
+
+
+def _why_not(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "they are for CUDA GPUs"
+    if triton is None:
+        return "Triton is not installed"
+    found = torch.cuda.get_device_capability(device)
+    return f"its compute capability is {found[0]}.{found[1]}, under 8.0" if found < AMPERE else None
+
+
+@lru_cache
+def processors(index: int) -> int:
+    """How many blocks of threads a GPU runs side by side."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
