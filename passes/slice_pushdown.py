@@ -282,7 +282,7 @@ def _lower(editor: Editor, node: fx.Node) -> None:
     editor.graph.erase_node(node)
 
 
-def _hoist(editor: _Editor) -> None:
+def _hoist(editor: Editor) -> None:
     """Computes slices and their gradients as soon as they can be. Autograd gets to the weights last of all, which would
     keep the dY of every layer alive until the end of the backward."""
     for node in list(editor.graph.nodes):
