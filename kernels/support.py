@@ -1,6 +1,6 @@
 """Where the kernels run: what every one of them asks first.
 
-Triton is optional. Without it, on the CPU and on GPUs that it does not compile bf16 for, aten runs.
+Triton is optional. Without it, on the CPU, and on GPUs for which it does not compile bf16 or that it fails on, aten runs.
 """
 
 import logging
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 try:
     import triton
@@ -36,7 +37,7 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 @lru_cache
 def _capability(device: torch.device) -> tuple[int, int] | None:
     """Asked once for each device, so what it has to say is said once."""
-    why = _why_not(device)
+    why = _why_not(device) or _failure(device)
     if why is None:
         return torch.cuda.get_device_capability(device)
     log.log(logging.INFO if device.type == "cpu" else logging.WARNING,
@@ -51,6 +52,25 @@ def _why_not(device: torch.device) -> str | None:
         return "Triton is not installed"
     found = torch.cuda.get_device_capability(device)
     return f"its compute capability is {found[0]}.{found[1]}, under 8.0" if found < AMPERE else None
+
+
+@jit()
+def _probe(x, out):
+    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    a = tl.load(x + at)
+    tl.store(out + at, tl.dot(a, a))
+
+
+def _failure(device: torch.device) -> str | None:
+    """What goes wrong with a first small kernel, such as a GPU that this Triton is too old for; None if all is well."""
+    try:
+        with unset_fake_temporarily(), torch.no_grad():
+            x = torch.eye(16, dtype=torch.bfloat16, device=device) * 3
+            out = torch.empty(16, 16, device=device)
+            _probe[(1,)](x, out)
+            return None if torch.equal(out, x.float() * 3) else "a first kernel gives wrong results"
+    except Exception as error:  # Triton raises what its compiler, the assembler or the driver do
+        return f"a first kernel fails with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 @lru_cache

@@ -7,7 +7,8 @@ module only puts them in order and hands them to AOTAutograd.
 import inspect
 import logging
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Callable, Mapping, Sequence
 
 import torch
@@ -242,22 +243,23 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 PASS_FILES = tuple(m.__file__ for m in (attach_pass, pushdown_pass, chunk_loss_pass, lower_pass, slice_grad_kernel))
 
 
-def joint_passes(joint: fx.Graph) -> None:
-    """What happens to a joint graph, in order."""
-    if pushdown_pass.slice_pushdown(joint):
-        chunk_loss_pass.keep_saved(joint)
-        lower_pass.lower(joint, lower_pass.graph_capability(joint))
-
-
+@dataclass(frozen=True)
 class JointPasses(CustomGraphPass):
-    """The passes as Inductor's hook on the joint graph. Their uuid is their source, so compile caches stay valid."""
+    """What happens to a joint graph, in order, as Inductor's hook. Its uuid is its source, so compile caches stay valid."""
+
+    kernels: bool
+
+    def rewrite(self, joint: fx.Graph) -> None:
+        if pushdown_pass.slice_pushdown(joint):
+            chunk_loss_pass.keep_saved(joint)
+            lower_pass.lower(joint, lower_pass.graph_capability(joint) if self.kernels else None)
 
     def __call__(self, graph: fx.Graph) -> None:
-        joint_passes(graph)
+        self.rewrite(graph)
         lower_pass.see_through(graph)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files(PASS_FILES)
+        return get_hash_for_files(PASS_FILES, str(self.kernels))
 
 
 def drop_logits(gm: fx.GraphModule) -> list[int]:
@@ -278,21 +280,21 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions, inn
     )
     with functorch:
         if how.inner == "aot_eager":
-            return _aot_eager(gm, inputs)
-        return _inductor(gm, inputs, how.mode, {"inner_compile": inner_compile} if inner_compile else {})
+            return _aot_eager(gm, inputs, how)
+        return _inductor(gm, inputs, how, {"inner_compile": inner_compile} if inner_compile else {})
 
 
-def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, replaced: Mapping[str, Callable]) -> Callable:
+def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions, replaced: Mapping[str, Callable]) -> Callable:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(list_mode_options(mode) if mode else {}), "joint_custom_pre_pass": JointPasses()}
+    patches = {**(list_mode_options(how.mode) if how.mode else {}), "joint_custom_pre_pass": JointPasses(how.kernels)}
     return compile_fx(gm, list(inputs), config_patches=patches, **replaced)
 
 
-def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
+def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions) -> Callable:
     return aot_autograd(fw_compiler=_boxed, bw_compiler=_boxed, inference_compiler=_boxed,
-                        partition_fn=_partition)(gm, list(inputs))
+                        partition_fn=partial(_partition, JointPasses(how.kernels)))(gm, list(inputs))
 
 
 def _boxed(gm: fx.GraphModule, inputs) -> Callable:
@@ -301,7 +303,7 @@ def _boxed(gm: fx.GraphModule, inputs) -> Callable:
     return make_boxed_func(gm.forward)
 
 
-def _partition(joint: fx.GraphModule, inputs, **kwargs):
-    joint_passes(joint.graph)
+def _partition(passes: JointPasses, joint: fx.GraphModule, inputs, **kwargs):
+    passes.rewrite(joint.graph)
     joint.recompile()
     return min_cut_rematerialization_partition(joint, inputs, **kwargs)

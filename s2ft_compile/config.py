@@ -123,12 +123,14 @@ class CompileOptions:
         loss is the cross-entropy of a head that does not train, and computes both a few tokens at a time, so that no
         full logits exist. Forwards without gradients return them all the same.
     mode: of Inductor, one of `MODES`. The same as torch.compile's, which allows no options beside it.
+    kernels: whether the gradients of slices are Triton kernels on a GPU that has them. False: products of aten.
     """
 
     inner: str = "inductor"
     activation_budget: float = 1.0
     logits: bool = True
     mode: str | None = None
+    kernels: bool = True
 
     def __post_init__(self):
         if self.inner not in INNER:
@@ -136,8 +138,9 @@ class CompileOptions:
         budget = self.activation_budget
         if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 <= budget <= 1:
             raise ConfigError(f"activation_budget is a number from 0 (recompute all that can be) to 1, got {budget!r}")
-        if not isinstance(self.logits, bool):
-            raise ConfigError(f"logits must be True or False, got {self.logits!r}")
+        for name in ("logits", "kernels"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.mode is not None:
             _check_choice("mode", self.mode, MODES)
 

@@ -21,7 +21,7 @@ import s2ft_compile as s2ft
 from s2ft_compile import bank as bank_module
 from s2ft_compile import state as state_module
 from s2ft_compile.exporters import load_adapter, save_adapter
-from s2ft_compile.kernels import adapters, refresh, slice_grad
+from s2ft_compile.kernels import adapters, refresh, slice_grad, support
 
 HALF = (torch.bfloat16, torch.float16)
 TYPES = (*HALF, torch.float32)
@@ -279,6 +279,8 @@ def test_the_operators_compile_on_a_gpu(contracts):
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles(capability, dtype):
     gradient, fresh_weights, added = (Ahead(m._kernel, capability) for m in (slice_grad, refresh, adapters))
+    probe = Ahead(support._probe, capability)
+    probe[(1,)](torch.empty(16, 16, dtype=dtype), torch.empty(16, 16))
     for T, M, N, start in ((512, 4096, 128, None), (1000, 4096, 430, torch.empty(4096, 430))):
         slice_grad.launch(gradient, torch.empty(T, M, dtype=dtype), torch.empty(T, N, dtype=dtype), start,
                           torch.empty(M, N), 132)
@@ -289,8 +291,8 @@ def test_every_kernel_compiles(capability, dtype):
         adapters.launch(added, torch.empty(5, L, 512, dtype=dtype), torch.empty(5, L, 256, dtype=dtype),
                         torch.zeros(5, dtype=torch.int64), torch.zeros(4, 40, dtype=torch.int64), delta,
                         torch.zeros(4, dtype=torch.int32), contracts)
-    made = gradient.made + fresh_weights.made + added.made
-    assert len(made) == 6 and all(m.asm["cubin"] for m in made)
+    made = gradient.made + fresh_weights.made + added.made + probe.made
+    assert len(made) == 7 and all(m.asm["cubin"] for m in made)
     assert all(m.metadata.shared <= 99 * 2**10 for m in made), "more shared memory than every GPU since Ampere has"
     assert all(("wgmma" in m.asm["ptx"]) == (capability == 90) for m in gradient.made), "Hopper's matrix units"
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import interpreted, whole_interpreter  # noqa: F401
 from small import QUICK, cases, compiled, fresh, hf, tokens  # noqa: F401
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 from torch._subclasses import fake_tensor
@@ -258,12 +259,24 @@ def test_one_line_where_aten_runs(device, why, monkeypatch, caplog, new_devices)
     assert len(caplog.records) == 1 and why in caplog.text and device in caplog.text
 
 
-def test_a_gpu_without_triton_and_one_with_it(monkeypatch, caplog, new_devices):
+def test_a_gpu_without_triton_with_it_and_one_that_it_fails_on(monkeypatch, caplog, new_devices):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
-    assert support.capability(torch.device("cuda:0")) == HOPPER and not caplog.records
+    with monkeypatch.context() as patched:
+        patched.setattr(support, "_failure", lambda device: None)
+        assert support.capability(torch.device("cuda:0")) == HOPPER and not caplog.records
+    assert support.capability(torch.device("cuda:2")) is None and "a first kernel fails with" in caplog.text
     monkeypatch.setattr(support, "triton", None)
     assert support.capability(torch.device("cuda:1")) is None and "not installed" in caplog.text
+
+
+def test_the_first_kernel_tells_right_from_wrong(monkeypatch):
+    """In the interpreter on the CPU."""
+    right = interpreted(support._probe)
+    monkeypatch.setattr(support, "_probe", right)
+    assert support._failure(torch.device("cpu")) is None
+    monkeypatch.setattr(support, "_probe", {(1,): lambda x, out: out.zero_()})
+    assert "wrong results" in support._failure(torch.device("cpu"))
 
 
 class NoGpu:
