@@ -25,11 +25,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --no-compile -c constraints.txt -e ".[test,bench]"
 	touch $@
 
-test: $(STAMP)  ## the test suite
-	$(PY) -m pytest
+test: $(STAMP)  ## the test suite, on two cores
+	$(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the sweeps that take minutes, too
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not gpu"
 
 gpu-test:  ## the tests that need a CUDA GPU (with python3 where there is no .venv)
 	$(GPU_PY) -m pytest -m gpu

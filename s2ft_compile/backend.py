@@ -293,14 +293,14 @@ def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions, re
 
 
 def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions) -> Callable:
-    return aot_autograd(fw_compiler=_boxed, bw_compiler=_boxed, inference_compiler=_boxed,
+    return aot_autograd(fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed,
                         partition_fn=partial(_partition, JointPasses(how.kernels)))(gm, list(inputs))
 
 
-def _boxed(gm: fx.GraphModule, inputs) -> Callable:
-    from functorch.compile import make_boxed_func
+def boxed(gm: fx.GraphModule, inputs) -> Callable:
+    from functorch.compile import makeboxed_func
 
-    return make_boxed_func(gm.forward)
+    return makeboxed_func(gm.forward)
 
 
 def _partition(passes: JointPasses, joint: fx.GraphModule, inputs, **kwargs):

@@ -12,14 +12,13 @@ from functools import partial
 from typing import Any, Callable, Iterator, Mapping
 
 import torch
-from functorch.compile import make_boxed_func
 from rich.table import Table
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from .backend import s2ft
+from .backend import boxed, s2ft
 from .capture import arguments, unwrap
 from .config import CompileOptions, S2FTConfig
 from .data import example_inputs, load_structure
@@ -133,7 +132,7 @@ def _graphs(model: nn.Module, args, kwargs, options: CompileOptions, mode: FakeT
 
     def keep(gm: fx.GraphModule, inputs, **_) -> Callable:
         found.append(gm)
-        return make_boxed_func(gm.forward)
+        return boxed(gm, inputs)
 
     net = torch.compile(model, backend=partial(s2ft, inner_compile=keep), options={
         "activation_budget": options.activation_budget, "logits": options.logits})

@@ -124,7 +124,7 @@ def test_hugging_face_models(family):
 def test_no_tensor_holds_all_logits(monkeypatch, logits, rows):
     """The most rows of any tensor as wide as the vocabulary in the graphs of a step."""
     graphs = []
-    monkeypatch.setattr(s2ft.backend, "_boxed", lambda gm, inputs: graphs.append(gm) or make_boxed_func(gm.forward))
+    monkeypatch.setattr(s2ft.backend, "boxed", lambda gm, inputs: graphs.append(gm) or make_boxed_func(gm.forward))
     monkeypatch.setattr(chunk_loss_pass, "TOKENS", 10)
     model, inputs = Model(), example(3, 20)
     s2ft.prepare(model, {"x": inputs["x"]}, s2ft.S2FTConfig({"ffn.out": 0.5}))

@@ -35,8 +35,8 @@ WIDE = replace(QUICK_SIZE, hidden=128, ffn=448, heads=4, kv_heads=1, vocabulary=
 
 
 @pytest.mark.parametrize("setting, options", [
-    (WIDE, {}), (replace(WIDE, dtype="bfloat16"), {"logits": False}), (WIDE, {"logits": False, "activation_budget": 0.5}),
-], ids=["logits", "bf16, no logits", "recomputed"])
+    (WIDE, {}), (WIDE, {"logits": False, "activation_budget": 0.5}),
+], ids=["logits", "recomputed"])
 def test_what_is_predicted_is_what_a_step_takes(setting, options):
     """Weights, slices and saved activations to the last bytes; the peak as the allocator sees it to 10%."""
     made = predicted(setting, **options)
@@ -98,7 +98,7 @@ def test_less_is_kept_with_a_smaller_budget():
     assert kept[0] > 2 * kept[1] > 2 * kept[2]
 
 
-@pytest.mark.parametrize("budget", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("budget", [0.3, 0.0])
 def test_recomputed_gradients_are_the_same(budget):
     grads = []
     for options in ({}, {"activation_budget": budget, "logits": False}):
