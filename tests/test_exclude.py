@@ -88,7 +88,7 @@ def by_hand(bands, scores):
 
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("selection", ["weight", "gradient", by_hand], ids=str)
+@pytest.mark.parametrize("selection", ["weight", "gradient", by_hand])
 def test_the_free_units_of_the_best_score_are_taken(llama, selection, budget, largest):
     """Oracle: the ranking of everything, without what was excluded."""
     model, analysis = llama
