@@ -298,9 +298,9 @@ def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions) -
 
 
 def boxed(gm: fx.GraphModule, inputs) -> Callable:
-    from functorch.compile import makeboxed_func
+    from functorch.compile import make_boxed_func
 
-    return makeboxed_func(gm.forward)
+    return make_boxed_func(gm.forward)
 
 
 def _partition(passes: JointPasses, joint: fx.GraphModule, inputs, **kwargs):

@@ -262,7 +262,7 @@ def test_train_takes_jsonl_and_its_options(base, tmp_path, row):
         ({"--exclude": "{tmp}/none"}, "none does not exist; valid: an adapter, or the output"),
         ({"--exclude": "{tmp}"}, "is not an adapter: it has no file adapter_config.json"),
         ({"--calibration-batches": 0}, "calibration_batches is at least 1"),
-        ({"--inner": "tvm"}, "unknown inner 'tvm'"),
+        ({"--inner": "tvm"}, "unknown inner backend 'tvm'"),
         ({"--dtype": "int8"}, "unknown dtype 'int8'"),
         ({"--steps": 0}, "steps is at least 1"),
         ({"--lr": -1}, "lr is a positive number"),
