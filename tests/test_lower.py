@@ -139,6 +139,25 @@ def gradients(model, loss, autocast: bool = False, inner: str = "aot_eager"):
     return found
 
 
+def test_a_gradient_is_made_as_soon_as_its_operands_are(monkeypatch):
+    """At the end of the backward, where autograd has it, every layer's dY would be alive at once."""
+    waits = []
+
+    def lowered(graph, capability):
+        lower(graph, HOPPER)
+        nodes = list(graph.nodes)
+        for i, node in enumerate(nodes):
+            if node.target is SLICE_GRAD:
+                between = nodes[max(map(nodes.index, node.all_input_nodes)) + 1 : i]
+                waits.append([n for n in between if n.target is not SLICE_GRAD])
+
+    monkeypatch.setattr(lower_pass, "lower", lowered)
+    model, ids = hf("llama").bfloat16(), tokens()
+    s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig(targets={"attention.out": 1, "ffn.out": 5}))
+    compiled(model)(input_ids=ids, labels=ids).loss.backward()
+    assert len(waits) == 4 and not any(waits)
+
+
 class Forced:
     """Lowers as if there were a GPU, and keeps what it made of each graph."""
 
