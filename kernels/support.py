@@ -4,6 +4,7 @@ Triton is optional. Without it, on the CPU and on GPUs that it does not compile 
 """
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, Callable
@@ -51,6 +52,13 @@ def _why_not(device: torch.device) -> str | None:
         return "Triton is not installed"
     found = torch.cuda.get_device_capability(device)
     return f"its compute capability is {found[0]}.{found[1]}, under 8.0" if found < AMPERE else None
+
+
+def placed(x: torch.Tensor) -> AbstractContextManager:
+    """Context for a launch on x's GPU: Triton takes the current one, and a model may lie on several. Nothing while a
+    graph is traced; what Inductor compiles sees to its own devices."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+    return torch.cuda.device(x.device) if plain and x.is_cuda else nullcontext()
 
 
 @lru_cache

@@ -285,6 +285,20 @@ def test_a_gpu_without_triton_and_one_with_it(monkeypatch, caplog, new_devices):
     assert support.capability(torch.device("cuda:1")) is None and "not installed" in caplog.text
 
 
+def test_a_launch_is_on_the_gpu_of_its_tensors(monkeypatch):
+    """Which is not the current one where a model lies on several; and no GPU is touched while a graph is traced."""
+    class OnGpu(torch.Tensor):
+        is_cuda, device = True, torch.device("cuda:1")
+
+    taken = []
+    monkeypatch.setattr(support, "nullcontext", lambda: "none")
+    monkeypatch.setattr(torch.cuda, "device", taken.append)
+    assert support.placed(torch.ones(1)) == "none" and support.placed(OnGpu(1)) == "none" and not taken
+    monkeypatch.setattr(torch, "Tensor", OnGpu)
+    support.placed(OnGpu(1))
+    assert taken == [torch.device("cuda:1")]
+
+
 class NoGpu:
     """Enough of a driver for torch to find out which arguments a kernel writes."""
 
