@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from .support import jit, tl
+from .support import jit, placed, tl
 
 
 def adapter_add_reference(y: Tensor, x: Tensor, ids: Tensor, index: Tensor, delta: Tensor, rank: Tensor,
@@ -71,8 +71,9 @@ def launch(kernel, y: Tensor, x: Tensor, ids: Tensor, index: Tensor, delta: Tens
     width, reach = (delta.shape[2],) * 2 if contracts else delta.shape[1:]
     grid = (N * -(-L // how["BLOCK_L"]), -(-reach // how["BLOCK_C"]), 1)
     if 0 not in (N, L, reach):
-        kernel[grid](y, x, ids, index, delta, rank, L, width, *y.stride(), *x.stride(), index.stride(0),
-                     *delta.stride(), CONTRACTS=contracts, **how)
+        with placed(x):
+            kernel[grid](y, x, ids, index, delta, rank, L, width, *y.stride(), *x.stride(), index.stride(0),
+                         *delta.stride(), CONTRACTS=contracts, **how)
 
 
 @triton_op("s2ft::adapter_add_", mutates_args={"y"})

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from .support import jit, processors, tl
+from .support import jit, placed, processors, tl
 
 MAX_SPLITS = 32
 
@@ -91,8 +91,9 @@ def launch(kernel, A: Tensor, B: Tensor, C: Tensor | None, out: Tensor, at_once:
     parts = out if whole else out.new_empty((how.SPLITS, M, N))
     strides = (0, *out.stride()) if whole else parts.stride()
     grid = (-(-M // how.BLOCK_M) * -(-N // how.BLOCK_N), how.SPLITS, 1)
-    kernel[grid](A, B, out if C is None else C, parts, T, M, N, *A.stride(), *B.stride(), *strides,
-                 ADD=whole and C is not None, **vars(how))
+    with placed(A):
+        kernel[grid](A, B, out if C is None else C, parts, T, M, N, *A.stride(), *B.stride(), *strides,
+                     ADD=whole and C is not None, **vars(how))
     if whole:
         return out
     return parts.sum(0) if C is None else C + parts.sum(0)

@@ -4,6 +4,7 @@ Triton is optional. Without it, on the CPU, and on GPUs for which it does not co
 """
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, Callable
@@ -67,10 +68,18 @@ def _failure(device: torch.device) -> str | None:
         with unset_fake_temporarily(), torch.no_grad():
             x = torch.eye(16, dtype=torch.bfloat16, device=device) * 3
             out = torch.empty(16, 16, device=device)
-            _probe[(1,)](x, out)
+            with placed(x):
+                _probe[(1,)](x, out)
             return None if torch.equal(out, x.float() * 3) else "a first kernel gives wrong results"
     except Exception as error:  # Triton raises what its compiler, the assembler or the driver do
         return f"a first kernel fails with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def placed(x: torch.Tensor) -> AbstractContextManager:
+    """Context for a launch on x's GPU: Triton takes the current one, and a model may lie on several. Nothing while a
+    graph is traced; what Inductor compiles sees to its own devices."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+    return torch.cuda.device(x.device) if plain and x.is_cuda else nullcontext()
 
 
 @lru_cache

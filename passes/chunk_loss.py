@@ -45,28 +45,29 @@ KEEP = torch.ops.s2ft.keep.default
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum of all tokens' losses; its gradient is made with it."""
+    """The sum or the mean of all tokens' losses, itself summed in float32; its gradient is made with it."""
 
     @staticmethod
-    def forward(ctx, h, W, b, labels, ignore_index, steps, chunks):
+    def forward(ctx, h, W, b, labels, ignore_index, mean, steps, chunks):
         tokens, losses, parts = h.shape[0], [], []
         for k in range(chunks):
-            start = tokens * k // chunks
-            some = slice(start, tokens * (k + 1) // chunks)
+            some = slice(tokens * k // chunks, tokens * (k + 1) // chunks)
             with torch.enable_grad():
                 part = h[some].detach().requires_grad_()
                 logits = _stepped(F.linear(part, W.detach(), b if b is None else b.detach()), steps)
                 loss = F.cross_entropy(logits, labels[some], ignore_index=ignore_index, reduction="sum")
             parts.append(torch.autograd.grad(loss, part)[0])
             losses.append(loss.detach())
-        dh = torch.cat(parts)
-        ctx.save_for_backward(dh)
-        return KEEP(torch.stack(losses).sum(), dh)
+        dh, dtype = torch.cat(parts), losses[0].dtype
+        total = torch.stack(losses).sum(dtype=torch.promote_types(dtype, torch.float32))
+        share = 1 / (labels != ignore_index).sum(dtype=total.dtype) if mean else torch.ones_like(total)
+        ctx.save_for_backward(dh, share)
+        return KEEP((total * share).to(dtype), dh)
 
     @staticmethod
     def backward(ctx, grad):
-        (dh,) = ctx.saved_tensors
-        return (dh * grad).to(dh.dtype), None, None, None, None, None, None
+        dh, share = ctx.saved_tensors
+        return (dh.to(share.dtype) * (grad * share)).to(dh.dtype), None, None, None, None, None, None, None
 
 
 def _stepped(logits: Tensor, steps: Sequence[tuple[str, float]]) -> Tensor:
@@ -89,8 +90,7 @@ def chunked_cross_entropy(h: Tensor, W: Tensor, b: Tensor | None, labels: Tensor
 
     h: (tokens, d). W: (vocabulary, d). labels: int64 (tokens,). steps, values: f, of `STEPS`.
     """
-    total = _ChunkedCrossEntropy.apply(h, W, b, labels, ignore_index, tuple(zip(steps, values)), chunks)
-    return total / (labels != ignore_index).sum() if mean else total
+    return _ChunkedCrossEntropy.apply(h, W, b, labels, ignore_index, mean, tuple(zip(steps, values)), chunks)
 
 
 _library = torch.library.Library("s2ft", "FRAGMENT")  # an operator that is seen through, and that caches know by name
@@ -113,22 +113,34 @@ class Head(NamedTuple):
 
     @property
     def logits(self) -> tuple[fx.Node, ...]:
-        return (self.linear, *self.chain)
+        """The head's result, and what is computed from it element by element, for the loss or to be returned."""
+        found = {self.linear: None, **dict.fromkeys(self.chain)}
+        pending = list(found)
+        while pending:
+            more = [u for u in pending.pop().users if u not in found and _step(u)]
+            found |= dict.fromkeys(more)
+            pending += more
+        return tuple(found)
 
 
 def chunk_loss(graph: fx.Graph, frozen: Callable[[fx.Node], bool]) -> list[int]:
     """Rewrites a dynamo graph in place; returns which of its outputs were logits, and are no longer computed.
 
-    frozen: whether a node needs no gradient. Where nothing matches, or something else reads the logits, nothing changes.
+    frozen: whether a node needs no gradient. Where nothing matches, or something else reads the logits, nothing
+    changes, and a warning says why.
     """
     output = graph.output_node()
     returned, dropped = list(output.args[0]), set()
-    for loss in graph.find_nodes(op="call_function", target=F.cross_entropy):
+    losses = graph.find_nodes(op="call_function", target=F.cross_entropy)
+    if not losses:
+        log.warning("logits=False changes nothing here: the graph has no cross-entropy; is the loss computed "
+                    "outside of the forward, or behind a graph break?")
+    for loss in losses:
         head = _head(loss, frozen)
         if isinstance(head, str):
-            log.info("cross-entropy %s stays whole: %s", loss.name, head)
-        elif readers := [u for n in head.logits for u in n.users if u not in (*head.chain, loss, output)]:
-            log.info("cross-entropy %s stays whole: %s reads the logits", loss.name, readers[0].name)
+            log.warning("cross-entropy %s stays whole: %s", loss.name, head)
+        elif readers := [u for n in head.logits for u in n.users if u not in (*head.logits, loss, output)]:
+            log.warning("cross-entropy %s stays whole: %s reads the logits", loss.name, readers[0].name)
         else:
             _replace(graph, head)
             dropped |= {i for i, node in enumerate(returned) if node in head.logits}
@@ -170,9 +182,7 @@ def _head(loss: fx.Node, frozen: Callable[[fx.Node], bool]) -> Head | str:
 
 def _replace(graph: fx.Graph, head: Head) -> None:
     h, W, b = _operands(head.linear)
-    tokens = _value(head.logits[-1]).shape[0]
-    hint = int(tokens.node.hint if isinstance(tokens, torch.SymInt) else tokens)
-    chunks = max(1, -(-hint // TOKENS))
+    tokens, chunks = _chunks(_value(head.options["input"]).shape[0])
     steps = [step for node in head.chain if (step := _step(node))]
     with graph.inserting_before(head.loss):
         for node in head.chain:
@@ -182,7 +192,18 @@ def _replace(graph: fx.Graph, head: Head) -> None:
             h, W, b, head.options["target"], head.options["ignore_index"], head.options["reduction"] == "mean",
             [step for step, _ in steps], [value for _, value in steps], chunks))
     head.loss.replace_all_uses_with(made)
-    log.info("cross-entropy %s of %d tokens in %d chunks", head.loss.name, hint, chunks)
+    log.info("cross-entropy %s of %d tokens in %d chunks", head.loss.name, tokens, chunks)
+
+
+def _chunks(tokens: int | torch.SymInt) -> tuple[int, int]:
+    """How many tokens there are, and chunks for them. With any number of tokens a graph is made again from twice as
+    many on (the comparison leaves a guard), so that chunks stay small."""
+    if not isinstance(tokens, torch.SymInt):
+        return tokens, max(1, -(-tokens // TOKENS))
+    hint = tokens.node.hint
+    chunks = max(1, -(-hint // TOKENS))
+    torch._check(tokens <= 2 * chunks * TOKENS)
+    return hint, chunks
 
 
 # --- what may stand between head and loss ------------------------------------------------------------------------

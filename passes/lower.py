@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ..kernels import slice_grad as _  # noqa: F401  (defines the operator)
 from ..kernels.support import capability
-from .slice_pushdown import Editor
+from .slice_pushdown import Editor, hoist
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -57,6 +57,7 @@ def lower(graph: fx.Graph, capability: tuple[int, int] | None) -> int:
             editor.at = root
             root.replace_all_uses_with(_sum(editor, terms, root))
             lowered += 1
+    hoist(editor)
     graph.eliminate_dead_code()
     graph.lint()
     log.info("lower: %d gradients to kernels", lowered)

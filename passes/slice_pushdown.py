@@ -44,7 +44,7 @@ def slice_pushdown(graph: fx.Graph) -> int:
     graph.eliminate_dead_code()
     for node in graph.find_nodes(op="call_function", target=TAKE):
         _lower(editor, node)
-    _hoist(editor)
+    hoist(editor)
     graph.eliminate_dead_code()
     graph.lint()
     log.info("slice pushdown: %d weights, %d gradients sliced", len(attached), len(taken))
@@ -282,7 +282,7 @@ def _lower(editor: Editor, node: fx.Node) -> None:
     editor.graph.erase_node(node)
 
 
-def _hoist(editor: Editor) -> None:
+def hoist(editor: Editor) -> None:
     """Computes slices and their gradients as soon as they can be. Autograd gets to the weights last of all, which would
     keep the dY of every layer alive until the end of the backward."""
     for node in list(editor.graph.nodes):

@@ -88,6 +88,23 @@ def test_a_cast_to_float32_and_inductor(monkeypatch):
     assert check(Model(("float",)), example(3, 8, 2), "inductor", tolerance=64 * 2.0**-24)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_add_up_tokens(dtype):
+    """6007 losses of 12 or more are over float16's largest number; and a mean's gradient is rounded once, where 1 / 6007
+    in bfloat16 would put the same error of up to 2^-9 on every entry."""
+    h, W = torch.randn(6007, WIDTH).to(dtype), (24 * torch.randn(VOCABULARY, WIDTH)).to(dtype)
+    labels, grads, losses = torch.randint(VOCABULARY, (6007,)), {}, {}
+    for mean in (True, False):
+        leaf = h.clone().requires_grad_()
+        losses[mean] = chunk_loss_pass.chunked_cross_entropy(leaf, W, None, labels, -100, mean, [], [], 20)
+        (grads[mean],) = torch.autograd.grad(losses[mean], leaf)
+    unit, tiny = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal
+    exact = F.cross_entropy(F.linear(h.double(), W.double()), labels)
+    assert exact > 12 and abs(losses[True].double() - exact) <= 4 * unit * exact  # of the logits, the sums, the mean
+    error = (grads[True].double() - grads[False].double() / 6007).abs()
+    assert (error <= (1 + 2.0**-10) * unit * grads[False].double().abs() / 6007 + unit * tiny).all()
+
+
 @pytest.mark.parametrize("model", [
     Model(label_smoothing=0.1), Model(weight=torch.ones(VOCABULARY).double()), Model(("cast",)),
     Model(late=lambda logits: logits.square().mean()), Model(late=lambda logits: logits[..., :5].sum() * 0.01),
@@ -142,3 +159,44 @@ def test_other_lengths_compile_once_more():
         inputs = example(2, length)
         net(**inputs)["loss"].backward()
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+class Converted(nn.Module):
+    """What mixed precision wrappers do: the outputs are cast before they are returned."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, labels):
+        return {name: value.float() for name, value in self.model(x, labels).items()}
+
+
+def test_logits_that_are_cast_and_returned_are_dropped():
+    assert check_dropped(Converted(Model()), example(2, 5))
+
+
+def check_dropped(model: nn.Module, inputs: dict) -> bool:
+    s2ft.prepare(model, inputs, s2ft.S2FTConfig({"ffn.out": 0.5}))
+    made = compiled(model, logits=False)(**inputs)
+    made["loss"].backward()
+    return made["logits"] is None
+
+
+def test_much_longer_inputs_have_more_chunks(monkeypatch, caplog):
+    """The graph for any length is made for the second one; chunks of a fixed number would grow with the third."""
+    monkeypatch.setattr(chunk_loss_pass, "TOKENS", 8)
+    model = Model()
+    s2ft.prepare(model, {"x": example(2, 5)["x"]}, s2ft.S2FTConfig({"ffn.out": 0.5}))
+    net = compiled(model, logits=False)
+    with caplog.at_level("INFO", chunk_loss_pass.log.name):
+        for length in (4, 5, 16, 17, 30, 9):  # 2 chunks of up to 16 serve 32 tokens
+            net(**example(2, length))["loss"].backward()
+    assert [r.args[1:] for r in caplog.records if r.name == chunk_loss_pass.log.name] == [(8, 1), (10, 2), (34, 5)]
+
+
+def test_an_option_that_changes_nothing_says_so(caplog):
+    model, inputs = Model(), example(2, 5)
+    s2ft.prepare(model, {"x": inputs["x"]}, s2ft.S2FTConfig({"ffn.out": 0.5}))
+    compiled(model, logits=False)(inputs["x"])["logits"].sum().backward()
+    assert "no cross-entropy" in caplog.text

@@ -140,6 +140,25 @@ def gradients(model, loss, autocast: bool = False, inner: str = "aot_eager"):
     return found
 
 
+def test_a_gradient_is_made_as_soon_as_its_operands_are(monkeypatch):
+    """At the end of the backward, where autograd has it, every layer's dY would be alive at once."""
+    waits = []
+
+    def lowered(graph, capability):
+        lower(graph, HOPPER)
+        nodes = list(graph.nodes)
+        for i, node in enumerate(nodes):
+            if node.target is SLICE_GRAD:
+                between = nodes[max(map(nodes.index, node.all_input_nodes)) + 1 : i]
+                waits.append([n for n in between if n.target is not SLICE_GRAD])
+
+    monkeypatch.setattr(lower_pass, "lower", lowered)
+    model, ids = hf("llama").bfloat16(), tokens()
+    s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig(targets={"attention.out": 1, "ffn.out": 5}))
+    compiled(model)(input_ids=ids, labels=ids).loss.backward()
+    assert len(waits) == 4 and not any(waits)
+
+
 class Forced:
     """Lowers as if there were a GPU, and keeps what it made of each graph."""
 
@@ -277,6 +296,20 @@ def test_the_first_kernel_tells_right_from_wrong(monkeypatch):
     assert support._failure(torch.device("cpu")) is None
     monkeypatch.setattr(support, "_probe", {(1,): lambda x, out: out.zero_()})
     assert "wrong results" in support._failure(torch.device("cpu"))
+
+
+def test_a_launch_is_on_the_gpu_of_its_tensors(monkeypatch):
+    """Which is not the current one where a model lies on several; and no GPU is touched while a graph is traced."""
+    class OnGpu(torch.Tensor):
+        is_cuda, device = True, torch.device("cuda:1")
+
+    taken = []
+    monkeypatch.setattr(support, "nullcontext", lambda: "none")
+    monkeypatch.setattr(torch.cuda, "device", taken.append)
+    assert support.placed(torch.ones(1)) == "none" and support.placed(OnGpu(1)) == "none" and not taken
+    monkeypatch.setattr(torch, "Tensor", OnGpu)
+    support.placed(OnGpu(1))
+    assert taken == [torch.device("cuda:1")]
 
 
 class NoGpu:
