@@ -46,10 +46,11 @@ def close(found, expected) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_one_session_switches_between_adapters_and_runs_without(tmp_path, kind):
-    first = tuned(kind, 0)
-    second = tuned(kind, 1, {**TARGETS, "ffn.out": 9, "ffn.in": 3})  # of other sizes
+    layers = {"n_layer" if kind == "gpt2" else "num_hidden_layers": 1}
+    first = tuned(kind, 0, **layers)
+    second = tuned(kind, 1, {**TARGETS, "ffn.out": 9, "ffn.in": 3}, **layers)  # of other sizes
     before = {n: p.detach().clone() for n, p in first.named_parameters()}
     path = export_onnx(first, tmp_path / "base.onnx", {"input_ids": tokens()}, adapters="separate")
     assert_weights(first, before)
@@ -58,7 +59,7 @@ def test_one_session_switches_between_adapters_and_runs_without(tmp_path, kind):
     session = onnxruntime.InferenceSession(str(path))
     assert [i.name for i in session.get_inputs()] == ["input_ids"]
     assert len(session.get_overridable_initializers()) == 2 * len(first.s2ft.plan.slices)
-    base, inputs = hf(kind), tokens(3, 11, seed=5)
+    base, inputs = hf(kind, **layers), tokens(3, 11, seed=5)
     for name in (None, "first", "second", "first", None):
         model = {None: base, "first": first, "second": second}[name]
         with torch.no_grad():
@@ -68,10 +69,11 @@ def test_one_session_switches_between_adapters_and_runs_without(tmp_path, kind):
 
 def test_room_for_the_adapters_of_several_folders(tmp_path):
     """What one adapter changes and the other does not, and one weight along both of its dimensions."""
-    base, models = hf("llama"), {}
+    layers = {"num_hidden_layers": 1}
+    base, models = hf("llama", **layers), {}
     name = "model.layers.0.mlp.up_proj.weight"
-    models["rows"] = tuned("llama", 0, {"ffn.in": 3})
-    models["out"] = tuned("llama", 1, {"attention.out": 1})
+    models["rows"] = tuned("llama", 0, {"ffn.in": 3}, **layers)
+    models["out"] = tuned("llama", 1, {"attention.out": 1}, **layers)
     for folder, model in models.items():
         save_adapter(model, tmp_path / folder)
     models["columns"] = copy.deepcopy(base)
@@ -89,11 +91,9 @@ def test_room_for_the_adapters_of_several_folders(tmp_path):
 
 # --- opsets ------------------------------------------------------------------------------------------------
 
-FAST = ((24, False),)  # the first with an Attention operator; the default runs in all other tests
-
-
-@pytest.mark.parametrize("opset, cache", [
-    pytest.param(o, c, marks=() if (o, c) in FAST else pytest.mark.slow) for o in OPSETS for c in (False, True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("opset", OPSETS)
 def test_each_opset_runs_plain_and_with_adapters(tmp_path, opset, cache):
     layers, example, ids = {"num_hidden_layers": 1}, {"input_ids": tokens()}, tokens(3, 11, seed=5)
     model, base, feeds = tuned("llama", 0, **layers), hf("llama", **layers), {"input_ids": ids.numpy()}
