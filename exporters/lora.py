@@ -114,8 +114,9 @@ def adapter_source(model: nn.Module, adapter: str | os.PathLike | None) -> Adapt
 # --- where the slices are ----------------------------------------------------------------------------------
 
 
-def linear_layers(module: nn.Module, adapter: Adapter) -> dict[str, tuple[str, bool]]:
-    """Parameter -> (the layer that holds it, whether its weight is stored (in, out)). Raises `ExportError`."""
+def linear_layers(module: nn.Module, adapter: Adapter, form: str = "a LoRA") -> dict[str, tuple[str, bool]]:
+    """Parameter -> (the layer that holds it, whether its weight is stored (in, out)). form: what the slices are to
+    become. Raises `ExportError` for one of anything else than the weight of a linear layer."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -125,7 +126,7 @@ def linear_layers(module: nn.Module, adapter: Adapter) -> dict[str, tuple[str, b
         layer, _, key = s.parameter_name.rpartition(".")
         refused = _why_not(module.get_submodule(layer), key, held_as)
         if refused:
-            raise ExportError(f"{s.parameter_name} cannot be a LoRA: {refused}. `save_adapter` and `save_merged` take "
+            raise ExportError(f"{s.parameter_name} cannot be {form}: {refused}. `save_adapter` and `save_merged` take "
                               f"it")
         found[s.parameter_name] = layer, _is_conv1d(module.get_submodule(layer))
     return found
@@ -133,14 +134,12 @@ def linear_layers(module: nn.Module, adapter: Adapter) -> dict[str, tuple[str, b
 
 def _why_not(layer: nn.Module, key: str, held_as: Sequence[str]) -> str | None:
     if len(held_as) > 1:
-        return f"it is tied, held as {' and '.join(held_as)}, and PEFT would change one of them only"
-    if isinstance(layer, nn.Embedding):
-        return "an embedding's LoRA is another format, which vLLM does not take"
+        return f"it is tied, held as {' and '.join(held_as)}, and one of them only would change"
     if key != "weight":
-        return f"it is the {key!r} of a {type(layer).__name__}; a LoRA changes the 'weight' of linear layers"
+        return f"it is the {key!r} of a {type(layer).__name__}; valid: the 'weight' of linear layers"
     direct = isinstance(layer, nn.Linear) and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
     if not (direct or _is_conv1d(layer)):
-        return f"it belongs to a {type(layer).__name__}; valid: nn.Linear, and Conv1D of transformers"
+        return f"its layer is of type {type(layer).__name__}; valid: nn.Linear, and Conv1D of transformers"
     return None
 
 

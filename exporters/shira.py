@@ -36,7 +36,7 @@ def save_shira(model: nn.Module, directory: str | os.PathLike, *, adapter: str |
     as many numbers as the largest slice asks of all layers, or a folder that exists.
     """
     module, source = unwrap(model), adapter_source(model, adapter)
-    held = linear_layers(module, source)
+    held = linear_layers(module, source, "a SHiRA")
     layers = {held[s.parameter_name][0]: s for s in source.slices}
     _check_layers(module, layers)
     r = common_r(layers)

@@ -202,7 +202,7 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("target, tied, match", [
-    ("embed.weight", False, "an embedding's LoRA"),
+    ("embed.weight", False, "embed.weight cannot be a LoRA: its layer is of type Embedding; valid: nn.Linear"),
     ("embed.weight", True, "held as embed.weight and head.weight"),
     ("mix", False, "'mix' of a Odd"),
     ("up.bias", False, "'bias' of a Linear"),

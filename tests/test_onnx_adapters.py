@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from small import assert_weights, hf, randomize, tokens
 
 import s2ft_compile as s2ft
-from s2ft_compile.errors import ConfigError, ExportError
+from s2ft_compile.errors import AdapterError, ConfigError, ExportError
 from s2ft_compile.exporters import export_onnx, save_adapter, save_onnx_adapter
 from s2ft_compile.exporters.onnx import OPSETS
+from s2ft_compile.exporters.onnx_adapter import places_of
 from s2ft_compile.exporters.onnx_places import add_places
 
 TARGETS = {"ffn.out": 5, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
@@ -204,10 +205,27 @@ def test_a_weight_that_is_no_factor_of_a_product_is_refused_by_its_node():
 
 def test_options_and_names_that_do_not_fit_are_refused(tmp_path):
     base = hf("llama")
-    for adapters, match in (("apart", "'separate' or a list"), ("separate", "not prepared"), ([], "no adapter")):
+    for adapters, match in (("apart", "'separate' or a list"), (tmp_path / "a", "'separate' or a list"),
+                            ("separate", "not prepared"), ([], "no adapter")):
         with pytest.raises(ConfigError, match=match):
             export_onnx(base, tmp_path / "m.onnx", {"input_ids": tokens()}, adapters=adapters)
     model = tuned("llama", 0)
     with pytest.raises(ExportError, match="a.onnx_adapter would be"):
         save_onnx_adapter(model, tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_adapters_that_do_not_belong_to_the_model_are_refused(tmp_path):
+    model = tuned("llama", 0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    folder, other = save_adapter(model, tmp_path / "adapter"), hf("qwen2")
+    with pytest.raises(AdapterError, match="another base model"):
+        export_onnx(other, tmp_path / "m.onnx", {"input_ids": tokens()}, [folder])
+    with pytest.raises(ConfigError, match="deltas of its own"):
+        save_onnx_adapter(model, tmp_path / "a.onnx_adapter", adapter=folder)
+    assert places_of(model, [folder]) == places_of(hf("llama"), [folder]) == places_of(model, "separate")
+    assert_weights(model, before)
+    table = tuned("llama", 0, {"model.embed_tokens.weight": 2})
+    with pytest.raises(ExportError, match="cannot be an adapter beside an ONNX graph: .* Embedding"):
+        save_onnx_adapter(table, tmp_path / "a.onnx_adapter")
+    assert list(tmp_path.iterdir()) == [folder]
