@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..capture import Inputs, arguments, inference_mode_of, tied_names, unwrap
+from ..capture import Inputs, arguments, configs_of, inference_mode_of, tied_names, unwrap
 from ..errors import CaptureError, ConfigError, ExportError
 from .files import new_files
 from .merged import plain
@@ -74,6 +74,7 @@ def export_onnx(
         untrained(model) if places else plain(model),
         inference_mode_of(module),
         _bfloat16_as_float32(module),
+        _experts_by_index(module),
         _quiet(),
         stepping(module, inputs) if cache else nullcontext(Call(inputs)) as call,
     ):
@@ -252,6 +253,20 @@ def _bfloat16_as_float32(module: nn.Module) -> Iterator[None]:
     finally:
         for tensor, data in kept:
             tensor.data = data
+
+
+@contextmanager
+def _experts_by_index(module: nn.Module) -> Iterator[None]:
+    """Experts as products with the weights of each token's own: their products by groups have no translation."""
+    held = [(c, c._experts_implementation) for c in configs_of(module) if hasattr(c, "_experts_implementation")]
+    try:
+        for config, kind in held:
+            if kind == "grouped_mm":
+                config._experts_implementation = "batched_mm"
+        yield
+    finally:
+        for config, kind in held:  # outer ones first: they set those inside them too
+            config._experts_implementation = kind
 
 
 @contextmanager

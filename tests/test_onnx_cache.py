@@ -46,6 +46,8 @@ MODELS = {
     "gemma3": lambda: widened(  # a window of three tokens in one layer, and all of them in the other
         t.Gemma3TextConfig, t.Gemma3ForCausalLM, **{**LLAMA, "sliding_window": 3},
         layer_types=["sliding_attention", "full_attention"]),
+    "mixtral": lambda: widened(  # experts, as grouped products
+        t.MixtralConfig, t.MixtralForCausalLM, **{**LLAMA, "num_hidden_layers": 1}, num_local_experts=4),
     "bloom": lambda: widened(  # no positions: they come from the mask
         t.BloomConfig, t.BloomForCausalLM, vocab_size=50, hidden_size=16, n_layer=1, n_head=4),
 }
