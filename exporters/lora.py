@@ -6,9 +6,10 @@ decomposition: B A sums one product with 1 and zeros.
     columns (what the layer contracts)      A[k, indices[k]] = 1   (r, in)      B = delta       (out, r)
     rows (what it produces)                 A = delta              (r, in)      B[indices[k], k] = 1   (out, r)
 
-`lora_alpha == r`, so the scaling is 1. In float32, PEFT's `merge_and_unload` gives the bits of `save_merged` (but for
-the sign of a weight that is -0.0). In bfloat16 and float16 it rounds the delta to that type before it adds, where
-`save_merged` rounds the sum once, so entries differ by up to about one unit in the last place.
+`lora_alpha == r`, so the scaling is 1. PEFT's `merge_and_unload` gives the bits of `save_merged` (but for the sign of a
+weight that is -0.0), in bfloat16 and float16 too: it keeps A and B in float32 and rounds the sum once. With
+`safe_merge=True`, or loaded with `autocast_adapter_dtype=False`, it rounds the delta before it adds, and entries differ
+by up to about one unit in the last place.
 """
 
 import json
