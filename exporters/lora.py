@@ -88,7 +88,7 @@ def save_lora(
         config = _config(module, factors, transposed)
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         errors = {f.module: f.error for f in factors if f.error}
-        (folder / CARD).write_text(card(source, LORA.format(rank=config["r"]), errors), encoding="utf-8")
+        (folder / CARD).write_text(card(source, LORA.format(vllm=_for_vllm(config["r"])), errors), encoding="utf-8")
     log.info("LoRA written to %s: %d modules, ranks up to %d", directory, len(factors), config["r"])
     return Path(directory)
 
@@ -165,6 +165,13 @@ def _factors(s: Slice, layer: str, transposed: bool) -> Factors:
 
 def _rounded(rank: int, ranks: int | str) -> int:
     return VLLM_RANKS[bisect_left(VLLM_RANKS, rank)] if ranks == "vllm" else rank
+
+
+def _for_vllm(rank: int) -> str:
+    """How vLLM serves a LoRA of this rank: its limit is one of its list."""
+    if rank > VLLM_RANKS[-1]:
+        return f"does not take it, since its rank {rank} is above {VLLM_RANKS[-1]}"
+    return f"`--enable-lora --max-lora-rank {_rounded(rank, 'vllm')} --lora-modules name=this-folder`"
 
 
 def _fitted(f: Factors, ranks: int | str, truncate: bool) -> Factors:

@@ -74,7 +74,8 @@ def test_peft_merges_to_the_bits_of_the_merged_model(tmp_path, kind, layout, ran
     assert sorted(config["rank_pattern"].values()) == (sorted(held) if len(set(held)) > 1 else [])
     assert_peft_gives(base, model, tmp_path / "lora")
     text = (tmp_path / "lora" / "README.md").read_text()
-    assert f"--max-lora-rank {max(held)}" in text and type(base).__name__ in text and "Not exact" not in text
+    served = min(r for r in lora.VLLM_RANKS if r >= max(held))  # vLLM takes no other limit
+    assert f"--max-lora-rank {served} " in text and type(base).__name__ in text and "Not exact" not in text
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(2, 9), st.integers(0, 1), st.booleans(), st.integers(0, 9),
@@ -198,6 +199,7 @@ def test_vllm_takes_no_rank_above_512():
         lora._fitted(f, "vllm", truncate=False)
     assert lora._fitted(f, "vllm", truncate=True).rank == 4 and lora._fitted(f, "exact", truncate=False) is f
     assert [lora._rounded(r, "vllm") for r in (1, 2, 8, 9, 257, 512)] == [1, 8, 8, 16, 320, 512]
+    assert "rank 513 is above 512" in lora._for_vllm(513) and "--max-lora-rank 16 " in lora._for_vllm(9)
 
 
 class Odd(nn.Module):
