@@ -61,8 +61,9 @@ def export_onnx(
     opset: of the file, one of `OPSETS`.
 
     Raises `ConfigError` for an option that is unknown, adapters that leave nothing to make room for, or a model
-    without a cache that is asked for one, `AdapterError` for an adapter of another base model, `CaptureError` for a model that cannot be traced, `ExportError` for a
-    file that exists, an operator without translation, or a result that differs from the model's.
+    without a cache that is asked for one, `AdapterError` for an adapter of another base model, `CaptureError` for a
+    model that cannot be traced, `ExportError` for a file that exists, an operator without translation, or a result
+    that differs from the model's.
     """
     target, module = Path(path), unwrap(model)
     _check_options(target, module, cache, names, opset)

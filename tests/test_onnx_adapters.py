@@ -68,6 +68,7 @@ def test_one_session_switches_between_adapters_and_runs_without(tmp_path, kind):
         close(run(session, inputs, *([tmp_path / f"{name}.onnx_adapter"] if name else [])), expected)
 
 
+@pytest.mark.slow
 def test_room_for_the_adapters_of_several_folders(tmp_path):
     """What one adapter changes and the other does not, and one weight along both of its dimensions."""
     layers = {"num_hidden_layers": 1}
