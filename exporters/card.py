@@ -29,8 +29,7 @@ model = PeftModel.from_pretrained(base, "this-folder")     # model.merge_and_unl
 """
 
 LORA = PEFT + """\
-vLLM: `--enable-lora --max-lora-rank {rank} --lora-modules name=this-folder`. The LoRA is exact: one factor of each pair
-is one-hot, and `lora_alpha == r`.
+vLLM: {vllm}. The LoRA is exact: one factor of each pair is one-hot, and `lora_alpha == r`.
 """
 
 SHIRA = PEFT + """\

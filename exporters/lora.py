@@ -6,9 +6,10 @@ decomposition: B A sums one product with 1 and zeros.
     columns (what the layer contracts)      A[k, indices[k]] = 1   (r, in)      B = delta       (out, r)
     rows (what it produces)                 A = delta              (r, in)      B[indices[k], k] = 1   (out, r)
 
-`lora_alpha == r`, so the scaling is 1. In float32, PEFT's `merge_and_unload` gives the bits of `save_merged` (but for
-the sign of a weight that is -0.0). In bfloat16 and float16 it rounds the delta to that type before it adds, where
-`save_merged` rounds the sum once, so entries differ by up to about one unit in the last place.
+`lora_alpha == r`, so the scaling is 1. PEFT's `merge_and_unload` gives the bits of `save_merged` (but for the sign of a
+weight that is -0.0), in bfloat16 and float16 too: it keeps A and B in float32 and rounds the sum once. With
+`safe_merge=True`, or loaded with `autocast_adapter_dtype=False`, it rounds the delta before it adds, and entries differ
+by up to about one unit in the last place.
 """
 
 import json
@@ -87,7 +88,7 @@ def save_lora(
         config = _config(module, factors, transposed)
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         errors = {f.module: f.error for f in factors if f.error}
-        (folder / CARD).write_text(card(source, LORA.format(rank=config["r"]), errors), encoding="utf-8")
+        (folder / CARD).write_text(card(source, LORA.format(vllm=_for_vllm(config["r"])), errors), encoding="utf-8")
     log.info("LoRA written to %s: %d modules, ranks up to %d", directory, len(factors), config["r"])
     return Path(directory)
 
@@ -114,8 +115,9 @@ def adapter_source(model: nn.Module, adapter: str | os.PathLike | None) -> Adapt
 # --- where the slices are ----------------------------------------------------------------------------------
 
 
-def linear_layers(module: nn.Module, adapter: Adapter) -> dict[str, tuple[str, bool]]:
-    """Parameter -> (the layer that holds it, whether its weight is stored (in, out)). Raises `ExportError`."""
+def linear_layers(module: nn.Module, adapter: Adapter, form: str = "a LoRA") -> dict[str, tuple[str, bool]]:
+    """Parameter -> (the layer that holds it, whether its weight is stored (in, out)). form: what the slices are to
+    become. Raises `ExportError` for one of anything else than the weight of a linear layer."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -125,7 +127,7 @@ def linear_layers(module: nn.Module, adapter: Adapter) -> dict[str, tuple[str, b
         layer, _, key = s.parameter_name.rpartition(".")
         refused = _why_not(module.get_submodule(layer), key, held_as)
         if refused:
-            raise ExportError(f"{s.parameter_name} cannot be a LoRA: {refused}. `save_adapter` and `save_merged` take "
+            raise ExportError(f"{s.parameter_name} cannot be {form}: {refused}. `save_adapter` and `save_merged` take "
                               f"it")
         found[s.parameter_name] = layer, _is_conv1d(module.get_submodule(layer))
     return found
@@ -133,14 +135,12 @@ def linear_layers(module: nn.Module, adapter: Adapter) -> dict[str, tuple[str, b
 
 def _why_not(layer: nn.Module, key: str, held_as: Sequence[str]) -> str | None:
     if len(held_as) > 1:
-        return f"it is tied, held as {' and '.join(held_as)}, and PEFT would change one of them only"
-    if isinstance(layer, nn.Embedding):
-        return "an embedding's LoRA is another format, which vLLM does not take"
+        return f"it is tied, held as {' and '.join(held_as)}, and one of them only would change"
     if key != "weight":
-        return f"it is the {key!r} of a {type(layer).__name__}; a LoRA changes the 'weight' of linear layers"
+        return f"it is the {key!r} of a {type(layer).__name__}; valid: the 'weight' of linear layers"
     direct = isinstance(layer, nn.Linear) and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
     if not (direct or _is_conv1d(layer)):
-        return f"it belongs to a {type(layer).__name__}; valid: nn.Linear, and Conv1D of transformers"
+        return f"its layer is of type {type(layer).__name__}; valid: nn.Linear, and Conv1D of transformers"
     return None
 
 
@@ -165,6 +165,13 @@ def _factors(s: Slice, layer: str, transposed: bool) -> Factors:
 
 def _rounded(rank: int, ranks: int | str) -> int:
     return VLLM_RANKS[bisect_left(VLLM_RANKS, rank)] if ranks == "vllm" else rank
+
+
+def _for_vllm(rank: int) -> str:
+    """How vLLM serves a LoRA of this rank: its limit is one of its list."""
+    if rank > VLLM_RANKS[-1]:
+        return f"does not take it, since its rank {rank} is above {VLLM_RANKS[-1]}"
+    return f"`--enable-lora --max-lora-rank {_rounded(rank, 'vllm')} --lora-modules name=this-folder`"
 
 
 def _fitted(f: Factors, ranks: int | str, truncate: bool) -> Factors:

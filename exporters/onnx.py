@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..capture import Inputs, arguments, inference_mode_of, tied_names, unwrap
+from ..capture import Inputs, arguments, configs_of, inference_mode_of, tied_names, unwrap
 from ..errors import CaptureError, ConfigError, ExportError
 from .files import new_files
 from .merged import plain
@@ -61,8 +61,9 @@ def export_onnx(
     opset: of the file, one of `OPSETS`.
 
     Raises `ConfigError` for an option that is unknown, adapters that leave nothing to make room for, or a model
-    without a cache that is asked for one, `CaptureError` for a model that cannot be traced, `ExportError` for a
-    file that exists, an operator without translation, or a result that differs from the model's.
+    without a cache that is asked for one, `AdapterError` for an adapter of another base model, `CaptureError` for a
+    model that cannot be traced, `ExportError` for a file that exists, an operator without translation, or a result
+    that differs from the model's.
     """
     target, module = Path(path), unwrap(model)
     _check_options(target, module, cache, names, opset)
@@ -74,6 +75,7 @@ def export_onnx(
         untrained(model) if places else plain(model),
         inference_mode_of(module),
         _bfloat16_as_float32(module),
+        _experts_by_index(module),
         _quiet(),
         stepping(module, inputs) if cache else nullcontext(Call(inputs)) as call,
     ):
@@ -252,6 +254,20 @@ def _bfloat16_as_float32(module: nn.Module) -> Iterator[None]:
     finally:
         for tensor, data in kept:
             tensor.data = data
+
+
+@contextmanager
+def _experts_by_index(module: nn.Module) -> Iterator[None]:
+    """Experts as products with the weights of each token's own: their products by groups have no translation."""
+    held = [(c, c._experts_implementation) for c in configs_of(module) if hasattr(c, "_experts_implementation")]
+    try:
+        for config, kind in held:
+            if kind == "grouped_mm":
+                config._experts_implementation = "batched_mm"
+        yield
+    finally:
+        for config, kind in held:  # outer ones first: they set those inside them too
+            config._experts_implementation = kind
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from torch import nn
 from ..capture import unwrap
 from ..errors import ConfigError, ExportError
 from ..state import disabled, is_prepared, state_of
-from .adapter import adapter_of, check_fits
+from .adapter import check_fits
 from .files import new_files
 from .format import Adapter, read_adapter
-from .lora import linear_layers
+from .lora import adapter_source, linear_layers
 from .onnx_places import GENAI, NAMES, check_names, lora_names, slice_names
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def save_onnx_adapter(
         raise ExportError(f"{target} is not the name of an adapter for ONNX Runtime; {target.with_suffix(SUFFIX)} "
                           f"would be")
     check_names(names)
-    source = _source(model, adapter)
+    source = adapter_source(model, adapter)
     parts = _oriented(module, source)
     with new_files(target) as folder:
         _write(_loras(parts) if names == GENAI else _slices(parts), folder / target.name)
@@ -73,7 +73,7 @@ class Part(NamedTuple):
 
 
 def _oriented(module: nn.Module, source: Adapter) -> list[Part]:
-    layers, made = linear_layers(module, source), []
+    layers, made = linear_layers(module, source, "an adapter beside an ONNX graph"), []
     for s in source.slices:
         transposed, dtype = layers[s.parameter_name][1], module.get_parameter(s.parameter_name).dtype
         delta = (s.delta if transposed else s.delta.T).to(torch.float32 if dtype == torch.bfloat16 else dtype)
@@ -103,14 +103,6 @@ def _loras(parts: Sequence[Part]) -> dict[str, np.ndarray]:
     return made
 
 
-def _source(model: nn.Module, adapter: str | os.PathLike | None) -> Adapter:
-    if adapter is None:
-        return adapter_of(model)
-    read = read_adapter(adapter)
-    check_fits(unwrap(model), read)
-    return read
-
-
 # --- the graph ---------------------------------------------------------------------------------------------
 
 
@@ -132,17 +124,21 @@ def untrained(model: nn.Module) -> Iterator[None]:
 def places_of(model: nn.Module, adapters: str | Sequence[str | os.PathLike]) -> list[tuple[str, int]]:
     """(weight, dim) of everything that the adapters change: those of a prepared model, or of adapter folders.
 
-    Raises `ConfigError` where there are none.
+    Raises `ConfigError` where there are none, `AdapterError` for an adapter of another base model.
     """
-    if isinstance(adapters, str):
+    if isinstance(adapters, (str, os.PathLike)):
         if adapters != "separate":
-            raise ConfigError(f"adapters must be 'separate' or a list of adapter folders, got {adapters!r}")
+            raise ConfigError(f"adapters must be 'separate' or a list of adapter folders, got {os.fspath(adapters)!r}")
         if not is_prepared(model):
             raise ConfigError("adapters='separate' makes room for what a prepared model trains, and this one is not "
                               "prepared; give a list of adapter folders instead")
         slices = list(state_of(model).plan.slices)
     else:
-        slices = [s for folder in adapters for s in read_adapter(folder).slices]
+        found = [read_adapter(folder) for folder in adapters]
+        with untrained(model):
+            for adapter in found:
+                check_fits(unwrap(model), adapter)
+        slices = [s for adapter in found for s in adapter.slices]
     if not slices:
         raise ConfigError("no adapter was given, so there is nothing that the graph could make room for")
     return list(dict.fromkeys((s.parameter_name, s.dim) for s in slices))

@@ -35,13 +35,14 @@ def tokens_of(module: nn.Module) -> dict[str, Any]:
 
     needed = {"eos_token_id": find("eos_token_id"), "max_position_embeddings": find("max_position_embeddings")}
     for name, value in needed.items():
-        if value is None:
+        if value is None or value == []:
             raise ConfigError(f"genai_config.json needs the model's {name}, and its configuration has none; set "
                               f"model.config.{name}")
     ends = needed["eos_token_id"]
     last = ends if isinstance(ends, int) else ends[0]
     return {"bos_token_id": find("bos_token_id", last), "eos_token_id": ends,
-            "pad_token_id": find("pad_token_id", last), "context_length": needed["max_position_embeddings"], "vocab_size": find("vocab_size")}
+            "pad_token_id": find("pad_token_id", last), "context_length": needed["max_position_embeddings"],
+            "vocab_size": find("vocab_size")}
 
 
 def genai_config(config: Any, tokens: dict[str, Any], graph: Any, name: str) -> dict[str, Any]:

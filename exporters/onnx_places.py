@@ -23,6 +23,7 @@ from ..errors import ConfigError, ExportError
 NAMES = ("model", "genai")  # how values are named: as the model names them, or as onnxruntime-genai and Olive do
 GENAI = NAMES[1]
 
+
 class Product(NamedTuple):
     """A node that computes x W. contracts: the dimension of the stored weight that it sums over."""
 

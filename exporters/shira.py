@@ -2,9 +2,8 @@
 
 A SHiRA adds single numbers to a weight (out, in): r (in + out) of them in each layer, one r for all layers, and its
 files hold their positions. A slice is n * out (columns) or n * in (rows) numbers: r is what the layer with the most
-of them needs, and the others get zeros at positions that nothing changes. In float32 PEFT's `merge_and_unload` gives
-the bits of `save_merged` (but for the sign of a weight that is -0.0); in bfloat16 and float16 it rounds the delta
-before it adds.
+of them needs, and the others get zeros at positions that nothing changes. PEFT's `merge_and_unload` gives the bits of
+`save_merged` (but for the sign of a weight that is -0.0), in bfloat16 and float16 too.
 """
 
 import json
@@ -36,7 +35,7 @@ def save_shira(model: nn.Module, directory: str | os.PathLike, *, adapter: str |
     as many numbers as the largest slice asks of all layers, or a folder that exists.
     """
     module, source = unwrap(model), adapter_source(model, adapter)
-    held = linear_layers(module, source)
+    held = linear_layers(module, source, "a SHiRA")
     layers = {held[s.parameter_name][0]: s for s in source.slices}
     _check_layers(module, layers)
     r = common_r(layers)

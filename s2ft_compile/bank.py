@@ -116,6 +116,8 @@ class AdapterBank:
     def add(self, name: str, adapter: Adapter | str | os.PathLike) -> None:
         """adapter: a folder of `save_adapter`. Raises `AdapterError` for a name in use, or another base's adapter."""
         read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+        if not isinstance(name, str) or not name:
+            raise AdapterError(f"an adapter's name is a text, got {name!r}")
         with self._exclusive():
             if name in self._entries:
                 raise AdapterError(f"there is an adapter {name!r} already; remove it first")
@@ -160,8 +162,8 @@ class AdapterBank:
         The paper's fusion without interference is the one where all of these are 0. Raises `AdapterError` for an
         unknown name or a weight that is not finite.
         """
-        if not all(map(math.isfinite, weights.values())):
-            raise AdapterError(f"the weights of a sum are finite numbers, got {dict(weights)}")
+        if not isinstance(weights, Mapping) or not all(map(_finite, weights.values())):
+            raise AdapterError(f"a sum maps names to finite numbers, as {{'law': 1.0}}; got {weights!r}")
         with self._exclusive():
             entries = {name: self._entry(name) for name in weights}
             self._switch((), (), ())
@@ -198,9 +200,12 @@ class AdapterBank:
     def batch(self, ids: Sequence[str | None]) -> Iterator[None]:
         """A block in which row i of every forward uses the adapter ids[i], or the base model where it is None.
 
-        Rows may be repeated (beams) or flattened with their tokens. Raises `StateError` while an adapter is active,
-        `ExportError` for slices of weights that no linear layer holds.
+        Rows may be repeated (beams) or flattened with their tokens. Raises `AdapterError` for an unknown name,
+        `StateError` while an adapter is active, `ExportError` for slices of weights that no linear layer holds.
         """
+        listed = isinstance(ids, Sequence) and not isinstance(ids, str) and len(ids) > 0
+        if not listed or not all(name is None or isinstance(name, str) for name in ids):
+            raise AdapterError(f"a batch takes a list with a name or None for each row, got {ids!r}")
         with self._free:
             if self.active:
                 raise StateError(f"{', '.join(self.active)} is active; call activate(None) before a batch")
@@ -237,6 +242,13 @@ class AdapterBank:
             while self._batches:
                 self._free.wait()
             yield
+
+
+def _finite(weight: object) -> bool:
+    try:
+        return math.isfinite(weight)
+    except (TypeError, OverflowError):
+        return False
 
 
 def _hook(now: _Now, name: str):
@@ -288,7 +300,7 @@ def _shared(a: Entry, b: Entry) -> int:
 def _stacks(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, tuple[Stack, ...]]:
     found: dict[tuple[str, bool], list[tuple[int, Slice, Tensor]]] = {}
     for k, adapter in enumerate(adapters, 1):
-        layers = linear_layers(model, adapter)
+        layers = linear_layers(model, adapter, "in a batch")
         for s in adapter.slices:
             layer, transposed = layers[s.parameter_name]
             delta = s.delta if transposed else s.delta.T

@@ -121,8 +121,7 @@ def overlapping_names(model: nn.Module) -> dict[str, str]:
 def inference_mode_of(model: nn.Module):
     """Eval mode, no KV cache and no fused encoder layers; afterwards whatever it was before, module by module."""
     training = {m: m.training for m in model.modules()}
-    held = {id(c): c for m in model.modules() for c in _configs(getattr(m, "config", None))}  # a decoder may have its own
-    configs = [c for c in held.values() if getattr(c, "use_cache", None)]
+    configs = [c for c in configs_of(model) if getattr(c, "use_cache", None)]
     with ExitStack() as stack:
         for module, was in training.items():
             stack.callback(setattr, module, "training", was)
@@ -133,6 +132,11 @@ def inference_mode_of(model: nn.Module):
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # one opaque operator for a whole encoder layer
         yield
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """Every configuration of Hugging Face in a model, once: a decoder may have its own."""
+    return list({id(c): c for m in model.modules() for c in _configs(getattr(m, "config", None))}.values())
 
 
 def _configs(config: Any):

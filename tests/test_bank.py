@@ -254,8 +254,15 @@ def test_calls_that_do_not_fit_are_refused_and_change_nothing(folder, tmp_path):
         bank.activate("x")
     with pytest.raises(AdapterError, match="no adapter 'x'"):
         bank.fuse({"a": 1.0, "x": 1.0})
-    with pytest.raises(AdapterError, match="finite numbers"):
-        bank.fuse({"a": float("nan")})
+    for wrong in ({"a": float("nan")}, {"a": "1"}, {"a": 10**400}, ["a"]):
+        with pytest.raises(AdapterError, match="finite numbers"):
+            bank.fuse(wrong)
+    for wrong in (None, "", 3):
+        with pytest.raises(AdapterError, match="name is a text"):
+            bank.add(wrong, folder / "b")
+    for wrong in ("a", [], [0], [["a"]], None):
+        with pytest.raises(AdapterError, match="a name or None for each row"), bank.batch(wrong):
+            pytest.fail("the block must not run")
     with pytest.raises(StateError, match="a is active"), bank.batch(["b"]):
         pytest.fail("the block must not run")
     assert same(weights(bank.model), before) and bank.active == ("a",)
@@ -295,5 +302,5 @@ def test_weights_that_no_linear_layer_holds_are_switched_but_not_batched(tmp_pat
     bank.activate("a")
     assert same(weights(base), weights(changed))
     bank.activate(None)
-    with pytest.raises(ExportError, match="embed_tokens.*embedding"), bank.batch(["a"]):
+    with pytest.raises(ExportError, match="embed_tokens.weight cannot be in a batch: .*Embedding"), bank.batch(["a"]):
         pytest.fail("the block must not run")

@@ -1,12 +1,14 @@
 """Exclusion: adapters that share no entry, whatever was selected by whatever means, so that they fuse exactly."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import QUICK, cases, compiled, configs, hf, randomize, same_bits, tokens
+from small import LLAMA, QUICK, cases, compiled, configs, hf, randomize, same_bits, tokens
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import s2ft_compile as s2ft
 from s2ft_compile.config import BUDGETS, CALIBRATED, SELECTIONS
@@ -54,8 +56,39 @@ def train(base, folder, seed: int = 0, **fields):
 @given(cases(), st.lists(configs(), min_size=2, max_size=3))
 @settings(max_examples=max(5, settings.default.max_examples // 4), phases=QUICK)
 def test_chains_of_drawn_selections_share_no_entry(case, chain):
-    """Or there are too few free units, and the error says so; a chain of one is what it is without exclusion."""
-    analysis, parameters, before = s2ft.analyze(case.model, case.inputs), dict(case.model.named_parameters()), []
+    check_chain(s2ft.analyze(case.model, case.inputs), dict(case.model.named_parameters()), chain)
+
+
+ATTENTION = ("attention.out", "attention.query", "attention.key", "attention.value")
+ROLES = {"gpt2": (*ATTENTION, "ffn.in", "ffn.out"), "mixtral": (*ATTENTION, "moe.in", "moe.out")}
+
+
+@cache
+def fused_or_experts(kind: str):
+    """gpt2: queries, keys and values are parts of one weight. mixtral: a channel is one of every expert."""
+    torch.manual_seed(0)
+    model = hf("gpt2") if kind == "gpt2" else MixtralForCausalLM(MixtralConfig(**LLAMA, num_local_experts=2))
+    return s2ft.analyze(model, {"input_ids": tokens()}), dict(model.named_parameters())
+
+
+@st.composite
+def chains(draw):
+    kind = draw(st.sampled_from(sorted(ROLES)))
+    amounts = st.dictionaries(st.sampled_from(ROLES[kind]), st.sampled_from((1, 0.5)), min_size=1, max_size=4)
+    made = st.builds(s2ft.S2FTConfig, targets=amounts, selection=st.sampled_from(("random", "weight")),
+                     budget=st.sampled_from(("layer", "model")), seed=st.integers(0, 99))
+    return kind, draw(st.lists(made, min_size=2, max_size=4))
+
+
+@given(chains())
+def test_chains_of_parts_of_one_weight_and_of_experts_share_no_entry(drawn):
+    kind, chain = drawn
+    check_chain(*fused_or_experts(kind), chain)
+
+
+def check_chain(analysis, parameters, chain) -> None:
+    """No entry twice, or there are too few free units and the error says so; the first is what it is by itself."""
+    before = []
     for config in chain:
         try:
             plain = select(analysis, config, parameters)

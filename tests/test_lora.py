@@ -17,7 +17,7 @@ from torch import nn
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError, ExportError
-from s2ft_compile.exporters import lora, save_adapter, save_lora
+from s2ft_compile.exporters import lora, save_adapter, save_lora, save_shira
 from s2ft_compile.state import merged
 
 ROLES = {"ffn.out": 0.3, "attention.out": 1, "ffn.in": 3, "attention.value": 1}
@@ -28,6 +28,7 @@ def no_warnings():
     """PEFT warns of keys that are missing or unknown, and of ranks it does not expect."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "Sparse invariant checks")  # torch's, once, of any sparse tensor
         yield
 
 
@@ -43,6 +44,16 @@ def tuned(kind: str, seed: int = 0, targets=ROLES, dtype=torch.float32) -> tuple
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     with merged(model):
         return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def assert_peft_gives(base: nn.Module, model: nn.Module, folder: Path) -> None:
+    """With the folder on `base`, the outputs of the prepared model, and its bits when merged."""
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        loaded = PeftModel.from_pretrained(base, folder)
+        error = 64 * 10 * U32 * float(expected.abs().max())  # float32 sums of at most 64 products, through ten layers
+        torch.testing.assert_close(loaded(tokens()).logits, expected, rtol=0, atol=error)
+    assert_weights(loaded.merge_and_unload(), weights(model))
 
 
 def factors(folder: Path) -> dict[str, torch.Tensor]:
@@ -61,14 +72,10 @@ def test_peft_merges_to_the_bits_of_the_merged_model(tmp_path, kind, layout, ran
     config = json.loads((tmp_path / "lora" / lora.CONFIG).read_text())
     assert config["r"] == config["lora_alpha"] == max(held) and config["rank_pattern"] == config["alpha_pattern"]
     assert sorted(config["rank_pattern"].values()) == (sorted(held) if len(set(held)) > 1 else [])
-    with torch.no_grad():
-        expected = model(tokens()).logits
-        loaded = PeftModel.from_pretrained(base, tmp_path / "lora")
-        error = 64 * 10 * U32 * float(expected.abs().max())  # float32 sums of at most 64 products, through ten layers
-        torch.testing.assert_close(loaded(tokens()).logits, expected, rtol=0, atol=error)
-    assert_weights(loaded.merge_and_unload(), weights(model))
+    assert_peft_gives(base, model, tmp_path / "lora")
     text = (tmp_path / "lora" / "README.md").read_text()
-    assert f"--max-lora-rank {max(held)}" in text and type(base).__name__ in text and "Not exact" not in text
+    served = min(r for r in lora.VLLM_RANKS if r >= max(held))  # vLLM takes no other limit
+    assert f"--max-lora-rank {served} " in text and type(base).__name__ in text and "Not exact" not in text
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(2, 9), st.integers(0, 1), st.booleans(), st.integers(0, 9),
@@ -86,10 +93,18 @@ def test_the_factors_are_the_delta(n, other, size, dim, transposed, more, seed):
     assert torch.equal(f.B @ f.A, expected.T if transposed else expected)
 
 
-def test_bfloat16_differs_by_what_peft_rounds_before_it_adds(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("save", [save_lora, save_shira])
+def test_in_half_precision_peft_rounds_once_too(tmp_path, save, dtype):
+    base, model = tuned("llama", targets={"ffn.out": 0.3, "ffn.in": 3, "attention.out": 1}, dtype=dtype)
+    save(model, tmp_path / "made")
+    assert_weights(PeftModel.from_pretrained(base, tmp_path / "made").merge_and_unload(), weights(model))
+
+
+def test_a_safe_merge_in_bfloat16_differs_by_what_peft_rounds_before_it_adds(tmp_path):
     base, model = tuned("llama", dtype=torch.bfloat16)
     save_lora(model, tmp_path / "lora")
-    found = PeftModel.from_pretrained(base, tmp_path / "lora").merge_and_unload()
+    found = PeftModel.from_pretrained(base, tmp_path / "lora").merge_and_unload(safe_merge=True)
     for name, expected in weights(model).items():
         got, before = found.get_parameter(name).double(), hf("llama").to(torch.bfloat16).get_parameter(name).double()
         # both round the sum to 8 bits, PEFT the delta too
@@ -184,6 +199,7 @@ def test_vllm_takes_no_rank_above_512():
         lora._fitted(f, "vllm", truncate=False)
     assert lora._fitted(f, "vllm", truncate=True).rank == 4 and lora._fitted(f, "exact", truncate=False) is f
     assert [lora._rounded(r, "vllm") for r in (1, 2, 8, 9, 257, 512)] == [1, 8, 8, 16, 320, 512]
+    assert "rank 513 is above 512" in lora._for_vllm(513) and "--max-lora-rank 16 " in lora._for_vllm(9)
 
 
 class Odd(nn.Module):
@@ -202,7 +218,7 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("target, tied, match", [
-    ("embed.weight", False, "an embedding's LoRA"),
+    ("embed.weight", False, "embed.weight cannot be a LoRA: its layer is of type Embedding; valid: nn.Linear"),
     ("embed.weight", True, "held as embed.weight and head.weight"),
     ("mix", False, "'mix' of a Odd"),
     ("up.bias", False, "'bias' of a Linear"),

@@ -74,7 +74,8 @@ def tokens(batch: int, length: int, padding: int = 0) -> dict[str, torch.Tensor]
     return {"input_ids": torch.randint(0, 40, (batch, length)), "attention_mask": mask}
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [
+    kind if kind in ("gpt2", "bert") else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS])
 def test_onnx_runtime_agrees_with_the_merged_model_at_other_sizes(tmp_path, capfd, kind):
     example = {name: t[:, :6] for name, t in tokens(1, 8).items()}  # views, as batches often are
     model = trained(MODELS[kind]().train(), example)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from small import assert_weights, hf, randomize, tokens
 
 import s2ft_compile as s2ft
-from s2ft_compile.errors import ConfigError, ExportError
+from s2ft_compile.errors import AdapterError, ConfigError, ExportError
 from s2ft_compile.exporters import export_onnx, save_adapter, save_onnx_adapter
 from s2ft_compile.exporters.onnx import OPSETS
+from s2ft_compile.exporters.onnx_adapter import places_of
 from s2ft_compile.exporters.onnx_places import add_places
 
 TARGETS = {"ffn.out": 5, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
@@ -46,10 +47,11 @@ def close(found, expected) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_one_session_switches_between_adapters_and_runs_without(tmp_path, kind):
-    first = tuned(kind, 0)
-    second = tuned(kind, 1, {**TARGETS, "ffn.out": 9, "ffn.in": 3})  # of other sizes
+    layers = {"n_layer" if kind == "gpt2" else "num_hidden_layers": 1}
+    first = tuned(kind, 0, **layers)
+    second = tuned(kind, 1, {**TARGETS, "ffn.out": 9, "ffn.in": 3}, **layers)  # of other sizes
     before = {n: p.detach().clone() for n, p in first.named_parameters()}
     path = export_onnx(first, tmp_path / "base.onnx", {"input_ids": tokens()}, adapters="separate")
     assert_weights(first, before)
@@ -58,7 +60,7 @@ def test_one_session_switches_between_adapters_and_runs_without(tmp_path, kind):
     session = onnxruntime.InferenceSession(str(path))
     assert [i.name for i in session.get_inputs()] == ["input_ids"]
     assert len(session.get_overridable_initializers()) == 2 * len(first.s2ft.plan.slices)
-    base, inputs = hf(kind), tokens(3, 11, seed=5)
+    base, inputs = hf(kind, **layers), tokens(3, 11, seed=5)
     for name in (None, "first", "second", "first", None):
         model = {None: base, "first": first, "second": second}[name]
         with torch.no_grad():
@@ -66,12 +68,14 @@ def test_one_session_switches_between_adapters_and_runs_without(tmp_path, kind):
         close(run(session, inputs, *([tmp_path / f"{name}.onnx_adapter"] if name else [])), expected)
 
 
+@pytest.mark.slow
 def test_room_for_the_adapters_of_several_folders(tmp_path):
     """What one adapter changes and the other does not, and one weight along both of its dimensions."""
-    base, models = hf("llama"), {}
+    layers = {"num_hidden_layers": 1}
+    base, models = hf("llama", **layers), {}
     name = "model.layers.0.mlp.up_proj.weight"
-    models["rows"] = tuned("llama", 0, {"ffn.in": 3})
-    models["out"] = tuned("llama", 1, {"attention.out": 1})
+    models["rows"] = tuned("llama", 0, {"ffn.in": 3}, **layers)
+    models["out"] = tuned("llama", 1, {"attention.out": 1}, **layers)
     for folder, model in models.items():
         save_adapter(model, tmp_path / folder)
     models["columns"] = copy.deepcopy(base)
@@ -89,11 +93,9 @@ def test_room_for_the_adapters_of_several_folders(tmp_path):
 
 # --- opsets ------------------------------------------------------------------------------------------------
 
-FAST = ((24, False),)  # the first with an Attention operator; the default runs in all other tests
-
-
-@pytest.mark.parametrize("opset, cache", [
-    pytest.param(o, c, marks=() if (o, c) in FAST else pytest.mark.slow) for o in OPSETS for c in (False, True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("opset", OPSETS)
 def test_each_opset_runs_plain_and_with_adapters(tmp_path, opset, cache):
     layers, example, ids = {"num_hidden_layers": 1}, {"input_ids": tokens()}, tokens(3, 11, seed=5)
     model, base, feeds = tuned("llama", 0, **layers), hf("llama", **layers), {"input_ids": ids.numpy()}
@@ -204,10 +206,27 @@ def test_a_weight_that_is_no_factor_of_a_product_is_refused_by_its_node():
 
 def test_options_and_names_that_do_not_fit_are_refused(tmp_path):
     base = hf("llama")
-    for adapters, match in (("apart", "'separate' or a list"), ("separate", "not prepared"), ([], "no adapter")):
+    for adapters, match in (("apart", "'separate' or a list"), (tmp_path / "a", "'separate' or a list"),
+                            ("separate", "not prepared"), ([], "no adapter")):
         with pytest.raises(ConfigError, match=match):
             export_onnx(base, tmp_path / "m.onnx", {"input_ids": tokens()}, adapters=adapters)
     model = tuned("llama", 0)
     with pytest.raises(ExportError, match="a.onnx_adapter would be"):
         save_onnx_adapter(model, tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_adapters_that_do_not_belong_to_the_model_are_refused(tmp_path):
+    model = tuned("llama", 0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    folder, other = save_adapter(model, tmp_path / "adapter"), hf("qwen2")
+    with pytest.raises(AdapterError, match="another base model"):
+        export_onnx(other, tmp_path / "m.onnx", {"input_ids": tokens()}, [folder])
+    with pytest.raises(ConfigError, match="deltas of its own"):
+        save_onnx_adapter(model, tmp_path / "a.onnx_adapter", adapter=folder)
+    assert places_of(model, [folder]) == places_of(hf("llama"), [folder]) == places_of(model, "separate")
+    assert_weights(model, before)
+    table = tuned("llama", 0, {"model.embed_tokens.weight": 2})
+    with pytest.raises(ExportError, match="cannot be an adapter beside an ONNX graph: .* Embedding"):
+        save_onnx_adapter(table, tmp_path / "a.onnx_adapter")
+    assert list(tmp_path.iterdir()) == [folder]

@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 
 import pytest
 import torch
@@ -10,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
-from small import U32, assert_weights, tokens
-from test_lora import tuned, weights
+from test_lora import assert_peft_gives, no_warnings, tuned  # noqa: F401
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ExportError
@@ -22,25 +20,11 @@ from s2ft_compile.exporters.shira import common_r, numbers
 ROLES = {"ffn.out": 0.3, "attention.out": 1, "ffn.in": 3, "attention.value": 1}
 
 
-@pytest.fixture(autouse=True)
-def no_warnings():
-    """PEFT warns of keys that are missing or unknown; torch, once, of any sparse tensor."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "Sparse invariant checks")
-        yield
-
-
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "bert"])
 def test_peft_merges_to_the_bits_of_the_merged_model(tmp_path, kind):
     base, model = tuned(kind, targets=ROLES)
     save_shira(model, tmp_path / "shira")
-    with torch.no_grad():
-        expected = model(tokens()).logits
-        loaded = PeftModel.from_pretrained(base, tmp_path / "shira")
-        error = 64 * 10 * U32 * float(expected.abs().max())  # float32 sums of at most 64 products, through ten layers
-        torch.testing.assert_close(loaded(tokens()).logits, expected, rtol=0, atol=error)
-    assert_weights(loaded.merge_and_unload(), weights(model))
+    assert_peft_gives(base, model, tmp_path / "shira")
     text = (tmp_path / "shira" / "README.md").read_text()
     assert "SHiRA" in text and "library_name: peft" in text and "lora" not in text.lower()
 
