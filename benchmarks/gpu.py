@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--quick] [--only 8b,4096] [--seconds 500] [--fresh]
 
-Works down `PLAN`, the rows that say most first. S²FT stays on the GPU and each other method takes turns with it, one step
-each, so a ratio compares steps of the same seconds; then the other one is freed. Peak memory is what a method's own
+Works down `PLAN`, the rows that say most first. S²FT stays on the GPU and each other method takes turns with it, one
+step each, so a ratio compares steps of the same seconds; then the other one is freed. Peak memory is what a method's own
 step reaches over what the other holds. A run that nears its time limit stops, writes what it has, and says what is
 missing; the next run goes on from there (`--fresh`: from the beginning). `--quick` is a rehearsal on any device with a
 tiny model: its figures mean nothing.

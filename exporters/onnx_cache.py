@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import Inputs
-from ..errors import ConfigError, ExportError
+from ..errors import ConfigError
 from .onnx_values import Call
 from .verify import close, first_line, named_tensors
 

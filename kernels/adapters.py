@@ -12,7 +12,6 @@ time is that of reading the deltas, so tiles are small to have many readers; wit
 serves up to 64 tokens. The indices of one adapter differ from each other, so no two programs write one place.
 """
 
-import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 

@@ -1,6 +1,6 @@
 """Where the kernels run: what every one of them asks first.
 
-Triton is optional. Without it, on the CPU, and on GPUs for which it does not compile bf16 or that it fails on, aten runs.
+Triton is optional. Without it, on the CPU, and on GPUs that it does not compile bf16 for or fails on, aten runs.
 """
 
 import logging

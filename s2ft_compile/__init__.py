@@ -15,7 +15,8 @@ from .verify import Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "S2FTConfig", "CompileOptions", "Estimate", "estimate", "analyze", "verify", "permute", "prepare", "parameters", "release", "disabled", "is_prepared",
+    "S2FTConfig", "CompileOptions", "Estimate", "estimate", "analyze", "verify", "permute", "prepare", "parameters",
+    "release", "disabled", "is_prepared",
     "exporters", "AdapterBank", "Plan", "Slice", "Analysis", "Coupling", "Member", "Refusal", "Verification",
     "S2FTError", "ConfigError", "CaptureError", "StateError", "AdapterError", "ExportError", "CompileError",
     "VerificationError",

@@ -1,7 +1,7 @@
 """`torch.compile(model, backend="s2ft")`.
 
-dynamo graph ── attach deltas ──▶ joint graph ── slice pushdown, lower ──▶ Inductor. Every stage is a function of a graph; this
-module only puts them in order and hands them to AOTAutograd.
+dynamo graph ── attach deltas ──▶ joint graph ── slice pushdown, lower ──▶ Inductor. Every stage is a function of a
+graph; this module only puts them in order and hands them to AOTAutograd.
 """
 
 import inspect
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 def s2ft(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
          mode: str | None = None, inner_compile: Callable | None = None, **unknown: Any) -> Callable:
-    """The backend. options: the fields of `S2FTConfig` and of `CompileOptions`. inner_compile: in place of Inductor's own
-    compilation of a graph, for tools that look at what it is given.
+    """The backend. options: the fields of `S2FTConfig` and of `CompileOptions`. inner_compile: in place of Inductor's
+    own compilation of a graph, for tools that look at what it is given.
 
     Raises `ConfigError` for an unknown option, `StateError` where there is no model to prepare.
     """
@@ -60,7 +60,8 @@ def s2ft(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[
     attached = attach_deltas(gm, [(i, block) for i, _, block in found])
     dropped = [] if how.logits else drop_logits(attached)
     deltas = [block.delta for _, _, block in found]
-    return _with_none(_with_deltas(_compile(attached, [*example_inputs, *deltas], how, inner_compile), positions, True), dropped)
+    compiled = _compile(attached, [*example_inputs, *deltas], how, inner_compile)
+    return _with_none(_with_deltas(compiled, positions, True), dropped)
 
 
 def _with_deltas(compiled: Callable, positions: Sequence[int], training: bool) -> Callable:
@@ -245,7 +246,7 @@ PASS_FILES = tuple(m.__file__ for m in (attach_pass, pushdown_pass, chunk_loss_p
 
 @dataclass(frozen=True)
 class JointPasses(CustomGraphPass):
-    """What happens to a joint graph, in order, as Inductor's hook. Its uuid is its source, so compile caches stay valid."""
+    """What happens to a joint graph, in order, as Inductor's hook. Its uuid is its source, so caches stay valid."""
 
     kernels: bool
 
@@ -264,12 +265,16 @@ class JointPasses(CustomGraphPass):
 
 def drop_logits(gm: fx.GraphModule) -> list[int]:
     """`chunk_loss` on a dynamo graph; the positions of the outputs it no longer has."""
-    dropped = chunk_loss_pass.chunk_loss(gm.graph, lambda n: n.op == "placeholder" and not n.meta["example_value"].requires_grad)
+    def frozen(node: fx.Node) -> bool:
+        return node.op == "placeholder" and not node.meta["example_value"].requires_grad
+
+    dropped = chunk_loss_pass.chunk_loss(gm.graph, frozen)
     gm.recompile()
     return dropped
 
 
-def _compile(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions, inner_compile: Callable | None) -> Callable:
+def _compile(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions,
+             inner_compile: Callable | None) -> Callable:
     if how.inner == "eager":
         return gm
     functorch = torch._functorch.config.patch(
@@ -284,7 +289,8 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions, inn
         return _inductor(gm, inputs, how, {"inner_compile": inner_compile} if inner_compile else {})
 
 
-def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions, replaced: Mapping[str, Callable]) -> Callable:
+def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions,
+              replaced: Mapping[str, Callable]) -> Callable:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

@@ -1,4 +1,4 @@
-"""`S2FTConfig`: what to train. `CompileOptions`: how its graphs are compiled. Plain values, checked when they are made."""
+"""`S2FTConfig`: what to train. `CompileOptions`: how its graphs are compiled. Plain values, checked when made."""
 
 import os
 from dataclasses import asdict, dataclass, field, fields

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from .backend import boxed, s2ft
-from .capture import arguments, unwrap
+from .capture import Inputs, arguments
 from .config import CompileOptions, S2FTConfig
 from .data import example_inputs, load_structure
 from .errors import ConfigError
@@ -70,14 +70,16 @@ def estimate(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = 
     config, options = config or S2FTConfig(), options or CompileOptions()
     args, kwargs = arguments(example_inputs)
     unlabelled = {k: v for k, v in kwargs.items() if "label" not in k}
-    prepare(model, unlabelled or args, S2FTConfig(config.targets, budget=_plain(config.budget), top_layers=config.top_layers))
+    plain = S2FTConfig(config.targets, budget=_plain(config.budget), top_layers=config.top_layers)
+    prepare(model, Inputs(args, unlabelled), plain)
     mode = FakeTensorMode(shape_env=ShapeEnv())
     fake = _with_fake_storage(model.train(), mode)
-    graphs = _graphs(fake, *pytree.tree_map_only(Tensor, partial(mode.from_tensor, static_shapes=True), (args, kwargs)), options, mode)
-    return _summed(fake, graphs, kwargs or args)
+    graphs = _graphs(fake, *pytree.tree_map_only(Tensor, partial(_fake, mode), (args, kwargs)), options, mode)
+    return _summed(fake, graphs, (args, kwargs))
 
 
-def estimate_folder(model: str, batch: int, length: int, dtype: str, config: S2FTConfig, options: CompileOptions) -> Estimate:
+def estimate_folder(model: str, batch: int, length: int, dtype: str, config: S2FTConfig,
+                    options: CompileOptions) -> Estimate:
     """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; valid: auto, {', '.join(DTYPES)}")
@@ -115,15 +117,15 @@ def _plain(budget: str) -> str:
 
 
 def _with_fake_storage(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy whose tensors are fakes on the CPU, whose operators save what those of a GPU do."""
-
-    def fake(t: Tensor) -> Tensor:
-        with mode:
-            made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
-        return nn.Parameter(made, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else made
-
     held = [*model.parameters(), *model.buffers(), *(b.backup for b in state_of(model).blocks)]
-    return copy.deepcopy(model, {id(t): fake(t) for t in held})
+    return copy.deepcopy(model, {id(t): _fake(mode, t) for t in held})
+
+
+def _fake(mode: FakeTensorMode, t: Tensor) -> Tensor:
+    """A fake on the CPU, whose operators save what those of a GPU do."""
+    with mode:
+        made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+    return nn.Parameter(made, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else made
 
 
 def _graphs(model: nn.Module, args, kwargs, options: CompileOptions, mode: FakeTensorMode) -> list[fx.GraphModule]:
@@ -193,7 +195,7 @@ def _run(graph: fx.Graph, given: Mapping[str, int]) -> tuple[int, dict[str, int]
             for node in nodes if roots[node] is node and (node.op != "call_function" or _is_stored(node))}
     last: dict[fx.Node, int] = {}
     for i, node in reversed(list(enumerate(nodes))):
-        when = i if roots[node] in size else last.get(roots[node], i)  # a fused operator reads when its result is stored
+        when = i if roots[node] in size else last.get(roots[node], i)  # a fused operator reads when its result is made
         for source in node.all_input_nodes:
             last[roots[source]] = max(when, last.get(roots[source], 0))
     ends: dict[int, list[fx.Node]] = {}

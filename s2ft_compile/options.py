@@ -18,8 +18,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class TrainOptions:
     """Everything `s2ft train` takes. steps: optimizer steps, None for one pass over the data. held_out: the
     share of the blocks that is only measured. batch_size: blocks in a forward. calibration_batches: how many
-    batches of the training blocks a selection looks at, if it looks at data. activation_budget: see `CompileOptions`. Raises `ConfigError` when it is
-    made.
+    batches of the training blocks a selection looks at, if it looks at data. activation_budget: see
+    `CompileOptions`. Raises `ConfigError` when it is made.
     """
 
     model: str

@@ -2,13 +2,11 @@
 
 import json
 import os
-import random
 import resource
 import shutil
 import struct
 import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 

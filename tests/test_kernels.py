@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ahead import Ahead
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from interpreted import interpreted, whole_interpreter  # noqa: F401
 from small import U32, fresh, hf, prepared, randomize, same_bits, tokens  # noqa: F401
