@@ -25,7 +25,7 @@ from typing import Any, Callable, Iterator, Mapping
 import onnx_adapters
 import torch
 from disk import adapter_of, file_size, merge
-from methods import LORA_RANK, Setting
+from methods import LORA_RANK, Setting, build
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -39,8 +39,10 @@ HERE = Path(__file__).resolve().parent
 WARM_UP = 2
 ADAPTERS = 16  # behind one model, and rows of a batch: each row its own
 TARGETS = {"attention.out": 1, "ffn.out": 0.038}
-FULL_SIZE = Setting(hidden=2048, layers=16, ffn=8192, heads=32, kv_heads=8, vocabulary=128256, batch=ADAPTERS, length=1)
-QUICK_SIZE = Setting(hidden=64, layers=2, ffn=256, heads=4, kv_heads=2, vocabulary=64, batch=ADAPTERS, length=1)
+FULL_SIZE = Setting(hidden=2048, layers=16, ffn=8192, heads=32, kv_heads=8, vocabulary=128256, batch=ADAPTERS, length=1,
+                    tied=True)
+QUICK_SIZE = Setting(hidden=64, layers=2, ffn=256, heads=4, kv_heads=2, vocabulary=64, batch=ADAPTERS, length=1,
+                     tied=True)
 GIB = 2**30
 GOALS = {
     "switch_lora_over_ours": (">=", 16),
@@ -115,14 +117,7 @@ def _version(package: str) -> str | None:
 
 
 def model_of(setting: Setting) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=setting.vocabulary, hidden_size=setting.hidden, intermediate_size=setting.ffn,
-        num_hidden_layers=setting.layers, num_attention_heads=setting.heads, num_key_value_heads=setting.kv_heads,
-        head_dim=setting.hidden // setting.heads, use_cache=False, tie_word_embeddings=True)
-    with torch.device(setting.device):
-        return LlamaForCausalLM._from_config(config, dtype=getattr(torch, setting.dtype)).eval().requires_grad_(False)
+    return build(setting).eval().requires_grad_(False)
 
 
 def our_adapters(model: nn.Module, setting: Setting) -> list[Adapter]:

@@ -20,7 +20,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from .support import capability, jit, tl
+from .support import capability, jit, placed, tl
 
 ROWS, COLUMNS = 8, 512
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -68,7 +68,7 @@ def refresh(parts: Sequence[Part]) -> None:
 
     for _, some in groupby(sorted(parts, key=kind), kind):
         some = list(some)
-        with torch.cuda.device(some[0][0].device):
+        with placed(some[0][0]):
             launch(_kernel, some)
 
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ..kernels import slice_grad as _  # noqa: F401  (defines the operator)
 from ..kernels.support import capability
-from .slice_pushdown import Editor, hoist
+from .slice_pushdown import ORIGIN, Editor, hoist
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -153,7 +153,7 @@ def _inlined(graph: fx.Graph, node: fx.Node) -> fx.Node:
         traced = make_fx(dispatch_functionalize(node.target))(*values).graph
     traced.eliminate_dead_code()
     copies = dict(zip(traced.find_nodes(op="placeholder"), node.args))
-    about = {k: v for k, v in node.meta.items() if k in ("stack_trace", "seq_nr", "partitioner_tag")}
+    about = {k: v for k, v in node.meta.items() if k in ORIGIN}
     with graph.inserting_before(node):
         for inner in traced.nodes:
             if inner.op == "call_function":

@@ -51,6 +51,9 @@ def slice_pushdown(graph: fx.Graph) -> int:
     return len(attached)
 
 
+ORIGIN = ("stack_trace", "seq_nr", "partitioner_tag")  # of a node's meta: where it comes from, and which half it is in
+
+
 class Editor:
     """Adds nodes with their fake values, next to the node that is being rewritten."""
 
@@ -68,7 +71,7 @@ class Editor:
             node = self.graph.call_function(target, args, kwargs)
         self.made.add(node)
         if like is not None:
-            node.meta.update({k: v for k, v in like.meta.items() if k in ("stack_trace", "seq_nr", "partitioner_tag")})
+            node.meta.update({k: v for k, v in like.meta.items() if k in ORIGIN})
         with self.mode:
             fakes = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
             node.meta["val"] = target(*fakes[0], **fakes[1])

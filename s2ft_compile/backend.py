@@ -286,15 +286,16 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions,
     with functorch:
         if how.inner == "aot_eager":
             return _aot_eager(gm, inputs, how)
-        return _inductor(gm, inputs, how, {"inner_compile": inner_compile} if inner_compile else {})
+        return _inductor(gm, inputs, how, inner_compile)
 
 
 def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions,
-              replaced: Mapping[str, Callable]) -> Callable:
+              inner_compile: Callable | None) -> Callable:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(how.mode) if how.mode else {}), "joint_custom_pre_pass": JointPasses(how.kernels)}
+    replaced = {"inner_compile": inner_compile} if inner_compile else {}
     return compile_fx(gm, list(inputs), config_patches=patches, **replaced)
 
 

@@ -77,7 +77,7 @@ class S2FTConfig:
             _check_target(target)
             _check_amount(target, amount)
         _check_selection(self.selection)
-        _check_choice("budget", self.budget, BUDGETS)
+        check_choice("budget", self.budget, BUDGETS)
         if self.budget == "score" and not self.scored:
             raise ConfigError(f"budget 'score' shares units out by their scores, and selection {self.selection!r} has "
                               f"none; use budget 'layer' or 'model', or a selection among "
@@ -142,7 +142,7 @@ class CompileOptions:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.mode is not None:
-            _check_choice("mode", self.mode, MODES)
+            check_choice("mode", self.mode, MODES)
 
 
 def qualified_name(selection: str | Callable) -> str:
@@ -180,7 +180,7 @@ def _check_amount(target, amount):
 
 def _check_selection(selection):
     if not callable(selection) and not (isinstance(selection, str) and ":" in selection):
-        _check_choice("selection", selection, (*SELECTIONS, "a function of (bands, scores)"))
+        check_choice("selection", selection, (*SELECTIONS, "a function of (bands, scores)"))
 
 
 def _check_top_layers(value):
@@ -195,6 +195,6 @@ def _folders(values) -> tuple[str, ...]:
     return tuple(os.fspath(v) for v in values)
 
 
-def _check_choice(name, value, valid):
+def check_choice(name, value, valid):
     if value not in valid:
         raise ConfigError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")

@@ -20,15 +20,14 @@ from torch.utils import _pytree as pytree
 
 from .backend import boxed, s2ft
 from .capture import Inputs, arguments
-from .config import CompileOptions, S2FTConfig
+from .config import CompileOptions, S2FTConfig, check_choice
 from .data import example_inputs, load_structure
 from .errors import ConfigError
+from .options import DTYPES
 from .prepare import prepare
 from .state import parameters, state_of
 
-
 aten = torch.ops.aten
-DTYPES = ("float32", "bfloat16", "float16")
 # Beside the elementwise operators: what Inductor computes where it is read, and what reads its operands that way.
 INLINED = (torch.ops.prims.convert_element_type.default, torch.ops.prims.iota.default, aten.full.default,
            aten.scalar_tensor.default, aten.clone.default, aten.gather.default)
@@ -81,8 +80,7 @@ def estimate(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = 
 def estimate_folder(model: str, batch: int, length: int, dtype: str, config: S2FTConfig,
                     options: CompileOptions) -> Estimate:
     """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels."""
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}; valid: auto, {', '.join(DTYPES)}")
+    check_choice("dtype", dtype, DTYPES)
     if batch < 1 or length < 2:
         raise ConfigError(f"a step has at least 1 sequence of 2 tokens, got {batch} of {length}")
     loaded = load_structure(model, dtype)
@@ -169,7 +167,7 @@ def _peak(graphs: list[fx.Graph]) -> tuple[int, int]:
     """
     forwards, backwards = graphs[: len(graphs) // 2], graphs[len(graphs) // 2 :]
     alive: dict[str, int] = {}  # what outlives its graph: name in its graph -> bytes
-    peak, own = 0, {}
+    peak = 0
     for graph in forwards:
         most, own = _run(graph, {})
         peak = max(peak, sum(alive.values()) + most)
@@ -179,8 +177,8 @@ def _peak(graphs: list[fx.Graph]) -> tuple[int, int]:
         given = {n.name: alive.get(n.name, _bytes(n.meta["val"])) for n in graph.find_nodes(op="placeholder")}
         given = {name: size for name, size in given.items() if not name.startswith("primals")}
         most, _ = _run(graph, given)
-        peak = max(peak, sum(size for name, size in alive.items() if name not in given) + most)
         alive = {name: size for name, size in alive.items() if name not in given}
+        peak = max(peak, sum(alive.values()) + most)
     return saved, peak
 
 
@@ -203,17 +201,17 @@ def _run(graph: fx.Graph, given: Mapping[str, int]) -> tuple[int, dict[str, int]
         ends.setdefault(last.get(node, len(nodes)), []).append(node)
     alive = most = sum(size[n] for n in nodes if n.op == "placeholder" and n in size)
     for i, node in enumerate(nodes):
-        freed = sum(size[n] for n in ends.get(i, ()))
+        ending = ends.get(i, ())
         if node.op != "placeholder" and node in size:
-            made_here = sum(size[n] for n in ends.get(i, ()) if n.op != "placeholder")
+            made_here = sum(size[n] for n in ending if n.op != "placeholder")
             in_place = min(size[node], made_here) if _is_fused(node) else 0  # over what it reads for the last time
             most = max(most, alive + size[node] - in_place)
             alive += size[node]
-        alive -= freed
+        alive -= sum(size[n] for n in ending)
     returned: dict[str, int] = {}
     for node in graph.output_node().all_input_nodes:
         root = roots[node]
-        returned[node.name] = 0 if root.op == "placeholder" or root in size and size[root] == 0 else size[root]
+        returned[node.name] = 0 if root.op == "placeholder" else size[root]
         size[root] = 0
     return most, returned
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .config import ROLES, CompileOptions, S2FTConfig, is_glob
+from .config import ROLES, CompileOptions, S2FTConfig, check_choice, is_glob
 from .data import Records, load_config, model_class, read_records
 from .errors import ConfigError, ExportError
 from .exporters.format import read_adapter
@@ -47,8 +47,7 @@ class TrainOptions:
             raise ConfigError(f"lr is a positive number such as 1e-3, got {self.lr}")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out is a share between 0 and 1, got {self.held_out}")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"unknown dtype {self.dtype!r}; valid: {', '.join(DTYPES)}")
+        check_choice("dtype", self.dtype, DTYPES)
         CompileOptions(self.inner, self.activation_budget)
 
 
