@@ -25,7 +25,6 @@ from torch import Tensor
 
 from s2ft_compile.bank import Stack, _write
 from s2ft_compile.kernels.refresh import fits, refresh, refresh_reference
-from s2ft_compile.kernels.support import capability
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "gpu_kernels.json"
 WARM_UP, ROUNDS = 5, 30
@@ -198,17 +197,16 @@ def decode(shape: Shape) -> Part:
     weights = [randn(out, into) / into**0.5 for out, into in shape.linears]
     xs = [randn(N, 1, into) for _, into in shape.linears]
     loras = [(randn(N, into, r), randn(N, r, out)) for out, into in shape.linears]
-    rank = torch.tensor([0] + [1] * N, dtype=torch.int32, device=DEVICE)
     stacks = {}
     for k, (width, n) in zip((3, 6), shape.slices(shape.ratios[1])):
         index = torch.stack([torch.randperm(width, device=DEVICE)[:n] for _ in range(N + 1)])
-        stacks[k] = Stack(True, index, randn(N + 1, n, shape.hidden), n * rank if capability(index.device) else None)
+        stacks[k] = Stack.of(True, index, randn(N + 1, n, shape.hidden), [0] + [n] * N).picked(ids + 1, {})
 
     def base():
         return [torch.nn.functional.linear(x, W) for x, W in zip(xs, weights)]
 
     def ours():
-        return [stacks[k].add(xs[k], y, ids + 1) if k in stacks else y for k, y in enumerate(base())]
+        return [stacks[k].add(xs[k], y) if k in stacks else y for k, y in enumerate(base())]
 
     def lora():
         return [y + torch.bmm(torch.bmm(x, A[ids]), B[ids]) for y, x, (A, B) in zip(base(), xs, loras)]

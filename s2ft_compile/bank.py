@@ -26,7 +26,7 @@ from .exporters.lora import linear_layers
 from .kernels.adapters import adapter_add_
 from .kernels.support import capability
 from .plan import Slice
-from .rows import bmm_by_id
+from .rows import in_blocks, products_by_id, sums_by_id, terms_of
 from .state import is_prepared
 
 Written = tuple[nn.Parameter, int, Tensor, Tensor]  # weight, dim, indices, values
@@ -45,44 +45,81 @@ class Entry:
 class Stack:
     """The slices of one layer and one side, of all adapters; row 0 is no adapter, shorter ones are padded with zeros.
 
-    contracts: whether they are columns. index: int64 (adapters + 1, n). delta: (adapters + 1, n, out) for columns,
-    (adapters + 1, in, n) for rows, of the weight's type.
+    contracts: whether they are columns. index: int64 (adapters + 1, n). delta, of the weight's type: (adapters + 1, n,
+    out) for columns and (adapters + 1, in, n) for rows where the kernel runs, and the same in blocks elsewhere.
+    ranks: how many of the n count. rank: the same, int32, where the kernel runs.
     """
 
     contracts: bool
     index: Tensor
     delta: Tensor
-    rank: Tensor | None = None  # int32 (adapters + 1,), how many of the n count, where the kernel runs
+    ranks: tuple[int, ...]
+    rank: Tensor | None
 
-    def add(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        """y (N, ..., out) with the delta ids[i] of row i added. x: (N, ..., in)."""
-        if self.rank is not None and not y.requires_grad:
-            return self._added(x, y, ids)
-        tokens, ids = x.reshape(x.shape[0], -1, x.shape[-1]), ids.to(self.index.device)  # a model may lie on several
-        index = self.index.index_select(0, ids)[:, None, :].expand(-1, tokens.shape[1], -1)
-        if self.contracts:
-            return y + self._product(tokens.gather(2, index), ids).to(y.dtype).view(y.shape)
-        made = self._product(tokens, ids).to(y.dtype)
-        return y.reshape(y.shape[0], -1, y.shape[-1]).scatter_add(2, index, made).view(y.shape)
+    @classmethod
+    def of(cls, contracts: bool, index: Tensor, delta: Tensor, ranks: Sequence[int]) -> "Stack":
+        """In the form that its device reads best. delta: not in blocks, with zeros from an adapter's rank on."""
+        if capability(delta.device):
+            rank = torch.tensor(ranks, dtype=torch.int32, device=delta.device)
+            return cls(contracts, index, delta, tuple(ranks), rank)
+        return cls(contracts, index, in_blocks(delta), tuple(ranks), None)
 
-    def _product(self, x: Tensor, ids: Tensor) -> Tensor:
+    def picked(self, ids: Tensor, terms: dict[tuple, Tensor]) -> "Picked":
+        """ids: (N,). terms: what other stacks of the same sizes have worked out for these ids, and this one adds to."""
+        ids = ids.to(self.index.device)  # a model may lie on several
+        if self.rank is not None:
+            return Picked(self, ids, self.index.index_select(0, ids), None)
+        counts = self.ranks if self.contracts else (self.delta.shape[2],) * len(self.ranks)
+        key = counts, self.delta.shape, ids.device
+        if key not in terms:
+            terms[key] = terms_of(ids, torch.tensor(counts, device=ids.device), self.delta)
+        return Picked(self, ids, self.index.index_select(0, ids), terms[key])
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """What the rows of one batch take from a stack: ids (N,), index (N, n), and terms as `sums_by_id` wants them."""
+
+    stack: Stack
+    ids: Tensor
+    index: Tensor
+    terms: Tensor | None
+
+    def repeated(self, times: int) -> "Picked":
+        """Every row `times` times, one after the other."""
+        return self.stack.picked(self.ids.repeat_interleave(times), {})
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """y (N, ..., out) with the delta of each row added. x: (N, ..., in)."""
+        stack, tokens = self.stack, x.reshape(x.shape[0], -1, x.shape[-1])
+        if stack.rank is not None and not y.requires_grad:
+            there = y.reshape(*tokens.shape[:2], -1)
+            adapter_add_(there, tokens, self.ids, stack.index, stack.delta, stack.rank, stack.contracts)
+            return there.view(y.shape)
+        index = self.index[:, None, :].expand(-1, tokens.shape[1], -1)
+        if stack.contracts:
+            return y + self._product(tokens.gather(2, index)).to(y.dtype).view(y.shape)
+        made = self._product(tokens).to(y.dtype)
+        return y.reshape(*tokens.shape[:2], -1).scatter_add(2, index, made).view(y.shape)
+
+    def _product(self, x: Tensor) -> Tensor:
         """x (N, tokens, k) times the deltas of its rows."""
-        if x.device.type == "cpu" and not torch.is_grad_enabled():
-            return bmm_by_id(x, self.delta.to(x.dtype), ids)
-        return torch.bmm(x, self.delta[ids].to(x.dtype))
-
-    def _added(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        tokens = [t.reshape(t.shape[0], -1, t.shape[-1]) for t in (y, x)]
-        adapter_add_(*tokens, ids.to(self.index.device), self.index, self.delta, self.rank, self.contracts)
-        return tokens[0].view(y.shape)
+        delta = self.stack.delta
+        if self.stack.rank is not None:
+            return x @ delta[self.ids].to(x.dtype)
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return (x[:, None] @ delta[self.ids].to(x.dtype)).transpose(1, 2).flatten(2)
+        if x.shape[1] == 1:
+            return sums_by_id(x, delta, self.terms)
+        return products_by_id(x, delta.to(x.dtype), self.ids)
 
 
 class _Now(threading.local):
-    """What the batch of this thread uses: an adapter for each row, and every layer's stacks."""
+    """What the batch of this thread uses: how many rows it has, and what they take from every layer's stacks."""
 
     def __init__(self):  # once in every thread
-        self.ids: Tensor | None = None
-        self.stacks: Mapping[str, tuple[Stack, ...]] = {}
+        self.rows: int | None = None
+        self.picked: Mapping[str, tuple[Picked, ...]] = {}
 
 
 class AdapterBank:
@@ -209,18 +246,19 @@ class AdapterBank:
         with self._free:
             if self.active:
                 raise StateError(f"{', '.join(self.active)} is active; call activate(None) before a batch")
-            if self._now.ids is not None:
+            if self._now.rows is not None:
                 raise StateError("a batch inside another one")
             chosen = {name: k for k, name in enumerate(self._entries, 1)}
             rows = [0 if name is None else chosen[name] if name in chosen else self._entry(name) for name in ids]
             stacks = self._prepared_stacks()
             self._batches += 1
-        device = next(self.model.parameters()).device
-        self._now.ids, self._now.stacks = torch.tensor(rows, dtype=torch.int64, device=device), stacks
         try:
+            picks, terms = torch.tensor(rows, device=next(self.model.parameters()).device), {}
+            self._now.picked = {name: tuple(s.picked(picks, terms) for s in some) for name, some in stacks.items()}
+            self._now.rows = len(rows)
             yield
         finally:
-            self._now.ids, self._now.stacks = None, {}
+            self._now.rows, self._now.picked = None, {}
             with self._free:
                 self._batches -= 1
                 self._free.notify_all()
@@ -237,7 +275,7 @@ class AdapterBank:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         with self._free:
-            if self._now.ids is not None:
+            if self._now.rows is not None:
                 raise StateError("the weights are in use: this is inside a batch")
             while self._batches:
                 self._free.wait()
@@ -253,16 +291,14 @@ def _finite(weight: object) -> bool:
 
 def _hook(now: _Now, name: str):
     def add_deltas(module, args, kwargs, y):
-        if now.ids is None:
+        if now.rows is None:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        ids = now.ids
-        if x.shape[0] != ids.shape[0]:
-            if x.shape[0] % ids.shape[0]:
-                raise StateError(f"a batch of {ids.shape[0]} adapters, and {x.shape[0]} rows")
-            ids = ids.repeat_interleave(x.shape[0] // ids.shape[0])
-        for stack in now.stacks.get(name, ()):
-            y = stack.add(x, y, ids)
+        times, over = divmod(x.shape[0], now.rows)
+        if over:
+            raise StateError(f"a batch of {now.rows} adapters, and {x.shape[0]} rows")
+        for picked in now.picked.get(name, ()):
+            y = (picked if times == 1 else picked.repeated(times)).add(x, y)
         return y
 
     return add_deltas
@@ -315,16 +351,10 @@ def _stacks(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, tuple[St
 def _stack(contracts: bool, parts: Sequence[tuple[int, Slice, Tensor]], rows: int, W: Tensor) -> Stack:
     n = max(len(s.indices) for _, s, _ in parts)
     other = parts[0][2].shape[1 if contracts else 0]
-    index = torch.zeros(rows, n, dtype=torch.int64)
+    index, ranks = torch.zeros(rows, n, dtype=torch.int64), [0] * rows
     delta = W.new_zeros((rows, n, other) if contracts else (rows, other, n))
     for k, s, d in parts:
+        ranks[k] = len(s.indices)
         index[k, : len(s.indices)] = s.indices
         delta[k].narrow(0 if contracts else 1, 0, len(s.indices)).copy_(d)
-    return Stack(contracts, index.to(W.device), delta, _ranks(parts, rows, W.device) if capability(W.device) else None)
-
-
-def _ranks(parts: Sequence[tuple[int, Slice, Tensor]], rows: int, device: torch.device) -> Tensor:
-    ranks = torch.zeros(rows, dtype=torch.int32)
-    for k, s, _ in parts:
-        ranks[k] = len(s.indices)
-    return ranks.to(device)
+    return Stack.of(contracts, index.to(W.device), delta, ranks)

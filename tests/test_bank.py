@@ -11,10 +11,10 @@ from small import hf, randomize, same_bits, tokens
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.bank import AdapterBank
+from s2ft_compile.bank import AdapterBank, Stack
 from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.exporters import load_adapter, save_adapter
-from s2ft_compile.rows import bmm_by_id, runs
+from s2ft_compile.rows import products_by_id
 
 TARGETS = {"a": {"ffn.out": 5, "attention.out": 1}, "b": {"ffn.out": 3, "ffn.in": 2}, "c": {"attention.value": 1},
            "d": {"ffn.in": 0.3, "attention.query": 1}}
@@ -193,33 +193,44 @@ def test_threads_keep_their_own_adapters(folder):
     assert same(weights(bank.model), weights(alone(folder, None)))
 
 
-@given(st.lists(st.integers(0, 5), max_size=9))
-def test_runs_hold_every_row_once_beside_its_neighbours(ids):
-    found = list(runs(ids))
-    assert sorted((row, first + i) for first, rows in found for i, some in enumerate(rows) for row in some) == \
-        [(row, k) for row, k in enumerate(ids) if k]
-    assert all(len({len(some) for some in rows}) == 1 for _, rows in found)
-    for (first, rows), (then, others) in zip(found, found[1:]):  # two runs have a gap, or another number of rows
-        assert then > first + len(rows) or len(rows[0]) != len(others[0])
-
-
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=7), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
-def test_rows_brought_to_the_deltas_give_what_copies_of_the_deltas_give(ids, length, k, m):
-    random = torch.Generator().manual_seed(len(ids) * 100 + k * 10 + m)
-    x = torch.randn(len(ids), length, k, generator=random, dtype=torch.float64)
+@given(st.data())
+def test_products_of_blocks_are_those_of_copies_of_the_deltas(data):
+    """Any ids, ranks, block sizes and lengths: decode, prefill and the form with gradients."""
+    k, length = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3))
+    m = data.draw(st.sampled_from([1, 7, 32, 96, 256]))
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=7)))
+    contracts = data.draw(st.booleans())
+    ranks = [0, *data.draw(st.lists(st.integers(1, k), min_size=4, max_size=4))]
+    random = torch.Generator().manual_seed(100 * k + m)
     delta = torch.randn(5, k, m, generator=random, dtype=torch.float64)
     delta[0] = 0
-    expected = torch.bmm(x, delta[torch.tensor(ids)])
+    if contracts:
+        delta[torch.arange(k) >= torch.tensor(ranks)[:, None]] = 0
+    x = torch.randn(len(ids), length, k, generator=random, dtype=torch.float64)
+    expected = x @ delta[ids]
+    picked = Stack.of(contracts, torch.zeros(5, k, dtype=torch.int64), delta, ranks).picked(ids, {})
+    atol = k * 2.0**-52 * 6**2  # sums of k products of normal numbers, which stay below 6
     torch.use_deterministic_algorithms(True)  # fills memory that nothing was written to with NaN
     try:
-        found = bmm_by_id(x, delta, torch.tensor(ids))
+        torch.testing.assert_close(picked._product(x), expected, rtol=0, atol=atol)
+        with torch.no_grad():
+            torch.testing.assert_close(picked._product(x), expected, rtol=0, atol=atol)
     finally:
         torch.use_deterministic_algorithms(False)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)  # sums of at most 6 products of order 1
+
+
+def test_what_an_adapter_has_too_few_of_is_not_read():
+    """Shorter adapters sum row 0 of the stack again and again, whatever lies in their padding."""
+    delta = torch.randn(3, 4, 64)
+    delta[0] = 0
+    stack = Stack.of(True, torch.zeros(3, 4, dtype=torch.int64), delta, [0, 1, 3])
+    stack.delta[1, :, 1:], stack.delta[2, :, 3:] = float("nan"), float("nan")
+    with torch.no_grad():
+        assert stack.picked(torch.tensor([0, 1, 2]), {})._product(torch.ones(3, 1, 4)).isfinite().all()
 
 
 def test_the_operator_is_what_it_says_to_dynamo():
-    torch.library.opcheck(bmm_by_id, (torch.randn(3, 2, 4), torch.randn(3, 4, 5), torch.tensor([2, 0, 1])),
+    torch.library.opcheck(products_by_id, (torch.randn(3, 2, 4), torch.randn(3, 2, 4, 5), torch.tensor([2, 0, 1])),
                           test_utils=("test_schema", "test_faketensor"))
 
 
