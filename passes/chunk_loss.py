@@ -134,7 +134,7 @@ def chunk_loss(graph: fx.Graph, frozen: Callable[[fx.Node], bool]) -> list[int]:
     losses = graph.find_nodes(op="call_function", target=F.cross_entropy)
     if not losses:
         log.warning("logits=False changes nothing here: the graph has no cross-entropy; is the loss computed "
-                    "outside of the forward, or behind a graph break?")
+                    "outside of the forward, or behind a graph break (TORCH_LOGS=graph_breaks says where)?")
     for loss in losses:
         head = _head(loss, frozen)
         if isinstance(head, str):

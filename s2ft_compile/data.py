@@ -5,6 +5,7 @@ examples are padded on the right. There is no attention mask: under causal atten
 padding that follows it, and its labels are `IGNORE`.
 """
 
+import inspect
 import json
 from dataclasses import dataclass
 from itertools import takewhile
@@ -275,7 +276,7 @@ def load_model(model: str | Path, dtype: str = "auto") -> nn.Module:
     """A model in eval mode, from a folder or hub id. dtype: `auto` (as stored) or the name of one."""
     config = load_config(model)
     with _one_line(model, "model"):
-        return model_class(config).from_pretrained(model, dtype=dtype).eval()
+        return _with_loss(model_class(config).from_pretrained(model, dtype=dtype).eval())
 
 
 def load_structure(model: str | Path, dtype: str = "auto") -> nn.Module:
@@ -284,7 +285,16 @@ def load_structure(model: str | Path, dtype: str = "auto") -> nn.Module:
     cls = model_class(config)
     with _one_line(model, "model"), torch.device("meta"):
         made = getattr(cls, "_from_config", getattr(cls, "from_config", None))(config).eval()
-    return made if dtype == "auto" else made.to(getattr(torch, dtype))
+    return _with_loss(made if dtype == "auto" else made.to(getattr(torch, dtype)))
+
+
+def _with_loss(model: nn.Module) -> nn.Module:
+    """Looks up a loss that transformers chooses by the model's name: the warning where it knows none (GPT-2's) would
+    end the compiled graph before the loss.
+    """
+    if "labels" in inspect.signature(model.forward).parameters and hasattr(model, "loss_function"):
+        model.loss_function = model.loss_function
+    return model
 
 
 def load_tokenizer(model: str | Path):

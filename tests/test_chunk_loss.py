@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import s2ft_compile as s2ft
+from s2ft_compile.data import load_model
 from s2ft_compile.passes import chunk_loss as chunk_loss_pass
 
 VOCABULARY, WIDTH = 11, 6
@@ -135,6 +136,14 @@ def test_hugging_face_models(family):
     assert_gradients(plan, full, 1e-5)  # these models compute their norms in float32
     with torch.no_grad():
         assert net(input_ids=ids, labels=ids).logits.shape == (2, 12, 50)  # nothing is hidden from an evaluation
+
+
+def test_a_loss_that_warns_is_in_the_graph_of_a_loaded_model(tmp_path):
+    """transformers knows no loss by GPT-2's name, and says so where it looks it up."""
+    hf("gpt2").save_pretrained(tmp_path)
+    model, ids = load_model(tmp_path), tokens(length=12)
+    s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig({"ffn.out": 3}))
+    assert compiled(model, logits=False)(input_ids=ids, labels=ids).logits is None
 
 
 @pytest.mark.parametrize("logits, rows", [(True, 60), (False, 10)])
