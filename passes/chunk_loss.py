@@ -104,9 +104,10 @@ CHUNKED = torch.ops.s2ft.chunked_cross_entropy.default
 
 
 class Head(NamedTuple):
-    """loss = cross_entropy(chain(linear), **options); the chain from the head down."""
+    """loss = cross_entropy(chain(linear), **options); the chain from the head down. late: a bias added by the chain."""
 
     linear: fx.Node
+    late: fx.Node | None
     chain: tuple[fx.Node, ...]
     loss: fx.Node
     options: Mapping[str, Any]
@@ -171,13 +172,17 @@ def _head(loss: fx.Node, frozen: Callable[[fx.Node], bool]) -> Head | str:
     while _rows(node, 1) is not None or _step(node):
         chain.insert(0, node)
         node = node.args[0]
+    late = _late_bias(node)
+    if late is not None:
+        chain.insert(0, node)
+        node = node.args[0]
     if node.target is not F.linear:
         return f"between head and loss stands {node.name} ({node.target})"
-    if not all(p is None or frozen(p) for p in _operands(node)[1:]):
+    if not all(p is None or frozen(p) for p in (*_operands(node)[1:], late)):
         return "its head trains"
     if any(n.target in AUTOCAST for n in _between(node, loss)):
         return "head and loss differ in autocast"
-    return Head(node, tuple(chain), loss, options)
+    return Head(node, late, tuple(chain), loss, options)
 
 
 def _replace(graph: fx.Graph, head: Head) -> None:
@@ -185,6 +190,9 @@ def _replace(graph: fx.Graph, head: Head) -> None:
     tokens, chunks = _chunks(_value(head.options["input"]).shape[0])
     steps = [step for node in head.chain if (step := _step(node))]
     with graph.inserting_before(head.loss):
+        if head.late is not None:
+            late = graph.call_method("flatten", (head.late,))
+            b = late if b is None else graph.call_function(operator.add, (b, late))
         for node in head.chain:
             if (args := _rows(node, _value(W).shape[1])) is not None:
                 h = graph.create_node(node.op, node.target, (h, *args), dict(node.kwargs))
@@ -225,6 +233,16 @@ def _rows(node: fx.Node, width: int) -> tuple | None:
         whole = len(index) < _value(node.args[0]).ndim and Ellipsis not in index or index[-1] in (slice(None), Ellipsis)
         return node.args[1:] if whole and all(i is Ellipsis or isinstance(i, (int, slice)) for i in index) else None
     return None
+
+
+def _late_bias(node: fx.Node) -> fx.Node | None:
+    """What a node adds to a head's result as its bias would."""
+    if node.target not in ("add", torch.add, operator.add) or node.kwargs or len(node.args) != 2:
+        return None
+    logits, bias = (n.meta.get("example_value") if isinstance(n, fx.Node) else None for n in node.args)
+    fits = isinstance(logits, Tensor) and isinstance(bias, Tensor) and bias.dtype == logits.dtype \
+        and bias.numel() == bias.shape[-1:].numel() == logits.shape[-1] and bias.ndim <= logits.ndim
+    return node.args[1] if fits else None
 
 
 def _step(node: fx.Node) -> tuple[str, float] | None:

@@ -266,7 +266,8 @@ class JointPasses(CustomGraphPass):
 def drop_logits(gm: fx.GraphModule) -> list[int]:
     """`chunk_loss` on a dynamo graph; the positions of the outputs it no longer has."""
     def frozen(node: fx.Node) -> bool:
-        return node.op == "placeholder" and not node.meta["example_value"].requires_grad
+        value = node.meta.get("example_value")
+        return value is not None and not value.requires_grad  # a weight with its delta, from attach, has no value
 
     dropped = chunk_loss_pass.chunk_loss(gm.graph, frozen)
     gm.recompile()

@@ -28,8 +28,9 @@ CHAINS = {  # between head and loss: name -> logits -> logits
 class Model(nn.Module):
     """An FFN, a head, a chain of steps, and the loss in the forward, as Hugging Face's models have it."""
 
-    def __init__(self, chain=(), bias=False, late=None, **loss):
+    def __init__(self, chain=(), bias=False, late=None, added: torch.Tensor | None = None, **loss):
         super().__init__()
+        self.added = added if added is None else nn.Buffer(added)
         self.entry = nn.Linear(4, WIDTH)
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, WIDTH)) for _ in "12")
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=bias)
@@ -41,6 +42,8 @@ class Model(nn.Module):
         for layer in self.layers:
             h = h + layer(h)
         logits = self.head(h)
+        if self.added is not None:  # as BART does
+            logits = logits + self.added.to(h.device)
         if labels is None:
             return {"logits": logits}
         made = logits
@@ -71,14 +74,15 @@ def check(model: Model, inputs: dict, inner: str = "aot_eager", tolerance: float
 
 @settings(max_examples=15, phases=QUICK)
 @given(data=st.data(), rows=st.integers(1, 3), length=st.integers(4, 9), size=st.integers(1, 12), bias=st.booleans(),
-       chain=st.lists(st.sampled_from(["scaled", "capped", "shifted", "last"]), max_size=3),
+       chain=st.lists(st.sampled_from(["scaled", "capped", "shifted", "last"]), max_size=3), added=st.booleans(),
        reduction=st.sampled_from(["mean", "sum"]), inner=st.sampled_from(INNER))
-def test_loss_and_gradients_do_not_change(data, rows, length, size, bias, chain, reduction, inner):
+def test_loss_and_gradients_do_not_change(data, rows, length, size, bias, chain, added, reduction, inner):
     torch._dynamo.reset()
     chunk_loss_pass.TOKENS, kept = size, chunk_loss_pass.TOKENS
     try:
         inputs = example(rows, length, data.draw(st.integers(0, length - 3)))
-        assert check(Model(chain, bias, reduction=reduction), inputs, inner)
+        more = torch.randn(1, VOCABULARY) if added else None
+        assert check(Model(chain, bias, added=more, reduction=reduction), inputs, inner)
     finally:
         chunk_loss_pass.TOKENS = kept
 
@@ -91,8 +95,8 @@ def test_a_cast_to_float32_and_inductor(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_does_not_add_up_tokens(dtype):
-    """6007 losses of 12 or more are over float16's largest number; and a mean's gradient is rounded once, where 1 / 6007
-    in bfloat16 would put the same error of up to 2^-9 on every entry."""
+    """6007 losses of 12 or more are over float16's largest number; and a mean's gradient is rounded once, where
+    1 / 6007 in bfloat16 would put the same error of up to 2^-9 on every entry."""
     h, W = torch.randn(6007, WIDTH).to(dtype), (24 * torch.randn(VOCABULARY, WIDTH)).to(dtype)
     labels, grads, losses = torch.randint(VOCABULARY, (6007,)), {}, {}
     for mean in (True, False):
@@ -108,8 +112,10 @@ def test_half_precision_does_not_add_up_tokens(dtype):
 
 @pytest.mark.parametrize("model", [
     Model(label_smoothing=0.1), Model(weight=torch.ones(VOCABULARY).double()), Model(("cast",)),
+    Model(added=torch.randn(5, VOCABULARY)),
     Model(late=lambda logits: logits.square().mean()), Model(late=lambda logits: logits[..., :5].sum() * 0.01),
-], ids=["smoothing", "weights", "a cast that is no step", "read by another loss", "a part is read"])
+], ids=["smoothing", "weights", "a cast that is no step", "other logits for each token", "read by another loss",
+        "a part is read"])
 def test_what_does_not_match_stays_whole(model):
     assert not check(model, example(2, 5), tolerance=1e-6 if model.chain else NOISE64)
 
