@@ -56,19 +56,21 @@ def s2ft(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[
     _check_config(found[0][1], config)
     positions = [i for i, _, _ in found]
     if not training:
-        return _with_deltas(_compile(gm, example_inputs, how, inner_compile), positions, False)
+        return _with_deltas(_compile(gm, example_inputs, how, inner_compile), positions)
     attached = attach_deltas(gm, [(i, block) for i, _, block in found])
     dropped = [] if how.logits else drop_logits(attached)
     deltas = [block.delta for _, _, block in found]
     compiled = _compile(attached, [*example_inputs, *deltas], how, inner_compile)
-    return _with_none(_with_deltas(compiled, positions, True), dropped)
+    return _with_none(_with_deltas(compiled, positions, True, _replays(how)), dropped)
 
 
-def _with_deltas(compiled: Callable, positions: Sequence[int], training: bool) -> Callable:
+def _with_deltas(compiled: Callable, positions: Sequence[int], training: bool = False,
+                 replays: bool = False) -> Callable:
     """Writes changed deltas into the weights first; in training passes them on after dynamo's inputs.
 
     The deltas are those of the weights at hand: dynamo runs one graph for all modules that its guards cannot tell
-    apart, such as the layers of a model that it compiles piece by piece.
+    apart, such as the layers of a model that it compiles piece by piece. replays: whether CUDA graphs write every
+    micro-batch's gradients to the same memory, so that none may stay there.
     """
 
     def run(*args):
@@ -80,6 +82,8 @@ def _with_deltas(compiled: Callable, positions: Sequence[int], training: bool) -
             if block.stale:
                 state.refresh()
             block.attached |= training
+            if replays:
+                block.own_gradient()
             deltas.append(block.delta)
         return compiled(*args, *deltas) if training else compiled(*args)
 
@@ -288,6 +292,14 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions,
         if how.inner == "aot_eager":
             return _aot_eager(gm, inputs, how)
         return _inductor(gm, inputs, how, inner_compile)
+
+
+def _replays(how: CompileOptions) -> bool:
+    """Whether the graphs become CUDA graphs where there is a GPU."""
+    from torch._inductor import config, list_mode_options
+
+    chosen = list_mode_options(how.mode) if how.mode else {}
+    return how.inner == "inductor" and chosen.get("triton.cudagraphs", config.triton.cudagraphs)
 
 
 def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions,

@@ -42,11 +42,18 @@ class Block:
     places: list[tuple[nn.Module, str]]  # the modules that hold the weight
     version: int = -1  # of the delta, when the weight was last written
     attached: bool = False  # whether a forward has used the delta, so that it can have a gradient
+    owns_gradient: bool = False
 
     @property
     def layout(self) -> tuple:
         """What a graph that attaches the delta depends on."""
         return self.dim, self.ranges
+
+    def own_gradient(self) -> None:
+        """From now on copies the delta's gradients out of the memory they are made in."""
+        if not self.owns_gradient:
+            self.delta.register_hook(torch.clone)
+            self.owns_gradient = True
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
@@ -111,7 +118,7 @@ class State(nn.Module):
     def __setstate__(self, state):  # copy.deepcopy and pickle arrive here
         super().__setstate__(state)
         for block in self.blocks:
-            block.version = -1  # a copied delta counts its versions anew
+            block.version, block.owns_gradient = -1, False  # a copied delta counts its versions anew, and has no hooks
         self._by_weight = {id(block.weight): block for block in self.blocks}
         _live.add(self)
 

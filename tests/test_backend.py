@@ -1,17 +1,21 @@
 """The backend as people call it: found by name, options, first call, graph breaks, lengths, inference."""
 
+import copy
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from small import NOISE64, assert_gradients, compiled, drawn, fresh, full_gradients, prepared  # noqa: F401
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import s2ft_compile as s2ft
+from s2ft_compile.backend import s2ft as backend
 from s2ft_compile.errors import ConfigError
 
 TARGETS = {"ffn.out": 0.5, "attention.out": 1}
@@ -175,3 +179,39 @@ def test_inference_follows_training():
         assert not torch.equal(first, after)
     with torch.inference_mode():
         torch.testing.assert_close(model(*case.inputs), after, rtol=0, atol=0)
+
+
+# --- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+def replayed(gm, inputs, **_):
+    """A graph whose results lie in the same memory in every run, as those of a CUDA graph do."""
+    memory: dict[int, torch.Tensor] = {}
+
+    def run(args):
+        made = gm.forward(*args)
+        for i, value in enumerate(made):
+            if isinstance(value, torch.Tensor):
+                memory.setdefault(i, torch.empty_like(value)).copy_(value)
+        return [memory[i].detach() if i in memory else value for i, value in enumerate(made)]
+
+    return make_boxed_func(lambda *args: run(args))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_micro_batches_add_up_where_a_graph_writes_to_the_same_memory(copied):
+    case, model = prepared(TARGETS)
+    made = partial(torch.compile, backend=partial(backend, inner_compile=replayed, mode="reduce-overhead"))
+    net = made(model)
+    batches, expected = [case.inputs, tuple(x.flip(0) * 2 for x in case.inputs)], []
+    for inputs in batches:
+        model.zero_grad()
+        net(*inputs).sum().backward()
+        expected.append([delta.grad.clone() for delta in s2ft.parameters(model)])
+    if copied:  # parameters lose their hooks
+        net = made(model := copy.deepcopy(model))
+    model.zero_grad()
+    for inputs in batches:
+        net(*inputs).sum().backward()
+    for delta, *parts in zip(s2ft.parameters(model), *expected):
+        torch.testing.assert_close(delta.grad, sum(parts), rtol=0, atol=NOISE64 * sum(parts).abs().max())

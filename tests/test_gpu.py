@@ -88,6 +88,22 @@ def test_options_leave_gradients_as_they_are(options):
         assert (plain - other).abs().max() <= 64 * 10 * U32 * plain.abs().max()
 
 
+def test_micro_batches_add_up_in_cuda_graphs():
+    """Their gradients lie in one memory, and are copied out of it: the sum is that of single backwards."""
+    model, ids, _, _ = on_gpu("llama", torch.bfloat16)
+    s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig(targets=TARGETS))
+    net, batches, parts = compiled(model, "inductor", mode="reduce-overhead"), [ids, ids.flip(0)], []
+    for turn in range(4):  # warmed up, recorded, replayed twice
+        model.zero_grad()
+        loss_of(batches[turn % 2])(net).backward()
+        parts.append([delta.grad.clone() for delta in s2ft.parameters(model)])
+    model.zero_grad()
+    for batch in batches:
+        loss_of(batch)(net).backward()
+    for delta, even, odd in zip(s2ft.parameters(model), *parts[2:]):
+        assert torch.equal(delta.grad, even + odd)
+
+
 @pytest.mark.parametrize("logits", [True, False])
 def test_predicted_memory(logits):
     """`s2ft.estimate` against the allocator's peak of a step."""
