@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from s2ft_compile.bank import Stack, _write
+from s2ft_compile.bank import _write
 from s2ft_compile.kernels.refresh import fits, refresh, refresh_reference
+from s2ft_compile.rows import Stack
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "gpu_kernels.json"
 WARM_UP, ROUNDS = 5, 30

@@ -1,7 +1,11 @@
-"""A batched product in which every row picks its matrix, without copies of them: the deltas of a batch on a CPU.
+"""What a batch adds to a linear layer's result, where every row has an adapter of its own:
 
-What a batch costs besides the base model is the traffic of its adapters' deltas. `delta[ids]` reads them, writes them,
-and reads them again; both products here read them once, from blocks of columns that lie in one piece each:
+    columns (what the layer contracts)      y += x[indices] @ delta        x: (..., in), indices: (n,), delta: (n, out)
+    rows (what it produces)                 y[indices] += x @ delta        y: (..., out), delta: (in, n)
+
+What that costs besides the base model is the traffic of the deltas. On a GPU one kernel reads them once. On a CPU
+`delta[ids]` would read them, write them, and read them again; both products here read them once, from blocks of columns
+that lie in one piece each:
 
     delta: (M, blocks, k, width), the matrix of id i is (k, blocks * width), and that of id 0 is zeros
 
@@ -9,14 +13,98 @@ With 16 adapters, one token each, of 311 columns of a 2048 x 8192 weight, in bfl
 7.9 ms, as batched products of whole matrices 1.4 ms, as `sums_by_id` of blocks 0.65 ms.
 """
 
+from dataclasses import dataclass
 from math import gcd
+from typing import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from .kernels.adapters import adapter_add_
+from .kernels.support import capability
+
 WIDTH = 256  # of a block at most; 64 to 512 are read at the speed of memory, 2048 at two thirds of it
 NARROW = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The slices of one layer and one side, of all adapters; row 0 is no adapter, shorter ones are padded with zeros.
+
+    contracts: whether they are columns. index: int64 (adapters + 1, n). delta, of the weight's type: (adapters + 1, n,
+    out) for columns and (adapters + 1, in, n) for rows where the kernel runs, and the same in blocks elsewhere.
+    ranks: how many of the n count. rank: the same, int32, where the kernel runs.
+    """
+
+    contracts: bool
+    index: Tensor
+    delta: Tensor
+    ranks: tuple[int, ...]
+    rank: Tensor | None
+
+    @classmethod
+    def of(cls, contracts: bool, index: Tensor, delta: Tensor, ranks: Sequence[int]) -> "Stack":
+        """In the form that its device reads best. delta: not in blocks, with zeros from an adapter's rank on."""
+        if capability(delta.device):
+            rank = torch.tensor(ranks, dtype=torch.int32, device=delta.device)
+            return cls(contracts, index, delta, tuple(ranks), rank)
+        return cls(contracts, index, in_blocks(delta), tuple(ranks), None)
+
+    def picked(self, ids: Tensor, terms: dict[tuple, Tensor]) -> "Picked":
+        """ids: (N,). terms: what other stacks of the same sizes have worked out for these ids, and this one adds to."""
+        ids = ids.to(self.index.device)  # a model may lie on several
+        if self.rank is not None:
+            return Picked(self, ids)
+        counts = self.ranks if self.contracts else (self.delta.shape[2],) * len(self.ranks)
+        key = counts, self.delta.shape, ids.device
+        if key not in terms:
+            terms[key] = terms_of(ids, torch.tensor(counts, device=ids.device), self.delta)
+        return Picked(self, ids, self.index.index_select(0, ids), terms[key])
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """What the rows of one batch take from a stack: ids (N,), and where no kernel runs index (N, n) and the terms of
+    `sums_by_id`.
+    """
+
+    stack: Stack
+    ids: Tensor
+    index: Tensor | None = None
+    terms: Tensor | None = None
+
+    def repeated(self, times: int) -> "Picked":
+        """Every row `times` times, one after the other."""
+        return self.stack.picked(self.ids.repeat_interleave(times), {})
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """y (N, ..., out) with the delta of each row added. x: (N, ..., in)."""
+        stack, tokens = self.stack, x.reshape(x.shape[0], -1, x.shape[-1])
+        if stack.rank is not None and not y.requires_grad:
+            there = y.reshape(*tokens.shape[:2], -1)
+            adapter_add_(there, tokens, self.ids, stack.index, stack.delta, stack.rank, stack.contracts)
+            return there.view(y.shape)
+        index = stack.index.index_select(0, self.ids) if self.index is None else self.index
+        index = index[:, None, :].expand(-1, tokens.shape[1], -1)
+        if stack.contracts:
+            return y + self._product(tokens.gather(2, index)).to(y.dtype).view(y.shape)
+        made = self._product(tokens).to(y.dtype)
+        return y.reshape(*tokens.shape[:2], -1).scatter_add(2, index, made).view(y.shape)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """x (N, tokens, k) times the deltas of its rows."""
+        delta = self.stack.delta
+        if self.stack.rank is not None:
+            return x @ delta[self.ids].to(x.dtype)
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return (x[:, None] @ delta[self.ids].to(x.dtype)).transpose(1, 2).flatten(2)
+        if x.shape[1] == 1:
+            return sums_by_id(x, delta, self.terms)
+        return products_by_id(x, delta.to(x.dtype), self.ids)
+
+
+# --- products on a CPU ------------------------------------------------------------------------------------------------
 
 
 def in_blocks(delta: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from small import U32, fresh, hf, prepared, randomize, same_bits, tokens  # noqa
 from torch import Tensor
 
 import s2ft_compile as s2ft
-from s2ft_compile import bank as bank_module
+from s2ft_compile import rows as rows_module
 from s2ft_compile import state as state_module
 from s2ft_compile.exporters import load_adapter, save_adapter
 from s2ft_compile.kernels import adapters, refresh, slice_grad, support
@@ -229,7 +229,7 @@ def test_adapter_add(device, N, L, inner, outer, contracts, dtype, data, seed):
 def test_a_bank_uses_the_operator(device, tmp_path, monkeypatch):
     """Every row is that of its adapter alone; on the CPU with the reference behind the operator."""
     if device == "cpu":
-        monkeypatch.setattr(bank_module, "capability", lambda device: (9, 0))
+        monkeypatch.setattr(rows_module, "capability", lambda device: (9, 0))
     for name, targets in (("a", {"ffn.out": 5, "attention.value": 1}), ("b", {"ffn.out": 2, "ffn.in": 3})):
         model = hf("llama")
         s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets=targets))
@@ -239,7 +239,7 @@ def test_a_bank_uses_the_operator(device, tmp_path, monkeypatch):
     for name in "ab":
         bank.add(name, tmp_path / name)
     calls = []
-    monkeypatch.setattr(bank_module, "adapter_add_", lambda *args: calls.append(args) or adapters.adapter_add_(*args))
+    monkeypatch.setattr(rows_module, "adapter_add_", lambda *args: calls.append(args) or adapters.adapter_add_(*args))
     with torch.no_grad(), bank.batch(["b", None, "a"]):
         found = bank.model(ids).logits
     assert calls
