@@ -80,14 +80,13 @@ class AdapterBank:
         with self._exclusive():
             if name in self._entries:
                 raise AdapterError(f"there is an adapter {name!r} already; remove it first")
-            active, undo = self.active, [(W, dim, i, W.index_select(dim, i)) for W, dim, i, _ in self._undo]
-            _write(self._undo)
+            before = self._written()
+            self._switch((), (), ())
             try:
                 check_fits(self.model, read)
                 self._entries = {**self._entries, name: _entry(self.model, read)}
             finally:
-                _write(undo)
-                self.active = active
+                self._switch(*before)
             self._stacks = None
 
     def remove(self, name: str) -> None:
@@ -119,12 +118,12 @@ class AdapterBank:
         """Makes the weights cast(W0 + sum of weight * delta), and returns how many entries each two adapters share.
 
         The paper's fusion without interference is the one where all of these are 0. Raises `AdapterError` for an
-        unknown name or a weight that is not finite.
+        unknown name, a weight that is not finite, or a sum that is not.
         """
         if not isinstance(weights, Mapping) or not all(map(_finite, weights.values())):
             raise AdapterError(f"a sum maps names to finite numbers, as {{'law': 1.0}}; got {weights!r}")
         with self._exclusive():
-            entries = {name: self._entry(name) for name in weights}
+            entries, before = {name: self._entry(name) for name in weights}, self._written()
             self._switch((), (), ())
             parts: dict[str, list[tuple[Slice, float]]] = {}
             for name, entry in entries.items():
@@ -132,6 +131,9 @@ class AdapterBank:
                     parts.setdefault(s.parameter_name, []).append((s, float(weights[name])))
             held = dict(self.model.named_parameters())
             tuned = tuple((held[name], *summed(held[name], some)) for name, some in parts.items())
+            if over := [name for name, (_, _, _, values) in zip(parts, tuned) if not values.isfinite().all()]:
+                self._switch(*before)
+                raise AdapterError(f"with {dict(weights)} the sum is not finite in {over[0]}, of {held[over[0]].dtype}")
             base = tuple((W, dim, indices, W.detach().index_select(dim, indices)) for W, dim, indices, _ in tuned)
             self._switch(tuple(weights), tuned, base)
             return {(a, b): _shared(entries[a], entries[b]) for a, b in combinations(entries, 2)}
@@ -140,13 +142,16 @@ class AdapterBank:
     def using(self, name: str | None) -> Iterator[None]:
         """`activate(name)` for a block, in which no other thread changes weights or runs a batch."""
         with self._exclusive():
-            before, undo = self.active, [(W, dim, i, W.index_select(dim, i)) for W, dim, i, _ in self._undo]
-            base = self._undo
+            before = self._written()
             self.activate(name)
             try:
                 yield
             finally:
-                self._switch(before, undo, base)
+                self._switch(*before)
+
+    def _written(self) -> tuple[tuple[str, ...], Sequence[Written], Sequence[Written]]:
+        """What `_switch` takes to bring back the weights as they are now."""
+        return self.active, [(W, dim, i, W.detach().index_select(dim, i)) for W, dim, i, _ in self._undo], self._undo
 
     def _switch(self, names: tuple[str, ...], tuned: Sequence[Written], base: Sequence[Written]) -> None:
         _write(self._undo)

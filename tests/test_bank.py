@@ -268,6 +268,8 @@ def test_calls_that_do_not_fit_are_refused_and_change_nothing(folder, tmp_path):
     for wrong in ({"a": float("nan")}, {"a": "1"}, {"a": 10**400}, ["a"]):
         with pytest.raises(AdapterError, match="finite numbers"):
             bank.fuse(wrong)
+    with pytest.raises(AdapterError, match="the sum is not finite in model.layers.0"):
+        bank.fuse({"a": 1e300})
     for wrong in (None, "", 3):
         with pytest.raises(AdapterError, match="name is a text"):
             bank.add(wrong, folder / "b")
