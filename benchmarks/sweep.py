@@ -1,7 +1,7 @@
 """Every model type of transformers, tiny and at random: does it trace, are its structures found, are they right?
 
     python benchmarks/sweep.py                                    the causal-LM mapping; writes results/sweep.json
-    python benchmarks/sweep.py --mapping masked-lm --only bert    another one, or some types of it
+    python benchmarks/sweep.py --mapping masked-lm --only bert    others, or some types of them
     python benchmarks/sweep.py --layers 2,8,32,128                seconds by number of layers instead
 
 What a type should have is counted from its modules by name, which the compiler never looks at: an FFN or attention
@@ -101,7 +101,7 @@ def _reasons(analysis, paths) -> list[str]:
     return [w for w, _ in why.most_common(6)] + others[:6]
 
 
-# --- one type, in a process of its own -------------------------------------------------------------------------------
+# --- one type, in a process of its own ---------------------------------------------------------------------------
 
 
 def examine(model_type: str, names) -> dict:
@@ -243,6 +243,13 @@ def cost(layers: int) -> dict:
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
 
 
+def cost_table(rows: list[dict]) -> Table:
+    made = Table(*rows[0], title="cost by number of layers")
+    for row in rows:
+        made.add_row(*map(str, row.values()))
+    return made
+
+
 def save(path: Path, stored: dict) -> None:
     stored["versions"] = versions()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,12 +258,7 @@ def save(path: Path, stored: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mapping", default="causal-lm", help=f"by commas, or all: {', '.join(MAPPINGS)}")
-    parser.add_argument("--only", default="", help="model types, by commas")
-    parser.add_argument("--layers", default="", help="measure the cost for these numbers of layers, by commas")
-    parser.add_argument("--output", type=Path, default=RESULTS / "sweep.json")
-    options = parser.parse_args()
+    arguments = _arguments()
     torch.set_num_threads(1)
     import transformers
     from transformers.models.auto import modeling_auto  # noqa: F401, imported once, before any fork
@@ -264,26 +266,28 @@ def main() -> None:
     import s2ft_compile  # noqa: F401
 
     transformers.logging.set_verbosity_error()
-    stored = json.loads(options.output.read_text()) if options.output.exists() else {}
-    if options.layers:
-        rows = [isolated(cost, int(n)) for n in options.layers.split(",")]
-        made = Table(*rows[0], title="cost by number of layers")
-        for row in rows:
-            made.add_row(*map(str, row.values()))
-        console.print(made)
-        stored["cost"] = rows
-    else:
-        for mapping in MAPPINGS if options.mapping == "all" else options.mapping.split(","):
-            only = [n for n in options.only.split(",") if n]
-            rows = sweep(mapping, only)
-            if only:  # the rest as it was
-                rows += [r for r in stored.get(mapping, {}).get("types", []) if r["type"] not in only]
-                rows.sort(key=lambda r: r["type"])
-            console.print(table(rows, mapping))
-            console.print(mapping, aggregate(rows))
-            stored[mapping] = {"aggregate": aggregate(rows), "types": rows}
-            save(options.output, stored)
-    save(options.output, stored)
+    stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    if arguments.layers:
+        stored["cost"] = [isolated(cost, int(n)) for n in arguments.layers.split(",")]
+        console.print(cost_table(stored["cost"]))
+        return save(arguments.output, stored)
+    for mapping in MAPPINGS if "all" in arguments.mapping else arguments.mapping:
+        rows = sweep(mapping, arguments.only)
+        if arguments.only:  # the rest as it was
+            rows += [r for r in stored.get(mapping, {}).get("types", []) if r["type"] not in arguments.only]
+            rows.sort(key=lambda r: r["type"])
+        stored[mapping] = {"aggregate": aggregate(rows), "types": rows}
+        console.print(table(rows, mapping), mapping, stored[mapping]["aggregate"], sep="\n")
+        save(arguments.output, stored)
+
+
+def _arguments() -> argparse.Namespace:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--mapping", nargs="+", choices=[*MAPPINGS, "all"], default=["causal-lm"])
+    options.add_argument("--only", nargs="+", default=[], metavar="TYPE", help="model types")
+    options.add_argument("--layers", default="", help="measure the cost for these numbers of layers, by commas")
+    options.add_argument("--output", type=Path, default=RESULTS / "sweep.json")
+    return options.parse_args()
 
 
 if __name__ == "__main__":
