@@ -1,41 +1,33 @@
 """Adapters in use: switched, side by side in one batch, on disk, and merged into a checkpoint, against LoRA with PEFT.
 
-    python benchmarks/adapters.py [--quick] [--output benchmarks/results/adapters.json] [--rounds 9] [--dtype bfloat16]
+    python benchmarks/adapters.py [--quick] [--output benchmarks/results/adapters.json] [--rounds 21] [--dtype bfloat16]
 
 The model has the shape of Llama-3.2-1B and random weights. Our adapters train as many numbers (4.2% of the FFN channels
 of each layer) as LoRA's, of rank 16 on the linear layers: 0.9% of its parameters. Both serve the same weights in one
 process and take turns; a figure is the median over the rounds. `--quick` is a rehearsal on a tiny model: its figures
-mean nothing.
+mean nothing, and are written only where `--output` says.
 """
 
-import argparse
-import json
-import os
-import platform
 import tempfile
-import time
+from argparse import Namespace
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from datetime import date
-from importlib import metadata
 from pathlib import Path
-from statistics import median
 from typing import Any, Callable, Iterator, Mapping
 
 import onnx_adapters
 import torch
 from disk import adapter_of, file_size, merge
 from methods import LORA_RANK, Setting, build
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from turns import DEVICE, console, facts, goal_table, in_turn, medians, parser, save
 
 import s2ft_compile as s2ft
 from s2ft_compile.exporters.format import Adapter
 from s2ft_compile.fingerprint import samples_of
 from s2ft_compile.passes.select import select
 
-HERE = Path(__file__).resolve().parent
 WARM_UP = 2
 ADAPTERS = 16  # behind one model, and rows of a batch: each row its own
 TARGETS = {"ffn.out": 0.042}
@@ -53,17 +45,15 @@ GOALS = {
     "onnx_base_speed": (">=", 0.95),
 }
 
-console = Console()
-
 
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    setting = replace(QUICK_SIZE if arguments.quick else FULL_SIZE, dtype=arguments.dtype, device=device)
+    setting = replace(QUICK_SIZE if arguments.quick else FULL_SIZE, dtype=arguments.dtype, device=DEVICE)
     rounds = 2 if arguments.quick else arguments.rounds
-    result = {"date": date.today().isoformat(), "quick": arguments.quick, **_facts(setting)}
+    result = {**facts(DEVICE, arguments.quick), "model": {**asdict(setting), "targets": TARGETS},
+              "lora_rank": LORA_RANK, "adapters": ADAPTERS}
     with tempfile.TemporaryDirectory() as folder, console.status("s2ft merge"):
         result["merge"] = merge(Path(folder), 0.01 if arguments.quick else 8.0)
     with torch.no_grad(), console.status("a model, and its adapters"):
@@ -72,45 +62,20 @@ def main() -> None:
     result["file"] = file_size(adapters[0])
     with torch.no_grad():
         result["batch"] = batch_times(model, adapters, setting, rounds)
-        result["switch"] = switch_times(model, adapters[:2], rounds)
+        result["switch"] = switch_times(model, adapters[0], rounds)
     with console.status("ONNX"):
         result["onnx"] = onnx_adapters.measure(**({"layers": 2, "rounds": 2} if arguments.quick else {}))
     result["ratios"] = ratios(result)
     console.print(table(result))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    console.print(f"wrote {arguments.output}")
+    save(result, "adapters", arguments.output)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds, to see that everything runs")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "adapters.json")
-    parser.add_argument("--rounds", type=int, default=21, help="rounds that count (default 21)")
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights (default bfloat16, as that model's are)")
-    parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
-
-
-def _facts(setting: Setting) -> dict[str, Any]:
-    """What the figures depend on."""
-    packages = ("torch", "transformers", "peft", "s2ft-compile")
-    return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
-        "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "model": {**asdict(setting), "targets": TARGETS},
-        "lora_rank": LORA_RANK,
-        "adapters": ADAPTERS,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None  # a GPU machine may not have it
+def _arguments() -> Namespace:
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=21, help="rounds that count (default 21)")
+    options.add_argument("--dtype", default="bfloat16", help="of the weights (default bfloat16, as that model's are)")
+    options.add_argument("--threads", type=int, default=2)
+    return options.parse_args()
 
 
 # --- a model and adapters -----------------------------------------------------------------------------------------
@@ -165,24 +130,6 @@ class BatchedLoRA:
 # --- measurements -------------------------------------------------------------------------------------------------
 
 
-def in_turn(trials: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each; every round runs all of them, and starts with another one."""
-    names, spent = list(trials), {name: [] for name in trials}
-    for turn in range(WARM_UP + rounds):
-        for name in names[turn % len(names):] + names[:turn % len(names)]:
-            _wait(device)
-            began = time.perf_counter()
-            trials[name]()
-            _wait(device)
-            spent[name].append(1e3 * (time.perf_counter() - began))
-    return {name: median(times[WARM_UP:]) for name, times in spent.items()}
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def batch_times(model: nn.Module, adapters: list[Adapter], setting: Setting, rounds: int) -> dict[str, dict]:
     """One forward of `ADAPTERS` rows of one token, each with an adapter of its own; eager, and compiled."""
     bank, lora = s2ft.AdapterBank(model), BatchedLoRA(model)
@@ -195,19 +142,19 @@ def batch_times(model: nn.Module, adapters: list[Adapter], setting: Setting, rou
         with context:
             forward(input_ids=inputs)
 
-    return {how: in_turn({
+    return {how: medians(in_turn({
         "base": lambda: run(forward, nullcontext()),
         "ours": lambda: run(forward, bank.batch(bank.names)),
         "lora": lambda: run(forward, lora.batch(rows)),
-    }, rounds, setting.device) for how, forward in (("eager", model), ("compiled", torch.compile(model)))}
+    }, rounds, WARM_UP)) for how, forward in (("eager", model), ("compiled", torch.compile(model)))}
 
 
-def switch_times(model: nn.Module, adapters: list[Adapter], rounds: int) -> dict[str, float]:
+def switch_times(model: nn.Module, adapter: Adapter, rounds: int) -> dict[str, float]:
     """An adapter on and off again, in place: what switching from one to another costs."""
     from peft import LoraConfig, get_peft_model
 
-    device, bank = next(model.parameters()).device.type, s2ft.AdapterBank(model)
-    bank.add("ours", adapters[0])
+    bank = s2ft.AdapterBank(model)
+    bank.add("ours", adapter)
     config = LoraConfig(r=LORA_RANK, target_modules="all-linear", init_lora_weights=False)
     lora = get_peft_model(model, config, autocast_adapter_dtype=False)
 
@@ -219,7 +166,7 @@ def switch_times(model: nn.Module, adapters: list[Adapter], rounds: int) -> dict
         lora.merge_adapter()
         lora.unmerge_adapter()
 
-    return in_turn({"ours": ours, "lora": theirs}, rounds, device)
+    return medians(in_turn({"ours": ours, "lora": theirs}, rounds, WARM_UP))
 
 
 # --- what is made of them -----------------------------------------------------------------------------------------
@@ -251,14 +198,9 @@ def table(result: Mapping[str, Any]) -> Table:
         "onnx_base_speed": f"room for {result['onnx']['slices']} slices, none active / plain export, float32",
     }
     model = result["model"]
-    made = Table("figure", "measured", "goal", "", "", title=f"{model['layers']} layers of width {model['hidden']}, "
-                 f"{model['dtype']}, {result['device']}, {result['threads']} threads, {result['adapters']} adapters")
-    for name, value in result["ratios"].items():
-        sense, goal = GOALS[name]
-        met = value >= goal if sense == ">=" else value <= goal
-        verdict = "[green]met[/]" if met else "[red]missed[/]"
-        made.add_row(name, f"{value:.3g}", f"{sense} {goal:g}", verdict, notes.get(name, ""))
-    return made
+    title = (f"{model['layers']} layers of width {model['hidden']}, {model['dtype']}, {result['device']}, "
+             f"{result['threads']} threads, {result['adapters']} adapters")
+    return goal_table(GOALS, result["ratios"], notes, title)
 
 
 if __name__ == "__main__":

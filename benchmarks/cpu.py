@@ -4,30 +4,28 @@
 
 All methods train the same Llama-style model in one process and take turns, one step each, so that whatever else the
 machine does meets them all alike; a figure is the median over the rounds. First steps are measured in processes of
-their own, each pair with a fresh compile cache. `--quick` is a rehearsal on a tiny model: its figures mean nothing.
+their own, each pair with a fresh compile cache. `--quick` is a rehearsal on a tiny model: its figures mean nothing, and
+are written only where `--output` says.
 """
 
-import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-import time
+from argparse import Namespace
 from dataclasses import asdict, replace
-from datetime import date
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Mapping
 
 import torch
 from methods import CPU_METHODS, FULL_SIZE, METHODS, QUICK_SIZE, TITLES, Setting, batch, build
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from saved import saved_bytes, units_per_layer
+from turns import console, facts, goal_table, in_turn, parser, save, wall_ms
 
 import s2ft_compile as s2ft
 
@@ -48,14 +46,13 @@ GOALS = {
     "compile_cold_over_warm": (">=", 2.0),
 }
 
-console = Console()
-
 
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     setting = QUICK_SIZE if arguments.quick else FULL_SIZE
-    result = {"date": date.today().isoformat(), "quick": arguments.quick, **_facts(setting)}
+    parameters = sum(p.numel() for p in build(setting).parameters())
+    result = {**facts("cpu", arguments.quick), "model": {**asdict(setting), "parameters": parameters}}
     result["compile"] = compile_times(arguments.quick, arguments.threads)
     result["prepare_s"] = prepare_seconds(setting)
     result["rows"] = step_rows(setting, 2 if arguments.quick else arguments.steps)
@@ -63,30 +60,14 @@ def main() -> None:
     result["ratios"] = ratios(result["rows"], result["saved_activations"])
     for table in tables(result):
         console.print(table)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    console.print(f"wrote {arguments.output}")
+    save(result, "cpu", arguments.output)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model and two steps, to see that everything runs")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "cpu.json")
-    parser.add_argument("--steps", type=int, default=12, help="steps of each method that count (default 12)")
-    parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
-
-
-def _facts(setting: Setting) -> dict[str, Any]:
-    """What the figures depend on."""
-    packages = ("torch", "transformers", "peft", "s2ft-compile")
-    parameters = sum(p.numel() for p in build(setting).parameters())
-    return {
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "model": {**asdict(setting), "parameters": parameters},
-    }
+def _arguments() -> Namespace:
+    options = parser(__doc__)
+    options.add_argument("--steps", type=int, default=12, help="steps of each method that count (default 12)")
+    options.add_argument("--threads", type=int, default=2)
+    return options.parse_args()
 
 
 # --- measurements ----------------------------------------------------------------------------------------------
@@ -95,26 +76,20 @@ def _facts(setting: Setting) -> dict[str, Any]:
 def prepare_seconds(setting: Setting) -> float:
     """Seconds of `prepare`, all of it: tracing, inference, selection, fingerprint and permutation."""
     model, inputs = build(setting), {"input_ids": batch(setting)["input_ids"]}
-    began = time.perf_counter()
-    s2ft.prepare(model, inputs, s2ft.S2FTConfig(setting.targets))
-    return time.perf_counter() - began
+    return wall_ms(lambda: s2ft.prepare(model, inputs, s2ft.S2FTConfig(setting.targets))) / 1e3
 
 
 def step_rows(setting: Setting, steps: int) -> list[dict[str, Any]]:
-    """One row a method. The methods take turns, and each round starts with another one."""
+    """One row a method."""
     inputs = batch(setting)
     trials = {name: METHODS[name](setting) for name in CPU_METHODS}
-    names, seconds = list(trials), {name: [] for name in trials}
-    for turn in track(range(WARM_UP + steps), "training steps", console=console):
-        for name in names[turn % len(names):] + names[:turn % len(names)]:
-            began = time.perf_counter()
-            trials[name].step(inputs)
-            seconds[name].append(time.perf_counter() - began)
+    with console.status("training steps"):
+        times = in_turn({name: partial(trial.step, inputs) for name, trial in trials.items()}, steps, WARM_UP)
     return [
         {
             "method": name,
-            "step_ms": 1e3 * median(seconds[name][WARM_UP:]),
-            "step_ms_quartiles": [1e3 * q for q in quantiles(seconds[name][WARM_UP:], n=4)[::2]],
+            "step_ms": median(times[name]),
+            "step_ms_quartiles": quantiles(times[name], n=4)[::2],
             "tokens_per_step": setting.tokens,
             "trainable_parameters": trial.trainable,
             "saved_activation_bytes": saved_bytes(trial.model, inputs),
@@ -175,17 +150,9 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             TITLES[name], f"{row['step_ms']:.0f} ms", f"{row['trainable_parameters'] / model['parameters']:.2%}",
             f"{row['saved_activation_bytes'] / 2**20:.1f} MiB", f"{saved[name]:.2f} d" if name in saved else "",
         )
-    return [methods, _goal_table(result)]
-
-
-def _goal_table(result: Mapping[str, Any]) -> Table:
     measured = {**result["ratios"], "prepare_s": result["prepare_s"],
                 **{f"compile_{key}": value for key, value in result["compile"].items()}}
-    table = Table("figure", "measured", "goal", "")
-    for name, (sense, goal) in GOALS.items():
-        met = measured[name] >= goal if sense == ">=" else measured[name] <= goal
-        table.add_row(name, f"{measured[name]:.2f}", f"{sense} {goal:g}", "[green]met[/]" if met else "[red]missed[/]")
-    return table
+    return [methods, goal_table(GOALS, measured)]
 
 
 if __name__ == "__main__":

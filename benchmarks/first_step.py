@@ -5,12 +5,13 @@
 
 import argparse
 import json
-import time
+from functools import partial
 from statistics import median
 
 import torch
 from methods import FULL_SIZE, METHODS, QUICK_SIZE, batch
 from torch._dynamo.utils import counters
+from turns import wall_ms
 
 LATER_STEPS = 3
 
@@ -19,15 +20,9 @@ def measure(method: str, quick: bool) -> dict:
     """compile_s: the first step without what a step takes afterwards. aot_cache_hits: of AOTAutograd's cache."""
     setting = QUICK_SIZE if quick else FULL_SIZE
     trial, inputs = METHODS[method](setting), batch(setting)
-    seconds = [_timed(trial, inputs) for _ in range(1 + LATER_STEPS)]
+    seconds = [wall_ms(partial(trial.step, inputs)) / 1e3 for _ in range(1 + LATER_STEPS)]
     hits = counters["aot_autograd"]["autograd_cache_hit"]
     return {"method": method, "compile_s": seconds[0] - median(seconds[1:]), "aot_cache_hits": hits}
-
-
-def _timed(trial, inputs) -> float:
-    began = time.perf_counter()
-    trial.step(inputs)
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -3,33 +3,30 @@
     python benchmarks/gpu.py [--quick] [--only 8b,4096] [--seconds 500] [--fresh]
 
 Works down `PLAN`, the rows that say most first. S²FT stays on the GPU and each other method takes turns with it, one
-step each, so a ratio compares steps of the same seconds; then the other one is freed. Peak memory is what a method's own
-step reaches over what the other holds. A run that nears its time limit stops, writes what it has, and says what is
+step each, so a ratio compares steps of the same seconds; then the other one is freed. Peak memory is what a method's
+own step reaches over what the other holds. A run that nears its time limit stops, writes what it has, and says what is
 missing; the next run goes on from there (`--fresh`: from the beginning). `--quick` is a rehearsal on any device with a
-tiny model: its figures mean nothing.
+tiny model: its figures mean nothing, and are written only where `--output` says.
 """
 
-import argparse
 import gc
 import json
-import platform
 import time
+from argparse import Namespace
 from dataclasses import asdict, replace
-from datetime import date
-from importlib import metadata
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import torch
 from methods import METHODS, NEEDS, QUICK_SIZE, TITLES, Setting, Trial, batch, build
-from rich.console import Console
 from rich.table import Table
+from turns import DEVICE, RESULTS, Run, console, facts, in_turn, medians, parser, save, wall_ms
 
 import s2ft_compile as s2ft
 
-HERE = Path(__file__).resolve().parent
 WARM_UP, STEPS = 3, 20
 BF16 = dict(vocabulary=128256, heads=32, kv_heads=8, head_dim=128, batch=1, length=512, dtype="bfloat16")
 SHAPES = {
@@ -52,14 +49,14 @@ PLAN = (
     ("llama-1b", 4, 2048, 1, MAIN + REST),
     ("llama-1b", 1, 512, 1, MAIN + ("ours_graphs",)),
 )
-console = Console()
 
 
 def main() -> None:
     arguments = _arguments()
     torch._dynamo.config.recompile_limit = 64  # every method compiles the same forward
     ends = time.monotonic() + arguments.seconds
-    rows = [] if arguments.fresh or arguments.quick or not arguments.output.exists() else _before(arguments.output)
+    told = facts(DEVICE, arguments.quick)
+    rows = [] if arguments.fresh or arguments.quick else _before(arguments.output or RESULTS / "gpu.json", told)
     missing: list[str] = []
     for label, setting, methods in settings(arguments):
         have = {row["method"] for row in rows if row["setting"] == label}
@@ -67,58 +64,45 @@ def main() -> None:
         if wanted:
             console.print(f"{label}: {', '.join(wanted)}")
             rows += measured(label, setting, wanted, ends, missing)
-    result = {"date": date.today().isoformat(), "quick": arguments.quick, **facts(), "rows": rows, "missing": missing}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    console.print(table(rows, result["gemm_tflops"]), f"wrote {arguments.output}", sep="\n")
+    tflops = gemm_tflops()
+    shapes = {name: asdict(setting) for name, setting in SHAPES.items()}
+    console.print(table(rows, tflops))
+    save({**told, "gemm_tflops": tflops, "shapes": shapes, "rows": rows, "missing": missing}, "gpu", arguments.output)
     if missing:
         console.print(f"not measured: {'; '.join(missing)}")
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
-    parser.add_argument("--only", default="", help="parts of a setting's name that it must have, by commas")
-    parser.add_argument("--seconds", type=float, default=500, help="start nothing new after this (default 500)")
-    parser.add_argument("--fresh", action="store_true", help="measure again what the output has already")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "gpu.json")
-    return parser.parse_args()
+def _arguments() -> Namespace:
+    options = parser(__doc__)
+    options.add_argument("--only", default="", help="parts of a setting's name that it must have, by commas")
+    options.add_argument("--seconds", type=float, default=500, help="start nothing new after this (default 500)")
+    options.add_argument("--fresh", action="store_true", help="measure again what the output has already")
+    return options.parse_args()
 
 
-def _before(output: Path) -> list[dict[str, Any]]:
-    result = json.loads(output.read_text(encoding="utf-8"))
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return result["rows"] if result.get("gpu") == gpu and not result.get("quick") else []
+def _before(output: Path, told: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run on the same device."""
+    before = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"quick": True}
+    return [] if before["quick"] or before["device"] != told["device"] else before["rows"]
 
 
 def settings(arguments) -> Iterator[tuple[str, Setting, tuple[str, ...]]]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.quick:
-        quick = replace(QUICK_SIZE, device=device, dtype="bfloat16")
+        quick = replace(QUICK_SIZE, device=DEVICE, dtype="bfloat16")
         yield "tiny", quick, tuple(m for m in METHODS if m != "ours")
         yield "tiny, 2 forwards", replace(quick, forwards=2), ("floor", "full")
         return
     for shape, rows, length, forwards, methods in PLAN:
         label = f"{shape}, {rows} x {length}" + (f", {forwards} forwards" if forwards > 1 else "")
         if all(part in label for part in filter(None, arguments.only.split(","))):
-            yield label, replace(SHAPES[shape], batch=rows, length=length, forwards=forwards, device=device), methods
+            yield label, replace(SHAPES[shape], batch=rows, length=length, forwards=forwards, device=DEVICE), methods
 
 
-def facts() -> dict[str, Any]:
-    """What the figures depend on, and the rate of a large product in the same run."""
-    packages = [p for p in ("torch", "triton", "transformers", "peft", "liger_kernel") if find_spec(p)]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "gpu": gpu,
-        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
-        "gemm_tflops": gemm_tflops() if gpu else None,
-        "shapes": {name: asdict(setting) for name, setting in SHAPES.items()},
-    }
-
-
-def gemm_tflops(n: int = 8192) -> float:
-    """TFLOP/s of an n × n × n product in bf16 on random data, the median of 20."""
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def gemm_tflops(n: int = 8192) -> float | None:
+    """TFLOP/s of an n × n × n product in bf16 on random data, the median of 20; none without a GPU."""
+    if DEVICE == "cpu":
+        return None
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     return 2 * n**3 / median(timed(lambda: a @ b, 23)[3:]) / 1e9
 
 
@@ -168,29 +152,33 @@ def _against(label: str, method: str, setting: Setting, ours: Trial, inputs) -> 
     """The other method's row, with its step time over that of our steps between its own."""
     other = METHODS[method](setting)
     row = _row(label, method, setting, other, inputs)
-    for _ in range(WARM_UP):  # compiles again where `_free` forgot the graphs
-        ours.step(inputs)
-    pairs = [(timed(lambda: ours.step(inputs), 1)[0], timed(lambda: other.step(inputs), 1)[0]) for _ in range(STEPS)]
-    return {**row, "over_ours": median(theirs for _, theirs in pairs) / median(mine for mine, _ in pairs)}
+    both = {"ours": partial(ours.step, inputs), method: partial(other.step, inputs)}
+    step_ms = medians(in_turn(both, STEPS, WARM_UP, device_ms))  # ours compiles again where `_free` forgot the graphs
+    return {**row, "over_ours": step_ms[method] / step_ms["ours"]}
 
 
 def _row(label: str, method: str, setting: Setting, trial: Trial, inputs) -> dict[str, Any]:
     for _ in range(WARM_UP):
         trial.step(inputs)
     others = _held() - _weights(trial)
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    step_ms = median(timed(lambda: trial.step(inputs), STEPS))
-    peak = torch.cuda.max_memory_allocated() - others if torch.cuda.is_available() else None
+    step_ms = median(timed(partial(trial.step, inputs), STEPS))
+    peak = torch.cuda.max_memory_allocated() - others if DEVICE == "cuda" else None
     return {"setting": label, "method": method, "tokens_per_step": setting.tokens, "length": setting.length,
             "step_ms": step_ms, "tokens_per_s": 1e3 * setting.tokens / step_ms, "peak_bytes": peak,
             "floor_tflop": floor_tflop(setting), "trainable_parameters": trial.trainable}
 
 
-def timed(run: Callable, times: int) -> list[float]:
-    """Milliseconds of each call, by device events where there is a GPU."""
-    if not torch.cuda.is_available():
-        return [_host_ms(run) for _ in range(times)]
+def device_ms(run: Run) -> float:
+    """Milliseconds of one call, by device events where there is a GPU."""
+    return timed(run, 1)[0]
+
+
+def timed(run: Run, times: int) -> list[float]:
+    """Milliseconds of each of some calls, one right after the other."""
+    if DEVICE == "cpu":
+        return [wall_ms(run) for _ in range(times)]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -200,14 +188,8 @@ def timed(run: Callable, times: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
 
 
-def _host_ms(run: Callable) -> float:
-    began = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - began)
-
-
 def _held() -> int:
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    return torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
 
 
 def _weights(trial: Trial) -> int:
@@ -224,7 +206,7 @@ def _weights(trial: Trial) -> int:
 
 def _free() -> None:
     gc.collect()
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.empty_cache()
 
 

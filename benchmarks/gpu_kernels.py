@@ -4,32 +4,27 @@
 
 The methods of a row take turns, one call each; a figure is the median of 30 after 5 to warm up, by device events. What
 runs inside a compiled graph (slice_grad, decode) is replayed as a CUDA graph, so that the time is the device's; the
-rest is called as it is in training, with its launches. What is done for each layer on its own is measured on one layer and
-multiplied. `--quick` is a rehearsal with tiny shapes on
-any device, without a GPU through the kernels' references: its figures mean nothing, and it writes no file.
+rest is called as it is in training, with its launches. What is done for each layer on its own is measured on one layer
+and multiplied. `--quick` is a rehearsal with tiny shapes on any device, without a GPU through the kernels' references:
+its figures mean nothing, and are written only where `--output` says.
 """
 
-import argparse
-import json
+from argparse import Namespace
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
-from statistics import median
 from typing import Any, Callable, Iterator
 
 import torch
-from gpu import facts, timed
-from rich.console import Console
+from gpu import device_ms, gemm_tflops
 from rich.table import Table
 from torch import Tensor
+from turns import DEVICE, Run, console, facts, in_turn, medians, parser, save
 
 from s2ft_compile.bank import _write
 from s2ft_compile.kernels.refresh import fits, refresh, refresh_reference
 from s2ft_compile.rows import Stack
 
-OUTPUT = Path(__file__).resolve().parent / "results" / "gpu_kernels.json"
 WARM_UP, ROUNDS = 5, 30
-Methods = dict[str, Callable[[], Any]]
+Methods = dict[str, Run]
 
 
 @dataclass(frozen=True)
@@ -57,47 +52,36 @@ class Shape:
 
 FULL = Shape(hidden=4096, ffn=14336, kv=1024, layers=32, head=128, tokens=(512, 2048, 8192))
 QUICK = Shape(hidden=64, ffn=224, kv=16, layers=2, head=16, tokens=(32,), adapters=4, lora_rank=4)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything runs")
-    parser.add_argument("--only", default=",".join(PARTS))
-    arguments = parser.parse_args()
-    unknown = set(arguments.only.split(",")) - PARTS.keys()
-    if unknown:
-        parser.error(f"unknown part {', '.join(unknown)}; valid: {', '.join(PARTS)}")
-    if DEVICE == "cpu" and not arguments.quick:
-        parser.error("there is no CUDA GPU here; --quick rehearses on the CPU")
+    arguments = _arguments()
     rows = []
     for part in arguments.only.split(","):
         for name, methods, factor in PARTS[part](QUICK if arguments.quick else FULL):
             if part in IN_GRAPHS and DEVICE == "cuda":
                 methods = {method: replayed(run) for method, run in methods.items()}
-            rows.append({"part": part, "name": name, "ms": compared(methods, factor)})
-    Console().print(table(rows))
-    if not arguments.quick:
-        result = {"date": date.today().isoformat(), **facts(arguments), "rows": rows}
-        OUTPUT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {OUTPUT}")
+            ms = medians(in_turn(methods, ROUNDS, WARM_UP, device_ms))
+            rows.append({"part": part, "name": name, "ms": {method: factor * one for method, one in ms.items()}})
+    console.print(table(rows))
+    result = {**facts(DEVICE, arguments.quick), "gemm_tflops": gemm_tflops(), "rows": rows}
+    save(result, "gpu_kernels", arguments.output)
 
 
-@torch.no_grad()
-def compared(methods: Methods, factor: int) -> dict[str, float]:
-    """Milliseconds of each method, in turn, times `factor`."""
-    for _ in range(WARM_UP):
-        for run in methods.values():
-            run()
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(ROUNDS):
-        for name, run in methods.items():
-            times[name] += timed(run, 1)
-    return {name: factor * median(some) for name, some in times.items()}
+def _arguments() -> Namespace:
+    options = parser(__doc__)
+    options.add_argument("--only", default=",".join(PARTS), help="parts, by commas (default: all)")
+    arguments = options.parse_args()
+    unknown = set(arguments.only.split(",")) - PARTS.keys()
+    if unknown:
+        options.error(f"unknown part {', '.join(unknown)}; valid: {', '.join(PARTS)}")
+    if DEVICE == "cpu" and not arguments.quick:
+        options.error("there is no CUDA GPU here; --quick rehearses on the CPU")
+    return arguments
 
 
-@torch.no_grad()
-def replayed(run: Callable) -> Callable:
+def replayed(run: Run) -> Run:
     for _ in range(WARM_UP):
         run()
     torch.cuda.synchronize()

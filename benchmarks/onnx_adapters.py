@@ -7,20 +7,21 @@ and on all alike.
 """
 
 import json
-import statistics
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
 import onnxruntime
 import torch
+from turns import cpu_ms, in_turn, medians
 
 import s2ft_compile as s2ft
 from s2ft_compile.exporters import export_onnx, save_onnx_adapter
 
+WARM_UP = 2
 BATCH, PROMPT = 4, 128
 TARGETS = {"attention.out": 1, "ffn.out": 0.03, "ffn.in": 0.03}
 
@@ -68,20 +69,6 @@ def inputs(model: torch.nn.Module, past: int, new: int) -> dict[str, np.ndarray]
             "position_ids": np.arange(past, past + new)[None].repeat(BATCH, 0), **cache}
 
 
-def medians(runs: dict[str, Callable], feeds: dict, rounds: int) -> dict[str, float]:
-    """Seconds of each, taken in turn, in changing order; two rounds warm up."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    for i in range(rounds + 2):
-        order = [*order[1:], order[0]] if i % 2 else order[::-1]
-        for name in order:
-            start = time.process_time()
-            runs[name](feeds)
-            if i >= 2:
-                taken[name].append(time.process_time() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
 def measure(layers: int = 4, width: int = 512, rounds: int = 60) -> dict[str, Any]:
     """Speeds relative to the plain export; the goal is at least 0.95 for `slices` with no adapter active."""
     model, example = prepared(layers, width), {"input_ids": torch.arange(16)[None]}
@@ -95,9 +82,10 @@ def measure(layers: int = 4, width: int = 512, rounds: int = 60) -> dict[str, An
             runs |= {form: runner(path), f"{form}, active": runner(path, file)}
         figures = {}
         for stage, past, new, repeats in (("prefill", 0, PROMPT, rounds), ("decode", PROMPT, 1, 4 * rounds)):
-            seconds = medians(runs, inputs(model, past, new), repeats)
-            figures[stage] = {"plain_ms": 1e3 * seconds["plain"],
-                              "speed": {name: seconds["plain"] / s for name, s in seconds.items() if name != "plain"}}
+            feeds = inputs(model, past, new)
+            ms = medians(in_turn({name: partial(run, feeds) for name, run in runs.items()}, repeats, WARM_UP, cpu_ms))
+            figures[stage] = {"plain_ms": ms["plain"],
+                              "speed": {name: ms["plain"] / its for name, its in ms.items() if name != "plain"}}
     size = sum(p.numel() for p in model.parameters())
     return {"parameters": size, "slices": len(model.s2ft.plan.slices), "batch": BATCH, "prompt": PROMPT,
             "rounds": rounds, "onnxruntime": onnxruntime.__version__, **figures}

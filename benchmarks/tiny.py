@@ -1,0 +1,166 @@
+"""A tiny model of any type of transformers, with random weights, and inputs that its forward takes.
+
+A configuration is the type's own default with every size that its name explains made small, and nothing else; a model
+is random in every parameter (a norm of ones would hide a wrong permutation).
+"""
+
+import re
+
+import torch
+
+LARGEST = 150e6  # parameters
+
+# --- a tiny configuration: (what an attribute's name looks like, its size), the first that matches ------------------
+
+CORE = (
+    (r"num_feat_extract_layers", 10**9),  # lists have an entry for each: as it is
+    (r"num_kv_shared_layers|num_nextn_predict_layers|.*mtp.*layers", 0),
+    (r"first_k_dense_replace|num_dense_layers|n_dense_layers", 1),
+    (r".*vocab_size(_per_layer_input)?", 97),
+    (r"(.*_)?(num_)?(hidden_|encoder_|decoder_|n_)?layers?|depth", 2),
+    (r"(.*_)?(num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|num_key_heads)", 2),
+    (r"n_head|n_heads|(.*_)?num_heads|(.*_)?attention_heads|(.*_)?num_value_heads|index_n_heads"
+     r"|swa_num_attention_heads", 4),
+    (r"hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|(input|output)_embedding_size|word_embed_proj_dim"
+     r"|attention_hidden_size|projection_dim|backbone_hidden_size|lru_width|emb_dim|channels", 32),
+    (r"(.*_)?(intermediate_size|intermediate_size_mlp|ffn_dim|ffn_hidden_size|ff_dim)|d_ff|dff|dim_ff|n_inner"
+     r"|feed_forward_size|mlp_dim", 48),
+    (r"(.*_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|max_sequence_length"
+     r"|context_length", 64),
+)
+DETAIL = (
+    (r"(.*_)?(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts)", 4),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k|num_selected_experts|experts_per_token", 2),
+    (r"(n|num)_shared_experts|moe_num_shared_experts|n_group|topk_group|num_expert_group", 1),
+    (r"head_dim|d_kv|kv_channels|v_head_dim|attention_head_(size|dim)|qk_nope_head_dim|(linear|swa|index)(_\w+)?_head_dim"
+     r"|global_head_dim|(linear_(key|value)_head_dim)", 8),
+    (r"rotary_dim", 4), (r"qk_rope_head_dim", 8), (r"qk_head_dim", 16), (r"(q|kv|o)_lora_rank", 12),
+    (r".*_(period|interval)", 2), (r".*_layer_offset", 1),
+    (r"mamba_(n|num)_heads|n_mamba_heads|mamba_(d_head|head_dim)", 8),
+    (r"image_size", 32), (r"patch_size", 8), (r"hidden_size_per_layer_input", 8),
+    (r"num_(feature_levels|codebooks)", 2), (r"index_topk", 4),
+)
+
+
+def tiny(config_class, rules, depth: int = 0):
+    """A configuration with its class's defaults and small sizes; configurations inside it likewise."""
+    default = config_class()
+    made = layer_lists(default)
+    inner = dict(getattr(config_class, "sub_configs", {}) or {})
+    for name, value in vars(default).items():
+        if name in inner or (hasattr(value, "to_dict") and hasattr(type(value), "model_type")):
+            if value is not None and hasattr(value, "to_dict") and depth < 3:
+                made[name] = tiny(type(value), rules, depth + 1).to_dict()
+        elif value is None and name in ("head_dim", "num_experts_per_tok", "topk_group", "n_group"):
+            made.update({name: n for pattern, n in rules if re.fullmatch(pattern, name)})
+        elif isinstance(value, int) and not isinstance(value, bool):
+            size = next((n for pattern, n in rules if re.fullmatch(pattern, name)), None)
+            if "key_value" in name and value == vars(default).get("num_attention_heads"):
+                size = 4  # no groups where the default has none: some attention allows none
+            if size is not None and size < max(value, 1):
+                made.setdefault(name, size)
+            elif name.endswith("token_id") and value >= 97:
+                made[name] = 1
+    return config_class(**made)
+
+
+def layer_lists(config) -> dict:
+    """Lists with an entry for each layer, cut to one layer of each kind (at least two), and the number of layers."""
+    count = vars(config).get("num_hidden_layers")
+    lists = {k: v for k, v in vars(config).items() if isinstance(v, (list, tuple)) and count and len(v) == count > 4
+             and all(isinstance(x, (str, int)) for x in v)}
+    kinds = list(zip(*lists.values()))
+    chosen = sorted({kinds.index(k) for k in kinds[::-1]}) if all(len(set(v)) < 5 for v in lists.values()) else [0, 1]
+    if not lists:
+        return {}
+    chosen = (chosen + [i for i in range(count) if i not in chosen])[: max(2, min(len(chosen), 4))]
+    return {"num_hidden_layers": len(chosen), **{k: [v[i] for i in sorted(chosen)] for k, v in lists.items()}}
+
+
+def attempts(config_class):
+    """Configurations from the smallest to the default with fewer layers, until one is valid."""
+    layers = tuple(r for r in CORE if "layers" in r[0] or "vocab" in r[0])
+    for rules in (CORE + DETAIL, CORE, layers):
+        yield lambda rules=rules: tiny(config_class, rules)
+        yield lambda rules=rules: tiny(config_class, rules).get_text_config(decoder=True)
+
+
+# --- a model and its inputs -----------------------------------------------------------------------------------------
+
+
+def candidates(model, config):
+    """Inputs worth trying, by what the forward's main argument is called."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    random = torch.Generator().manual_seed(0)
+    high = min([n for n in (getattr(text, "vocab_size", None), getattr(config, "vocab_size", None)) if n] or [97])
+    ids = torch.randint(3, max(high, 4), (2, 11), generator=random)
+    seq2seq = {"decoder_input_ids": ids[:, :7]} if getattr(config, "is_encoder_decoder", False) else {}
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values" or hasattr(config, "image_size") and not hasattr(text, "vocab_size"):
+        size = getattr(config, "image_size", None) or 64
+        size = size if isinstance(size, (list, tuple)) else (size, size)
+        for s in (size, (64, 64), (224, 224)):
+            yield {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), *s, generator=random)}
+    if main == "input_values":
+        yield {"input_values": torch.randn(2, 2000, generator=random)}
+        frames, bins = getattr(config, "max_length", 1024), getattr(config, "num_mel_bins", 128)
+        yield {"input_values": torch.randn(2, frames, bins, generator=random)}
+    if main == "input_features":
+        for shape in ((2, 40, getattr(config, "num_mel_bins", 80)), (2, 40, getattr(config, "feature_size", 160)),
+                      (2, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 100)),
+                      (2, 40, 128), (2, 40, 80)):
+            features = torch.randn(shape, generator=random)
+            yield {"input_features": features, **seq2seq}
+            yield {"input_features": features, "attention_mask": torch.ones(shape[:2], dtype=torch.long), **seq2seq}
+    made = {"input_ids": ids, **seq2seq}
+    yield made
+    yield {**made, "attention_mask": torch.ones_like(ids)}
+    yield {**made, "bbox": torch.zeros(2, 11, 4, dtype=torch.long)}
+    long = torch.randint(3, max(high, 4), (2, 64), generator=random)
+    yield {"input_ids": long, **({"decoder_input_ids": long} if seq2seq else {})}
+    yield dict(getattr(model, "dummy_inputs", {}))
+
+
+def configs(config):
+    """A configuration and those inside it."""
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "to_dict"):
+            yield from configs(value)
+
+
+def parameters(model_class, config) -> int:
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in model_class(config).parameters())
+    except TypeError:  # one that makes its tensors in a way that no device can be set for
+        return 0
+
+
+def build(config_class, model_class):
+    """The first configuration that makes a model whose forward runs: (model, inputs). Raises the last failure."""
+    failure = None
+    for make in attempts(config_class):
+        try:
+            torch.manual_seed(0)
+            config = make()
+            if parameters(model_class, config) > LARGEST:
+                raise ValueError("the sizes that can be made small leave it too large")
+            model = model_class(config).float().eval()
+            for config in configs(model.config):
+                config.use_cache = False
+        except Exception as error:  # whatever an invalid combination of sizes raises
+            failure = failure or error
+            continue
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.is_floating_point():
+                    p.add_(torch.randn_like(p), alpha=0.1)
+        for inputs in candidates(model, model.config):
+            try:
+                with torch.no_grad():
+                    model(**inputs)
+                return model, inputs
+            except Exception as error:
+                failure = error if failure is None or "input_ids" in inputs else failure
+    raise failure
