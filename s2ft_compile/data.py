@@ -312,16 +312,27 @@ class _one_line:
             ) from error
 
 
+def _pixels(model: nn.Module, config, batch: int) -> torch.Tensor:
+    """Random pixels of the configuration's size, in the model's type: (batch, channels, height, width)."""
+    size, weight = config.image_size, next(model.parameters())
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    shape = (batch, getattr(config, "num_channels", 3), height, width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+
+
 def example_inputs(model: nn.Module, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
     """Inputs to trace `model` with: random tokens, int64 of shape (batch, length), on the model's device.
 
-    An encoder-decoder gets decoder tokens too; a model without token embeddings its own `dummy_inputs`.
+    An encoder-decoder gets decoder tokens too, a model of images random pixels of its configuration's size, another model
+    without token embeddings its own `dummy_inputs`.
     """
     device = next(model.parameters()).device
     config = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(text_config, "vocab_size", None)
     main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values" and getattr(config, "image_size", None):
+        return {main: _pixels(model, config, batch)}
     if main != "input_ids" or not vocabulary:
         dummy = getattr(model, "dummy_inputs", {})
         if main not in dummy:
