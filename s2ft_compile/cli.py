@@ -412,7 +412,7 @@ def _adapter_folder(path: Path) -> Path:
     folder = path / "adapter" if (path / "adapter").is_dir() else path
     if not folder.is_dir():
         raise AdapterError(
-            f"adapter folder {path} does not exist; valid: an adapter, or the output of `s2ft train`"
+            f"adapter folder {path} {'is a file' if path.exists() else 'does not exist'}; valid: an adapter, or the output of `s2ft train`"
         )
     return folder
 

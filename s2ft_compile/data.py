@@ -14,8 +14,10 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import nn
 
+from .config import check_choice
 from .errors import ConfigError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 IGNORE = -100  # the label that a cross-entropy skips
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 FORMS = (
@@ -44,7 +46,7 @@ def read_records(path: Path) -> Records:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError(f"data file {path} {what}; {VALID}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except UnicodeDecodeError as error:
         raise ConfigError(f"data file {path} is not UTF-8 text (byte {error.start}); {VALID}") from None
     if not text.strip():
@@ -76,6 +78,8 @@ def _row(path: Path, number: int, line: str) -> tuple[int, str, Mapping]:
     form = next((form for form in ("text", "prompt", "messages") if form in row), None)
     if form is None:
         refuse(f"none of the known fields, found {', '.join(map(repr, row)) or 'an empty object'}")
+    if any("\ud800" <= c <= "\udfff" for c in json.dumps(row, ensure_ascii=False)):
+        refuse("half of a surrogate pair (\\ud800 to \\udfff), which is no text")
     if form == "messages":
         _check_messages(row["messages"], refuse)
     for field in {"text": ("text",), "prompt": ("prompt", "completion")}.get(form, ()):
@@ -256,6 +260,8 @@ def load_config(model: str | Path):
     from transformers import AutoConfig
 
     folder = Path(model)
+    if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2 and "/" in str(model)):
+        raise ConfigError(f"model folder {model} does not exist; valid: a Hugging Face folder, or the id of a model")
     if folder.exists() and not (folder / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "a file"
         raise ConfigError(f"{model} is no model folder: config.json is missing (found: {found or 'nothing'})")
@@ -273,6 +279,7 @@ def model_class(config):
 
 def load_model(model: str | Path, dtype: str = "auto") -> nn.Module:
     """A model in eval mode, from a folder or hub id. dtype: `auto` (as stored) or the name of one."""
+    check_choice("dtype", dtype, DTYPES)
     config = load_config(model)
     with _one_line(model, "model"):
         return model_class(config).from_pretrained(model, dtype=dtype).eval()

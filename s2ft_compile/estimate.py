@@ -21,9 +21,8 @@ from torch.utils import _pytree as pytree
 from .backend import boxed, s2ft
 from .capture import Inputs, arguments
 from .config import CompileOptions, S2FTConfig, check_choice
-from .data import example_inputs, load_structure
+from .data import DTYPES, example_inputs, load_structure
 from .errors import ConfigError
-from .options import DTYPES
 from .prepare import prepare
 from .state import parameters, state_of
 
