@@ -330,8 +330,8 @@ def _pixels(model: nn.Module, config, batch: int) -> torch.Tensor:
 def example_inputs(model: nn.Module, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
     """Inputs to trace `model` with: random tokens, int64 of shape (batch, length), on the model's device.
 
-    An encoder-decoder gets decoder tokens too, a model of images random pixels of its configuration's size, another model
-    without token embeddings its own `dummy_inputs`.
+    An encoder-decoder gets decoder tokens too, a model of images random pixels of its configuration's size,
+    another model without token embeddings its own `dummy_inputs`.
     """
     device = next(model.parameters()).device
     config = getattr(model, "config", None)

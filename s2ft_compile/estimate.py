@@ -102,7 +102,8 @@ def _labels(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]
         logits = getattr(model(**inputs), "logits", None)
     if logits is None:
         return {}
-    return {"labels": torch.zeros_like(logits[..., 0], dtype=logits.dtype if logits.shape[-1] == 1 else torch.int64)}
+    kind = logits.dtype if logits.shape[-1] == 1 else torch.int64
+    return {"labels": torch.zeros_like(logits[..., 0], dtype=kind)}
 
 
 def table(made: Estimate) -> Table:

@@ -171,11 +171,12 @@ def test_experts_that_do_not_train_have_no_gradient_of_their_weights():
                                                      ("inductor", torch.bfloat16, 0.1)])
 def test_experts_of_a_mixture_train_without_full_gradients(inner, dtype, tolerance):
     """float32 (transformers' fallback): sums of at most 50 products in another order, through some ten operators.
-    bfloat16 (aten._grouped_mm): Inductor rounds a fused operator once where eager rounds some ten times, to 2^-9 each."""
+    bfloat16 (aten._grouped_mm): Inductor rounds a fused operator once, eager some ten times, to 2^-9 each."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
-    model, ids = MixtralForCausalLM(MixtralConfig(**{**LLAMA, "num_hidden_layers": 1}, num_local_experts=2)).to(dtype), tokens()
+    config = MixtralConfig(**{**LLAMA, "num_hidden_layers": 1}, num_local_experts=2)
+    model, ids = MixtralForCausalLM(config).to(dtype), tokens()
     loss = lambda made: made(input_ids=ids, labels=ids).loss  # noqa: E731
     full = full_gradients(model, loss)
     plan = s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig({"moe.out": 5, "moe.in": 3}))
