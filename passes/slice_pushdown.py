@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CompileError
 from .attach import ATTACH, TAKE
+from .grouped import grouped_mm_rule, output_rule, without_weight_gradients
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -42,6 +43,7 @@ def slice_pushdown(graph: fx.Graph) -> int:
     for node in attached:
         node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()
+    without_weight_gradients(editor, graph)
     for node in graph.find_nodes(op="call_function", target=TAKE):
         _lower(editor, node)
     hoist(editor)
@@ -245,6 +247,8 @@ RULES: dict[Any, Callable] = {
     aten.squeeze.dims: view_rule,
     aten.mm.default: mm_rule,
     aten.bmm.default: bmm_rule,
+    aten._grouped_mm.default: grouped_mm_rule,
+    operator.getitem: output_rule,
     aten.addmm.default: addmm_rule,
     aten.sum.dim_IntList: sum_rule,
     aten.embedding_dense_backward.default: embedding_rule,

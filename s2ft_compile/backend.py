@@ -27,6 +27,7 @@ from .errors import ConfigError, StateError
 from .kernels import slice_grad as slice_grad_kernel
 from .passes import attach as attach_pass
 from .passes import chunk_loss as chunk_loss_pass
+from .passes import grouped as grouped_pass
 from .passes import lower as lower_pass
 from .passes import slice_pushdown as pushdown_pass
 from .prepare import prepare
@@ -245,7 +246,8 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-PASS_FILES = tuple(m.__file__ for m in (attach_pass, pushdown_pass, chunk_loss_pass, lower_pass, slice_grad_kernel))
+PASS_FILES = tuple(m.__file__ for m in (attach_pass, pushdown_pass, grouped_pass, chunk_loss_pass, lower_pass,
+                                        slice_grad_kernel))
 
 
 @dataclass(frozen=True)

@@ -411,9 +411,8 @@ def _adapter_folder(path: Path) -> Path:
     """The adapter that `path` is, or that a training run left in it."""
     folder = path / "adapter" if (path / "adapter").is_dir() else path
     if not folder.is_dir():
-        raise AdapterError(
-            f"adapter folder {path} does not exist; valid: an adapter, or the output of `s2ft train`"
-        )
+        what = "is a file" if path.exists() else "does not exist"
+        raise AdapterError(f"adapter folder {path} {what}; valid: an adapter, or the output of `s2ft train`")
     return folder
 
 

@@ -15,8 +15,10 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import nn
 
+from .config import check_choice
 from .errors import ConfigError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 IGNORE = -100  # the label that a cross-entropy skips
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 FORMS = (
@@ -45,7 +47,7 @@ def read_records(path: Path) -> Records:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError(f"data file {path} {what}; {VALID}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except UnicodeDecodeError as error:
         raise ConfigError(f"data file {path} is not UTF-8 text (byte {error.start}); {VALID}") from None
     if not text.strip():
@@ -77,6 +79,8 @@ def _row(path: Path, number: int, line: str) -> tuple[int, str, Mapping]:
     form = next((form for form in ("text", "prompt", "messages") if form in row), None)
     if form is None:
         refuse(f"none of the known fields, found {', '.join(map(repr, row)) or 'an empty object'}")
+    if any("\ud800" <= c <= "\udfff" for c in json.dumps(row, ensure_ascii=False)):
+        refuse("half of a surrogate pair (\\ud800 to \\udfff), which is no text")
     if form == "messages":
         _check_messages(row["messages"], refuse)
     for field in {"text": ("text",), "prompt": ("prompt", "completion")}.get(form, ()):
@@ -257,6 +261,8 @@ def load_config(model: str | Path):
     from transformers import AutoConfig
 
     folder = Path(model)
+    if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2 and "/" in str(model)):
+        raise ConfigError(f"model folder {model} does not exist; valid: a Hugging Face folder, or the id of a model")
     if folder.exists() and not (folder / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "a file"
         raise ConfigError(f"{model} is no model folder: config.json is missing (found: {found or 'nothing'})")
@@ -274,6 +280,7 @@ def model_class(config):
 
 def load_model(model: str | Path, dtype: str = "auto") -> nn.Module:
     """A model in eval mode, from a folder or hub id. dtype: `auto` (as stored) or the name of one."""
+    check_choice("dtype", dtype, DTYPES)
     config = load_config(model)
     with _one_line(model, "model"):
         return _with_loss(model_class(config).from_pretrained(model, dtype=dtype).eval())
@@ -322,16 +329,27 @@ class _one_line:
             ) from error
 
 
+def _pixels(model: nn.Module, config, batch: int) -> torch.Tensor:
+    """Random pixels of the configuration's size, in the model's type: (batch, channels, height, width)."""
+    size, weight = config.image_size, next(model.parameters())
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    shape = (batch, getattr(config, "num_channels", 3), height, width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+
+
 def example_inputs(model: nn.Module, batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
     """Inputs to trace `model` with: random tokens, int64 of shape (batch, length), on the model's device.
 
-    An encoder-decoder gets decoder tokens too; a model without token embeddings its own `dummy_inputs`.
+    An encoder-decoder gets decoder tokens too, a model of images random pixels of its configuration's size,
+    another model without token embeddings its own `dummy_inputs`.
     """
     device = next(model.parameters()).device
     config = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(text_config, "vocab_size", None)
     main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values" and getattr(config, "image_size", None):
+        return {main: _pixels(model, config, batch)}
     if main != "input_ids" or not vocabulary:
         dummy = getattr(model, "dummy_inputs", {})
         if main not in dummy:

@@ -21,9 +21,8 @@ from torch.utils import _pytree as pytree
 from .backend import boxed, s2ft
 from .capture import Inputs, arguments
 from .config import CompileOptions, S2FTConfig, check_choice
-from .data import example_inputs, load_structure
+from .data import DTYPES, example_inputs, load_structure
 from .errors import ConfigError
-from .options import DTYPES
 from .prepare import prepare
 from .state import parameters, state_of
 
@@ -40,7 +39,8 @@ class Estimate:
 
     weights: parameters and buffers. slices: the deltas, their gradients and the backups of their blocks. optimizer: two
     float32 moments of each delta. activations: what the forward saves for the backward. working: what is alive besides
-    at the moment of the peak. trainable: how many numbers train. tokens: per step.
+    at the moment of the peak. trainable: how many numbers train. batch: sequences, images or other rows per step.
+    tokens: per step, 0 for a model that reads none.
     """
 
     weights: int
@@ -49,6 +49,7 @@ class Estimate:
     activations: int
     working: int
     trainable: int
+    batch: int
     tokens: int
 
     @property
@@ -87,10 +88,22 @@ def estimate_folder(model: str, batch: int, length: int, dtype: str, config: S2F
     if hasattr(loaded.config, "use_cache"):
         loaded.config.use_cache = False
     inputs = example_inputs(loaded, batch, length)
-    labelled = "labels" in inspect.signature(loaded.forward).parameters and "input_ids" in inputs
-    if labelled:
-        inputs["labels"] = inputs.get("decoder_input_ids", inputs["input_ids"])
+    if "labels" in inspect.signature(loaded.forward).parameters:
+        inputs |= _labels(loaded, inputs)
     return estimate(loaded, inputs, config, options)
+
+
+def _labels(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A label for each token of a language model, and for each row of logits of another (a number for a single logit)."""
+    tokens = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    if tokens is not None and model.get_output_embeddings() is not None:
+        return {"labels": tokens}
+    with torch.no_grad():
+        logits = getattr(model(**inputs), "logits", None)
+    if logits is None:
+        return {}
+    kind = logits.dtype if logits.shape[-1] == 1 else torch.int64
+    return {"labels": torch.zeros_like(logits[..., 0], dtype=kind)}
 
 
 def table(made: Estimate) -> Table:
@@ -99,7 +112,7 @@ def table(made: Estimate) -> Table:
         "weights": made.weights,
         f"slices ({made.trainable:,} numbers): deltas, gradients, backups": made.slices,
         "optimizer (AdamW)": made.optimizer,
-        f"activations saved for the backward ({made.tokens:,} tokens)": made.activations,
+        f"activations saved for the backward ({_amount(made)})": made.activations,
         "working memory at the peak": made.working,
         "total": made.total,
     }
@@ -108,6 +121,10 @@ def table(made: Estimate) -> Table:
     for name, size in rows.items():
         shown.add_row(name, f"{size / 2**20:,.1f}", end_section=name.startswith("working"))
     return shown
+
+
+def _amount(made: Estimate) -> str:
+    return f"{made.tokens:,} tokens" if made.tokens else f"a batch of {made.batch:,}"
 
 
 def _plain(budget: str) -> str:
@@ -153,10 +170,11 @@ def _summed(model: nn.Module, graphs: list[fx.GraphModule], inputs) -> Estimate:
     numbers = sum(d.numel() for d in deltas)
     fixed = [t for t in (*model.parameters(), *model.buffers()) if not any(t is d for d in deltas)]
     saved, peak = _peak([g.graph for g in graphs])
-    tokens = next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
+    given = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    tokens = next((t.numel() for t in given if t.ndim == 2 and not t.is_floating_point()), 0)
     backups = sum(_bytes(b.backup) for b in state_of(model).blocks)
     return Estimate(sum(map(_bytes, fixed)), 8 * numbers + backups, 8 * numbers, saved, peak - saved, numbers,
-                    tokens.shape[:2].numel())
+                    len(given[0]), tokens)
 
 
 def _peak(graphs: list[fx.Graph]) -> tuple[int, int]:

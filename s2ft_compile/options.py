@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 
 from .config import ROLES, CompileOptions, S2FTConfig, check_choice, is_glob
-from .data import Records, load_config, model_class, read_records
+from .data import DTYPES, Records, load_config, model_class, read_records
 from .errors import ConfigError, ExportError
 from .exporters.format import read_adapter
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)

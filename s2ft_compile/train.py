@@ -45,6 +45,12 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
             f"the data gives {len(training)} blocks of {blocks.input_ids.shape[1]} tokens to train on, "
             f"less than one batch of {options.batch_size}; use a batch size of at most {len(training)}"
         )
+    if len(training) < options.batch_size * options.grad_accum:
+        batches = len(training) // options.batch_size
+        raise ConfigError(
+            f"the data gives {batches} batches of {options.batch_size} to train on, less than one optimizer step of "
+            f"{options.grad_accum}; use a gradient accumulation of at most {batches}"
+        )
     with new_directory(options.output) as work:
         with console.status("loading the model"):
             model = load_model(options.model, options.dtype).to(

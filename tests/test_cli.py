@@ -243,7 +243,8 @@ def test_train_takes_jsonl_and_its_options(base, tmp_path, row):
 @pytest.mark.parametrize(
     "change, found",
     [
-        ({"--model": "{tmp}/none"}, "no model could be loaded"),
+        ({"--model": "{tmp}/none"}, "none does not exist; valid: a Hugging Face folder"),
+        ({"--model": "none/at all"}, "no model could be loaded"),
         ({"--model": "{tmp}"}, "config.json is missing"),
         ({"--data": "{tmp}/none.txt"}, "does not exist; valid"),
         ({"--data": "{tmp}/bad.jsonl"}, "bad.jsonl, line 2: not JSON"),
@@ -268,6 +269,7 @@ def test_train_takes_jsonl_and_its_options(base, tmp_path, row):
         ({"--lr": -1}, "lr is a positive number"),
         ({"--seq-len": 100_000}, "less than two blocks of 100000"),
         ({"--batch-size": 10_000}, "less than one batch of 10000"),
+        ({"--grad-accum": 10_000}, "less than one optimizer step of 10000"),
     ],
 )
 def test_train_refuses_with_one_line_and_leaves_nothing(base, text, tmp_path, change, found):
@@ -396,6 +398,9 @@ def test_export_refuses_missing_adapters_and_taken_outputs(run, base, tmp_path, 
     target = tmp_path / output
     assert "does not exist" in refused(
         "export", command, "--model", base, "--adapter", tmp_path / "none", "--output", target
+    )
+    assert "unknown dtype 'int8'" in refused(
+        "export", command, "--model", base, "--adapter", run[0], "--output", target, "--dtype", "int8"
     )
     assert not any(tmp_path.iterdir())
     (target if command == "onnx" else tmp_path / "out" / "file").parent.mkdir(exist_ok=True)

@@ -81,6 +81,7 @@ def test_jsonl_forms(tmp_path, form, row):
     "line, found",
     [
         ('{"text": "b"', "not JSON"),
+        ('{"text": "\\ud83d"}', "half of a surrogate pair"),
         ("[1]", "a JSON object was expected, found a list"),
         ("{}", "an empty object"),
         ('{"txt": "b"}', "found 'txt'"),
@@ -112,6 +113,12 @@ def test_a_bad_file_is_named(tmp_path, name, content, found):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=found.replace("(", r"\(").replace(")", r"\)")):
         read_records(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, content in (("a.jsonl", '{"text": "b"}'), ("a.txt", "b")):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert read_records(tmp_path / name).rows == ({"text": "b"},)
 
 
 def test_a_missing_file_and_a_folder(tmp_path):

@@ -14,6 +14,7 @@ import s2ft_compile as s2ft
 from s2ft_compile import CompileOptions, S2FTConfig
 from s2ft_compile.cli import app
 from s2ft_compile.errors import ConfigError
+from s2ft_compile.estimate import Estimate, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from methods import QUICK_SIZE, build  # noqa: E402
@@ -133,6 +134,29 @@ def test_the_command_needs_a_configuration_only(folder, name):
     made = json.loads(done.stdout)
     assert made["trainable"] == 2 * 2 * 16 and made["tokens"] == 16
     assert made["total"] == sum(made[k] for k in ("weights", "slices", "optimizer", "activations", "working"))
+
+
+SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+
+
+@pytest.mark.parametrize("name, changes, tokens, caption", [
+    ("ViTForImageClassification", {"image_size": 8, "patch_size": 4, "num_labels": 3}, 0, "a batch of 2"),
+    ("BertForSequenceClassification", {"vocab_size": 50, "num_labels": 3}, 16, "16 tokens"),
+    ("BertForSequenceClassification", {"vocab_size": 50, "num_labels": 1}, 16, "16 tokens"),
+    ("BertForTokenClassification", {"vocab_size": 50}, 16, "16 tokens"),
+], ids=["images", "classes", "regression", "tokens"])
+def test_the_command_makes_inputs_and_labels_that_the_model_takes(tmp_path, name, changes, tokens, caption):
+    import transformers
+
+    config = getattr(transformers, name).config_class(**SMALL, **changes, architectures=[name])
+    config.save_pretrained(tmp_path)
+    made = CliRunner().invoke(app, ["estimate", str(tmp_path), "--batch", "2", "--seq", "8", "--targets", "ffn.out=2",
+                                    "--dtype", "bfloat16", "--json"])
+    assert made.exit_code == 0, made.output
+    sizes = json.loads(made.stdout)
+    assert (sizes["trainable"], sizes["batch"], sizes["tokens"]) == (2 * 2 * 16, 2, tokens)
+    del sizes["total"]
+    assert any(f"({caption})" in cell for cell in table(Estimate(**sizes)).columns[0].cells)
 
 
 def test_bad_input_is_refused_with_what_would_be_valid(folder):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import QUICK, compiled, fresh, hf, prepared, tokens  # noqa: F401
+from small import (LLAMA, QUICK, U32, assert_gradients, compiled, fresh, full_gradients, hf, prepared,  # noqa: F401
+                   tokens)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -126,6 +127,63 @@ def test_gradients_of_looked_up_rows_are_sliced_along_the_channels(case):
             pushed(lambda g, i: take(ROWS_ADDED[case](g, i), 0, ranges), (grad, ids))
 
 
+def fallback(x, dy, ends, weight):
+    """(dX, dW) of transformers' grouped product."""
+    return torch.ops.transformers.grouped_mm_fallback_backward(x, weight, ends, dy)
+
+
+GROUPED = {  # dW[g] = X_gᵀ dY_g, of X (rows, 16) and dY (rows, 24): rows 0 to 2 and 3 to 6 of 7
+    "grouped_mm": (lambda x, dy, ends, weight: aten._grouped_mm(aten.t(x), dy, ends), torch.bfloat16),
+    "fallback": (lambda *args: fallback(*args)[1], torch.float64),
+}
+
+
+def grouped_inputs(dtype):
+    """Small integers, whose products and sums bfloat16 holds exactly."""
+    import transformers.integrations.moe  # noqa: F401
+
+    x, dy, weight = (torch.randint(-3, 4, shape).to(dtype) for shape in ((7, 16), (7, 24), (2, 16, 24)))
+    return x, dy, torch.tensor([3, 7], dtype=torch.int32), weight
+
+
+@pytest.mark.parametrize("case", GROUPED)
+@pytest.mark.parametrize("dim", (1, 2))
+def test_gradients_of_experts_are_sliced_along_their_channels(case, dim):
+    function, dtype = GROUPED[case]
+    inputs = grouped_inputs(dtype)
+    for ranges in RANGES:
+        pushed(lambda *args: take(function(*args), dim, ranges), inputs, full=2 * 16 * 24)
+    with pytest.raises(CompileError, match="computed at its full size"):
+        pushed(lambda *args: take(function(*args), 0, [(1, 1)]), inputs, full=2 * 16 * 24)
+
+
+def test_experts_that_do_not_train_have_no_gradient_of_their_weights():
+    inputs = *grouped_inputs(torch.float64), randn(*MM[0]), randn(*MM[1])
+    gm = graph_of(lambda *args: (fallback(*args[:4])[0], take(aten.mm(*args[4:]), 0, [(0, 3)])), *inputs)
+    expected = gm(*inputs)
+    slice_pushdown(gm.graph)
+    gm.recompile()
+    assert torch.equal(gm(*inputs)[0], expected[0])
+    assert not any("backward" in str(node.target) for node in gm.graph.nodes)
+
+
+@pytest.mark.parametrize("inner, dtype, tolerance", [("aot_eager", torch.float32, 512 * U32),
+                                                     ("inductor", torch.bfloat16, 0.1)])
+def test_experts_of_a_mixture_train_without_full_gradients(inner, dtype, tolerance):
+    """float32 (transformers' fallback): sums of at most 50 products in another order, through some ten operators.
+    bfloat16 (aten._grouped_mm): Inductor rounds a fused operator once, eager some ten times, to 2^-9 each."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(**{**LLAMA, "num_hidden_layers": 1}, num_local_experts=2)
+    model, ids = MixtralForCausalLM(config).to(dtype), tokens()
+    loss = lambda made: made(input_ids=ids, labels=ids).loss  # noqa: E731
+    full = full_gradients(model, loss)
+    plan = s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig({"moe.out": 5, "moe.in": 3}))
+    loss(compiled(model, inner)).backward()
+    assert_gradients(plan, full, tolerance)
+
+
 def test_a_take_of_a_take_commutes():
     a, b = randn(*MM[0]), randn(*MM[1])
     gm = graph_of(lambda a, b: take(take(aten.mm(a, b), 0, [(0, 5)]), 1, [(1, 2), (5, 1)]), a, b)
@@ -138,7 +196,7 @@ def test_a_take_of_a_take_commutes():
 
 def test_every_rule_has_a_case():
     """A rule that is added without a case above fails here."""
-    called = {TAKE}
+    called = {TAKE, aten._grouped_mm.default, operator.getitem}  # of GROUPED
     graphs = [graph_of(function, *[randn(*shape) for shape in shapes]) for function, shapes, dims in CASES.values()]
     graphs += [graph_of(f, randn(2, 3, COLUMNS), torch.randint(ROWS, (2, 3))) for f in ROWS_ADDED.values()]
     for gm in graphs:
