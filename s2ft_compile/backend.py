@@ -298,18 +298,22 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions,
 
 def _replays(how: CompileOptions) -> bool:
     """Whether the graphs become CUDA graphs where there is a GPU."""
-    from torch._inductor import config, list_mode_options
+    from torch._inductor import config
 
-    chosen = list_mode_options(how.mode) if how.mode else {}
-    return how.inner == "inductor" and chosen.get("triton.cudagraphs", config.triton.cudagraphs)
+    return how.inner == "inductor" and _mode_options(how).get("triton.cudagraphs", config.triton.cudagraphs)
+
+
+def _mode_options(how: CompileOptions) -> dict[str, Any]:
+    from torch._inductor import list_mode_options
+
+    return list_mode_options(how.mode) if how.mode else {}
 
 
 def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions,
               inner_compile: Callable | None) -> Callable:
-    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(list_mode_options(how.mode) if how.mode else {}), "joint_custom_pre_pass": JointPasses(how.kernels)}
+    patches = {**_mode_options(how), "joint_custom_pre_pass": JointPasses(how.kernels)}
     replaced = {"inner_compile": inner_compile} if inner_compile else {}
     return compile_fx(gm, list(inputs), config_patches=patches, **replaced)
 

@@ -221,11 +221,10 @@ def _hook(now: _Now, name: str):
         if now.rows is None:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        times, over = divmod(x.shape[0], now.rows)
-        if over:
+        if x.shape[0] % now.rows:
             raise StateError(f"a batch of {now.rows} adapters, and {x.shape[0]} rows")
         for picked in now.picked.get(name, ()):
-            y = (picked if times == 1 else picked.repeated(times)).add(x, y)
+            y = picked.add(x, y)
         return y
 
     return add_deltas

@@ -295,11 +295,16 @@ def load_structure(model: str | Path, dtype: str = "auto") -> nn.Module:
     return _with_loss(made if dtype == "auto" else made.to(getattr(torch, dtype)))
 
 
+def takes_labels(model: nn.Module) -> bool:
+    """Whether the forward computes a loss."""
+    return "labels" in inspect.signature(model.forward).parameters
+
+
 def _with_loss(model: nn.Module) -> nn.Module:
     """Looks up a loss that transformers chooses by the model's name: the warning where it knows none (GPT-2's) would
     end the compiled graph before the loss.
     """
-    if "labels" in inspect.signature(model.forward).parameters and hasattr(model, "loss_function"):
+    if takes_labels(model) and hasattr(model, "loss_function"):
         model.loss_function = model.loss_function
     return model
 

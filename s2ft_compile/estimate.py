@@ -6,7 +6,6 @@ read from those two graphs; nothing runs.
 """
 
 import copy
-import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ from torch.utils import _pytree as pytree
 from .backend import boxed, s2ft
 from .capture import Inputs, arguments
 from .config import CompileOptions, S2FTConfig, check_choice
-from .data import DTYPES, example_inputs, load_structure
+from .data import DTYPES, example_inputs, load_structure, takes_labels
 from .errors import ConfigError
 from .prepare import prepare
 from .state import parameters, state_of
@@ -88,13 +87,13 @@ def estimate_folder(model: str, batch: int, length: int, dtype: str, config: S2F
     if hasattr(loaded.config, "use_cache"):
         loaded.config.use_cache = False
     inputs = example_inputs(loaded, batch, length)
-    if "labels" in inspect.signature(loaded.forward).parameters:
+    if takes_labels(loaded):
         inputs |= _labels(loaded, inputs)
     return estimate(loaded, inputs, config, options)
 
 
 def _labels(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A label for each token of a language model, and for each row of logits of another (a number for a single logit)."""
+    """A label for each token of a language model, for each row of logits of another: a number for a single logit."""
     tokens = inputs.get("decoder_input_ids", inputs.get("input_ids"))
     if tokens is not None and model.get_output_embeddings() is not None:
         return {"labels": tokens}

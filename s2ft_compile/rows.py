@@ -54,7 +54,7 @@ class Stack:
     def picked(self, ids: Tensor, terms: dict[tuple, Tensor]) -> "Picked":
         """ids: (N,). terms: what other stacks of the same sizes have worked out for these ids, and this one adds to."""
         ids = ids.to(self.index.device)  # a model may lie on several
-        if self.rank is not None:
+        if self.rank is not None or ids.device.type != "cpu":
             return Picked(self, ids)
         counts = self.ranks if self.contracts else (self.delta.shape[2],) * len(self.ranks)
         key = counts, self.delta.shape, ids.device
@@ -65,22 +65,19 @@ class Stack:
 
 @dataclass(frozen=True, eq=False)
 class Picked:
-    """What the rows of one batch take from a stack: ids (N,), and where no kernel runs index (N, n) and the terms of
-    `sums_by_id`.
-    """
+    """What the rows of one batch take from a stack: ids (N,); on a CPU index (N, n) and the terms of `sums_by_id`."""
 
     stack: Stack
     ids: Tensor
     index: Tensor | None = None
     terms: Tensor | None = None
 
-    def repeated(self, times: int) -> "Picked":
-        """Every row `times` times, one after the other."""
-        return self.stack.picked(self.ids.repeat_interleave(times), {})
-
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """y (N, ..., out) with the delta of each row added. x: (N, ..., in)."""
-        stack, tokens = self.stack, x.reshape(x.shape[0], -1, x.shape[-1])
+        """y (N * times, ..., out) with the delta of each row added, which counts for `times` rows, one after the other.
+
+        x: (N * times, ..., in).
+        """
+        stack, tokens = self.stack, x.reshape(self.ids.shape[0], -1, x.shape[-1])
         if stack.rank is not None and not y.requires_grad:
             there = y.reshape(*tokens.shape[:2], -1)
             adapter_add_(there, tokens, self.ids, stack.index, stack.delta, stack.rank, stack.contracts)
@@ -97,7 +94,7 @@ class Picked:
         delta = self.stack.delta
         if self.stack.rank is not None:
             return x @ delta[self.ids].to(x.dtype)
-        if torch.is_grad_enabled() or x.device.type != "cpu":
+        if torch.is_grad_enabled() or self.terms is None:
             return (x[:, None] @ delta[self.ids].to(x.dtype)).transpose(1, 2).flatten(2)
         if x.shape[1] == 1:
             return sums_by_id(x, delta, self.terms)

@@ -188,14 +188,14 @@ def replayed(gm, inputs, **_):
     """A graph whose results lie in the same memory in every run, as those of a CUDA graph do."""
     memory: dict[int, torch.Tensor] = {}
 
-    def run(args):
+    def run(*args):
         made = gm.forward(*args)
         for i, value in enumerate(made):
             if isinstance(value, torch.Tensor):
                 memory.setdefault(i, torch.empty_like(value)).copy_(value)
         return [memory[i].detach() if i in memory else value for i, value in enumerate(made)]
 
-    return make_boxed_func(lambda *args: run(args))
+    return make_boxed_func(run)
 
 
 @pytest.mark.parametrize("copied", [False, True])

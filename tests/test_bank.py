@@ -219,6 +219,18 @@ def test_products_of_blocks_are_those_of_copies_of_the_deltas(data):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("contracts", [True, False])
+def test_rows_that_a_model_flattens_with_their_tokens_are_tokens(contracts):
+    """Many rows for each id are one product with its delta, not one each."""
+    k, m = 6, 64
+    delta, index = torch.randn(3, k, m), torch.stack([torch.randperm(64)[:k if contracts else m] for _ in range(3)])
+    delta[0] = 0
+    picked = Stack.of(contracts, index, delta, [0, k, k]).picked(torch.tensor([2, 0, 1]), {})
+    x, y = torch.randn(3, 5, 64 if contracts else k), torch.randn(3, 5, 64)
+    with torch.no_grad():
+        assert torch.equal(picked.add(x.flatten(0, 1), y.flatten(0, 1)), picked.add(x, y).flatten(0, 1))
+
+
 def test_what_an_adapter_has_too_few_of_is_not_read():
     """Shorter adapters sum row 0 of the stack again and again, whatever lies in their padding."""
     delta = torch.randn(3, 4, 64)
