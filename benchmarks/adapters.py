@@ -10,10 +10,11 @@ mean nothing, and are written only where `--output` says.
 
 import tempfile
 from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any
 
 import onnx_adapters
 import torch
@@ -31,10 +32,12 @@ from s2ft_compile.passes.select import select
 WARM_UP = 2
 ADAPTERS = 16  # behind one model, and rows of a batch: each row its own
 TARGETS = {"ffn.out": 0.042}
-FULL_SIZE = Setting(hidden=2048, layers=16, ffn=8192, heads=32, kv_heads=8, vocabulary=128256, batch=ADAPTERS, length=1,
-                    tied=True)
-QUICK_SIZE = Setting(hidden=64, layers=2, ffn=256, heads=4, kv_heads=2, vocabulary=64, batch=ADAPTERS, length=1,
-                     tied=True)
+FULL_SIZE = Setting(
+    hidden=2048, layers=16, ffn=8192, heads=32, kv_heads=8, vocabulary=128256, batch=ADAPTERS, length=1, tied=True
+)
+QUICK_SIZE = Setting(
+    hidden=64, layers=2, ffn=256, heads=4, kv_heads=2, vocabulary=64, batch=ADAPTERS, length=1, tied=True
+)
 GIB = 2**30
 GOALS = {
     "switch_lora_over_ours": (">=", 16),
@@ -52,8 +55,12 @@ def main() -> None:
     torch.manual_seed(0)
     setting = replace(QUICK_SIZE if arguments.quick else FULL_SIZE, dtype=arguments.dtype, device=DEVICE)
     rounds = 2 if arguments.quick else arguments.rounds
-    result = {**facts(DEVICE, arguments.quick), "model": {**asdict(setting), "targets": TARGETS},
-              "lora_rank": LORA_RANK, "adapters": ADAPTERS}
+    result = {
+        **facts(DEVICE, arguments.quick),
+        "model": {**asdict(setting), "targets": TARGETS},
+        "lora_rank": LORA_RANK,
+        "adapters": ADAPTERS,
+    }
     with tempfile.TemporaryDirectory() as folder, console.status("s2ft merge"):
         result["merge"] = merge(Path(folder), 0.01 if arguments.quick else 8.0)
     with torch.no_grad(), console.status("a model, and its adapters"):
@@ -142,11 +149,20 @@ def batch_times(model: nn.Module, adapters: list[Adapter], setting: Setting, rou
         with context:
             forward(input_ids=inputs)
 
-    return {how: medians(in_turn({
-        "base": lambda: run(forward, nullcontext()),
-        "ours": lambda: run(forward, bank.batch(bank.names)),
-        "lora": lambda: run(forward, lora.batch(rows)),
-    }, rounds, WARM_UP)) for how, forward in (("eager", model), ("compiled", torch.compile(model)))}
+    return {
+        how: medians(
+            in_turn(
+                {
+                    "base": lambda: run(forward, nullcontext()),
+                    "ours": lambda: run(forward, bank.batch(bank.names)),
+                    "lora": lambda: run(forward, lora.batch(rows)),
+                },
+                rounds,
+                WARM_UP,
+            )
+        )
+        for how, forward in (("eager", model), ("compiled", torch.compile(model)))
+    }
 
 
 def switch_times(model: nn.Module, adapter: Adapter, rounds: int) -> dict[str, float]:
@@ -191,15 +207,17 @@ def table(result: Mapping[str, Any]) -> Table:
     notes = {
         "switch_lora_over_ours": f"PEFT merge + unmerge {switch['lora']:.0f} ms, ours {switch['ours']:.1f} ms",
         "batch_ours_over_lora": f"batched LoRA {batch['lora']:.0f} ms, ours {batch['ours']:.0f} ms; "
-                                f"compiled {compiled['lora']:.0f} and {compiled['ours']:.0f} ms",
+        f"compiled {compiled['lora']:.0f} and {compiled['ours']:.0f} ms",
         "batch_ours_over_base": f"base model alone {batch['base']:.0f} ms; compiled {compiled['base']:.0f} ms",
         "file_over_numbers": f"{file['files'] / 1e6:.1f} MB on disk",
         "merge_peak_gib": f"{done['checkpoint_bytes'] / 1e9:.1f} GB in 4 shards, {done['seconds']:.0f} s",
         "onnx_base_speed": f"room for {result['onnx']['slices']} slices, none active / plain export, float32",
     }
     model = result["model"]
-    title = (f"{model['layers']} layers of width {model['hidden']}, {model['dtype']}, {result['device']}, "
-             f"{result['threads']} threads, {result['adapters']} adapters")
+    title = (
+        f"{model['layers']} layers of width {model['hidden']}, {model['dtype']}, {result['device']}, "
+        f"{result['threads']} threads, {result['adapters']} adapters"
+    )
     return goal_table(GOALS, result["ratios"], notes, title)
 
 

@@ -14,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from methods import CPU_METHODS, FULL_SIZE, METHODS, QUICK_SIZE, TITLES, Setting, batch, build
@@ -32,8 +33,18 @@ import s2ft_compile as s2ft
 HERE = Path(__file__).resolve().parent
 WARM_UP = 3
 # hidden d, FFN 3.5 d, 4 queries per kv head, bf16; slices of attention too, whose inputs are saved as well
-BLOCK = Setting(hidden=256, layers=1, ffn=896, heads=8, kv_heads=2, vocabulary=64, batch=2, length=512,
-                dtype="bfloat16", targets={"attention.out": 1, "ffn.out": 0.01})
+BLOCK = Setting(
+    hidden=256,
+    layers=1,
+    ffn=896,
+    heads=8,
+    kv_heads=2,
+    vocabulary=64,
+    batch=2,
+    length=512,
+    dtype="bfloat16",
+    targets={"attention.out": 1, "ffn.out": 0.01},
+)
 DEPTHS = (2, 4)  # layers; the difference leaves out what lies outside of them
 GOALS = {
     "full_over_ours": (">=", 1.5),
@@ -109,8 +120,10 @@ def compile_times(quick: bool, threads: int) -> dict[str, float]:
     """First steps of stock Inductor on the frozen model and of ours, each with an empty cache; then ours again."""
     with tempfile.TemporaryDirectory() as folder:
         order = [("stock_cold_s", "floor"), ("ours_cold_s", "ours"), ("ours_warm_s", "ours")]
-        found = {key: _first_step(method, Path(folder) / method, quick, threads)
-                 for key, method in track(order, "first steps", console=console)}
+        found = {
+            key: _first_step(method, Path(folder) / method, quick, threads)
+            for key, method in track(order, "first steps", console=console)
+        }
     return {
         **found,
         "ours_over_stock": found["ours_cold_s"] / found["stock_cold_s"],
@@ -141,17 +154,25 @@ def ratios(rows: list[dict[str, Any]], saved: list[dict[str, Any]]) -> dict[str,
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     model, saved = result["model"], {s["method"]: s["d_per_token_and_layer"] for s in result["saved_activations"]}
-    title = (f"{model['parameters'] / 1e6:.1f}M-parameter Llama, {model['batch']} × {model['length']} tokens a step, "
-             f"{model['dtype']}, {result['threads']} threads")
+    title = (
+        f"{model['parameters'] / 1e6:.1f}M-parameter Llama, {model['batch']} × {model['length']} tokens a step, "
+        f"{model['dtype']}, {result['threads']} threads"
+    )
     methods = Table("method", "step", "trainable", "saved activations", "per token and layer (bf16)", title=title)
     for row in result["rows"]:
         name = row["method"]
         methods.add_row(
-            TITLES[name], f"{row['step_ms']:.0f} ms", f"{row['trainable_parameters'] / model['parameters']:.2%}",
-            f"{row['saved_activation_bytes'] / 2**20:.1f} MiB", f"{saved[name]:.2f} d" if name in saved else "",
+            TITLES[name],
+            f"{row['step_ms']:.0f} ms",
+            f"{row['trainable_parameters'] / model['parameters']:.2%}",
+            f"{row['saved_activation_bytes'] / 2**20:.1f} MiB",
+            f"{saved[name]:.2f} d" if name in saved else "",
         )
-    measured = {**result["ratios"], "prepare_s": result["prepare_s"],
-                **{f"compile_{key}": value for key, value in result["compile"].items()}}
+    measured = {
+        **result["ratios"],
+        "prepare_s": result["prepare_s"],
+        **{f"compile_{key}": value for key, value in result["compile"].items()},
+    }
     return [methods, goal_table(GOALS, measured)]
 
 

@@ -5,10 +5,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from math import ceil
 from pathlib import Path
-from typing import Mapping, Sequence
 
 import torch
 from safetensors.torch import save_file
@@ -31,8 +31,13 @@ finally:
 Chosen = tuple[str, int, tuple[str, ...], Tensor]  # parameter, dim, roles, indices
 
 
-def adapter_of(config: s2ft.S2FTConfig, chosen: Sequence[Chosen], weights: Mapping[str, Tensor],
-               samples: Mapping[str, str], dtype: str) -> Adapter:
+def adapter_of(
+    config: s2ft.S2FTConfig,
+    chosen: Sequence[Chosen],
+    weights: Mapping[str, Tensor],
+    samples: Mapping[str, str],
+    dtype: str,
+) -> Adapter:
     """As if these slices of a base model had been trained; random deltas."""
     slices = []
     for name, dim, roles, indices in chosen:
@@ -40,8 +45,9 @@ def adapter_of(config: s2ft.S2FTConfig, chosen: Sequence[Chosen], weights: Mappi
         shape[dim] = len(indices)
         slices.append(s2ft.Slice(name, dim, indices, tuple(weights[name].shape), roles, 1e-3 * torch.randn(shape)))
     blocks = {s.parameter_name: hash_of_block(weights[s.parameter_name], s) for s in slices}
-    return Adapter(s2ft.Plan(config, combined(samples), tuple(slices)),
-                   describe_base("LlamaForCausalLM", dtype, samples, blocks))
+    return Adapter(
+        s2ft.Plan(config, combined(samples), tuple(slices)), describe_base("LlamaForCausalLM", dtype, samples, blocks)
+    )
 
 
 def file_size(adapter: Adapter) -> dict[str, int]:
@@ -75,16 +81,25 @@ def merge(folder: Path, gigabytes: float) -> dict[str, float]:
 def checkpoint(folder: Path, gigabytes: float) -> int:
     """A Llama of 8B's widths in four shards, as many layers as fit; its bytes."""
     d = 4096 if gigabytes > 1 else 128
-    shapes = {"self_attn.q_proj": (d, d), "self_attn.k_proj": (d // 4, d), "self_attn.v_proj": (d // 4, d),
-              "self_attn.o_proj": (d, d), "mlp.gate_proj": (7 * d // 2, d), "mlp.up_proj": (7 * d // 2, d),
-              "mlp.down_proj": (d, 7 * d // 2)}
+    shapes = {
+        "self_attn.q_proj": (d, d),
+        "self_attn.k_proj": (d // 4, d),
+        "self_attn.v_proj": (d // 4, d),
+        "self_attn.o_proj": (d, d),
+        "mlp.gate_proj": (7 * d // 2, d),
+        "mlp.up_proj": (7 * d // 2, d),
+        "mlp.down_proj": (d, 7 * d // 2),
+    }
     layer_bytes = 2 * sum(rows * columns for rows, columns in shapes.values())
     layers, shards, where = max(4, ceil(gigabytes * 1e9 / layer_bytes)), 4, {}
     folder.mkdir()
     for shard in range(shards):
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        tensors = {f"model.layers.{i}.{name}.weight": torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02)
-                   for i in range(shard, layers, shards) for name, shape in shapes.items()}
+        tensors = {
+            f"model.layers.{i}.{name}.weight": torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02)
+            for i in range(shard, layers, shards)
+            for name, shape in shapes.items()
+        }
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where.update(dict.fromkeys(tensors, file))
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))

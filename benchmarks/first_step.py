@@ -1,6 +1,6 @@
 """How long the first step of a method takes in this process, as one line of JSON. `cpu.py` starts it.
 
-    python benchmarks/first_step.py METHOD [--quick] [--threads N]
+python benchmarks/first_step.py METHOD [--quick] [--threads N]
 """
 
 import argparse

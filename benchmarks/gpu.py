@@ -13,12 +13,13 @@ import gc
 import json
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from methods import METHODS, NEEDS, QUICK_SIZE, TITLES, Setting, Trial, batch, build
@@ -130,8 +131,13 @@ def measured(label: str, setting: Setting, methods: list[str], ends: float, miss
         try:
             ours = ours or METHODS["ours"](setting)
             if method == "ours":
-                rows.append({**_row(label, method, setting, ours, inputs), "over_ours": 1.0,
-                             "predicted_bytes": predicted_bytes(setting)})
+                rows.append(
+                    {
+                        **_row(label, method, setting, ours, inputs),
+                        "over_ours": 1.0,
+                        "predicted_bytes": predicted_bytes(setting),
+                    }
+                )
             else:
                 rows.append(_against(label, method, setting, ours, inputs))
         except torch.cuda.OutOfMemoryError:
@@ -165,9 +171,17 @@ def _row(label: str, method: str, setting: Setting, trial: Trial, inputs) -> dic
         torch.cuda.reset_peak_memory_stats()
     step_ms = median(timed(partial(trial.step, inputs), STEPS))
     peak = torch.cuda.max_memory_allocated() - others if DEVICE == "cuda" else None
-    return {"setting": label, "method": method, "tokens_per_step": setting.tokens, "length": setting.length,
-            "step_ms": step_ms, "tokens_per_s": 1e3 * setting.tokens / step_ms, "peak_bytes": peak,
-            "floor_tflop": floor_tflop(setting), "trainable_parameters": trial.trainable}
+    return {
+        "setting": label,
+        "method": method,
+        "tokens_per_step": setting.tokens,
+        "length": setting.length,
+        "step_ms": step_ms,
+        "tokens_per_s": 1e3 * setting.tokens / step_ms,
+        "peak_bytes": peak,
+        "floor_tflop": floor_tflop(setting),
+        "trainable_parameters": trial.trainable,
+    }
 
 
 def device_ms(run: Run) -> float:
@@ -200,8 +214,9 @@ def _weights(trial: Trial) -> int:
     tensors += [p.grad for p in trial.leaves if p.grad is not None]
     for state in (trial.optimizer.state if trial.optimizer else {}).values():
         tensors += [t for t in state.values() if isinstance(t, torch.Tensor)]
-    return sum(storage.nbytes() for storage in {t.untyped_storage().data_ptr(): t.untyped_storage()
-                                                for t in tensors}.values())
+    return sum(
+        storage.nbytes() for storage in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values()
+    )
 
 
 def _free() -> None:
@@ -215,8 +230,15 @@ def table(rows: list[dict[str, Any]], tflops: float | None) -> Table:
     for row in rows:
         peak = f"{row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""
         share = f"{1e3 * row['floor_tflop'] / tflops / row['step_ms']:.0%}" if tflops else ""
-        made.add_row(row["setting"], TITLES[row["method"]], f"{row['step_ms']:.1f} ms", f"{row['tokens_per_s']:,.0f}",
-                     f"{row['over_ours']:.2f}", share, peak)
+        made.add_row(
+            row["setting"],
+            TITLES[row["method"]],
+            f"{row['step_ms']:.1f} ms",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['over_ours']:.2f}",
+            share,
+            peak,
+        )
     return made
 
 

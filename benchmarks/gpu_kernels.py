@@ -10,8 +10,9 @@ its figures mean nothing, and are written only where `--output` says.
 """
 
 from argparse import Namespace
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from gpu import device_ms, gemm_tflops
@@ -120,8 +121,10 @@ def slice_grad(shape: Shape) -> Part:
 
 def _gradients(A: Tensor, B: Tensor) -> Methods:
     ours, theirs, wide = (torch.zeros(A.shape[1], B.shape[1], device=DEVICE) for _ in range(3))
-    methods = {"ours": lambda: torch.ops.s2ft.slice_grad_(ours, A, B),
-               "cuBLAS, cast, add": lambda: theirs.add_(torch.mm(A.T, B).float())}
+    methods = {
+        "ours": lambda: torch.ops.s2ft.slice_grad_(ours, A, B),
+        "cuBLAS, cast, add": lambda: theirs.add_(torch.mm(A.T, B).float()),
+    }
     if DEVICE == "cuda":
         methods["cuBLAS to float32, add"] = lambda: wide.add_(torch.mm(A.T, B, out_dtype=torch.float32))
     return methods
@@ -200,7 +203,12 @@ def decode(shape: Shape) -> Part:
 
 
 PARTS: dict[str, Callable[[Shape], Part]] = {
-    "slice_grad": slice_grad, "refresh": refresh_all, "optimizer": optimizer, "switch": switch, "decode": decode}
+    "slice_grad": slice_grad,
+    "refresh": refresh_all,
+    "optimizer": optimizer,
+    "switch": switch,
+    "decode": decode,
+}
 IN_GRAPHS = ("slice_grad", "decode")
 
 

@@ -5,9 +5,9 @@ product that S²FT trains gets a zero added that requires a gradient: its gradie
 computed exactly as deep as S²FT needs it, no weight has a gradient, and there is no optimizer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,9 @@ class Setting:
 
 
 FULL_SIZE = Setting(hidden=512, layers=8, ffn=1792, heads=8, kv_heads=2, vocabulary=8192, batch=4, length=256)
-QUICK_SIZE = Setting(hidden=64, layers=2, ffn=224, heads=4, kv_heads=1, vocabulary=64, batch=2, length=16,
-                     inner="aot_eager")
+QUICK_SIZE = Setting(
+    hidden=64, layers=2, ffn=224, heads=4, kv_heads=1, vocabulary=64, batch=2, length=16, inner="aot_eager"
+)
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,17 @@ def build(setting: Setting) -> nn.Module:
     """The same random weights at every call."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        setting.family, vocab_size=setting.vocabulary, hidden_size=setting.hidden, intermediate_size=setting.ffn,
-        num_hidden_layers=setting.layers, num_attention_heads=setting.heads, num_key_value_heads=setting.kv_heads,
-        head_dim=setting.head_dim or setting.hidden // setting.heads, tie_word_embeddings=setting.tied,
-        max_position_embeddings=setting.length, use_cache=False,
+        setting.family,
+        vocab_size=setting.vocabulary,
+        hidden_size=setting.hidden,
+        intermediate_size=setting.ffn,
+        num_hidden_layers=setting.layers,
+        num_attention_heads=setting.heads,
+        num_key_value_heads=setting.kv_heads,
+        head_dim=setting.head_dim or setting.hidden // setting.heads,
+        tie_word_embeddings=setting.tied,
+        max_position_embeddings=setting.length,
+        use_cache=False,
     )
     with torch.device(setting.device):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, setting.dtype)).train()
@@ -140,8 +148,15 @@ def full_method(setting: Setting) -> Trial:
     return _trial(setting, torch.compile(model, backend=setting.inner), _trainable(model))
 
 
-def peft_method(setting: Setting, config: str = "LoraConfig", compiled: bool = False, liger: bool = False,
-                recomputed: bool = False, own_type: bool = True, **options) -> Trial:
+def peft_method(
+    setting: Setting,
+    config: str = "LoraConfig",
+    compiled: bool = False,
+    liger: bool = False,
+    recomputed: bool = False,
+    own_type: bool = True,
+    **options,
+) -> Trial:
     """config: the name of PEFT's class. own_type: adapters in float32 whatever the model's type, PEFT's default."""
     import peft  # a GPU machine may not have it
 
@@ -191,6 +206,9 @@ TITLES = {
     "dora": f"PEFT DoRA r={LORA_RANK}, eager",
     "shira": f"PEFT SHiRA r={LORA_RANK}, eager",
 }
-NEEDS = {name: ("peft", "liger_kernel") if name == "lora_liger" else ("peft",)
-         for name in METHODS if name.split("_")[0] in ("lora", "dora", "shira")}  # packages
+NEEDS = {
+    name: ("peft", "liger_kernel") if name == "lora_liger" else ("peft",)
+    for name in METHODS
+    if name.split("_")[0] in ("lora", "dora", "shira")
+}  # packages
 CPU_METHODS = ("floor", "ours", "ours_loss", "lora_compiled", "lora_eager", "full")

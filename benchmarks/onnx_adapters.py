@@ -9,9 +9,10 @@ and on all alike.
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -31,9 +32,17 @@ def prepared(layers: int, width: int) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=4096, hidden_size=width, intermediate_size=7 * width // 2, num_hidden_layers=layers,
-        num_attention_heads=width // 64, num_key_value_heads=width // 256, max_position_embeddings=2 * PROMPT)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=4096,
+            hidden_size=width,
+            intermediate_size=7 * width // 2,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            num_key_value_heads=width // 256,
+            max_position_embeddings=2 * PROMPT,
+        )
+    ).eval()
     s2ft.prepare(model, {"input_ids": torch.arange(16)[None]}, s2ft.S2FTConfig(targets=TARGETS))
     with torch.no_grad():
         for delta in s2ft.parameters(model):
@@ -62,11 +71,17 @@ def runner(path: Path, adapter: Path | None = None) -> Callable[[dict], list]:
 def inputs(model: torch.nn.Module, past: int, new: int) -> dict[str, np.ndarray]:
     config, random = model.config, np.random.default_rng(0)
     shape = (BATCH, config.num_key_value_heads, past, config.hidden_size // config.num_attention_heads)
-    cache = {f"past_key_values.{i}.{kind}": random.standard_normal(shape, np.float32)
-             for i in range(config.num_hidden_layers) for kind in ("key", "value")}
-    return {"input_ids": random.integers(0, config.vocab_size, (BATCH, new)),
-            "attention_mask": np.ones((BATCH, past + new), np.int64),
-            "position_ids": np.arange(past, past + new)[None].repeat(BATCH, 0), **cache}
+    cache = {
+        f"past_key_values.{i}.{kind}": random.standard_normal(shape, np.float32)
+        for i in range(config.num_hidden_layers)
+        for kind in ("key", "value")
+    }
+    return {
+        "input_ids": random.integers(0, config.vocab_size, (BATCH, new)),
+        "attention_mask": np.ones((BATCH, past + new), np.int64),
+        "position_ids": np.arange(past, past + new)[None].repeat(BATCH, 0),
+        **cache,
+    }
 
 
 def measure(layers: int = 4, width: int = 512, rounds: int = 60) -> dict[str, Any]:
@@ -84,11 +99,20 @@ def measure(layers: int = 4, width: int = 512, rounds: int = 60) -> dict[str, An
         for stage, past, new, repeats in (("prefill", 0, PROMPT, rounds), ("decode", PROMPT, 1, 4 * rounds)):
             feeds = inputs(model, past, new)
             ms = medians(in_turn({name: partial(run, feeds) for name, run in runs.items()}, repeats, WARM_UP, cpu_ms))
-            figures[stage] = {"plain_ms": ms["plain"],
-                              "speed": {name: ms["plain"] / its for name, its in ms.items() if name != "plain"}}
+            figures[stage] = {
+                "plain_ms": ms["plain"],
+                "speed": {name: ms["plain"] / its for name, its in ms.items() if name != "plain"},
+            }
     size = sum(p.numel() for p in model.parameters())
-    return {"parameters": size, "slices": len(model.s2ft.plan.slices), "batch": BATCH, "prompt": PROMPT,
-            "rounds": rounds, "onnxruntime": onnxruntime.__version__, **figures}
+    return {
+        "parameters": size,
+        "slices": len(model.s2ft.plan.slices),
+        "batch": BATCH,
+        "prompt": PROMPT,
+        "rounds": rounds,
+        "onnxruntime": onnxruntime.__version__,
+        **figures,
+    }
 
 
 if __name__ == "__main__":

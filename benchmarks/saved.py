@@ -1,8 +1,8 @@
 """Saved activations: the storages that a forward pass keeps for its backward, without parameters and buffers."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Sequence
 
 import torch
 from methods import METHODS, Setting, batch

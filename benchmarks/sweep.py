@@ -28,9 +28,12 @@ from torch import nn
 from turns import RESULTS, versions
 
 MAPPINGS = {
-    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-    "ctc": "MODEL_FOR_CTC_MAPPING_NAMES", "audio": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "ctc": "MODEL_FOR_CTC_MAPPING_NAMES",
+    "audio": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
     "text-encoder": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
 }
 LIMIT_S, MEMORY = 240, 9 * 2**30
@@ -61,8 +64,11 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
     found = []
     for name, child in module.named_children():
         at, kind = f"{path}.{name}".strip("."), kind_of(name, child)
-        inside = {k for n, m in child.named_modules()
-                  if n and not EXPERTS.search(n) and (k := kind_of(n.rsplit(".", 1)[-1], m))}
+        inside = {
+            k
+            for n, m in child.named_modules()
+            if n and not EXPERTS.search(n) and (k := kind_of(n.rsplit(".", 1)[-1], m))
+        }
         experts = kind == "ffn" and not EXPERTS.search(at) and any(EXPERTS.search(n) for n, _ in child.named_modules())
         if kind and not experts and not inside - {kind} and re.search(r"(^|\.)\d+(\.|$)", at):
             direct = isinstance(child, (nn.Linear, nn.Conv1d)) or re.fullmatch(r"(fc|lin|wi)_?[01]?", name)
@@ -81,13 +87,22 @@ def coverage(model: nn.Module, captured, analysis) -> dict:
     report = {}
     for kind in roles:
         wanted = [path for k, path in units(model) if k == kind and any(n.startswith(path + ".") for n in read)]
-        members = [m for c in analysis.couplings if c.role in roles[kind] for m in c.members
-                   if kind == "ffn" or m.role == "attention.out"]
+        members = [
+            m
+            for c in analysis.couplings
+            if c.role in roles[kind]
+            for m in c.members
+            if kind == "ffn" or m.role == "attention.out"
+        ]
         names = {m.parameter_name for m in members}
         aliases = names | {other for other, first in analysis.tied.items() if first in names}
         missing = [path for path in wanted if not any(n.startswith(path + ".") for n in aliases)]
-        report[kind] = {"expected": len(wanted), "found": len(wanted) - len(missing), "missing": missing[:4],
-                        "why": _reasons(analysis, missing[:2])}
+        report[kind] = {
+            "expected": len(wanted),
+            "found": len(wanted) - len(missing),
+            "missing": missing[:4],
+            "why": _reasons(analysis, missing[:2]),
+        }
     return report
 
 
@@ -96,8 +111,11 @@ def _reasons(analysis, paths) -> list[str]:
     for r in analysis.refusals:
         if any(m.parameter_name.startswith(path + ".") for m in r.members for path in paths):
             why[f"{r.reason} [{r.operator}] × {r.units} {r.source}"] += 1
-    others = [f"{c.role} × {c.units}" for c in analysis.couplings
-              if any(m.parameter_name.startswith(p + ".") for m in c.members for p in paths)]
+    others = [
+        f"{c.role} × {c.units}"
+        for c in analysis.couplings
+        if any(m.parameter_name.startswith(p + ".") for m in c.members for p in paths)
+    ]
     return [w for w, _ in why.most_common(6)] + others[:6]
 
 
@@ -125,9 +143,16 @@ def examine(model_type: str, names) -> dict:
     analysis = s2ft.passes.couple.couple(captured)
     done = time.perf_counter()
     operators = Counter(r.operator for r in analysis.refusals if "no rule" in r.reason)
-    result |= {"status": "traced", "nodes": len(captured.graph_module.graph.nodes), "trace_s": round(traced - start, 2),
-               "couple_s": round(done - traced, 3), "couplings": dict(Counter(c.role for c in analysis.couplings)),
-               "members": dict(analysis.roles()), "no_rule": dict(operators), **coverage(model, captured, analysis)}
+    result |= {
+        "status": "traced",
+        "nodes": len(captured.graph_module.graph.nodes),
+        "trace_s": round(traced - start, 2),
+        "couple_s": round(done - traced, 3),
+        "couplings": dict(Counter(c.role for c in analysis.couplings)),
+        "members": dict(analysis.roles()),
+        "no_rule": dict(operators),
+        **coverage(model, captured, analysis),
+    }
     try:
         made = s2ft.verify(model, inputs, analysis)
         result["verified"] = "wrong" if not made.ok else "yes" if made.sharp else "blunt"
@@ -180,11 +205,15 @@ def aggregate(rows: list[dict]) -> dict:
 
     ffn, attention = complete("ffn"), complete("attention")
     return {
-        "types": len(rows), "traced": len(traced), **Counter(r["status"] for r in rows),
+        "types": len(rows),
+        "traced": len(traced),
+        **Counter(r["status"] for r in rows),
         "all FFN couplings": f"{ffn[0]} of {ffn[1]} ({ffn[0] / max(ffn[1], 1):.1%})",
         "all attention couplings": f"{attention[0]} of {attention[1]} ({attention[0] / max(attention[1], 1):.1%})",
-        **{name: sum(r["verified"] == verdict for r in traced) for name, verdict in
-           (("verified", "yes"), ("blunt", "blunt"), ("not comparable", "no"), ("wrong", "wrong"))},
+        **{
+            name: sum(r["verified"] == verdict for r in traced)
+            for name, verdict in (("verified", "yes"), ("blunt", "blunt"), ("not comparable", "no"), ("wrong", "wrong"))
+        },
         "seconds": round(sum(r["seconds"] for r in rows)),
         "operators without a rule": dict(Counter(op for r in traced for op in r["no_rule"]).most_common()),
     }
@@ -195,11 +224,21 @@ def table(rows: list[dict], title: str) -> Table:
     for r in rows:
         why = r.get("reason", "")
         if r["status"] == "traced":
-            why = "; ".join(f"{k}: {', '.join(r[k]['missing'])}: {' | '.join(r[k]['why'])}"
-                            for k in ("ffn", "attention") if r[k]["missing"])
+            why = "; ".join(
+                f"{k}: {', '.join(r[k]['missing'])}: {' | '.join(r[k]['why'])}"
+                for k in ("ffn", "attention")
+                if r[k]["missing"]
+            )
         counts = [f"{r[k]['found']}/{r[k]['expected']}" if k in r else "" for k in ("ffn", "attention")]
-        made.add_row(r["type"], r["status"], " ".join(f"{n} {k}" for k, n in r.get("couplings", {}).items()), *counts,
-                     r.get("verified", ""), f"{r['seconds']:.0f}", why[:200])
+        made.add_row(
+            r["type"],
+            r["status"],
+            " ".join(f"{n} {k}" for k, n in r.get("couplings", {}).items()),
+            *counts,
+            r.get("verified", ""),
+            f"{r['seconds']:.0f}",
+            why[:200],
+        )
     return made
 
 
@@ -215,8 +254,12 @@ def sweep(mapping: str, only: list[str]) -> list[dict]:
         row["seconds"] = round(time.perf_counter() - start, 1)
         rows.append(row)
         found = " ".join(f"{k} {row[k]['found']}/{row[k]['expected']}" for k in ("ffn", "attention") if k in row)
-        console.print(f"{i + 1:3}/{len(names)} {model_type:28} {row['status']:10} {found} {row.get('verified', '')} "
-                      f"{row['seconds']} s {row.get('reason', '')[:80]}", markup=False, highlight=False)
+        console.print(
+            f"{i + 1:3}/{len(names)} {model_type:28} {row['status']:10} {found} {row.get('verified', '')} "
+            f"{row['seconds']} s {row.get('reason', '')[:80]}",
+            markup=False,
+            highlight=False,
+        )
     return rows
 
 
@@ -227,8 +270,14 @@ def cost(layers: int) -> dict:
 
     import s2ft_compile as s2ft
 
-    config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
-                         num_attention_heads=8, num_key_value_heads=2)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
     with torch.device("meta"):
         model, inputs = LlamaForCausalLM(config).eval(), {"input_ids": torch.zeros(2, 16, dtype=torch.long)}
     start = time.process_time()
@@ -238,9 +287,15 @@ def cost(layers: int) -> dict:
     analysis = s2ft.passes.couple.couple(captured)
     done = time.process_time()
     nodes = len(captured.graph_module.graph.nodes)
-    return {"layers": layers, "nodes": nodes, "trace_s": round(traced - start, 2), "couple_s": round(done - traced, 3),
-            "couple_us_per_node": round(1e6 * (done - traced) / nodes, 1), "couplings": len(analysis.couplings),
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    return {
+        "layers": layers,
+        "nodes": nodes,
+        "trace_s": round(traced - start, 2),
+        "couple_s": round(done - traced, 3),
+        "couple_us_per_node": round(1e6 * (done - traced) / nodes, 1),
+        "couplings": len(analysis.couplings),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
 
 
 def cost_table(rows: list[dict]) -> Table:

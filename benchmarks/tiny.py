@@ -19,26 +19,48 @@ CORE = (
     (r".*vocab_size(_per_layer_input)?", 97),
     (r"(.*_)?(num_)?(hidden_|encoder_|decoder_|n_)?layers?|depth", 2),
     (r"(.*_)?(num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|num_key_heads)", 2),
-    (r"n_head|n_heads|(.*_)?num_heads|(.*_)?attention_heads|(.*_)?num_value_heads|index_n_heads"
-     r"|swa_num_attention_heads", 4),
-    (r"hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|(input|output)_embedding_size|word_embed_proj_dim"
-     r"|attention_hidden_size|projection_dim|backbone_hidden_size|lru_width|emb_dim|channels", 32),
-    (r"(.*_)?(intermediate_size|intermediate_size_mlp|ffn_dim|ffn_hidden_size|ff_dim)|d_ff|dff|dim_ff|n_inner"
-     r"|feed_forward_size|mlp_dim", 48),
-    (r"(.*_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|max_sequence_length"
-     r"|context_length", 64),
+    (
+        r"n_head|n_heads|(.*_)?num_heads|(.*_)?attention_heads|(.*_)?num_value_heads|index_n_heads"
+        r"|swa_num_attention_heads",
+        4,
+    ),
+    (
+        r"hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|(input|output)_embedding_size|word_embed_proj_dim"
+        r"|attention_hidden_size|projection_dim|backbone_hidden_size|lru_width|emb_dim|channels",
+        32,
+    ),
+    (
+        r"(.*_)?(intermediate_size|intermediate_size_mlp|ffn_dim|ffn_hidden_size|ff_dim)|d_ff|dff|dim_ff|n_inner"
+        r"|feed_forward_size|mlp_dim",
+        48,
+    ),
+    (
+        r"(.*_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|max_sequence_length"
+        r"|context_length",
+        64,
+    ),
 )
 DETAIL = (
     (r"(.*_)?(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts)", 4),
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k|num_selected_experts|experts_per_token", 2),
     (r"(n|num)_shared_experts|moe_num_shared_experts|n_group|topk_group|num_expert_group", 1),
-    (r"head_dim|d_kv|kv_channels|v_head_dim|attention_head_(size|dim)|qk_nope_head_dim|(linear|swa|index)(_\w+)?_head_dim"
-     r"|global_head_dim|(linear_(key|value)_head_dim)", 8),
-    (r"rotary_dim", 4), (r"qk_rope_head_dim", 8), (r"qk_head_dim", 16), (r"(q|kv|o)_lora_rank", 12),
-    (r".*_(period|interval)", 2), (r".*_layer_offset", 1),
+    (
+        r"head_dim|d_kv|kv_channels|v_head_dim|attention_head_(size|dim)|qk_nope_head_dim|(linear|swa|index)(_\w+)?_head_dim"
+        r"|global_head_dim|(linear_(key|value)_head_dim)",
+        8,
+    ),
+    (r"rotary_dim", 4),
+    (r"qk_rope_head_dim", 8),
+    (r"qk_head_dim", 16),
+    (r"(q|kv|o)_lora_rank", 12),
+    (r".*_(period|interval)", 2),
+    (r".*_layer_offset", 1),
     (r"mamba_(n|num)_heads|n_mamba_heads|mamba_(d_head|head_dim)", 8),
-    (r"image_size", 32), (r"patch_size", 8), (r"hidden_size_per_layer_input", 8),
-    (r"num_(feature_levels|codebooks)", 2), (r"index_topk", 4),
+    (r"image_size", 32),
+    (r"patch_size", 8),
+    (r"hidden_size_per_layer_input", 8),
+    (r"num_(feature_levels|codebooks)", 2),
+    (r"index_topk", 4),
 )
 
 
@@ -67,8 +89,11 @@ def tiny(config_class, rules, depth: int = 0):
 def layer_lists(config) -> dict:
     """Lists with an entry for each layer, cut to one layer of each kind (at least two), and the number of layers."""
     count = vars(config).get("num_hidden_layers")
-    lists = {k: v for k, v in vars(config).items() if isinstance(v, (list, tuple)) and count and len(v) == count > 4
-             and all(isinstance(x, (str, int)) for x in v)}
+    lists = {
+        k: v
+        for k, v in vars(config).items()
+        if isinstance(v, (list, tuple)) and count and len(v) == count > 4 and all(isinstance(x, (str, int)) for x in v)
+    }
     kinds = list(zip(*lists.values()))
     chosen = sorted({kinds.index(k) for k in kinds[::-1]}) if all(len(set(v)) < 5 for v in lists.values()) else [0, 1]
     if not lists:
@@ -106,9 +131,13 @@ def candidates(model, config):
         frames, bins = getattr(config, "max_length", 1024), getattr(config, "num_mel_bins", 128)
         yield {"input_values": torch.randn(2, frames, bins, generator=random)}
     if main == "input_features":
-        for shape in ((2, 40, getattr(config, "num_mel_bins", 80)), (2, 40, getattr(config, "feature_size", 160)),
-                      (2, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 100)),
-                      (2, 40, 128), (2, 40, 80)):
+        for shape in (
+            (2, 40, getattr(config, "num_mel_bins", 80)),
+            (2, 40, getattr(config, "feature_size", 160)),
+            (2, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 100)),
+            (2, 40, 128),
+            (2, 40, 80),
+        ):
             features = torch.randn(shape, generator=random)
             yield {"input_features": features, **seq2seq}
             yield {"input_features": features, "attention_mask": torch.ones(shape[:2], dtype=torch.long), **seq2seq}

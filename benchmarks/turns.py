@@ -5,12 +5,13 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -49,8 +50,9 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def in_turn(trials: Mapping[str, Run], rounds: int, warm_up: int,
-            clock: Callable[[Run], float] = wall_ms) -> dict[str, list[float]]:
+def in_turn(
+    trials: Mapping[str, Run], rounds: int, warm_up: int, clock: Callable[[Run], float] = wall_ms
+) -> dict[str, list[float]]:
     """What the clock says of each call, in milliseconds, by method.
 
     Every round runs all methods and starts with another one; the first `warm_up` rounds are thrown away.

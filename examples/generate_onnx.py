@@ -7,8 +7,8 @@
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import onnxruntime
@@ -45,7 +45,7 @@ def generate(
     past, new = empty_past(session, len(input_ids)), input_ids
     running = np.ones(len(input_ids), bool)
     for _ in range(max_new_tokens):
-        positions = np.maximum(attention_mask.cumsum(1) - 1, 0)[:, -new.shape[1]:]
+        positions = np.maximum(attention_mask.cumsum(1) - 1, 0)[:, -new.shape[1] :]
         feeds = {"input_ids": new, "attention_mask": attention_mask, "position_ids": positions, **past}
         made = dict(zip(gives, session.run(gives, {name: feeds[name] for name in takes}, options)))
         past = {name.replace("present", "past_key_values"): t for name, t in made.items() if name != "logits"}
@@ -61,8 +61,11 @@ def generate(
 def empty_past(session: onnxruntime.InferenceSession, batch: int) -> dict[str, np.ndarray]:
     """Keys and values of no tokens, (batch, heads, 0, channels)."""
     dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
-    return {i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), dtypes[i.type])
-            for i in session.get_inputs() if i.name.startswith("past_key_values.")}
+    return {
+        i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), dtypes[i.type])
+        for i in session.get_inputs()
+        if i.name.startswith("past_key_values.")
+    }
 
 
 def main() -> None:
@@ -81,10 +84,17 @@ def main() -> None:
     encoded = tokenizer(given.prompts, return_tensors="np", padding=len(given.prompts) > 1)
     ids, mask = (encoded[name].astype(np.int64) for name in ("input_ids", "attention_mask"))
     adapter = load_adapter(given.adapter) if given.adapter else None
-    made = generate(load(given.model), ids, mask, given.max_new_tokens, [] if eos is None else [eos],
-                    tokenizer.pad_token_id or 0, adapter)
+    made = generate(
+        load(given.model),
+        ids,
+        mask,
+        given.max_new_tokens,
+        [] if eos is None else [eos],
+        tokenizer.pad_token_id or 0,
+        adapter,
+    )
     for row, length in zip(made, mask.sum(1)):
-        print(tokenizer.decode(row[len(ids[0]) - length:], skip_special_tokens=True))
+        print(tokenizer.decode(row[len(ids[0]) - length :], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

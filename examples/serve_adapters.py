@@ -1,7 +1,7 @@
 """Three adapters behind one model: each row of a batch is generated with its own, and the base needs no copy.
 
-    python examples/serve_adapters.py            on a small random Llama; the adapters are random too
-    python examples/serve_adapters.py BASE A B C on a Hugging Face folder and three adapter folders of it
+python examples/serve_adapters.py            on a small random Llama; the adapters are random too
+python examples/serve_adapters.py BASE A B C on a Hugging Face folder and three adapter folders of it
 """
 
 import copy
@@ -17,8 +17,17 @@ import s2ft_compile as s2ft
 
 def made(folder: Path) -> tuple[torch.nn.Module, list[Path]]:
     """A base model, and three adapters as if they had been trained."""
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                        num_attention_heads=4, num_key_value_heads=2, eos_token_id=None)).eval()
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            eos_token_id=None,
+        )
+    ).eval()
     for seed in range(3):
         model = copy.deepcopy(base)
         config = s2ft.S2FTConfig(targets={"ffn.out": 8, "attention.out": 1}, seed=seed)
@@ -44,7 +53,7 @@ def main(arguments: list[str]) -> None:
     with bank.batch(rows):
         tokens = base.generate(prompts, max_new_tokens=10, do_sample=False, pad_token_id=0)
     for name, row in zip(rows, tokens):
-        print(f"{name or 'base':>10}: {row[prompts.shape[1]:].tolist()}")
+        print(f"{name or 'base':>10}: {row[prompts.shape[1] :].tolist()}")
 
 
 if __name__ == "__main__":

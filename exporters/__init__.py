@@ -9,5 +9,14 @@ from .onnx import export_onnx
 from .onnx_adapter import save_onnx_adapter
 from .shira import save_shira
 
-__all__ = ["save_merged", "merge_checkpoint", "save_adapter", "load_adapter", "extract", "save_lora", "export_onnx",
-           "save_onnx_adapter", "save_shira"]
+__all__ = [
+    "save_merged",
+    "merge_checkpoint",
+    "save_adapter",
+    "load_adapter",
+    "extract",
+    "save_lora",
+    "export_onnx",
+    "save_onnx_adapter",
+    "save_shira",
+]

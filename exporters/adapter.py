@@ -7,9 +7,9 @@ Saving and loading are inverse of each other, bit for bit:
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +133,10 @@ def _into_weights(module: nn.Module, plan: Plan) -> None:
 @torch.no_grad()
 def _into_deltas(state: State, plan: Plan) -> None:
     if wide := [s.parameter_name for s in plan.slices if s.delta.dtype != torch.float32]:
-        raise AdapterError(f"the deltas of {', '.join(wide[:3])} are float64, which the float32 deltas of a prepared "
-                           f"model cannot hold; load the adapter into a model that is not prepared")
+        raise AdapterError(
+            f"the deltas of {', '.join(wide[:3])} are float64, which the float32 deltas of a prepared "
+            f"model cannot hold; load the adapter into a model that is not prepared"
+        )
     mine = {s.parameter_name: s for s in state.plan.slices}
     theirs = {s.parameter_name: s for s in plan.slices}
     names = sorted(mine.keys() | theirs.keys())

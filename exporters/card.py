@@ -1,7 +1,7 @@
 """The card of an adapter: a README.md beside its files that says what it is, and how to load it."""
 
 from collections import defaultdict
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ..plan import Slice
 from .format import Adapter
@@ -28,13 +28,19 @@ model = PeftModel.from_pretrained(base, "this-folder")     # model.merge_and_unl
 
 """
 
-LORA = PEFT + """\
+LORA = (
+    PEFT
+    + """\
 vLLM: {vllm}. The LoRA is exact: one factor of each pair is one-hot, and `lora_alpha == r`.
 """
+)
 
-SHIRA = PEFT + """\
+SHIRA = (
+    PEFT
+    + """\
 A SHiRA: it adds single numbers to each weight, at positions that its files hold. vLLM does not take it.
 """
+)
 
 
 def card(adapter: Adapter, how: str = NATIVE, errors: Mapping[str, float] | None = None) -> str:
@@ -42,23 +48,44 @@ def card(adapter: Adapter, how: str = NATIVE, errors: Mapping[str, float] | None
     base, config = adapter.base, adapter.plan.config
     changed = sum(s.delta.numel() for s in adapter.slices)
     lines = [
-        "---", "library_name: " + ("s2ft-compile" if how is NATIVE else "peft"), "tags:", "- s2ft", "---", "",
-        "# S²FT adapter", "",
-        "Dense slices of coupled weights, trained with the rest frozen "
-        "([S²FT](https://arxiv.org/abs/2412.06289)).", "",
-        "| | |", "|---|---|",
+        "---",
+        "library_name: " + ("s2ft-compile" if how is NATIVE else "peft"),
+        "tags:",
+        "- s2ft",
+        "---",
+        "",
+        "# S²FT adapter",
+        "",
+        "Dense slices of coupled weights, trained with the rest frozen ([S²FT](https://arxiv.org/abs/2412.06289)).",
+        "",
+        "| | |",
+        "|---|---|",
         f"| base model | {base.get('class')} in {base.get('dtype')} |",
         f"| fingerprint of the base | `{adapter.plan.fingerprint}` |",
         f"| targets | {', '.join(f'`{t}` = {amount}' for t, amount in list(config.targets.items())[:8])}"
         f"{', ...' if len(config.targets) > 8 else ''} |",
         f"| selection | {config.selection}, seed {config.seed}, budget per {config.budget} |",
         f"| trained | {changed:,} numbers in {len(adapter.slices)} weights |",
-        "", "## What it changes", "", "| role | weights | of each |", "|---|---|---|", *_rows(adapter.slices),
-        "", "## How to load it", "", how,
+        "",
+        "## What it changes",
+        "",
+        "| role | weights | of each |",
+        "|---|---|---|",
+        *_rows(adapter.slices),
+        "",
+        "## How to load it",
+        "",
+        how,
     ]
     if errors:
-        lines += ["## Not exact", "", "These were cut to the rank by SVD; relative errors in the Frobenius norm:", "",
-                  *(f"- `{name}`: {error:.3g}" for name, error in errors.items()), ""]
+        lines += [
+            "## Not exact",
+            "",
+            "These were cut to the rank by SVD; relative errors in the Frobenius norm:",
+            "",
+            *(f"- `{name}`: {error:.3g}" for name, error in errors.items()),
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -12,10 +12,10 @@ import math
 import mmap
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,9 +30,20 @@ from .format import Adapter, check_base, check_slice, read_adapter
 
 log = logging.getLogger(__name__)
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx.data")
 Part = tuple[Adapter, Slice, float]  # a slice, of which adapter, and with which weight
 
@@ -124,8 +135,10 @@ def _shards(folder: Path) -> list[str]:
         return names
     if (folder / SINGLE).is_file():
         return [SINGLE]
-    raise ExportError(f"{folder} is not a checkpoint: it has neither {SINGLE} nor {INDEX}; weights in other formats "
-                      f"are converted by save_pretrained of transformers")
+    raise ExportError(
+        f"{folder} is not a checkpoint: it has neither {SINGLE} nor {INDEX}; weights in other formats "
+        f"are converted by save_pretrained of transformers"
+    )
 
 
 def _header(path: Path) -> dict[str, Stored]:
@@ -139,9 +152,15 @@ def _header(path: Path) -> dict[str, Stored]:
     except (SafetensorError, OSError) as error:
         raise ExportError(f"{path} is not a complete safetensors file: {error}") from error
     return {
-        name: Stored(path, DTYPES.get(entry["dtype"]), tuple(entry["shape"]), 8 + size + entry["data_offsets"][0],
-                     entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in entries.items() if name != "__metadata__"
+        name: Stored(
+            path,
+            DTYPES.get(entry["dtype"]),
+            tuple(entry["shape"]),
+            8 + size + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in entries.items()
+        if name != "__metadata__"
     }
 
 

@@ -8,9 +8,9 @@ small part of what it was, for instance. Each delta is added again and compared 
 import json
 import logging
 import os
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,10 @@ def extract(
     before, after = _tensors(base), _tensors(tuned)
     odd = sorted(before.keys() ^ after.keys())
     if odd:
-        raise ExportError(f"only one of the two has {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}; an adapter "
-                          f"changes weights, and adds or removes none")
+        raise ExportError(
+            f"only one of the two has {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}; an adapter "
+            f"changes weights, and adds or removes none"
+        )
     samples, blocks, slices, dtypes = {}, {}, [], set()
     with new_directory(out) as folder:
         for name in before:
@@ -77,8 +79,9 @@ def _tensors(source: nn.Module | str | os.PathLike) -> Tensors:
         return {name: lambda stored=stored: mapped(stored) for name, stored in stored_tensors(source).items()}
     module = unwrap(source)
     if is_prepared(module):
-        raise StateError("the model is prepared, and save_adapter writes what it has trained; extract takes "
-                         "plain models")
+        raise StateError(
+            "the model is prepared, and save_adapter writes what it has trained; extract takes plain models"
+        )
     parameters = dict(module.named_parameters())
     tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - parameters.keys()
     kept = {name: tensor for name, tensor in module.state_dict().items() if name not in tied}
@@ -101,27 +104,33 @@ def _class_of(source: nn.Module | str | os.PathLike) -> str:
 def _slice(name: str, W: Tensor, T: Tensor, limit: float) -> Slice | None:
     """The slice that turns W into T, None where they are equal. Raises `ExportError`."""
     if W.shape != T.shape or W.dtype != T.dtype:
-        raise ExportError(f"{name} is {W.dtype} {tuple(W.shape)} in the base and {T.dtype} {tuple(T.shape)} in "
-                          f"the other")
+        raise ExportError(
+            f"{name} is {W.dtype} {tuple(W.shape)} in the base and {T.dtype} {tuple(T.shape)} in the other"
+        )
     T = T.to(W.device)
     changed = _bits(W) != _bits(T)
     if not changed.any():
         return None
     if not W.is_floating_point() or not W.dim() or not (W.isfinite().all() and T.isfinite().all()):
-        raise ExportError(f"{name} changed, and is no tensor of finite floating-point numbers: {W.dtype} "
-                          f"{tuple(W.shape)}")
+        raise ExportError(
+            f"{name} changed, and is no tensor of finite floating-point numbers: {W.dtype} {tuple(W.shape)}"
+        )
     dim, indices = _few(changed)
     if len(indices) > limit * W.shape[dim]:
-        raise ExportError(f"{name} is not a slice: {int(changed.sum())} of its {changed.numel()} entries changed, in "
-                          f"{_spread(changed)}; at most {limit:g} of them may (`limit`)")
+        raise ExportError(
+            f"{name} is not a slice: {int(changed.sum())} of its {changed.numel()} entries changed, in "
+            f"{_spread(changed)}; at most {limit:g} of them may (`limit`)"
+        )
     for dtype in (torch.float32, torch.float64):
         delta = (T.index_select(dim, indices).double() - W.index_select(dim, indices).double()).to(dtype)
         s = Slice(name, dim, indices.cpu(), tuple(W.shape), ("extracted",), delta.cpu())
         wrong = _bits(summed(W, [(s, 1.0)])[2]) != _bits(T.index_select(dim, indices))
         if not wrong.any():
             return s
-    raise ExportError(f"{name}: {int(wrong.sum())} of its entries are the sum of the base's and no float64 number, "
-                      f"such as -0.0, or a number far below the precision of the base's")
+    raise ExportError(
+        f"{name}: {int(wrong.sum())} of its entries are the sum of the base's and no float64 number, "
+        f"such as -0.0, or a number far below the precision of the base's"
+    )
 
 
 def _few(changed: Tensor) -> tuple[int, Tensor]:
@@ -135,8 +144,9 @@ def _along(changed: Tensor, dim: int) -> Tensor:
 
 
 def _spread(changed: Tensor) -> str:
-    return " and ".join(f"{int(_along(changed, dim).sum())} of {size} indices of dim {dim}"
-                        for dim, size in enumerate(changed.shape))
+    return " and ".join(
+        f"{int(_along(changed, dim).sum())} of {size} indices of dim {dim}" for dim, size in enumerate(changed.shape)
+    )
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ the end. Nothing that exists is overwritten.
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Iterator
 
 from ..errors import ExportError
 
@@ -29,8 +29,7 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
         )
     if path.is_dir() and (os.path.ismount(path) or path == Path.cwd()):
         raise ExportError(
-            f"{target} is a mount point or the current folder, which cannot be replaced; "
-            f"name a new folder inside it"
+            f"{target} is a mount point or the current folder, which cannot be replaced; name a new folder inside it"
         )
     with _staging(path, target) as folder:
         yield folder

@@ -13,10 +13,11 @@ allocated, and everything else before a model is touched.
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,8 +61,13 @@ def ascending(plan: Plan) -> Plan:
 
 def describe_base(kind: str, dtype: str, samples: Mapping[str, str], blocks: Mapping[str, str]) -> dict[str, Any]:
     """The samples tell base models apart; blocks that were trained are hashed whole, so that no sum is made twice."""
-    return {"class": kind, "dtype": dtype, "fingerprint": combined(samples), "samples": dict(samples),
-            "blocks": dict(blocks)}
+    return {
+        "class": kind,
+        "dtype": dtype,
+        "fingerprint": combined(samples),
+        "samples": dict(samples),
+        "blocks": dict(blocks),
+    }
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
@@ -69,8 +75,10 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     tensors = {}
     for s in adapter.slices:
         if not s.delta.isfinite().all():
-            raise ExportError(f"the delta of {s.parameter_name} has NaN or infinite entries: training diverged; "
-                              f"a lower learning rate may help")
+            raise ExportError(
+                f"the delta of {s.parameter_name} has NaN or infinite entries: training diverged; "
+                f"a lower learning rate may help"
+            )
         tensors[f"{s.parameter_name}.delta"] = s.delta.contiguous()
         tensors[f"{s.parameter_name}.indices"] = s.indices.to(torch.int32)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -105,8 +113,9 @@ def read_adapter(directory: str | os.PathLike) -> Adapter:
 def _read_config(folder: Path) -> dict[str, Any]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise AdapterError(f"{folder} is not an adapter: it has no file {name}; save_adapter writes {CONFIG} "
-                               f"and {WEIGHTS}")
+            raise AdapterError(
+                f"{folder} is not an adapter: it has no file {name}; save_adapter writes {CONFIG} and {WEIGHTS}"
+            )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -115,8 +124,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         found = config.get("format", config.get("peft_type")) if isinstance(config, dict) else type(config).__name__
         raise AdapterError(f"{folder / CONFIG} describes an adapter of format {found!r}; valid: {FORMAT!r}")
     if config.get("format_version") != FORMAT_VERSION:
-        raise AdapterError(f"{folder} has format version {config.get('format_version')!r}; this release reads "
-                           f"version {FORMAT_VERSION}")
+        raise AdapterError(
+            f"{folder} has format version {config.get('format_version')!r}; this release reads version {FORMAT_VERSION}"
+        )
     if config.get("config_sha256") != hash_of_config(config):
         raise AdapterError(f"{folder / CONFIG} does not match its own checksum: it was edited after it was saved")
     return config
@@ -136,8 +146,11 @@ def _read_plan(folder: Path, config: Mapping[str, Any]) -> Plan:
     if base.get("fingerprint") != plan.fingerprint:
         raise AdapterError(f"the adapter names two base models: {base.get('fingerprint')} and {plan.fingerprint}")
     samples = base.get("samples")
-    if not isinstance(samples, dict) or not all(isinstance(v, str) for v in samples.values()) \
-            or combined(samples) != plan.fingerprint:
+    if (
+        not isinstance(samples, dict)
+        or not all(isinstance(v, str) for v in samples.values())
+        or combined(samples) != plan.fingerprint
+    ):
         raise AdapterError(f"{folder / CONFIG}: the samples of the base model do not make its fingerprint")
     return plan
 
@@ -152,8 +165,9 @@ def _read_deltas(folder: Path, config: Mapping[str, Any], plan: Plan) -> dict[st
         with safe_open(path, framework="pt") as file:
             if set(file.keys()) != expected:
                 odd = sorted(set(file.keys()) ^ expected)
-                raise AdapterError(f"{path} and the plan in {CONFIG} do not have the same tensors: "
-                                   f"{', '.join(odd[:4])}")
+                raise AdapterError(
+                    f"{path} and the plan in {CONFIG} do not have the same tensors: {', '.join(odd[:4])}"
+                )
             for s in plan.slices:
                 indices = file.get_tensor(f"{s.parameter_name}.indices")
                 if indices.dtype != torch.int32 or not torch.equal(indices.to(torch.int64), s.indices):
@@ -198,7 +212,8 @@ def check_base(adapter: Adapter, found: Mapping[str, str], what: str) -> None:
             f"{adapter.source} was trained from another base model: a {adapter.base.get('class')} in "
             f"{adapter.base.get('dtype')} with fingerprint {adapter.plan.fingerprint}; this is {what} with fingerprint "
             f"{combined(found)}, which {'has no' if absent else 'differs in'} {', '.join(differ[:3])}"
-            f"{', ...' if len(differ) > 3 else ''}{_alike(differ[0], found, adapter) if absent else ''}")
+            f"{', ...' if len(differ) > 3 else ''}{_alike(differ[0], found, adapter) if absent else ''}"
+        )
 
 
 def _alike(name: str, found: Mapping[str, str], adapter: Adapter) -> str:
@@ -213,11 +228,15 @@ def check_slice(adapter: Adapter, s: Slice, W: Tensor) -> None:
     if tuple(W.shape) != s.shape:
         raise AdapterError(f"{where}: a parameter of shape {s.shape}; the model has {tuple(W.shape)}")
     if not W.dtype.is_floating_point or W.dtype.itemsize < 2:
-        raise AdapterError(f"{where}: {str(W.dtype).removeprefix('torch.')} weights cannot take a delta; valid: "
-                           f"float64, float32, bfloat16, float16")
+        raise AdapterError(
+            f"{where}: {str(W.dtype).removeprefix('torch.')} weights cannot take a delta; valid: "
+            f"float64, float32, bfloat16, float16"
+        )
     if hash_of_block(W, s) != adapter.base["blocks"].get(s.parameter_name):
-        raise AdapterError(f"{where}: the model has other values there than the base model; was an adapter loaded "
-                           f"into it before, or was it trained?")
+        raise AdapterError(
+            f"{where}: the model has other values there than the base model; was an adapter loaded "
+            f"into it before, or was it trained?"
+        )
 
 
 # --- checksums ---------------------------------------------------------------------------------------------

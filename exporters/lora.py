@@ -17,9 +17,10 @@ import logging
 import os
 import re
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -83,8 +84,15 @@ def save_lora(
         padded_to = ranks if isinstance(ranks, int) else _rounded(widest, ranks)
         factors = [_padded(f, padded_to if layout == "padded" else _rounded(f.rank, ranks)) for f in factors]
         transposed = any(flip for _, flip in holders.values())
-        save_file({f"base_model.model.{f.module}.lora_{side}.weight": getattr(f, side).contiguous()
-                   for f in factors for side in "AB"}, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            {
+                f"base_model.model.{f.module}.lora_{side}.weight": getattr(f, side).contiguous()
+                for f in factors
+                for side in "AB"
+            },
+            folder / WEIGHTS,
+            metadata={"format": "pt"},
+        )
         config = _config(module, factors, transposed)
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         errors = {f.module: f.error for f in factors if f.error}
@@ -105,8 +113,9 @@ def adapter_source(model: nn.Module, adapter: str | os.PathLike | None) -> Adapt
     if adapter is None:
         return adapter_of(model)
     if is_prepared(model):
-        raise ConfigError("the model is prepared and has deltas of its own; give the plain base model of the adapter, "
-                          "or no adapter")
+        raise ConfigError(
+            "the model is prepared and has deltas of its own; give the plain base model of the adapter, or no adapter"
+        )
     read = read_adapter(adapter)
     check_fits(unwrap(model), read)
     return read
@@ -127,8 +136,9 @@ def linear_layers(module: nn.Module, adapter: Adapter, form: str = "a LoRA") -> 
         layer, _, key = s.parameter_name.rpartition(".")
         refused = _why_not(module.get_submodule(layer), key, held_as)
         if refused:
-            raise ExportError(f"{s.parameter_name} cannot be {form}: {refused}. `save_adapter` and `save_merged` take "
-                              f"it")
+            raise ExportError(
+                f"{s.parameter_name} cannot be {form}: {refused}. `save_adapter` and `save_merged` take it"
+            )
         found[s.parameter_name] = layer, _is_conv1d(module.get_submodule(layer))
     return found
 
@@ -181,8 +191,10 @@ def _fitted(f: Factors, ranks: int | str, truncate: bool) -> Factors:
         return f
     if not truncate:
         whose = "which is vLLM's limit" if ranks == "vllm" else "the rank that was asked for"
-        raise ExportError(f"{f.module} needs rank {f.rank}, above {limit}, {whose}. Train fewer units, merge the "
-                          f"adapter instead, or pass truncate=True for the nearest LoRA of that rank")
+        raise ExportError(
+            f"{f.module} needs rank {f.rank}, above {limit}, {whose}. Train fewer units, merge the "
+            f"adapter instead, or pass truncate=True for the nearest LoRA of that rank"
+        )
     U, S, V = torch.linalg.svd(f.B.double() @ f.A.double(), full_matrices=False)
     error = float(S[limit:].norm() / S.norm()) if S.any() else 0.0
     log.warning("%s: rank %d cut to %d, relative error %.3g", f.module, f.rank, limit, error)

@@ -43,9 +43,5 @@ def save_merged(model: nn.Module, directory: str | os.PathLike) -> Path:
 def _save(module: nn.Module, path: Path) -> None:
     try:
         save_model(module, str(path))
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-    ) as error:  # tensors that overlap in part, or that are no tensors
+    except (RuntimeError, ValueError, TypeError) as error:  # tensors that overlap in part, or that are no tensors
         raise ExportError(f"{type(module).__name__} cannot be stored as safetensors: {error}") from error

@@ -7,10 +7,11 @@ and the file is checked before it appears: by onnx.checker, and by ONNX Runtime 
 import logging
 import os
 import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,8 +100,9 @@ def _check_options(target: Path, module: nn.Module, cache: bool, names: str, ops
         raise ConfigError(f"opset {opset!r} is not supported; valid: {', '.join(map(str, OPSETS))}")
     check_names(names)
     if names == GENAI and not cache:
-        raise ConfigError("names='genai' is for graphs with a KV cache, which is all that onnxruntime-genai runs; pass "
-                          "cache=True too")
+        raise ConfigError(
+            "names='genai' is for graphs with a KV cache, which is all that onnxruntime-genai runs; pass cache=True too"
+        )
     if names == GENAI:
         tokens_of(module)
 
@@ -160,15 +162,9 @@ def _translated(module: nn.Module, program: torch.export.ExportedProgram, opset:
     import onnx_ir as ir
 
     try:
-        onnx_program = torch.onnx.export(
-            program, dynamo=True, opset_version=opset, optimize=False, verbose=False
-        )
+        onnx_program = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
         graph, tied = onnx_program.model.graph, tied_names(module)
-        weights = {
-            value: value.const_value
-            for name, value in graph.initializers.items()
-            if name in program.state_dict
-        }
+        weights = {value: value.const_value for name, value in graph.initializers.items() if name in program.state_dict}
         for value in weights:
             del graph.initializers[value.name]
             value.const_value = None
@@ -176,8 +172,7 @@ def _translated(module: nn.Module, program: torch.export.ExportedProgram, opset:
         onnx_program.optimize()
     except Exception as error:  # onnxscript and torch.onnx raise many unrelated types
         raise ExportError(
-            f"{type(module).__name__} could not be translated to ONNX opset {opset}: "
-            f"{first_line(_innermost(error))}"
+            f"{type(module).__name__} could not be translated to ONNX opset {opset}: {first_line(_innermost(error))}"
         ) from error
     for value, content in weights.items():
         graph.inputs.remove(value)

@@ -2,9 +2,10 @@
 
 import logging
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +25,7 @@ SUFFIX = ".onnx_adapter"
 
 
 def save_onnx_adapter(
-    model: nn.Module,
-    file: str | os.PathLike,
-    *,
-    adapter: str | os.PathLike | None = None,
-    names: str = NAMES[0],
+    model: nn.Module, file: str | os.PathLike, *, adapter: str | os.PathLike | None = None, names: str = NAMES[0]
 ) -> Path:
     """Writes an adapter for graphs of `export_onnx(..., adapters="separate")`, and returns the file's path.
 
@@ -39,8 +36,9 @@ def save_onnx_adapter(
     """
     target, module = Path(file), unwrap(model)
     if target.suffix != SUFFIX:
-        raise ExportError(f"{target} is not the name of an adapter for ONNX Runtime; {target.with_suffix(SUFFIX)} "
-                          f"would be")
+        raise ExportError(
+            f"{target} is not the name of an adapter for ONNX Runtime; {target.with_suffix(SUFFIX)} would be"
+        )
     check_names(names)
     source = adapter_source(model, adapter)
     parts = _oriented(module, source)
@@ -56,8 +54,12 @@ def _write(parameters: Mapping[str, np.ndarray], file: Path) -> None:
     written = onnxruntime.AdapterFormat()
     written.set_adapter_version(1)
     written.set_model_version(1)
-    written.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values))
-                            for name, values in parameters.items()})
+    written.set_parameters(
+        {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values))
+            for name, values in parameters.items()
+        }
+    )
     written.export_adapter(str(file))
 
 
@@ -130,8 +132,10 @@ def places_of(model: nn.Module, adapters: str | Sequence[str | os.PathLike]) -> 
         if adapters != "separate":
             raise ConfigError(f"adapters must be 'separate' or a list of adapter folders, got {os.fspath(adapters)!r}")
         if not is_prepared(model):
-            raise ConfigError("adapters='separate' makes room for what a prepared model trains, and this one is not "
-                              "prepared; give a list of adapter folders instead")
+            raise ConfigError(
+                "adapters='separate' makes room for what a prepared model trains, and this one is not "
+                "prepared; give a list of adapter folders instead"
+            )
         slices = list(state_of(model).plan.slices)
     else:
         found = [read_adapter(folder) for folder in adapters]

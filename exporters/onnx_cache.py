@@ -9,8 +9,9 @@ onnxruntime-genai run, and the weights are there once; `transformers.exporters` 
 """
 
 import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ def _step(forward: Callable, names: list[str]) -> Callable:
         return {"logits": logits, "present": [{"key": layer.keys, "value": layer.values} for layer in cache.layers]}
 
     step.__signature__ = inspect.Signature(
-        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    )
     return step
 
 
@@ -110,7 +112,7 @@ def _call(module: nn.Module, prompt: Mapping[str, Tensor]) -> Call:
 
 def _prompt(ids: Tensor) -> dict[str, Tensor]:
     """Two rows of seven of these tokens, the first row padded on the left."""
-    rows = ids.repeat(ROWS, -(-(PAST + NEW) // ids.shape[1]))[:ROWS, :PAST + NEW]
+    rows = ids.repeat(ROWS, -(-(PAST + NEW) // ids.shape[1]))[:ROWS, : PAST + NEW]
     mask = torch.ones_like(rows)
     mask[0, 0] = 0
     return {"input_ids": rows, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -118,7 +120,7 @@ def _prompt(ids: Tensor) -> dict[str, Tensor]:
 
 def _part(prompt: Mapping[str, Tensor], start: int, end: int) -> dict[str, Tensor]:
     """The tokens from `start` on; the mask is that of the past too. No views: torch.export does not trace those."""
-    return {name: t[:, 0 if name == "attention_mask" else start:end].clone() for name, t in prompt.items()}
+    return {name: t[:, 0 if name == "attention_mask" else start : end].clone() for name, t in prompt.items()}
 
 
 # --- refusals ----------------------------------------------------------------------------------------------
@@ -130,9 +132,11 @@ def _token_ids(module: nn.Module, inputs: Inputs) -> Tensor:
     ids, more = named.pop("input_ids", None), sorted(set(named) - IGNORED)
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0 or more:
         found = [f"input_ids of shape {tuple(getattr(ids, 'shape', ()))}"] if ids is not None else []
-        raise ConfigError(f"cache=True takes example inputs with integer input_ids of shape (batch, sequence), and no "
-                          f"more than {', '.join(sorted(IGNORED))} beside them; found "
-                          f"{', '.join([*found, *more]) or 'no input_ids'}")
+        raise ConfigError(
+            f"cache=True takes example inputs with integer input_ids of shape (batch, sequence), and no "
+            f"more than {', '.join(sorted(IGNORED))} beside them; found "
+            f"{', '.join([*found, *more]) or 'no input_ids'}"
+        )
     return ids
 
 
@@ -140,8 +144,9 @@ def _accepted(module: nn.Module) -> set[str]:
     parameters = set(inspect.signature(module.forward).parameters)
     missing = sorted({"input_ids", "attention_mask", "past_key_values"} - parameters)
     if missing or getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        raise _no_cache(module, f"its forward does not take {', '.join(missing)}" if missing else
-                        "it is an encoder with a decoder")
+        raise _no_cache(
+            module, f"its forward does not take {', '.join(missing)}" if missing else "it is an encoder with a decoder"
+        )
     return parameters
 
 
@@ -151,10 +156,14 @@ def _check_layers(present: list[Mapping[str, Tensor]]) -> None:
         raise ConfigError("it puts no keys and values into the cache that it is given")
     for i, pair in enumerate(shapes):
         if len(pair) != 2 or any(len(shape) != 4 or shape[0] != ROWS or shape[2] != PAST for shape in pair):
-            raise ConfigError(f"layer {i} of its cache has no keys and values of shape (batch, heads, past, channels), "
-                              f"but {' and '.join(map(str, pair)) or 'none'} for a batch of {ROWS} and {PAST} tokens")
+            raise ConfigError(
+                f"layer {i} of its cache has no keys and values of shape (batch, heads, past, channels), "
+                f"but {' and '.join(map(str, pair)) or 'none'} for a batch of {ROWS} and {PAST} tokens"
+            )
 
 
 def _no_cache(module: nn.Module, why: str) -> ConfigError:
-    return ConfigError(f"{type(module).__name__} has no KV cache that a graph could carry: {why}. cache=True is for "
-                       f"causal language models whose layers cache keys and values; cache=False exports the others")
+    return ConfigError(
+        f"{type(module).__name__} has no KV cache that a graph could carry: {why}. cache=True is for "
+        f"causal language models whose layers cache keys and values; cache=False exports the others"
+    )

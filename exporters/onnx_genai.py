@@ -36,13 +36,18 @@ def tokens_of(module: nn.Module) -> dict[str, Any]:
     needed = {"eos_token_id": find("eos_token_id"), "max_position_embeddings": find("max_position_embeddings")}
     for name, value in needed.items():
         if value is None or value == []:
-            raise ConfigError(f"genai_config.json needs the model's {name}, and its configuration has none; set "
-                              f"model.config.{name}")
+            raise ConfigError(
+                f"genai_config.json needs the model's {name}, and its configuration has none; set model.config.{name}"
+            )
     ends = needed["eos_token_id"]
     last = ends if isinstance(ends, int) else ends[0]
-    return {"bos_token_id": find("bos_token_id", last), "eos_token_id": ends,
-            "pad_token_id": find("pad_token_id", last), "context_length": needed["max_position_embeddings"],
-            "vocab_size": find("vocab_size")}
+    return {
+        "bos_token_id": find("bos_token_id", last),
+        "eos_token_id": ends,
+        "pad_token_id": find("pad_token_id", last),
+        "context_length": needed["max_position_embeddings"],
+        "vocab_size": find("vocab_size"),
+    }
 
 
 def genai_config(config: Any, tokens: dict[str, Any], graph: Any, name: str) -> dict[str, Any]:
@@ -51,8 +56,10 @@ def genai_config(config: Any, tokens: dict[str, Any], graph: Any, name: str) -> 
     keys = [shape for value, shape in inputs.items() if value.endswith(".key")]
     values = [shape for value, shape in inputs.items() if value.endswith(".value")]
     if any(k[i] != v[i] for k, v in zip(keys, values) for i in (1, 3)):
-        raise ConfigError("onnxruntime-genai takes keys and values of one shape, and this model's differ: "
-                          f"{list(keys[0])} and {list(values[0])}; names='model' exports it")
+        raise ConfigError(
+            "onnxruntime-genai takes keys and values of one shape, and this model's differ: "
+            f"{list(keys[0])} and {list(values[0])}; names='model' exports it"
+        )
     decoder = {
         "filename": name,
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},

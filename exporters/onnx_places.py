@@ -14,7 +14,8 @@ a run overrides them, by name or with an `.onnx_adapter` file. Their names are `
 `<weight>.columns.delta` (or `.rows.`), or `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, as Olive's.
 """
 
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,8 +72,10 @@ def _products(graph: Any, name: str) -> list[Product]:
         for user, index in list(node.outputs[0].uses()) if flipped else [(node, at)]:
             kind = user.op_type if user.domain in ("", "ai.onnx") else f"{user.domain}.{user.op_type}"
             if kind not in ("MatMul", "Gemm") or index != 1 or _is_set(user, "transA"):
-                raise ExportError(f"{name} has no adapter input: node {user.name} ({kind}) uses it other than as the "
-                                  f"weight of a matrix product")
+                raise ExportError(
+                    f"{name} has no adapter input: node {user.name} ({kind}) uses it other than as the "
+                    f"weight of a matrix product"
+                )
             found.append(Product(user, 1 if flipped != _is_set(user, "transB") else 0))
     return found
 

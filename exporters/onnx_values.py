@@ -2,9 +2,10 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +72,10 @@ def name_values(graph: Any, module: nn.Module, program: torch.export.ExportedPro
 def _report_fixed(name: str, at: int, axis: str, tensor: Tensor, refuse: bool) -> None:
     """A feature dimension is meant to be fixed; a batch is not, nor is the length of what holds tokens."""
     if refuse:
-        raise ExportError(f"the model's code fixes the {axis} of input {name} to {tensor.shape[at]}, and one graph for "
-                          f"prefill and decoding needs it dynamic; without a KV cache (cache=False) it exports")
+        raise ExportError(
+            f"the model's code fixes the {axis} of input {name} to {tensor.shape[at]}, and one graph for "
+            f"prefill and decoding needs it dynamic; without a KV cache (cache=False) it exports"
+        )
     if tensor.shape[at] > 1 and (at == 0 or not tensor.is_floating_point()):
         log.warning("the model's code fixes the %s of input %s to %d", axis, name, tensor.shape[at])
 

@@ -9,9 +9,9 @@ of them needs, and the others get zeros at positions that nothing changes. PEFT'
 import json
 import logging
 import os
+from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
-from typing import Mapping
 
 import torch
 from safetensors.torch import save_file
@@ -59,8 +59,10 @@ def _check_layers(module: nn.Module, layers: Mapping[str, Slice]) -> None:
             kind = type(module.get_submodule(layer)).__name__
             raise ExportError(f"{layer} is a {kind}; PEFT's SHiRA takes nn.Linear only. `save_lora` takes it")
         if s.delta.dtype != torch.float32:
-            raise ExportError(f"the delta of {s.parameter_name} is {s.delta.dtype}; PEFT keeps a SHiRA in float32, "
-                              f"which would not be exact")
+            raise ExportError(
+                f"the delta of {s.parameter_name} is {s.delta.dtype}; PEFT keeps a SHiRA in float32, "
+                f"which would not be exact"
+            )
 
 
 def common_r(layers: Mapping[str, Slice]) -> int:
@@ -74,7 +76,8 @@ def common_r(layers: Mapping[str, Slice]) -> int:
                 f"a SHiRA changes r * (in + out) numbers of every layer, with one r for all. {widest} changes "
                 f"{layers[widest].delta.numel():,} and needs r = {needs[widest]}, but {layer} ({rows} x {columns}) has "
                 f"room for r = {most} at most, which is {most * (rows + columns):,} numbers. Train fewer units of "
-                f"{widest}, or use `save_lora`")
+                f"{widest}, or use `save_lora`"
+            )
     return needs[widest]
 
 

@@ -1,8 +1,9 @@
 """Whether an ONNX file is valid, and computes what the model does."""
 
 import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,7 @@ from ..errors import ExportError
 log = logging.getLogger(__name__)
 
 
-def check(
-    module: nn.Module, file: Path, inputs: tuple[tuple, dict], others: Sequence[tuple[tuple, dict]] = ()
-) -> None:
+def check(module: nn.Module, file: Path, inputs: tuple[tuple, dict], others: Sequence[tuple[tuple, dict]] = ()) -> None:
     """The file is valid ONNX, and gives the module's outputs for the example and for inputs of other sizes.
 
     others: these inputs; none: the example with a row more and a token less, if the module takes it. Raises
@@ -30,9 +29,7 @@ def check(
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
-        log.warning(
-            "the ONNX file was not run: ONNX Runtime has no CPU kernel for it (%s)", first_line(error)
-        )
+        log.warning("the ONNX file was not run: ONNX Runtime has no CPU kernel for it (%s)", first_line(error))
         return
     except Exception as error:  # neither library has a base class for its errors
         raise ExportError(f"the exported graph is not valid: {first_line(error)}") from error
@@ -54,16 +51,12 @@ def _compare(module: nn.Module, session: Any, inputs: tuple[tuple, dict]) -> Non
     args, kwargs = inputs
     with torch.no_grad():
         expected = dict(named_tensors(module(*args, **kwargs)))
-    feeds = {
-        i.name: t.detach().cpu().numpy() for i, t in zip(session.get_inputs(), tensors(inputs), strict=True)
-    }
+    feeds = {i.name: t.detach().cpu().numpy() for i, t in zip(session.get_inputs(), tensors(inputs), strict=True)}
     try:
         found = session.run(None, feeds)
     except Exception as error:
         shapes = {name: value.shape for name, value in feeds.items()}
-        raise ExportError(
-            f"ONNX Runtime cannot run the exported graph on {shapes}: {first_line(error)}"
-        ) from error
+        raise ExportError(f"ONNX Runtime cannot run the exported graph on {shapes}: {first_line(error)}") from error
     for (name, want), got in zip(expected.items(), found, strict=True):
         want, got = want.detach().cpu(), torch.from_numpy(got)
         where = f"ONNX Runtime differs from the model in output {name!r}"
@@ -79,17 +72,13 @@ def close(want: Tensor, got: Tensor) -> bool:
         return torch.equal(want, got)
     finite = want[want.isfinite()].abs()
     scale = float(finite.max()) if len(finite) else 1.0
-    eps = max(
-        torch.finfo(want.dtype).eps, torch.finfo(torch.float32).eps
-    )  # float64 models have float32 inside
+    eps = max(torch.finfo(want.dtype).eps, torch.finfo(torch.float32).eps)  # float64 models have float32 inside
     return torch.allclose(want, got, rtol=0, atol=eps**0.5 * scale, equal_nan=True)
 
 
 def _resized(session: Any, inputs: tuple[tuple, dict]) -> tuple[tuple, dict]:
     """The inputs with a row more (the first again) and a token less, where these dimensions are dynamic."""
-    dynamic = {
-        id(t): [isinstance(d, str) for d in i.shape] for i, t in zip(session.get_inputs(), tensors(inputs))
-    }
+    dynamic = {id(t): [isinstance(d, str) for d in i.shape] for i, t in zip(session.get_inputs(), tensors(inputs))}
 
     def resize(x):
         for dim, free in enumerate(dynamic.get(id(x), ())[:2]):

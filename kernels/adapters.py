@@ -18,8 +18,9 @@ from torch.library import triton_op, wrap_triton
 from .support import jit, placed, tl
 
 
-def adapter_add_reference(y: Tensor, x: Tensor, ids: Tensor, index: Tensor, delta: Tensor, rank: Tensor,
-                          contracts: bool) -> None:
+def adapter_add_reference(
+    y: Tensor, x: Tensor, ids: Tensor, index: Tensor, delta: Tensor, rank: Tensor, contracts: bool
+) -> None:
     for row, k in enumerate(ids.tolist()):
         n = int(rank[k])
         at, D = index[k, :n], delta[k].narrow(0 if contracts else 1, 0, n).to(x.dtype)
@@ -30,8 +31,30 @@ def adapter_add_reference(y: Tensor, x: Tensor, ids: Tensor, index: Tensor, delt
 
 
 @jit(do_not_specialize=["L"])
-def _kernel(Y, X, ids, index, delta, rank, L, width, y_n, y_l, y_c, x_n, x_l, x_c, i_a, d_a, d_k, d_c,
-            CONTRACTS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+def _kernel(
+    Y,
+    X,
+    ids,
+    index,
+    delta,
+    rank,
+    L,
+    width,
+    y_n,
+    y_l,
+    y_c,
+    x_n,
+    x_l,
+    x_c,
+    i_a,
+    d_a,
+    d_k,
+    d_c,
+    CONTRACTS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     along = (L + BLOCK_L - 1) // BLOCK_L
     row = (tl.program_id(0) // along).to(tl.int64)
     adapter = tl.load(ids + row)
@@ -46,8 +69,11 @@ def _kernel(Y, X, ids, index, delta, rank, L, width, y_n, y_l, y_c, x_n, x_l, x_
             k = start + tl.arange(0, BLOCK_K)
             position = tl.load(index + adapter * i_a + k, mask=k < K, other=0) if CONTRACTS else k.to(tl.int64)
             a = tl.load(x + position[None, :] * x_c, mask=(t[:, None] < L) & (k[None, :] < K), other=0.0)
-            d = tl.load(delta + adapter * d_a + k[:, None].to(tl.int64) * d_k + c[None, :] * d_c,
-                        mask=(k[:, None] < K) & (c[None, :] < C), other=0.0)
+            d = tl.load(
+                delta + adapter * d_a + k[:, None].to(tl.int64) * d_k + c[None, :] * d_c,
+                mask=(k[:, None] < K) & (c[None, :] < C),
+                other=0.0,
+            )
             total = tl.dot(a, d.to(a.dtype), total, input_precision="ieee")
         column = c.to(tl.int64) if CONTRACTS else tl.load(index + adapter * i_a + c, mask=c < C, other=0)
         at = Y + row * y_n + t[:, None].to(tl.int64) * y_l + column[None, :] * y_c
@@ -62,8 +88,9 @@ def tiles(L: int, contracts: bool) -> dict[str, int]:
     return dict(BLOCK_L=16, BLOCK_K=64, BLOCK_C=64) if contracts else dict(BLOCK_L=16, BLOCK_K=128, BLOCK_C=16)
 
 
-def launch(kernel, y: Tensor, x: Tensor, ids: Tensor, index: Tensor, delta: Tensor, rank: Tensor,
-           contracts: bool) -> None:
+def launch(
+    kernel, y: Tensor, x: Tensor, ids: Tensor, index: Tensor, delta: Tensor, rank: Tensor, contracts: bool
+) -> None:
     """kernel: the Triton kernel, interpreted or wrapped for a graph."""
     N, L = x.shape[:2]
     how = tiles(L, contracts)
@@ -71,13 +98,28 @@ def launch(kernel, y: Tensor, x: Tensor, ids: Tensor, index: Tensor, delta: Tens
     grid = (N * -(-L // how["BLOCK_L"]), -(-reach // how["BLOCK_C"]), 1)
     if 0 not in (N, L, reach):
         with placed(x):
-            kernel[grid](y, x, ids, index, delta, rank, L, width, *y.stride(), *x.stride(), index.stride(0),
-                         *delta.stride(), CONTRACTS=contracts, **how)
+            kernel[grid](
+                y,
+                x,
+                ids,
+                index,
+                delta,
+                rank,
+                L,
+                width,
+                *y.stride(),
+                *x.stride(),
+                index.stride(0),
+                *delta.stride(),
+                CONTRACTS=contracts,
+                **how,
+            )
 
 
 @triton_op("s2ft::adapter_add_", mutates_args={"y"})
-def adapter_add_(y: Tensor, x: Tensor, ids: Tensor, index: Tensor, delta: Tensor, rank: Tensor,
-                 contracts: bool) -> None:
+def adapter_add_(
+    y: Tensor, x: Tensor, ids: Tensor, index: Tensor, delta: Tensor, rank: Tensor, contracts: bool
+) -> None:
     """Adds to y (N, L, out) what the adapter ids[i] makes of x[i] (N, L, in); see the module."""
     launch(wrap_triton(_kernel), y, x, ids, index, delta, rank, contracts)
 

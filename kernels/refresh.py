@@ -12,10 +12,10 @@ The table depends on addresses and layouts, so it is looked up by these, every t
 `.data = ...`) have other ones, and get another table. A launch takes the weights of one device and type.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
 from math import prod
-from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -56,13 +56,20 @@ def _kernel(table, owners, like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 def fits(W: Tensor, W0: Tensor, D: Tensor) -> bool:
     """Whether a launch can write this weight; not so on the CPU, for subclasses such as DTensor, and for float64."""
-    return (W.is_cuda and W.dtype in DTYPES and W0.dtype == W.dtype and D.dtype == torch.float32
-            and all(type(t) in (Tensor, torch.nn.Parameter) and t.is_contiguous() for t in (W, W0, D))
-            and W0.device == W.device == D.device and capability(W.device) is not None)
+    return (
+        W.is_cuda
+        and W.dtype in DTYPES
+        and W0.dtype == W.dtype
+        and D.dtype == torch.float32
+        and all(type(t) in (Tensor, torch.nn.Parameter) and t.is_contiguous() for t in (W, W0, D))
+        and W0.device == W.device == D.device
+        and capability(W.device) is not None
+    )
 
 
 def refresh(parts: Sequence[Part]) -> None:
     """Writes all of them, one launch for each device and type. Every part has to fit."""
+
     def kind(part):
         return str(part[0].device), str(part[0].dtype)
 
@@ -88,15 +95,18 @@ def _table(where: tuple, itemsize: int, device: torch.device) -> tuple[Tensor, T
     every program its range and its tile."""
     entries, owners = [], []
     for W, W0, D, shape, dim, ranges in where:
-        outer, size, inner = prod(shape[:dim]), shape[dim], prod(shape[dim + 1:])
+        outer, size, inner = prod(shape[:dim]), shape[dim], prod(shape[dim + 1 :])
         total, offset = sum(n for _, n in ranges), 0
         for start, n in ranges:
-            rows, columns, w_row, d_row = (n, inner, inner, inner) if outer == 1 else \
-                (outer, n * inner, size * inner, total * inner)
+            rows, columns, w_row, d_row = (
+                (n, inner, inner, inner) if outer == 1 else (outer, n * inner, size * inner, total * inner)
+            )
             count = -(-rows // ROWS) * -(-columns // COLUMNS)
             owners += [(len(entries), tile) for tile in range(count)]
             at = offset * inner
             entries.append((W + start * inner * itemsize, W0 + at * itemsize, D + 4 * at, rows, columns, w_row, d_row))
             offset += n
-    return (torch.tensor(entries, dtype=torch.int64).to(device),
-            torch.tensor(owners, dtype=torch.int32).view(-1, 2).to(device))
+    return (
+        torch.tensor(entries, dtype=torch.int64).to(device),
+        torch.tensor(owners, dtype=torch.int32).view(-1, 2).to(device),
+    )

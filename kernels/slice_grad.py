@@ -30,9 +30,27 @@ def slice_grad_reference(A: Tensor, B: Tensor, C: Tensor | None = None) -> Tenso
 
 
 @jit(do_not_specialize=["T"])
-def _kernel(A, B, C, out, T, M, N, a_t, a_m, b_t, b_n, c_s, c_m, c_n,
-            ADD: tl.constexpr, SPLITS: tl.constexpr,
-            BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _kernel(
+    A,
+    B,
+    C,
+    out,
+    T,
+    M,
+    N,
+    a_t,
+    a_m,
+    b_t,
+    b_n,
+    c_s,
+    c_m,
+    c_n,
+    ADD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     across = (N + BLOCK_N - 1) // BLOCK_N
     tile, part = tl.program_id(0), tl.program_id(1)
     m = ((tile // across) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -92,8 +110,20 @@ def launch(kernel, A: Tensor, B: Tensor, C: Tensor | None, out: Tensor, at_once:
     strides = (0, *out.stride()) if whole else parts.stride()
     grid = (-(-M // how.BLOCK_M) * -(-N // how.BLOCK_N), how.SPLITS, 1)
     with placed(A):
-        kernel[grid](A, B, out if C is None else C, parts, T, M, N, *A.stride(), *B.stride(), *strides,
-                     ADD=whole and C is not None, **vars(how))
+        kernel[grid](
+            A,
+            B,
+            out if C is None else C,
+            parts,
+            T,
+            M,
+            N,
+            *A.stride(),
+            *B.stride(),
+            *strides,
+            ADD=whole and C is not None,
+            **vars(how),
+        )
     if whole:
         return out
     return parts.sum(0) if C is None else C + parts.sum(0)
@@ -102,8 +132,10 @@ def launch(kernel, A: Tensor, B: Tensor, C: Tensor | None, out: Tensor, at_once:
 def _result(A: Tensor, B: Tensor, C: Tensor | None = None) -> Tensor:
     """An empty result."""
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[0] or A.dtype != B.dtype:
-        raise ValueError(f"slice_grad takes (T, M) and (T, N) of one type, got {A.dtype} {list(A.shape)} and "
-                         f"{B.dtype} {list(B.shape)}")
+        raise ValueError(
+            f"slice_grad takes (T, M) and (T, N) of one type, got {A.dtype} {list(A.shape)} and "
+            f"{B.dtype} {list(B.shape)}"
+        )
     shape = A.shape[1], B.shape[1]
     if C is not None and (C.shape != shape or C.dtype != torch.float32):
         raise ValueError(f"slice_grad adds to a float32 {list(shape)}, got {C.dtype} {list(C.shape)}")

@@ -4,10 +4,11 @@ Triton is optional. Without it, on the CPU, and on GPUs that it does not compile
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -41,8 +42,12 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     why = _why_not(device) or _failure(device)
     if why is None:
         return torch.cuda.get_device_capability(device)
-    log.log(logging.INFO if device.type == "cpu" else logging.WARNING,
-            "%s runs aten instead of the Triton kernels: %s", device, why)
+    log.log(
+        logging.INFO if device.type == "cpu" else logging.WARNING,
+        "%s runs aten instead of the Triton kernels: %s",
+        device,
+        why,
+    )
     return None
 
 

@@ -5,7 +5,7 @@ opaque operator so that the joint graph shows exactly where a delta is used; `sl
 `take` is the slice of a gradient, opaque for the same reason until `slice_pushdown` has moved it to where it is cheap.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

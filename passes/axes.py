@@ -13,9 +13,9 @@ Every refinement happens in place, so that all tensors that mention the axis see
 is how a fused weight still knows which of its rows feed the queries.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Iterable, Iterator, Sequence
 
 ATOM, PRODUCT, SUM = "atom", "product", "sum"
 MAX_TERMS = 256  # x[1:] + x[:-1] takes an axis apart one element at a time; the rest of such a sum is refused

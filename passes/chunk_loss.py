@@ -11,7 +11,8 @@ graph, before autograd.
 import inspect
 import logging
 import operator
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +85,17 @@ STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def chunked_cross_entropy(h: Tensor, W: Tensor, b: Tensor | None, labels: Tensor, ignore_index: int, mean: bool,
-                          steps: Sequence[str], values: Sequence[float], chunks: int) -> Tensor:
+def chunked_cross_entropy(
+    h: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    mean: bool,
+    steps: Sequence[str],
+    values: Sequence[float],
+    chunks: int,
+) -> Tensor:
     """cross_entropy(f(h Wᵀ + b), labels) in chunks of equal numbers of tokens; W and b get no gradient.
 
     h: (tokens, d). W: (vocabulary, d). labels: int64 (tokens,). steps, values: f, of `STEPS`.
@@ -94,8 +104,10 @@ def chunked_cross_entropy(h: Tensor, W: Tensor, b: Tensor | None, labels: Tensor
 
 
 _library = torch.library.Library("s2ft", "FRAGMENT")  # an operator that is seen through, and that caches know by name
-_library.define("chunked_cross_entropy(Tensor h, Tensor W, Tensor? b, Tensor labels, int ignore_index, bool mean, "
-                "str[] steps, float[] values, int chunks) -> Tensor")
+_library.define(
+    "chunked_cross_entropy(Tensor h, Tensor W, Tensor? b, Tensor labels, int ignore_index, bool mean, "
+    "str[] steps, float[] values, int chunks) -> Tensor"
+)
 _library.impl("chunked_cross_entropy", chunked_cross_entropy, "CompositeImplicitAutograd")
 CHUNKED = torch.ops.s2ft.chunked_cross_entropy.default
 
@@ -134,8 +146,10 @@ def chunk_loss(graph: fx.Graph, frozen: Callable[[fx.Node], bool]) -> list[int]:
     returned, dropped = list(output.args[0]), set()
     losses = graph.find_nodes(op="call_function", target=F.cross_entropy)
     if not losses:
-        log.warning("logits=False changes nothing here: the graph has no cross-entropy; is the loss computed "
-                    "outside of the forward, or behind a graph break (TORCH_LOGS=graph_breaks says where)?")
+        log.warning(
+            "logits=False changes nothing here: the graph has no cross-entropy; is the loss computed "
+            "outside of the forward, or behind a graph break (TORCH_LOGS=graph_breaks says where)?"
+        )
     for loss in losses:
         head = _head(loss, frozen)
         if isinstance(head, str):
@@ -196,9 +210,20 @@ def _replace(graph: fx.Graph, head: Head) -> None:
         for node in head.chain:
             if (args := _rows(node, _value(W).shape[1])) is not None:
                 h = graph.create_node(node.op, node.target, (h, *args), dict(node.kwargs))
-        made = graph.call_function(CHUNKED, (
-            h, W, b, head.options["target"], head.options["ignore_index"], head.options["reduction"] == "mean",
-            [step for step, _ in steps], [value for _, value in steps], chunks))
+        made = graph.call_function(
+            CHUNKED,
+            (
+                h,
+                W,
+                b,
+                head.options["target"],
+                head.options["ignore_index"],
+                head.options["reduction"] == "mean",
+                [step for step, _ in steps],
+                [value for _, value in steps],
+                chunks,
+            ),
+        )
     head.loss.replace_all_uses_with(made)
     log.info("cross-entropy %s of %d tokens in %d chunks", head.loss.name, tokens, chunks)
 
@@ -240,8 +265,13 @@ def _late_bias(node: fx.Node) -> fx.Node | None:
     if node.target not in ("add", torch.add, operator.add) or node.kwargs or len(node.args) != 2:
         return None
     logits, bias = (n.meta.get("example_value") if isinstance(n, fx.Node) else None for n in node.args)
-    fits = isinstance(logits, Tensor) and isinstance(bias, Tensor) and bias.dtype == logits.dtype \
-        and bias.numel() == bias.shape[-1:].numel() == logits.shape[-1] and bias.ndim <= logits.ndim
+    fits = (
+        isinstance(logits, Tensor)
+        and isinstance(bias, Tensor)
+        and bias.dtype == logits.dtype
+        and bias.numel() == bias.shape[-1:].numel() == logits.shape[-1]
+        and bias.ndim <= logits.ndim
+    )
     return node.args[1] if fits else None
 
 

@@ -7,8 +7,9 @@ come from the graph too: which axes attention runs over in parallel, which sums 
 import logging
 import operator
 import re
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -191,9 +192,7 @@ class _Roles:
         self.heads = _atoms_of(cx.heads)
         self.attention = _atoms_of(cx.attention) | self.heads
         self.experts = _atoms_of(cx.experts) - self.heads  # weights of their own for each head are no experts
-        self.projections = [
-            (_atoms_of(p.produced), _atoms_of(p.contracted)) for p in cx.projections.values()
-        ]
+        self.projections = [(_atoms_of(p.produced), _atoms_of(p.contracted)) for p in cx.projections.values()]
         self.residual = _residual_atoms(inference)
         self.moe = set(self.experts)
         for value in inference.parameters.values():

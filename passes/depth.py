@@ -4,7 +4,7 @@ Structures side by side (the experts of one layer, query and key) have the same 
 one. A backward that stops at a layer stops at the first use of its weights.
 """
 
-from typing import Mapping
+from collections.abc import Mapping
 
 from torch import fx
 

@@ -4,9 +4,10 @@ A layout is a tree. A `Leaf` is one axis (all leaves with the same `axis` are pe
 the row-major flattening of its factors (heads × head_dim) and a `Sum` their concatenation (query | key | value).
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Iterator, Mapping, Union
+from typing import Union
 
 import torch
 from torch import Tensor

@@ -66,10 +66,16 @@ def lower(graph: fx.Graph, capability: tuple[int, int] | None) -> int:
 
 def _gradients(graph: fx.Graph) -> list[fx.Node]:
     """The float32 matrices that the backward returns."""
+
     def is_gradient(node) -> bool:
         value = node.meta.get("val") if isinstance(node, fx.Node) else None
-        return (isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.ndim == 2
-                and node.op == "call_function" and node.meta.get("partitioner_tag") != "is_forward")
+        return (
+            isinstance(value, torch.Tensor)
+            and value.dtype == torch.float32
+            and value.ndim == 2
+            and node.op == "call_function"
+            and node.meta.get("partitioner_tag") != "is_forward"
+        )
 
     returned = pytree.tree_leaves(graph.find_nodes(op="output")[0].args)
     return list(dict.fromkeys(filter(is_gradient, returned)))

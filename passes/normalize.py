@@ -11,16 +11,23 @@ values one common `heads` and `head_dim`; taken apart first, they are three axes
 computes the same values as before.
 """
 
+from collections.abc import Iterator
 from math import prod
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
 aten = torch.ops.aten
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unflatten.int}
-COPIES = {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten._to_copy.default,
-          aten.to.dtype}
+COPIES = {
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+}
 PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093, 10099, 10103, 10111, 10133, 10139)
 MAX_PIECES = 64  # a loop over the positions of a sequence takes an axis apart, too, and has nothing to gain
 
@@ -95,8 +102,9 @@ def _parts(node: fx.Node, constants) -> Iterator[tuple[fx.Node, Part]]:
             yield from _split(node, x)
 
 
-def _sliced(node: fx.Node, x: fx.Node, dim: int = 0, start=None, end=None,
-            step: int = 1) -> Iterator[tuple[fx.Node, Part]]:
+def _sliced(
+    node: fx.Node, x: fx.Node, dim: int = 0, start=None, end=None, step: int = 1
+) -> Iterator[tuple[fx.Node, Part]]:
     whole = x.meta["val"].shape[dim]
     start = min(max(0, (start or 0) + (whole if (start or 0) < 0 else 0)), whole)
     dim, size = dim % x.meta["val"].dim(), node.meta["val"].shape[dim]

@@ -3,7 +3,7 @@
 Inverse of `move(p, dim, index)`: `move(p, dim, argsort(index))`.
 """
 
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn

@@ -7,7 +7,7 @@ up to the rounding of float64.
 """
 
 import random
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor

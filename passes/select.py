@@ -5,10 +5,10 @@ and down of one layer) share one ranking of their units, so that a channel is ch
 of it, in any of these bands, is changed by an adapter that is excluded.
 """
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from math import fsum, inf, prod
-from typing import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from ..errors import ConfigError
 from ..structure import Analysis
 from .layout import coordinates, end_roles, leaves, role_mask
 from .scores import low_rank_squares, random_scores, squares
-
 
 Taken = Mapping[str, Sequence[tuple[int, Tensor]]]  # parameter -> (dim, indices) that excluded adapters change
 
@@ -44,9 +43,13 @@ class Selection:
     indices: Tensor
 
 
-def select(analysis: Analysis, config: S2FTConfig, parameters: Mapping[str, Tensor],
-           measured: Mapping[tuple[str, int], Tensor] | None = None,
-           taken: Taken | None = None) -> tuple[Selection, ...]:
+def select(
+    analysis: Analysis,
+    config: S2FTConfig,
+    parameters: Mapping[str, Tensor],
+    measured: Mapping[tuple[str, int], Tensor] | None = None,
+    taken: Taken | None = None,
+) -> tuple[Selection, ...]:
     """One selection per targeted parameter.
 
     measured: for a selection in `CALIBRATED`, what `calibrate` found: (parameter, dim) -> float64 (size of dim,).
@@ -93,8 +96,9 @@ def _top(target: str, bands: Sequence[Band], layers: int, depths: Mapping[str, i
         first[band.group] = min(depth, first.get(band.group, depth))
     found = sorted(set(first.values()))
     if layers > len(found):
-        raise ConfigError(f"top_layers = {layers}, but target {target!r} has {len(found)} layers; "
-                          f"use 1 to {len(found)}")
+        raise ConfigError(
+            f"top_layers = {layers}, but target {target!r} has {len(found)} layers; use 1 to {len(found)}"
+        )
     return [b for b in bands if first[b.group] >= found[-layers]]
 
 
@@ -106,8 +110,11 @@ def bands(analysis: Analysis, names: Sequence[str] | None = None) -> list[Band]:
             continue
         for role in end_roles(layout):
             mask = role_mask(layout, role)
-            axes = [a for a in dict.fromkeys(leaf.axis for leaf in leaves(layout) if leaf.size > 1)
-                    if (coordinates(layout, a)[mask] >= 0).any()]
+            axes = [
+                a
+                for a in dict.fromkeys(leaf.axis for leaf in leaves(layout) if leaf.size > 1)
+                if (coordinates(layout, a)[mask] >= 0).any()
+            ]
             if role.startswith("attention."):
                 axes = [a for a in axes if a in analysis.heads]  # a unit is a whole head
             elif not axes:
@@ -142,8 +149,9 @@ def _bands_of_role(role: str, analysis: Analysis) -> list[Band]:
     found = [b for b in bands(analysis, set(names) & matrices) if b.role == role]
     if not found:
         valid = sorted({b.role for b in bands(analysis, matrices)} & set(ROLES))
-        raise ConfigError(f"no parameter of this model has the role {role!r}; "
-                          f"roles found: {', '.join(valid) or 'none'}")
+        raise ConfigError(
+            f"no parameter of this model has the role {role!r}; roles found: {', '.join(valid) or 'none'}"
+        )
     return found
 
 
@@ -152,26 +160,33 @@ def _bands_of_glob(glob: str, analysis: Analysis) -> list[Band]:
     names = list(dict.fromkeys(first for name, first in canonical.items() if matches(glob, name)))
     if not names:
         some = list(dict.fromkeys(name for name, _ in analysis.layouts))
-        raise ConfigError(f"target {glob!r} is neither a role ({', '.join(ROLES)}) nor a glob that matches a "
-                          f"parameter; parameters are named like {', '.join(some[:3])}")
+        raise ConfigError(
+            f"target {glob!r} is neither a role ({', '.join(ROLES)}) nor a glob that matches a "
+            f"parameter; parameters are named like {', '.join(some[:3])}"
+        )
     found = []
     for name in names:
         best = _preferred(bands(analysis, {name}))
         dims = sorted({b.dim for b in best})
         if not best:
             reasons = "; ".join(r.reason for r in analysis.refusals if any(m.parameter_name == name for m in r.members))
-            raise ConfigError(f"target {glob!r} matches {name}, which has no axis that may be permuted"
-                              + (f": {reasons}" if reasons else ""))
+            raise ConfigError(
+                f"target {glob!r} matches {name}, which has no axis that may be permuted"
+                + (f": {reasons}" if reasons else "")
+            )
         if len(dims) > 1:
             roles = ", ".join(f"{b.role} (dim {b.dim})" for b in best)
-            raise ConfigError(f"target {glob!r} matches {name}, which could train along dims {dims}; "
-                              f"name one of its roles instead: {roles}")
+            raise ConfigError(
+                f"target {glob!r} matches {name}, which could train along dims {dims}; "
+                f"name one of its roles instead: {roles}"
+            )
         found += best
     return found
 
 
 def _preferred(candidates: Sequence[Band]) -> list[Band]:
     """The bands of attention, FFN and experts before other ones, and those before the residual stream's."""
+
     def tier(band: Band) -> int:
         group = band.role.split(".")[0]
         return 1 if band.role == "moe.expert" else {"other": 1, "residual": 2}.get(group, 0)
@@ -191,13 +206,16 @@ def _free(group: Sequence[Band], taken: Taken) -> list[bool]:
 
 def _check_free(target: str, wanted: int, free: int, units: int) -> None:
     if wanted > free:
-        raise ConfigError(f"target {target!r} asks for {wanted} of {units} units, but {free} are free: the others "
-                          f"share entries with adapters in exclude (one that trains the other dimension of a weight "
-                          f"crosses all of its units); {f'use 1 to {free} units, or ' if free else ''}exclude fewer")
+        raise ConfigError(
+            f"target {target!r} asks for {wanted} of {units} units, but {free} are free: the others "
+            f"share entries with adapters in exclude (one that trains the other dimension of a weight "
+            f"crosses all of its units); {f'use 1 to {free} units, or ' if free else ''}exclude fewer"
+        )
 
 
-def _choose(target: str, config: S2FTConfig, scores: Mapping[tuple, Sequence[float]],
-            free: Mapping[tuple, Sequence[bool]]) -> dict[tuple, list[int]]:
+def _choose(
+    target: str, config: S2FTConfig, scores: Mapping[tuple, Sequence[float]], free: Mapping[tuple, Sequence[bool]]
+) -> dict[tuple, list[int]]:
     """The chosen units of each group: the free ones with the highest scores (lowest where not `largest`)."""
     pools = [[group] for group in scores] if config.budget == "layer" else [list(scores)]
     chosen: dict[tuple, list[int]] = {group: [] for group in scores}
@@ -234,15 +252,21 @@ def _check_one_dim_each(chosen) -> None:
     for name, dim in chosen:
         if seen.setdefault(name, dim) != dim:
             roles = dict.fromkeys(r for place in chosen if place[0] == name for r in chosen[place][0])
-            raise ConfigError(f"{name} is targeted along both of its dimensions ({seen[name]} and {dim}); "
-                              f"target one of them: {', '.join(roles)}")
+            raise ConfigError(
+                f"{name} is targeted along both of its dimensions ({seen[name]} and {dim}); "
+                f"target one of them: {', '.join(roles)}"
+            )
 
 
 # --- a score for every unit of a structure, high ones first ------------------------------------------------------
 
 
-def _scores(group: Sequence[Band], config: S2FTConfig, parameters: Mapping[str, Tensor],
-            measured: Mapping[tuple[str, int], Tensor]) -> Sequence[float]:
+def _scores(
+    group: Sequence[Band],
+    config: S2FTConfig,
+    parameters: Mapping[str, Tensor],
+    measured: Mapping[tuple[str, int], Tensor],
+) -> Sequence[float]:
     """The scores of the bands that share a ranking: those of all their positions, each counted once, added up."""
     if config.selection == "random":
         return random_scores(config.seed, group[0].group, len(group[0].positions))
@@ -271,20 +295,26 @@ def _rounded(scores: Tensor) -> list[float]:
 
 def _check_measured(group: Sequence[Band], selection: str, measured: Mapping[tuple[str, int], Tensor]) -> None:
     if not any((b.parameter_name, b.dim) in measured for b in group):
-        raise ConfigError(f"selection {selection!r} has no scores for {group[0].parameter_name}: a bias or a norm has "
-                          f"no activations; target a weight of its structure too, or use 'weight' or 'gradient'")
+        raise ConfigError(
+            f"selection {selection!r} has no scores for {group[0].parameter_name}: a bias or a norm has "
+            f"no activations; target a weight of its structure too, or use 'weight' or 'gradient'"
+        )
 
 
 def _asked(function: str | Callable, group: Sequence[Band], scores: Tensor) -> list[float]:
     """What the user's function puts first, as scores; -inf for what it leaves out."""
     if isinstance(function, str):
-        raise ConfigError(f"selection {function!r} is the name of a function, recorded where it chose the units; pass "
-                          f"the function itself")
+        raise ConfigError(
+            f"selection {function!r} is the name of a function, recorded where it chose the units; pass "
+            f"the function itself"
+        )
     units = function(tuple(group), scores.clone())
     units = units.tolist() if hasattr(units, "tolist") else units
     units = list(units) if isinstance(units, Iterable) else [units]
     if len(set(units)) < len(units) or not all(type(u) is int and 0 <= u < len(scores) for u in units):
-        raise ConfigError(f"{qualified_name(function)} chose {units[:8]}{'...' * (len(units) > 8)} of a structure with "
-                          f"{len(scores)} units; it has to return distinct integers from 0 to {len(scores) - 1}")
+        raise ConfigError(
+            f"{qualified_name(function)} chose {units[:8]}{'...' * (len(units) > 8)} of a structure with "
+            f"{len(scores)} units; it has to return distinct integers from 0 to {len(scores) - 1}"
+        )
     ranks = dict(zip(units, range(len(units))))
     return [-ranks[u] if u in ranks else -inf for u in range(len(scores))]

@@ -12,8 +12,9 @@ Ensures: every gradient of a delta is computed at the delta's own size.
 
 import logging
 import operator
+from collections.abc import Callable
 from math import prod
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import fx

@@ -3,8 +3,16 @@
 from . import exporters
 from .bank import AdapterBank
 from .config import CompileOptions, S2FTConfig
-from .errors import (AdapterError, CaptureError, CompileError, ConfigError, ExportError, S2FTError, StateError,
-                     VerificationError)
+from .errors import (
+    AdapterError,
+    CaptureError,
+    CompileError,
+    ConfigError,
+    ExportError,
+    S2FTError,
+    StateError,
+    VerificationError,
+)
 from .estimate import Estimate, estimate
 from .plan import Plan, Slice
 from .prepare import analyze, permute, prepare
@@ -15,9 +23,33 @@ from .verify import Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "S2FTConfig", "CompileOptions", "Estimate", "estimate", "analyze", "verify", "permute", "prepare", "parameters",
-    "release", "disabled", "is_prepared",
-    "exporters", "AdapterBank", "Plan", "Slice", "Analysis", "Coupling", "Member", "Refusal", "Verification",
-    "S2FTError", "ConfigError", "CaptureError", "StateError", "AdapterError", "ExportError", "CompileError",
+    "S2FTConfig",
+    "CompileOptions",
+    "Estimate",
+    "estimate",
+    "analyze",
+    "verify",
+    "permute",
+    "prepare",
+    "parameters",
+    "release",
+    "disabled",
+    "is_prepared",
+    "exporters",
+    "AdapterBank",
+    "Plan",
+    "Slice",
+    "Analysis",
+    "Coupling",
+    "Member",
+    "Refusal",
+    "Verification",
+    "S2FTError",
+    "ConfigError",
+    "CaptureError",
+    "StateError",
+    "AdapterError",
+    "ExportError",
+    "CompileError",
     "VerificationError",
 ]

@@ -7,9 +7,10 @@ graph; this module only puts them in order and hands them to AOTAutograd.
 import inspect
 import logging
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,8 +37,15 @@ from .state import Block, State, blocks_for, live_states
 log = logging.getLogger(__name__)
 
 
-def s2ft(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
-         mode: str | None = None, inner_compile: Callable | None = None, **unknown: Any) -> Callable:
+def s2ft(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    inner_compile: Callable | None = None,
+    **unknown: Any,
+) -> Callable:
     """The backend. options: the fields of `S2FTConfig` and of `CompileOptions`. inner_compile: in place of Inductor's
     own compilation of a graph, for tools that look at what it is given.
 
@@ -65,8 +73,9 @@ def s2ft(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[
     return _with_none(_with_deltas(compiled, positions, True, _replays(how)), dropped)
 
 
-def _with_deltas(compiled: Callable, positions: Sequence[int], training: bool = False,
-                 replays: bool = False) -> Callable:
+def _with_deltas(
+    compiled: Callable, positions: Sequence[int], training: bool = False, replays: bool = False
+) -> Callable:
     """Writes changed deltas into the weights first; in training passes them on after dynamo's inputs.
 
     The deltas are those of the weights at hand: dynamo runs one graph for all modules that its guards cannot tell
@@ -116,7 +125,8 @@ def guard_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
 def _layout_guard(builder, guard: Guard) -> None:
     expected = _layout(builder.get(guard))
     builder.get_guard_manager(guard).add_lambda_guard(
-        lambda weight: _layout(weight) == expected, [f"{guard.name} trains at {expected}"], guard.user_stack)
+        lambda weight: _layout(weight) == expected, [f"{guard.name} trains at {expected}"], guard.user_stack
+    )
 
 
 def _layout(weight: Tensor) -> tuple | None:
@@ -137,8 +147,10 @@ def _parse(options: Mapping[str, Any]) -> tuple[CompileOptions, S2FTConfig | Non
 
 def _check_config(state: State, config: S2FTConfig | None) -> None:
     if config is not None and config != state.plan.config:
-        raise ConfigError(f"options {config} differ from those the model was prepared with: {state.plan.config}; "
-                          f"leave them out, or call s2ft.release(model) first")
+        raise ConfigError(
+            f"options {config} differ from those the model was prepared with: {state.plan.config}; "
+            f"leave them out, or call s2ft.release(model) first"
+        )
 
 
 # --- preparing at the first call -------------------------------------------------------------------------------
@@ -162,8 +174,10 @@ def _prepare_or_check(example_inputs: Sequence[Any], config: S2FTConfig | None) 
     if model is None:
         if not weights:
             return
-        raise StateError("backend 's2ft' found no module to prepare in what is compiled; call "
-                         "s2ft.prepare(model, example_inputs) before torch.compile")
+        raise StateError(
+            "backend 's2ft' found no module to prepare in what is compiled; call "
+            "s2ft.prepare(model, example_inputs) before torch.compile"
+        )
     with tracing(None), torch.no_grad():
         prepare(model, inputs, config, calibration=[inputs])
     InstructionTranslator.current_tx().speculation_log.clear()  # a model with hooks may be traced another way
@@ -220,7 +234,7 @@ def attach_deltas(gm: fx.GraphModule, found: Sequence[tuple[int, Block]]) -> fx.
         delta._dynamo_source = LocalSource(f"__s2ft_delta_{number}")
         delta.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         delta.meta["example_value"] = mode.from_tensor(block.delta, static_shapes=True)
-    deltas = copy.graph.find_nodes(op="placeholder")[len(inputs):]
+    deltas = copy.graph.find_nodes(op="placeholder")[len(inputs) :]
     with copy.graph.inserting_after(deltas[-1]):
         for delta, (position, block) in zip(deltas, found):
             weight = inputs[position]
@@ -246,8 +260,9 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-PASS_FILES = tuple(m.__file__ for m in (attach_pass, pushdown_pass, grouped_pass, chunk_loss_pass, lower_pass,
-                                        slice_grad_kernel))
+PASS_FILES = tuple(
+    m.__file__ for m in (attach_pass, pushdown_pass, grouped_pass, chunk_loss_pass, lower_pass, slice_grad_kernel)
+)
 
 
 @dataclass(frozen=True)
@@ -271,6 +286,7 @@ class JointPasses(CustomGraphPass):
 
 def drop_logits(gm: fx.GraphModule) -> list[int]:
     """`chunk_loss` on a dynamo graph; the positions of the outputs it no longer has."""
+
     def frozen(node: fx.Node) -> bool:
         value = node.meta.get("example_value")
         return value is not None and not value.requires_grad  # a weight with its delta, from attach, has no value
@@ -280,8 +296,9 @@ def drop_logits(gm: fx.GraphModule) -> list[int]:
     return dropped
 
 
-def _compile(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions,
-             inner_compile: Callable | None) -> Callable:
+def _compile(
+    gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions, inner_compile: Callable | None
+) -> Callable:
     if how.inner == "eager":
         return gm
     functorch = torch._functorch.config.patch(
@@ -309,8 +326,9 @@ def _mode_options(how: CompileOptions) -> dict[str, Any]:
     return list_mode_options(how.mode) if how.mode else {}
 
 
-def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions,
-              inner_compile: Callable | None) -> Callable:
+def _inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions, inner_compile: Callable | None
+) -> Callable:
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**_mode_options(how), "joint_custom_pre_pass": JointPasses(how.kernels)}
@@ -319,8 +337,12 @@ def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions,
 
 
 def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions) -> Callable:
-    return aot_autograd(fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed,
-                        partition_fn=partial(_partition, JointPasses(how.kernels)))(gm, list(inputs))
+    return aot_autograd(
+        fw_compiler=boxed,
+        bw_compiler=boxed,
+        inference_compiler=boxed,
+        partition_fn=partial(_partition, JointPasses(how.kernels)),
+    )(gm, list(inputs))
 
 
 def boxed(gm: fx.GraphModule, inputs) -> Callable:

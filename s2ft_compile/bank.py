@@ -7,10 +7,10 @@ compiled graph depends on changes. A batch leaves the weights alone, and adds to
 import math
 import os
 import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,10 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module):
         if is_prepared(model):
-            raise StateError("an AdapterBank holds adapters for a plain model; this one is prepared: call "
-                             "s2ft.release(model), or load the base model again")
+            raise StateError(
+                "an AdapterBank holds adapters for a plain model; this one is prepared: call "
+                "s2ft.release(model), or load the base model again"
+            )
         self.model = unwrap(model)
         self.active: tuple[str, ...] = ()  # the names whose sum the weights hold
         self._entries: dict[str, Entry] = {}

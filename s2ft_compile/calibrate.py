@@ -14,8 +14,9 @@ the operator that made it. The model runs in eval mode and is left as it was.
 """
 
 import logging
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,9 @@ Place = tuple[str, int]  # a parameter's name and one of its dimensions
 Loss = Callable[[Any, Any], Tensor]
 
 
-def calibrate(model: nn.Module, places: Iterable[Place], selection: str, batches: Iterable[Any],
-              loss: Loss | None = None) -> dict[Place, Tensor]:
+def calibrate(
+    model: nn.Module, places: Iterable[Place], selection: str, batches: Iterable[Any], loss: Loss | None = None
+) -> dict[Place, Tensor]:
     """Place -> float64 (size of the dimension,) on the CPU: the scores of `selection` (one of `CALIBRATED`).
 
     batches: each a tuple or a dict of the forward's arguments. loss: (output, batch) -> scalar, for "gradient"; by
@@ -45,8 +47,11 @@ def calibrate(model: nn.Module, places: Iterable[Place], selection: str, batches
     weights = {name: model.get_parameter(name) for name, _ in places}
     if selection != "gradient":
         weights = {name: w for name, w in weights.items() if w.ndim > 1}
-    sums = {(name, dim): torch.zeros(weights[name].shape[dim], dtype=torch.float64, device=weights[name].device)
-            for name, dim in dict.fromkeys(places) if name in weights}
+    sums = {
+        (name, dim): torch.zeros(weights[name].shape[dim], dtype=torch.float64, device=weights[name].device)
+        for name, dim in dict.fromkeys(places)
+        if name in weights
+    }
     count = 0
     with inference_mode_of(model), torch.compiler.set_stance("force_eager"):
         for batch in batches:
@@ -60,8 +65,10 @@ def calibrate(model: nn.Module, places: Iterable[Place], selection: str, batches
         raise ConfigError("calibration has no batches; pass a list of tuples or dicts of the forward's arguments")
     broken = [name for (name, _), total in sums.items() if not total.isfinite().all()]
     if broken:
-        raise ConfigError(f"selection {selection!r} found values that are not finite at {broken[0]} "
-                          f"({len(broken)} of {len(sums)}); a calibration batch or the weights overflow")
+        raise ConfigError(
+            f"selection {selection!r} found values that are not finite at {broken[0]} "
+            f"({len(broken)} of {len(sums)}); a calibration batch or the weights overflow"
+        )
     log.info("calibrated %d weights on %d batches", len(weights), count)
     return {place: total.cpu() for place, total in sums.items()}
 
@@ -71,11 +78,15 @@ def check(selection: Any, batches: Any) -> None:
     if selection not in CALIBRATED:
         return
     if batches is None:
-        raise ConfigError(f"selection {selection!r} looks at data: pass calibration=, a few batches, each a tuple or a "
-                          f"dict of the forward's arguments; without data use 'random', 'weight' or 'lowrank'")
+        raise ConfigError(
+            f"selection {selection!r} looks at data: pass calibration=, a few batches, each a tuple or a "
+            f"dict of the forward's arguments; without data use 'random', 'weight' or 'lowrank'"
+        )
     if isinstance(batches, (str, Mapping, Tensor)) or not isinstance(batches, Iterable):
-        raise ConfigError(f"calibration is a list of batches, each a tuple or a dict of the forward's arguments, got "
-                          f"one {type(batches).__name__}; for one batch pass [batch]")
+        raise ConfigError(
+            f"calibration is a list of batches, each a tuple or a dict of the forward's arguments, got "
+            f"one {type(batches).__name__}; for one batch pass [batch]"
+        )
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -83,8 +94,9 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def _add_gradients(model: nn.Module, weights: Mapping[str, Tensor], sums: Mapping[Place, Tensor], batch: Any,
-                   loss: Loss | None) -> None:
+def _add_gradients(
+    model: nn.Module, weights: Mapping[str, Tensor], sums: Mapping[Place, Tensor], batch: Any, loss: Loss | None
+) -> None:
     """Every weight that is asked for becomes a leaf of its own, whose gradient is reduced and dropped as soon as it is
     complete; all others are constants, so that nothing is computed below the first leaf."""
     leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
@@ -116,9 +128,11 @@ def _loss_of(model: nn.Module, output: Any, batch: Any, loss: Loss | None) -> Te
     else:
         value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     if not isinstance(value, Tensor) or value.numel() != 1:
-        raise ConfigError(f"selection 'gradient' needs a scalar loss, and {'loss=' if loss else type(model).__name__} "
-                          f"returned {_kind(value)}; give the batches labels if the model takes them, or pass loss=, a "
-                          f"function of (output, batch)")
+        raise ConfigError(
+            f"selection 'gradient' needs a scalar loss, and {'loss=' if loss else type(model).__name__} "
+            f"returned {_kind(value)}; give the batches labels if the model takes them, or pass loss=, a "
+            f"function of (output, batch)"
+        )
     return value.reshape(())
 
 

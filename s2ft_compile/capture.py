@@ -2,9 +2,10 @@
 
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -60,7 +61,9 @@ def arguments(example_inputs: Any) -> Inputs:
         return Inputs((), dict(example_inputs))
     if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
         return Inputs(tuple(example_inputs), {})
-    raise ConfigError(f"example_inputs is a tuple or a dict of the forward's arguments, got {type(example_inputs).__name__}")
+    raise ConfigError(
+        f"example_inputs is a tuple or a dict of the forward's arguments, got {type(example_inputs).__name__}"
+    )
 
 
 def capture(model: nn.Module, example_inputs: Any) -> Captured:
@@ -84,8 +87,11 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
 def _small_constants(program) -> dict[str, torch.Tensor]:
     lifted = program.graph_signature.inputs_to_lifted_tensor_constants.items()
     values = {name: program.constants.get(key) for name, key in lifted}
-    return {name: t for name, t in values.items()
-            if isinstance(t, torch.Tensor) and t.dtype == torch.int64 and t.numel() <= 64 and not t.is_meta}
+    return {
+        name: t
+        for name, t in values.items()
+        if isinstance(t, torch.Tensor) and t.dtype == torch.int64 and t.numel() <= 64 and not t.is_meta
+    }
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -159,7 +165,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
 # what an error of torch.export says -> what would make the model trace
 ADVICE = {
     "data-dependent": "A branch or a size there depends on the values of a tensor; it traces once that is computed without "
-                      "Python control flow (torch.where, masks), or with example inputs and settings that avoid it.",
+    "Python control flow (torch.where, masks), or with example inputs and settings that avoid it.",
     "not on the expected device": "Tensors of two devices meet: make the example inputs on the model's device.",
     "same device": "Tensors of two devices meet: make the example inputs on the model's device.",
     "unexpected keyword argument": "The example inputs are the forward's arguments by name; one of them is not.",
@@ -169,5 +175,7 @@ ADVICE = {
 
 def _advice(message: str) -> str:
     found = next((advice for sign, advice in ADVICE.items() if sign in message.lower()), "")
-    return found or ("The forward has to run on the example inputs without branching on tensor values; example inputs that "
-                     "avoid the branch, or a forward without it, trace.")
+    return found or (
+        "The forward has to run on the example inputs without branching on tensor values; example inputs that "
+        "avoid the branch, or a forward without it, trace."
+    )

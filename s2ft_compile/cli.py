@@ -4,7 +4,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -33,10 +33,8 @@ ADAPTER = "An adapter folder, or the output folder of `s2ft train`."
 Adapter = Annotated[Path, typer.Option("--adapter", help=ADAPTER)]
 Output = Annotated[Path, typer.Option("--output", help="The folder to write; must not exist yet.")]
 Dtype = Annotated[
-    Optional[str],
-    typer.Option(
-        help="Type of the weights: auto, float32, bfloat16 or float16. [default: the training run's]"
-    ),
+    str | None,
+    typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16. [default: the training run's]"),
 ]
 
 
@@ -44,7 +42,7 @@ Dtype = Annotated[
 def inspect(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    html: Annotated[Optional[Path], typer.Option("--html", help="Write a page with a map of layers and units.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with a map of layers and units.")] = None,
     debug: Debug = False,
 ) -> None:
     """Show a model's coupled structures: which roles can train, their units, and what was refused and why.
@@ -53,8 +51,8 @@ def inspect(
     """
     with reported(err, debug):
         from .data import example_inputs, load_structure
-        from .prepare import analyze
         from .exporters.files import new_files
+        from .prepare import analyze
         from .summary import describe, page, tables
 
         with err.status(f"tracing {model}"):
@@ -75,8 +73,9 @@ def estimate(
     batch: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
     seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     targets: Annotated[str, typer.Option(help="What trains, as for `s2ft train`.")] = "ffn.out=0.03",
-    dtype: Annotated[str, typer.Option(help="Type of the weights: auto (the configuration's), or float32, bfloat16, "
-                                            "float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights: auto (the configuration's), or float32, bfloat16, float16.")
+    ] = "auto",
     activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
     logits: Annotated[bool, typer.Option(help="Whether a step returns its logits; `s2ft train` does not.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print bytes as JSON.")] = False,
@@ -123,22 +122,17 @@ def train(
     data: Annotated[
         Path,
         typer.Option(
-            "--data",
-            help="Plain text, or JSONL with `text`, `prompt`/`completion` or `messages` on every line.",
+            "--data", help="Plain text, or JSONL with `text`, `prompt`/`completion` or `messages` on every line."
         ),
     ],
     output: Output,
     targets: Annotated[
         str,
-        typer.Option(
-            help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs."
-        ),
+        typer.Option(help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs."),
     ] = "ffn.out=0.03",
     selection: Annotated[
         str,
-        typer.Option(
-            help=f"How units are ranked: {', '.join(SELECTIONS)}; {', '.join(CALIBRATED)} look at the data."
-        ),
+        typer.Option(help=f"How units are ranked: {', '.join(SELECTIONS)}; {', '.join(CALIBRATED)} look at the data."),
     ] = "random",
     smallest: Annotated[
         bool, typer.Option("--smallest", help="Take the lowest-ranked units rather than the highest.")
@@ -151,18 +145,14 @@ def train(
         ),
     ] = "layer",
     top_layers: Annotated[
-        Optional[int], typer.Option(help="Train the last N layers only; the backward stops there. [default: all]")
+        int | None, typer.Option(help="Train the last N layers only; the backward stops there. [default: all]")
     ] = None,
     exclude: Annotated[
-        Optional[list[Path]],
+        list[Path] | None,
         typer.Option(help="An adapter of which nothing may train again, to fuse both; may be repeated. " + ADAPTER),
     ] = None,
-    calibration_batches: Annotated[
-        int, typer.Option(help="Batches of the data that a selection looks at.")
-    ] = 4,
-    steps: Annotated[
-        Optional[int], typer.Option(help="Optimizer steps. [default: one pass over the data]")
-    ] = None,
+    calibration_batches: Annotated[int, typer.Option(help="Batches of the data that a selection looks at.")] = 4,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: one pass over the data]")] = None,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW; cosine decay.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence, at most.")] = 512,
@@ -175,9 +165,7 @@ def train(
         str, typer.Option(help="What compiles the rewritten graph: inductor, aot_eager or eager.")
     ] = "inductor",
     activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
-    held_out: Annotated[
-        float, typer.Option(help="Share of the data that is only measured, before and after.")
-    ] = 0.05,
+    held_out: Annotated[float, typer.Option(help="Share of the data that is only measured, before and after.")] = 0.05,
     debug: Debug = False,
 ) -> None:
     """Fine-tune a causal language model; leaves OUTPUT/adapter, OUTPUT/merged and OUTPUT/metrics.json.
@@ -213,9 +201,7 @@ def train(
 
 
 @export_app.command("merged")
-def export_merged(
-    model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False
-) -> None:
+def export_merged(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
     """Write base + adapter as an ordinary Hugging Face folder, with the tokenizer."""
     with reported(err, debug):
         from .exporters import save_merged
@@ -229,9 +215,7 @@ def export_merged(
 
 
 @export_app.command("adapter")
-def export_adapter(
-    model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False
-) -> None:
+def export_adapter(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
     """Check an adapter against its base model, and copy it to a folder of its own to hand on."""
     with reported(err, debug):
         from .data import load_model
@@ -250,22 +234,22 @@ def export_adapter(
 def export_onnx(
     model: Model,
     output: Annotated[Path, typer.Option("--output", help="The .onnx file to write; must not exist yet.")],
-    adapter: Annotated[
-        Optional[Path], typer.Option("--adapter", help=ADAPTER + " [default: the model as it is]")
-    ] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help=ADAPTER + " [default: the model as it is]")] = None,
     separate: Annotated[
-        bool,
-        typer.Option("--separate", help="The base model, and the adapter in a file .onnx_adapter beside it."),
+        bool, typer.Option("--separate", help="The base model, and the adapter in a file .onnx_adapter beside it.")
     ] = False,
     cache: Annotated[
         bool, typer.Option("--cache", help="For generation: a KV cache as inputs and outputs; causal models.")
     ] = False,
     genai: Annotated[
         bool,
-        typer.Option("--genai", help="For onnxruntime-genai: --cache, its genai_config.json and the tokenizer beside "
-                     "the file, and --separate as Olive's LoRA."),
+        typer.Option(
+            "--genai",
+            help="For onnxruntime-genai: --cache, its genai_config.json and the tokenizer beside "
+            "the file, and --separate as Olive's LoRA.",
+        ),
     ] = False,
-    opset: Annotated[Optional[int], typer.Option(help="ONNX operator set. [default: 20]")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set. [default: 20]")] = None,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
@@ -312,9 +296,7 @@ def export_lora(
 
 
 @export_app.command("shira")
-def export_shira(
-    model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False
-) -> None:
+def export_shira(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
     """Write an adapter as a SHiRA of PEFT's format, exactly, where its layers have room for it."""
     with reported(err, debug):
         from .data import load_model
@@ -376,7 +358,7 @@ def demo(
 
 
 def _export_separate(
-    model: str, output: Path, adapter: Optional[Path], dtype: Optional[str], options: dict, names: dict
+    model: str, output: Path, adapter: Path | None, dtype: str | None, options: dict, names: dict
 ) -> None:
     from .data import example_inputs, load_model
     from .exporters import export_onnx, save_onnx_adapter
@@ -395,7 +377,7 @@ def _export_separate(
     out.print(f"ONNX model: {output}, adapter: {file}")
 
 
-def _adapted(model: str, adapter: Optional[Path], dtype: Optional[str]):
+def _adapted(model: str, adapter: Path | None, dtype: str | None):
     """The base model, with the adapter in its weights where there is one."""
     from .data import load_model
     from .exporters import load_adapter

@@ -1,16 +1,25 @@
 """`S2FTConfig`: what to train. `CompileOptions`: how its graphs are compiled. Plain values, checked when made."""
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from math import ceil
 from numbers import Integral, Real
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 from .errors import ConfigError
 
-ROLES = ("attention.out", "attention.value", "attention.query", "attention.key", "ffn.out", "ffn.in",
-         "moe.out", "moe.in")
+ROLES = (
+    "attention.out",
+    "attention.value",
+    "attention.query",
+    "attention.key",
+    "ffn.out",
+    "ffn.in",
+    "moe.out",
+    "moe.in",
+)
 CALIBRATED = ("activation", "weight_activation", "gradient")  # selections that need batches of data
 SELECTIONS = ("random", "weight", "lowrank", *CALIBRATED)
 BUDGETS = ("layer", "model", "score")
@@ -70,8 +79,9 @@ class S2FTConfig:
 
     def __post_init__(self):
         if not isinstance(self.targets, Mapping) or not self.targets:
-            raise ConfigError(f"targets must map roles or globs to amounts, got {self.targets!r}; "
-                              f"for example {{'ffn.out': 0.03}}")
+            raise ConfigError(
+                f"targets must map roles or globs to amounts, got {self.targets!r}; for example {{'ffn.out': 0.03}}"
+            )
         object.__setattr__(self, "targets", dict(self.targets))
         for target, amount in self.targets.items():
             _check_target(target)
@@ -79,9 +89,11 @@ class S2FTConfig:
         _check_selection(self.selection)
         check_choice("budget", self.budget, BUDGETS)
         if self.budget == "score" and not self.scored:
-            raise ConfigError(f"budget 'score' shares units out by their scores, and selection {self.selection!r} has "
-                              f"none; use budget 'layer' or 'model', or a selection among "
-                              f"{', '.join(s for s in SELECTIONS if s != 'random')}")
+            raise ConfigError(
+                f"budget 'score' shares units out by their scores, and selection {self.selection!r} has "
+                f"none; use budget 'layer' or 'model', or a selection among "
+                f"{', '.join(s for s in SELECTIONS if s != 'random')}"
+            )
         if not isinstance(self.largest, bool):
             raise ConfigError(f"largest must be True or False, got {self.largest!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
@@ -174,8 +186,9 @@ def _check_amount(target, amount):
         if amount < 1:
             raise ConfigError(f"target {target!r}: a number of units is at least 1, got {amount}")
     elif not 0 < amount <= 1:
-        raise ConfigError(f"target {target!r}: a ratio lies in (0, 1], got {amount}; "
-                          f"a number of units is written as an integer")
+        raise ConfigError(
+            f"target {target!r}: a ratio lies in (0, 1], got {amount}; a number of units is written as an integer"
+        )
 
 
 def _check_selection(selection):

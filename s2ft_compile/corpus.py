@@ -4,9 +4,10 @@ source code, and a tokenizer for them.
 
 import ast
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 
@@ -70,9 +71,7 @@ def modules() -> Iterator[tuple[str, str]]:
         found += len(code)
         yield docs, code
     if not found:
-        raise ConfigError(
-            f"the standard library in {library} has no source code; the demo reads it as its text"
-        )
+        raise ConfigError(f"the standard library in {library} has no source code; the demo reads it as its text")
 
 
 def strip_docstrings(tree: ast.Module) -> str:

@@ -7,10 +7,11 @@ padding that follows it, and its labels are `IGNORE`.
 
 import inspect
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,9 +59,7 @@ def read_records(path: Path) -> Records:
     forms = [form for _, form, _ in rows]
     for number, form, _ in rows:
         if form != forms[0]:
-            raise ConfigError(
-                f"{path}, line {number}: has {form!r}, but line {rows[0][0]} has {forms[0]!r}; {VALID}"
-            )
+            raise ConfigError(f"{path}, line {number}: has {form!r}, but line {rows[0][0]} has {forms[0]!r}; {VALID}")
     return Records(forms[0], tuple(row for _, _, row in rows))
 
 
@@ -95,9 +94,7 @@ def _check_messages(messages: Any, refuse) -> None:
     if not isinstance(messages, list) or not messages:
         refuse(f"'messages' is {_kind(messages)}, a list of messages was expected")
     for message in messages:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        ):
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             refuse("a message needs the strings 'role' and 'content'")
     if all(message["role"] != "assistant" for message in messages):
         refuse("no message has the role 'assistant', so there is nothing to train on")
@@ -195,9 +192,7 @@ def split(blocks: Blocks, share: float, seed: int, shuffle: bool) -> tuple[Block
 
 def _encode(tokenizer, texts: list[str], end: bool) -> list[list[int]]:
     """Token ids of each text, with the end-of-text token behind where there is one and `end` asks for it."""
-    documents = tokenizer(texts, verbose=False)[
-        "input_ids"
-    ]  # verbose: a text longer than the model is to be cut
+    documents = tokenizer(texts, verbose=False)["input_ids"]  # verbose: a text longer than the model is to be cut
     eos = tokenizer.eos_token_id
     return [ids if not end or eos is None or ids[-1:] == [eos] else [*ids, eos] for ids in documents]
 
@@ -364,9 +359,5 @@ def example_inputs(model: nn.Module, batch: int = 2, length: int = 16) -> dict[s
             )
         return {name: value.to(device) for name, value in dummy.items()}
     generator = torch.Generator().manual_seed(0)
-    names = (
-        ("input_ids", "decoder_input_ids") if getattr(config, "is_encoder_decoder", False) else ("input_ids",)
-    )
-    return {
-        name: torch.randint(vocabulary, (batch, length), generator=generator).to(device) for name in names
-    }
+    names = ("input_ids", "decoder_input_ids") if getattr(config, "is_encoder_decoder", False) else ("input_ids",)
+    return {name: torch.randint(vocabulary, (batch, length), generator=generator).to(device) for name in names}

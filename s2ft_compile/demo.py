@@ -45,23 +45,17 @@ def run(output: Path, seconds: float, console: Console) -> dict[str, Any]:
     torch.manual_seed(SEED)
     with console.status("reading the standard library and building a tokenizer"):
         docs, code, tokenizer = corpus(LENGTH, SEED)
-    console.print(
-        f"blocks of {LENGTH} tokens: {len(docs.train)} of documentation, {len(code.train)} of source code"
-    )
+    console.print(f"blocks of {LENGTH} tokens: {len(docs.train)} of documentation, {len(code.train)} of source code")
     model = build_model(tokenizer)
     with progress(console) as bars:
-        full = Stepper(
-            model, torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0, fused=True), "inductor"
-        )
+        full = Stepper(model, torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0, fused=True), "inductor")
         pretrained = train_for(0.6 * seconds, 1500, docs, [full], bars, "pretraining on documentation")
         save(model, tokenizer, output / "base")
         before = losses(model, docs, code)
 
         tuned = load(output / "base")
         plan = prepare(tuned, example_inputs(tuned), S2FTConfig(targets=TARGETS, seed=SEED))
-        ours = Stepper(
-            tuned, torch.optim.AdamW(parameters(tuned), lr=1e-2, weight_decay=0.0, fused=True), "s2ft"
-        )
+        ours = Stepper(tuned, torch.optim.AdamW(parameters(tuned), lr=1e-2, weight_decay=0.0, fused=True), "s2ft")
         full.reset(lr=5e-4)
         finetuned = train_for(0.4 * seconds, 1000, code, [ours, full], bars, "fine-tuning on source code")
         after = losses(tuned, docs, code)
@@ -95,9 +89,7 @@ def clear(output: Path) -> None:
     """Makes `output` an empty folder. Raises `ExportError` if it holds anything but an earlier demo."""
     if output.exists():
         if not output.is_dir() or (any(output.iterdir()) and not (output / MARK).is_file()):
-            raise ExportError(
-                f"{output} exists and is no earlier demo (it has no {MARK}); give another --output"
-            )
+            raise ExportError(f"{output} exists and is no earlier demo (it has no {MARK}); give another --output")
         shutil.rmtree(output)
     output.mkdir(parents=True)
     (output / MARK).write_text("made by `s2ft demo`, which replaces this folder\n")
@@ -170,9 +162,7 @@ class Stepper:
         return 1e3 * statistics.median(self.seconds[WARM_UP : WARM_UP + TIMED])
 
 
-def train_for(
-    seconds: float, most: int, text: Text, steppers: list[Stepper], bars: Progress, title: str
-) -> int:
+def train_for(seconds: float, most: int, text: Text, steppers: list[Stepper], bars: Progress, title: str) -> int:
     """Trains the first stepper for about `seconds`, without its first steps, which compile, or `most` steps.
 
     The other steppers do the first steps too, on the same batches, so that their times can be compared.
@@ -192,12 +182,7 @@ def train_for(
         step += 1
         spent = time.perf_counter() - began if began else 0.0
         done = max(spent / seconds if step >= WARM_UP + TIMED else min(spent / seconds, 0.9), step / most)
-        bars.update(
-            task,
-            completed=step,
-            total=max(step, round(step / done)),
-            description=f"{title}, loss {value:.2f}",
-        )
+        bars.update(task, completed=step, total=max(step, round(step / done)), description=f"{title}, loss {value:.2f}")
     return step
 
 
@@ -279,9 +264,7 @@ def report(summary: dict[str, Any]) -> Table:
         "held-out loss, source code (tuned on)", f"{summary['base_loss']:.3f}", f"{summary['tuned_loss']:.3f}"
     )
     table.add_row(
-        "held-out loss, documentation",
-        f"{summary['docs_base_loss']:.3f}",
-        f"{summary['docs_tuned_loss']:.3f}",
+        "held-out loss, documentation", f"{summary['docs_base_loss']:.3f}", f"{summary['docs_tuned_loss']:.3f}"
     )
     table.add_section()
     table.add_row("", "full", "S²FT")

@@ -6,9 +6,10 @@ read from those two graphs; nothing runs.
 """
 
 import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -27,8 +28,14 @@ from .state import parameters, state_of
 
 aten = torch.ops.aten
 # Beside the elementwise operators: what Inductor computes where it is read, and what reads its operands that way.
-INLINED = (torch.ops.prims.convert_element_type.default, torch.ops.prims.iota.default, aten.full.default,
-           aten.scalar_tensor.default, aten.clone.default, aten.gather.default)
+INLINED = (
+    torch.ops.prims.convert_element_type.default,
+    torch.ops.prims.iota.default,
+    aten.full.default,
+    aten.scalar_tensor.default,
+    aten.clone.default,
+    aten.gather.default,
+)
 REDUCTIONS = (aten.amax.default, aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.var_mean.correction)
 
 
@@ -56,8 +63,9 @@ class Estimate:
         return self.weights + self.slices + self.optimizer + self.activations + self.working
 
 
-def estimate(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = None,
-             options: CompileOptions | None = None) -> Estimate:
+def estimate(
+    model: nn.Module, example_inputs: Any, config: S2FTConfig | None = None, options: CompileOptions | None = None
+) -> Estimate:
     """What training `model` on `example_inputs` takes; `model` lies on the `meta` device, and is prepared by this.
 
     example_inputs: a tuple or a dict of the forward's arguments of one step, with labels if the model computes its loss
@@ -77,8 +85,9 @@ def estimate(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = 
     return _summed(fake, graphs, (args, kwargs))
 
 
-def estimate_folder(model: str, batch: int, length: int, dtype: str, config: S2FTConfig,
-                    options: CompileOptions) -> Estimate:
+def estimate_folder(
+    model: str, batch: int, length: int, dtype: str, config: S2FTConfig, options: CompileOptions
+) -> Estimate:
     """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels."""
     check_choice("dtype", dtype, DTYPES)
     if batch < 1 or length < 2:
@@ -150,8 +159,11 @@ def _graphs(model: nn.Module, args, kwargs, options: CompileOptions, mode: FakeT
         found.append(gm)
         return boxed(gm, inputs)
 
-    net = torch.compile(model, backend=partial(s2ft, inner_compile=keep), options={
-        "activation_budget": options.activation_budget, "logits": options.logits})
+    net = torch.compile(
+        model,
+        backend=partial(s2ft, inner_compile=keep),
+        options={"activation_budget": options.activation_budget, "logits": options.logits},
+    )
     with mode:
         output = net(*args, **kwargs)
         loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else None
@@ -172,8 +184,9 @@ def _summed(model: nn.Module, graphs: list[fx.GraphModule], inputs) -> Estimate:
     given = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     tokens = next((t.numel() for t in given if t.ndim == 2 and not t.is_floating_point()), 0)
     backups = sum(_bytes(b.backup) for b in state_of(model).blocks)
-    return Estimate(sum(map(_bytes, fixed)), 8 * numbers + backups, 8 * numbers, saved, peak - saved, numbers,
-                    len(given[0]), tokens)
+    return Estimate(
+        sum(map(_bytes, fixed)), 8 * numbers + backups, 8 * numbers, saved, peak - saved, numbers, len(given[0]), tokens
+    )
 
 
 def _peak(graphs: list[fx.Graph]) -> tuple[int, int]:
@@ -206,8 +219,11 @@ def _run(graph: fx.Graph, given: Mapping[str, int]) -> tuple[int, dict[str, int]
     """
     nodes = list(graph.nodes)
     roots = {node: _root(node) for node in nodes}
-    size = {node: given.get(node.name, 0) if node.op == "placeholder" else _bytes(node.meta.get("val"))
-            for node in nodes if roots[node] is node and (node.op != "call_function" or _is_stored(node))}
+    size = {
+        node: given.get(node.name, 0) if node.op == "placeholder" else _bytes(node.meta.get("val"))
+        for node in nodes
+        if roots[node] is node and (node.op != "call_function" or _is_stored(node))
+    }
     last: dict[fx.Node, int] = {}
     for i, node in reversed(list(enumerate(nodes))):
         when = i if roots[node] in size else last.get(roots[node], i)  # a fused operator reads when its result is made

@@ -1,7 +1,7 @@
 """A cheap content hash of a model's weights: which base model an adapter belongs to."""
 
 import hashlib
-from typing import Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn

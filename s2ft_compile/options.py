@@ -95,8 +95,7 @@ def _check_output(output: Path) -> None:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         what = "is not empty" if output.is_dir() else "is a file"
         raise ExportError(
-            f"output folder {output} exists and {what}; name a folder that does not exist yet, or an "
-            f"empty one"
+            f"output folder {output} exists and {what}; name a folder that does not exist yet, or an empty one"
         )
 
 

@@ -1,8 +1,9 @@
 """`Plan`: what was selected, as values that can be written down."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +68,13 @@ class Plan:
             if values["version"] != PLAN_VERSION:
                 raise ConfigError(f"plan version {values['version']!r}; this release reads version {PLAN_VERSION}")
             slices = tuple(
-                Slice(s["parameter_name"], int(s["dim"]), torch.tensor(s["indices"], dtype=torch.int64),
-                      tuple(s["shape"]), tuple(s["roles"]))
+                Slice(
+                    s["parameter_name"],
+                    int(s["dim"]),
+                    torch.tensor(s["indices"], dtype=torch.int64),
+                    tuple(s["shape"]),
+                    tuple(s["roles"]),
+                )
                 for s in values["slices"]
             )
             return cls(S2FTConfig.from_dict(values["config"]), str(values["fingerprint"]), slices)

@@ -1,7 +1,8 @@
 """`analyze`, `permute` and `prepare`: from a model to a prepared one."""
 
 import logging
-from typing import Any, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,22 +46,29 @@ def permute(model: nn.Module, coupling: Coupling, order: Tensor | Sequence[int])
     """
     model = unwrap(model)
     if find_state(model) is not None:
-        raise StateError("this model is prepared, and its plan records where its units are; "
-                         "call s2ft.release(model) first")
+        raise StateError(
+            "this model is prepared, and its plan records where its units are; call s2ft.release(model) first"
+        )
     order = torch.as_tensor(order, dtype=torch.int64).cpu()
     if order.shape != (coupling.units,) or not torch.equal(order.sort().values, torch.arange(coupling.units)):
         raise ConfigError(f"order must hold each of 0 to {coupling.units - 1} once, got {order.numel()} values")
     parameters = dict(model.named_parameters())
     for (name, dim), layout in coupling.layouts.items():
         if name not in parameters or parameters[name].ndim <= dim or parameters[name].shape[dim] != layout.size:
-            raise ConfigError(f"this coupling is of another model: {name} has no dimension {dim} "
-                              f"of size {layout.size} here")
+            raise ConfigError(
+                f"this coupling is of another model: {name} has no dimension {dim} of size {layout.size} here"
+            )
     for (name, dim), index in moves_for({coupling.axis: order}, coupling.layouts).items():
         move(parameters[name], dim, index)
 
 
-def prepare(model: nn.Module, example_inputs: Any, config: S2FTConfig | None = None,
-            calibration: Iterable[Any] | None = None, loss: Loss | None = None) -> Plan:
+def prepare(
+    model: nn.Module,
+    example_inputs: Any,
+    config: S2FTConfig | None = None,
+    calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> Plan:
     """Selects slices, permutes the weights so that they are dense, freezes the rest and registers the deltas.
 
     calibration: batches, each a tuple or a dict of the forward's arguments, for the selections that look at data. loss:

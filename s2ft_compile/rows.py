@@ -13,9 +13,9 @@ With 16 adapters, one token each, of 311 columns of a 2048 x 8192 weight, in bfl
 7.9 ms, as batched products of whole matrices 1.4 ms, as `sums_by_id` of blocks 0.65 ms.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Sequence
 
 import torch
 from torch import Tensor

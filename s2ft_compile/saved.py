@@ -7,9 +7,10 @@ that is saved anyway (silu(gate) * up, a normalised residual stream), so they ar
 them, by the same operators on the same values: the same bits.
 """
 
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -63,8 +64,9 @@ class Kept:
     def make(self, view: View) -> Tensor:
         if not self.intact:
             raise RuntimeError(f"a tensor of shape {view.shape} that the backward needs was written over")
-        return self.tensor.new_empty(0, dtype=view.dtype).set_(self.tensor.untyped_storage(), view.offset, view.shape,
-                                                               view.stride)
+        return self.tensor.new_empty(0, dtype=view.dtype).set_(
+            self.tensor.untyped_storage(), view.offset, view.shape, view.stride
+        )
 
 
 @dataclass(eq=False)
@@ -76,8 +78,9 @@ class Remade:
     kwargs: dict
 
     def make(self, view: View) -> Tensor:
-        args, kwargs = pytree.tree_map(lambda a: a[0].make(a[1]) if _is_source(a) else a, (self.args, self.kwargs),
-                                       is_leaf=_is_source)
+        args, kwargs = pytree.tree_map(
+            lambda a: a[0].make(a[1]) if _is_source(a) else a, (self.args, self.kwargs), is_leaf=_is_source
+        )
         made = pytree.tree_leaves(self.memory.func(*args, **kwargs))[self.memory.output]
         return Kept(made).make(view)
 
@@ -115,8 +118,9 @@ class _Recorder(TorchDispatchMode):
                 self._forget(t)
         for i, t in enumerate(pytree.tree_leaves(made)):
             if isinstance(t, Tensor) and _address(t) not in inputs:
-                self.made[_address(t)] = Memory(StorageWeakRef(t.untyped_storage()), _view(t), func if recipe else None,
-                                                *(recipe or ()), output=i)
+                self.made[_address(t)] = Memory(
+                    StorageWeakRef(t.untyped_storage()), _view(t), func if recipe else None, *(recipe or ()), output=i
+                )
         return made
 
     def _described(self, tree: Any) -> Any:
@@ -156,8 +160,11 @@ class _Recorder(TorchDispatchMode):
         sources = {id(m): self._source(m, depth - 1) for m, _ in _described((memory.args, memory.kwargs))}
         if any(s is None for s in sources.values()):
             return None
-        args, kwargs = pytree.tree_map(lambda a: (sources[id(a[0])], a[1]) if _is_source(a) else a,
-                                       (memory.args, memory.kwargs), is_leaf=_is_source)
+        args, kwargs = pytree.tree_map(
+            lambda a: (sources[id(a[0])], a[1]) if _is_source(a) else a,
+            (memory.args, memory.kwargs),
+            is_leaf=_is_source,
+        )
         return Remade(memory, args, kwargs)
 
 

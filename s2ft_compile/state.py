@@ -7,9 +7,9 @@ W[block] == cast(W0 + delta) for every block.
 
 import warnings
 import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +154,7 @@ class State(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Moves with the model, but stays float32 under `model.half()` and its kin."""
+
         def keep_type(tensor):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

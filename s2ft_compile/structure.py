@@ -1,8 +1,9 @@
 """What analysis finds: couplings and refusals, as frozen values."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Mapping, NamedTuple
+from typing import NamedTuple
 
 from .passes.layout import Layout
 

@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from string import Template
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 from rich.table import Table
 from torch import nn
@@ -85,9 +86,7 @@ def _couplings(facts: Mapping[str, Any]) -> Table:
     for layers, coupling in _merge(facts["couplings"]):
         members = ", ".join(f"{_shorten(m['parameter_name'])}[{m['dim']}]" for m in coupling["members"][:6])
         more = f", and {len(coupling['members']) - 6} more" if len(coupling["members"]) > 6 else ""
-        table.add_row(
-            layers, coupling["role"], str(coupling["units"]), f"{coupling['parameters']:,}", members + more
-        )
+        table.add_row(layers, coupling["role"], str(coupling["units"]), f"{coupling['parameters']:,}", members + more)
     return table
 
 
@@ -101,11 +100,7 @@ def _targets(facts: Mapping[str, Any]) -> Table:
 
 def _refusals(facts: Mapping[str, Any]) -> Table:
     table = Table(
-        "layers",
-        "units",
-        "parameters",
-        "why",
-        title=f"{len(facts['refusals'])} axes that must keep their order",
+        "layers", "units", "parameters", "why", title=f"{len(facts['refusals'])} axes that must keep their order"
     )
     for layers, refusal in _merge(facts["refusals"]):
         members = ", ".join(f"{_shorten(m['parameter_name'])}[{m['dim']}]" for m in refusal["members"][:4])

@@ -7,10 +7,11 @@ used.
 
 import statistics
 import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -53,9 +54,7 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
         )
     with new_directory(options.output) as work:
         with console.status("loading the model"):
-            model = load_model(options.model, options.dtype).to(
-                "cuda" if torch.cuda.is_available() else "cpu"
-            )
+            model = load_model(options.model, options.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
             plan = prepare(model, example_inputs(model), options.s2ft, calibration(model, training, options))
@@ -120,8 +119,10 @@ def fit(model: nn.Module, blocks: Blocks, options: TrainOptions, work: Path, bar
     )
     _use_one_gpu(arguments)
     with _without_cache(model):
-        model.compile(backend="s2ft", options={"inner": options.inner, "logits": False,
-                                               "activation_budget": options.activation_budget})
+        model.compile(
+            backend="s2ft",
+            options={"inner": options.inner, "logits": False, "activation_budget": options.activation_budget},
+        )
         optimizer = torch.optim.AdamW(parameters(model), lr=options.lr, weight_decay=0.0, fused=True)
         watch = _watch(bars, steps)
         trainer = Trainer(
@@ -151,9 +152,7 @@ def loss(
     with torch.compiler.set_stance("force_eager"):
         for number, start in enumerate(batches, 1):
             batch = {k: v.to(device) for k, v in blocks[start : start + batch_size].items()}
-            tokens = int(
-                (batch["labels"][:, 1:] >= 0).sum()
-            )  # the model shifts: the first label is never used
+            tokens = int((batch["labels"][:, 1:] >= 0).sum())  # the model shifts: the first label is never used
             if tokens:
                 total += model(**batch, use_cache=False).loss.double().item() * tokens
                 count += tokens
@@ -182,9 +181,7 @@ def _watch(bars: Progress, steps: int):
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs and "loss" in logs:
                 bars.update(
-                    self.task,
-                    completed=state.global_step,
-                    description=f"training, loss {float(logs['loss']):.3f}",
+                    self.task, completed=state.global_step, description=f"training, loss {float(logs['loss']):.3f}"
                 )
 
     return Watch()
@@ -211,8 +208,7 @@ def _check_vocabulary(model: nn.Module, blocks: Blocks) -> None:
     rows, highest = model.get_input_embeddings().weight.shape[0], int(blocks.input_ids.max())
     if highest >= rows:
         raise ConfigError(
-            f"the tokenizer gives token {highest}, but the model has {rows} embeddings; "
-            f"they do not belong together"
+            f"the tokenizer gives token {highest}, but the model has {rows} embeddings; they do not belong together"
         )
 
 

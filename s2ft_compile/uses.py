@@ -6,7 +6,8 @@ offset say which entries they are. A copy is the same entries in another place. 
 operands, as in einsum.
 """
 
-from typing import Any, Callable, Iterator, Mapping, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,8 +72,10 @@ class Uses(TorchDispatchMode):
             self.copies.append(StorageWeakRef(made.untyped_storage()))
             self._hold(made, Held(held[0].name, _locate_copied(args[0], made, held[0].locate), *_span(made)))
         elif held and any(t.is_floating_point() and not self._held(t) for t in _tensors(made)):
-            raise ConfigError(f"activations of {held[0].name} cannot be told: it goes into {func}, which is no product "
-                              f"with an input; use selection 'weight', 'lowrank' or 'gradient', or another target")
+            raise ConfigError(
+                f"activations of {held[0].name} cannot be told: it goes into {func}, which is no product "
+                f"with an input; use selection 'weight', 'lowrank' or 'gradient', or another target"
+            )
         return made
 
     def _hold(self, t: Tensor, held: Held) -> None:
@@ -207,14 +210,35 @@ def convolution_uses(made, X, W, bias, stride, padding, dilation, transposed, ou
     def read():
         ones = X.new_ones((1, groups, *made.shape[2:]), dtype=torch.float64)
         like = ones.new_empty((groups, *W.shape[1:]))
-        one = [aten.convolution_backward(ones, x[None].double().square(), like, None, stride, padding, dilation, False,
-                                         output_padding, groups, [False, True, False])[1] for x in X]
+        one = [
+            aten.convolution_backward(
+                ones,
+                x[None].double().square(),
+                like,
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                output_padding,
+                groups,
+                [False, True, False],
+            )[1]
+            for x in X
+        ]
         return torch.stack(one).sum(0)
 
     taps = "uvw"[: W.ndim - 2]
     shift = None if bias is None else bias.view(groups, -1, *[1] * len(taps))
-    yield Use(W.unflatten(0, (groups, -1)), "goc" + taps, read, "gc" + taps, made.unflatten(1, (groups, -1)),
-              "igo" + taps.upper(), shift)
+    yield Use(
+        W.unflatten(0, (groups, -1)),
+        "goc" + taps,
+        read,
+        "gc" + taps,
+        made.unflatten(1, (groups, -1)),
+        "igo" + taps.upper(),
+        shift,
+    )
 
 
 COPIES = (aten.clone.default, aten._to_copy.default)

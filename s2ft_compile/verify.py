@@ -11,9 +11,10 @@ A control shows that the comparison could have failed: the same permutations wit
 """
 
 import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,9 @@ def verify(model: nn.Module, example_inputs: Any, analysis: Analysis, seed: int 
     if find_state(model) is not None:
         raise StateError("this model is prepared; verify it before, or after s2ft.release(model)")
     if any(p.is_meta for p in model.parameters()):
-        raise ConfigError("a model on the meta device has no weights to verify; load them, or call analyze without verify")
+        raise ConfigError(
+            "a model on the meta device has no weights to verify; load them, or call analyze without verify"
+        )
     with inference_mode_of(model), torch.no_grad():
         try:
             return _Trial(model, example_inputs, torch.float64, seed).verification(analysis)
@@ -126,7 +129,9 @@ class _Trial:
             return float("inf")
         return max((_distance(a, b) for a, b in zip(self.before, after)), default=0.0)
 
-    def permuted(self, analysis: Analysis, orders: Mapping[int, Tensor], leave: Sequence[str] = ()) -> dict[str, Tensor]:
+    def permuted(
+        self, analysis: Analysis, orders: Mapping[int, Tensor], leave: Sequence[str] = ()
+    ) -> dict[str, Tensor]:
         """The weights, with those that a reordered axis occurs in reordered, save for `leave`."""
         weights = dict(self.weights)
         for (name, dim), index in moves_for(orders, analysis.layouts).items():
@@ -142,10 +147,20 @@ class _Trial:
         alike = tuple(n for n in names if torch.equal(weights[n], self.weights[n]))
         wrong = [] if difference <= self.tolerance else self.culprits(analysis, list(analysis.couplings), orders)
         control = self.difference(self.permuted(analysis, orders, names[::2]))
-        return Verification(len(analysis.couplings), len(names), alike, str(self.dtype).removeprefix("torch."), difference,
-                            self.tolerance, control, tuple(wrong))
+        return Verification(
+            len(analysis.couplings),
+            len(names),
+            alike,
+            str(self.dtype).removeprefix("torch."),
+            difference,
+            self.tolerance,
+            control,
+            tuple(wrong),
+        )
 
-    def culprits(self, analysis: Analysis, couplings: list[Coupling], orders: Mapping[int, Tensor]) -> Iterator[Coupling]:
+    def culprits(
+        self, analysis: Analysis, couplings: list[Coupling], orders: Mapping[int, Tensor]
+    ) -> Iterator[Coupling]:
         """Those of `couplings` that change the outputs by themselves, by halving."""
         chosen = {c.axis: orders[c.axis] for c in couplings}
         if not couplings or self.difference(self.permuted(analysis, chosen)) <= self.tolerance:
@@ -160,10 +175,16 @@ class _Trial:
     def _tolerance(self) -> float:
         """See the module's docstring."""
         epsilon, random = EPSILON[self.dtype], torch.Generator().manual_seed(self.seed)
-        nudged = {name: w * (1 + epsilon * _signs(w, random)) if w.is_floating_point() else w
-                  for name, w in self.weights.items()}
-        sizes = [n for t in [*self.weights.values(), *tree_leaves((self.args, self.kwargs))]
-                 if isinstance(t, Tensor) for n in t.shape]
+        nudged = {
+            name: w * (1 + epsilon * _signs(w, random)) if w.is_floating_point() else w
+            for name, w in self.weights.items()
+        }
+        sizes = [
+            n
+            for t in [*self.weights.values(), *tree_leaves((self.args, self.kwargs))]
+            if isinstance(t, Tensor)
+            for n in t.shape
+        ]
         largest = max((t.abs().max().item() for t in self.before if t.is_floating_point() and t.numel()), default=1.0)
         u = torch.finfo(self.dtype).eps / 2
         tolerance = SAFETY * 2 * max(sizes, default=1) * u * (self.difference(nudged) / epsilon + largest)

@@ -8,8 +8,13 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
-         torch.int32: "*i32"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
 
 
 class Ahead:
@@ -29,8 +34,11 @@ class Ahead:
         never = {p.name for p in self.kernel.params if p.do_not_specialize}
         constants = {n: v for n, v in given.items() if n in fixed or (n not in never and v is not None and _is_one(v))}
         signature = {n: "constexpr" if n in constants else _type(v) for n, v in given.items()}
-        hints = {(i,): [["tt.divisibility", 16]] for i, (n, v) in enumerate(given.items())
-                 if n not in constants and n not in never and (isinstance(v, torch.Tensor) or v % 16 == 0)}
+        hints = {
+            (i,): [["tt.divisibility", 16]]
+            for i, (n, v) in enumerate(given.items())
+            if n not in constants and n not in never and (isinstance(v, torch.Tensor) or v % 16 == 0)
+        }
         source = ASTSource(self.kernel, signature, constants, hints)
         self.made.append(compile(source, self.target, {"num_warps": num_warps, "num_stages": num_stages}))
 
@@ -42,4 +50,4 @@ def _is_one(value) -> bool:
 def _type(value) -> str:
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
-    return "i32" if -2**31 <= value < 2**31 else "i64"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -75,7 +75,7 @@ class Spec:
         return self.kv_heads * self.groups
 
 
-# --- the model ---------------------------------------------------------------------------------------------------
+# --- the model --------------------------------------------------------------------------------------------------
 
 
 class Transposed(nn.Module):
@@ -131,8 +131,11 @@ class Attention(nn.Module):
             q, k, v = grouped.split([s.groups, 1, 1], dim=3)
             q, k, v = (t.reshape(*x.shape[:2], -1, s.head_dim) for t in (q, k, v))
         else:
-            flat = (self.q(x), self.k(x), self.v(x)) if s.qkv == "separate" else self.qkv(x).split(
-                [s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim], dim=-1)
+            flat = (
+                (self.q(x), self.k(x), self.v(x))
+                if s.qkv == "separate"
+                else self.qkv(x).split([s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim], dim=-1)
+            )
             q, k, v = (t.view(*x.shape[:2], -1, s.head_dim) for t in flat)
         if s.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -275,7 +278,7 @@ def build(spec: Spec, dtype: torch.dtype = torch.float64, seed: int = 0) -> Mode
     return model.eval()
 
 
-# --- the oracle --------------------------------------------------------------------------------------------------
+# --- the oracle -------------------------------------------------------------------------------------------------
 
 
 class Places:
@@ -299,11 +302,15 @@ class Places:
 
 def _attention(spec: Spec, at: str) -> tuple[list[Expected], list[Refused]]:
     p = Places(spec)
-    q, k, v = ([p.out(f"{at}.{n}") for n in "qkv"] if spec.qkv == "separate" else [p.out(f"{at}.qkv")] * 3)
+    q, k, v = [p.out(f"{at}.{n}") for n in "qkv"] if spec.qkv == "separate" else [p.out(f"{at}.qkv")] * 3
     o = p.into(f"{at}.o")
     norms = {(f"{at}.{n}_norm.weight", 0) for n in "qk"} if spec.qk_norm else set()
-    axes = [("kv heads", spec.kv_heads, q | k | v | o), ("queries", spec.groups, q | o),
-            ("channels", spec.head_dim, q | k | norms), ("values", spec.head_dim, v | o)]
+    axes = [
+        ("kv heads", spec.kv_heads, q | k | v | o),
+        ("queries", spec.groups, q | o),
+        ("channels", spec.head_dim, q | k | norms),
+        ("values", spec.head_dim, v | o),
+    ]
     spoiled = {"kv heads", "queries"} if spec.decoy in ("slope", "heads") else set()
     if spec.positions == "rope":
         spoiled.add("channels")
@@ -318,8 +325,15 @@ def _ffn(spec: Spec, at: str, decoy: str) -> tuple[list[Expected], list[Refused]
         members |= p.out(f"{at}.gate")
     if decoy in ("", "slope", "heads"):
         return [Expected("ffn", spec.ffn, frozenset(members))], []
-    operators = {"cumsum": ("cumsum",), "flip": ("flip",), "constant": ("mul",), "gather": ("gather",), "sort": ("sort",),
-                 "reshape": ("add", "reshape", "view"), "mix": ("add", "reshape", "view")}
+    operators = {
+        "cumsum": ("cumsum",),
+        "flip": ("flip",),
+        "constant": ("mul",),
+        "gather": ("gather",),
+        "sort": ("sort",),
+        "reshape": ("add", "reshape", "view"),
+        "mix": ("add", "reshape", "view"),
+    }
     return [], [Refused(frozenset(members), operators.get(decoy, ()))]
 
 
@@ -352,7 +366,7 @@ def oracle(spec: Spec) -> tuple[tuple[Expected, ...], tuple[Refused, ...]]:
     return tuple(expected), tuple(refused)
 
 
-# --- drawing -----------------------------------------------------------------------------------------------------
+# --- drawing ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -391,7 +405,9 @@ class Drawn:
 
     def loss(self, model: nn.Module | None = None) -> Tensor:
         """A scalar that every output, and so every parameter, has an uneven part in."""
-        return sum(((o - 0.1 * torch.linspace(-1, 1, o.shape[-1], dtype=o.dtype)) ** 2).mean() for o in self.outputs(model))
+        return sum(
+            ((o - 0.1 * torch.linspace(-1, 1, o.shape[-1], dtype=o.dtype)) ** 2).mean() for o in self.outputs(model)
+        )
 
 
 @st.composite

@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 from drawn import Drawn, Spec, models
 from hypothesis import Phase
@@ -16,15 +15,6 @@ U32 = 2.0**-24  # unit roundoff of float32, in which deltas and their gradients 
 NOISE64 = 1e-10
 QUICK = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking compiled models takes minutes
 INNER = ("aot_eager", "eager")  # without Inductor: seconds less for every test
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    """Every test compiles anew."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(model: nn.Module, inner: str = "aot_eager", **options) -> nn.Module:
@@ -48,7 +38,8 @@ def cases(max_blocks: int = 2, **kwargs):
     """Drawn models in which every role can be told apart. Not so: two rotated channels (halves of one have no axis),
     and a fused projection viewed per kv head (its queries, keys and values are one axis of channels)."""
     return models(max_blocks=max_blocks, **kwargs).filter(
-        lambda case: case.spec.qkv != "grouped" and not (case.spec.positions == "rope" and case.spec.head_dim == 2))
+        lambda case: case.spec.qkv != "grouped" and not (case.spec.positions == "rope" and case.spec.head_dim == 2)
+    )
 
 
 @st.composite
@@ -69,14 +60,40 @@ def configs(draw, head: bool = True) -> s2ft.S2FTConfig:
     )
 
 
-# --- Hugging Face models -------------------------------------------------------------------------------------------
+# --- Hugging Face models ------------------------------------------------------------------------------------------
 
-LLAMA = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=4, max_position_embeddings=32, use_cache=False)
-GPT2 = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=32, use_cache=False, resid_pdrop=0.0,
-            embd_pdrop=0.0, attn_pdrop=0.0)
-BERT = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+LLAMA = dict(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    max_position_embeddings=32,
+    use_cache=False,
+)
+GPT2 = dict(
+    vocab_size=50,
+    n_embd=16,
+    n_layer=2,
+    n_head=4,
+    n_positions=32,
+    use_cache=False,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+)
+BERT = dict(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
 
 
 def hf(name: str, **changes) -> nn.Module:
@@ -101,7 +118,7 @@ def tokens(batch: int = 2, length: int = 8, seed: int = 0) -> Tensor:
     return torch.randint(0, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-# --- oracles -------------------------------------------------------------------------------------------------------
+# --- oracles ------------------------------------------------------------------------------------------------------
 
 
 def full_gradients(base: nn.Module, loss) -> dict[str, Tensor]:
@@ -163,8 +180,10 @@ def snapshot(model: nn.Module) -> dict:
         "buffers": {n: b.clone() for n, b in model.named_buffers()},
         "modules": {n: id(m) for n, m in model.named_modules()},
         "training": {n: m.training for n, m in model.named_modules()},
-        "hooks": {n: (list(m._forward_hooks), list(m._forward_pre_hooks), list(m._backward_hooks))
-                  for n, m in model.named_modules()},
+        "hooks": {
+            n: (list(m._forward_hooks), list(m._forward_pre_hooks), list(m._backward_hooks))
+            for n, m in model.named_modules()
+        },
         "keys": list(model.state_dict()),
         "config": copy.deepcopy(model.config.to_dict()) if hasattr(model, "config") else None,
     }

@@ -54,13 +54,17 @@ def outputs_of(made) -> list[Tensor]:
 def assert_same(model: nn.Module, before, after) -> None:
     for a, b in zip(outputs_of(before), outputs_of(after), strict=True):
         difference = (a - b).abs().max().item() if a.numel() else 0.0
-        assert difference <= tolerance(model, a), f"outputs changed by {difference:.3g}, allowed {tolerance(model, a):.3g}"
+        assert difference <= tolerance(model, a), (
+            f"outputs changed by {difference:.3g}, allowed {tolerance(model, a):.3g}"
+        )
 
 
 def changed(model: nn.Module, before, after) -> bool:
     """Whether outputs differ by far more than rounding explains."""
-    return any((a - b).abs().max().item() > 100 * tolerance(model, a)
-               for a, b in zip(outputs_of(before), outputs_of(after), strict=True))
+    return any(
+        (a - b).abs().max().item() > 100 * tolerance(model, a)
+        for a, b in zip(outputs_of(before), outputs_of(after), strict=True)
+    )
 
 
 def pairs(analysis: Analysis) -> set:

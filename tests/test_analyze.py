@@ -17,7 +17,9 @@ def observed(model) -> list:
     return [
         [(n, p._version, p.requires_grad, p.grad, p.data_ptr()) for n, p in model.named_parameters()],
         [(n, m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for n, m in model.named_modules()],
-        sorted(model.state_dict()), torch.get_rng_state().tolist()[:8], torch.is_grad_enabled(),
+        sorted(model.state_dict()),
+        torch.get_rng_state().tolist()[:8],
+        torch.is_grad_enabled(),
     ]
 
 
@@ -36,8 +38,15 @@ def test_nothing_changes(drawn: Drawn):
 def llama(**changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-                  intermediate_size=24, max_position_embeddings=16)
+    config = dict(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+    )
     return LlamaForCausalLM(LlamaConfig(**{**config, **changes}))
 
 
@@ -74,14 +83,18 @@ def test_the_same_twice():
 
 def test_a_wrapped_model_is_the_model():
     drawn = Drawn(Spec())
-    assert s2ft.analyze(torch.compile(drawn.model), drawn.inputs).couplings == s2ft.analyze(drawn.model, drawn.inputs).couplings
+    assert (
+        s2ft.analyze(torch.compile(drawn.model), drawn.inputs).couplings
+        == s2ft.analyze(drawn.model, drawn.inputs).couplings
+    )
 
 
 def test_tied_parameters_count_once():
     drawn = Drawn(Spec(tied=True))
     analysis = s2ft.analyze(drawn.model, drawn.inputs)
     listed = [m.parameter_name for c in analysis.couplings for m in c.members] + [
-        m.parameter_name for r in analysis.refusals for m in r.members]
+        m.parameter_name for r in analysis.refusals for m in r.members
+    ]
     assert "head.weight" not in listed and analysis.tied == {"head.weight": "embed.weight"}
     residual = next(c for c in analysis.couplings if c.role == "residual")
     assert [m.dim for m in residual.members if m.parameter_name == "embed.weight"] == [1]
@@ -89,7 +102,9 @@ def test_tied_parameters_count_once():
 
 def test_parameters_that_share_memory():
     """Not tied by identity, and yet permuting one permutes the other: refused, with the name of the other."""
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)
+    )
     model[4].weight.data = model[2].weight.data
     x = torch.randn(2, 4)
     analysis = s2ft.analyze(model, (x,))
@@ -124,7 +139,9 @@ def test_roles_of_members():
     drawn = Drawn(spec)
     analysis = s2ft.analyze(drawn.model, drawn.inputs)
     roles = {(m.parameter_name, m.dim, m.role, c.units) for c in analysis.couplings for m in c.members}
-    fused = {role for name, _, role, _ in roles if name == "blocks.0.attention.qkv.weight" and role.startswith("attention")}
+    fused = {
+        role for name, _, role, _ in roles if name == "blocks.0.attention.qkv.weight" and role.startswith("attention")
+    }
     assert fused == {"attention.query", "attention.key", "attention.value"}
     assert {r for n, d, r, _ in roles if n == "blocks.0.attention.o.weight" and d == 1} == {"attention.out"}
     assert {r for n, d, r, _ in roles if n == "blocks.0.ffn.up.weight" and d == 0} == {"ffn.in"}

@@ -10,8 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s2ft_compile.passes.axes import (ONE, PRODUCT, SUM, Axis, Pin, atoms, concat, cut, factors, find, pin, product,
-                                      reshape, terms, unify)
+from s2ft_compile.passes.axes import (
+    ONE,
+    PRODUCT,
+    SUM,
+    Axis,
+    Pin,
+    atoms,
+    concat,
+    cut,
+    factors,
+    find,
+    pin,
+    product,
+    reshape,
+    terms,
+    unify,
+)
 from s2ft_compile.passes.layout import Layout, Leaf, Product, Sum, coordinates, gather_index, leaves
 
 WHY = Pin("test")
@@ -90,8 +105,11 @@ def programs(draw):
             pieces = cut(a, offsets, WHY)
             axes += pieces
             bounds = [0, *offsets, a.size]
-            checks.append(lambda s, a=a, pieces=pieces, bounds=bounds: all(
-                torch.equal(s.index(a)[lo:hi] - lo, s.index(p)) for p, lo, hi in zip(pieces, bounds, bounds[1:])))
+            checks.append(
+                lambda s, a=a, pieces=pieces, bounds=bounds: all(
+                    torch.equal(s.index(a)[lo:hi] - lo, s.index(p)) for p, lo, hi in zip(pieces, bounds, bounds[1:])
+                )
+            )
         elif step in ("concat", "product"):
             parts = [pick() for _ in range(draw(st.integers(1, 3)))]
             made = concat(parts) if step == "concat" else product(parts)

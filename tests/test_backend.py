@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from small import NOISE64, assert_gradients, compiled, drawn, fresh, full_gradients, prepared  # noqa: F401
+from small import NOISE64, assert_gradients, compiled, drawn, full_gradients, prepared
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
@@ -25,7 +25,7 @@ def graphs_and_breaks() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-# --- found by name, options ------------------------------------------------------------------------------------------
+# --- found by name, options -----------------------------------------------------------------------------------------
 
 
 FIRST_CALL = """
@@ -39,8 +39,13 @@ print(imported, sorted(n for n, p in model.named_parameters() if p.grad is not N
 
 
 def in_a_new_process(**environment) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-c", FIRST_CALL],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
 
 
 def test_the_backend_is_found_without_an_import():
@@ -50,17 +55,24 @@ def test_the_backend_is_found_without_an_import():
 
 def test_torch_logs_show_what_each_stage_did():
     log = in_a_new_process(TORCH_LOGS="s2ft_compile").stderr
-    for line in ("captured Sequential", "found 1 couplings", "prepared Sequential: 1 slices, 8 parameters train",
-                 "attached 1 deltas"):
+    for line in (
+        "captured Sequential",
+        "found 1 couplings",
+        "prepared Sequential: 1 slices, 8 parameters train",
+        "attached 1 deltas",
+    ):
         assert line in log, log[-2000:]
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"iner": "eager"}, "unknown option 'iner'; valid options: targets, selection, .*inner"),
-    ({"inner": "onnx"}, "unknown inner backend 'onnx'; valid: inductor, aot_eager, eager"),
-    ({"targets": {"ffn.aut": 1}}, "'ffn.aut' is neither a role"),
-    ({"targets": {"ffn.out": 0.01}}, "smallest ratio that works is 0.125"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"iner": "eager"}, "unknown option 'iner'; valid options: targets, selection, .*inner"),
+        ({"inner": "onnx"}, "unknown inner backend 'onnx'; valid: inductor, aot_eager, eager"),
+        ({"targets": {"ffn.aut": 1}}, "'ffn.aut' is neither a role"),
+        ({"targets": {"ffn.out": 0.01}}, "smallest ratio that works is 0.125"),
+    ],
+)
 def test_options_that_are_wrong_are_refused_and_the_model_is_unchanged(options, message):
     case = drawn()
     model = case.make()
@@ -79,7 +91,7 @@ def test_options_must_be_those_of_the_plan():
     assert compiled(model, targets=TARGETS)(*case.inputs) is not None
 
 
-# --- the first call --------------------------------------------------------------------------------------------------
+# --- the first call -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -110,15 +122,17 @@ def test_inference_does_not_prepare():
     assert not s2ft.is_prepared(model) and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-# --- graph breaks ----------------------------------------------------------------------------------------------------
+# --- graph breaks ---------------------------------------------------------------------------------------------------
 
 
 def broken_up(model: nn.Module) -> nn.Module:
     """The same computation, with a graph break in front of every FFN and one inside the last block."""
     for block in model.blocks:
+
         def forward(x, run=block.ffn.forward):
             torch._dynamo.graph_break()
             return run(x)
+
         block.ffn.forward = forward
     return model
 
@@ -143,7 +157,7 @@ def test_training_through_graph_breaks(inner, first_call):
     assert graphs_and_breaks()[0] > 2
 
 
-# --- lengths, accumulation, inference ----------------------------------------------------------------------------------
+# --- lengths, accumulation, inference ---------------------------------------------------------------------------------
 
 
 def test_lengths_and_accumulation_recompile_once():
@@ -181,7 +195,7 @@ def test_inference_follows_training():
         torch.testing.assert_close(model(*case.inputs), after, rtol=0, atol=0)
 
 
-# --- CUDA graphs -----------------------------------------------------------------------------------------------------
+# --- CUDA graphs ----------------------------------------------------------------------------------------------------
 
 
 def replayed(gm, inputs, **_):

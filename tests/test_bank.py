@@ -16,8 +16,12 @@ from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.exporters import load_adapter, save_adapter
 from s2ft_compile.rows import Stack, products_by_id
 
-TARGETS = {"a": {"ffn.out": 5, "attention.out": 1}, "b": {"ffn.out": 3, "ffn.in": 2}, "c": {"attention.value": 1},
-           "d": {"ffn.in": 0.3, "attention.query": 1}}
+TARGETS = {
+    "a": {"ffn.out": 5, "attention.out": 1},
+    "b": {"ffn.out": 3, "ffn.in": 2},
+    "c": {"attention.value": 1},
+    "d": {"ffn.in": 0.3, "attention.query": 1},
+}
 U32 = 2.0**-24
 
 
@@ -63,7 +67,7 @@ def close(found, expected) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2**9 * U32 * float(expected.abs().max()))
 
 
-# --- in the weights ----------------------------------------------------------------------------------------
+# --- in the weights ---------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.sampled_from([*TARGETS, None]), min_size=1, max_size=5), st.booleans())
@@ -105,7 +109,7 @@ def test_fusing_adds_every_delta_and_reports_what_they_share(folder, chosen):
     assert same(weights(bank.model), before)
 
 
-# --- one for each row --------------------------------------------------------------------------------------
+# --- one for each row -------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.sampled_from([*TARGETS, None]), min_size=1, max_size=5), st.integers(0, 9))
@@ -223,7 +227,7 @@ def test_products_of_blocks_are_those_of_copies_of_the_deltas(data):
 def test_rows_that_a_model_flattens_with_their_tokens_are_tokens(contracts):
     """Many rows for each id are one product with its delta, not one each."""
     k, m = 6, 64
-    delta, index = torch.randn(3, k, m), torch.stack([torch.randperm(64)[:k if contracts else m] for _ in range(3)])
+    delta, index = torch.randn(3, k, m), torch.stack([torch.randperm(64)[: k if contracts else m] for _ in range(3)])
     delta[0] = 0
     picked = Stack.of(contracts, index, delta, [0, k, k]).picked(torch.tensor([2, 0, 1]), {})
     x, y = torch.randn(3, 5, 64 if contracts else k), torch.randn(3, 5, 64)
@@ -242,8 +246,11 @@ def test_what_an_adapter_has_too_few_of_is_not_read():
 
 
 def test_the_operator_is_what_it_says_to_dynamo():
-    torch.library.opcheck(products_by_id, (torch.randn(3, 2, 4), torch.randn(3, 2, 4, 5), torch.tensor([2, 0, 1])),
-                          test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        products_by_id,
+        (torch.randn(3, 2, 4), torch.randn(3, 2, 4, 5), torch.tensor([2, 0, 1])),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_a_batch_has_gradients_where_they_are_enabled(folder):
@@ -262,7 +269,7 @@ def test_a_batch_has_gradients_where_they_are_enabled(folder):
     close(gradient, expected)
 
 
-# --- refusals ----------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------
 
 
 def test_calls_that_do_not_fit_are_refused_and_change_nothing(folder, tmp_path):

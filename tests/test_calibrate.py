@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from small import QUICK, assert_unchanged, cases, compiled, drawn, fresh, hf, snapshot, tokens  # noqa: F401
+from small import QUICK, assert_unchanged, cases, compiled, drawn, hf, snapshot, tokens
 from symmetry import Promoted
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -99,7 +99,7 @@ def case_loss(output, batch=None):
     return sum(((o - 0.1 * torch.linspace(-1, 1, o.shape[-1], dtype=o.dtype)) ** 2).mean() for o in outputs)
 
 
-# --- drawn models -----------------------------------------------------------------------------------------------------
+# --- drawn models ----------------------------------------------------------------------------------------------------
 
 
 @given(cases())
@@ -129,7 +129,7 @@ def test_a_tied_weight_adds_its_uses(selection):
     assert_close(found, {("embed.weight", 1): expected["embed.weight", 1]})
 
 
-# --- Hugging Face models ----------------------------------------------------------------------------------------------
+# --- Hugging Face models ---------------------------------------------------------------------------------------------
 
 
 def hf_batches(name):
@@ -138,8 +138,11 @@ def hf_batches(name):
     return [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)} for ids in made]
 
 
-@pytest.mark.parametrize("name, changes", [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("qwen2", {}),
-                                           ("gpt2", {}), ("bert", {})], ids=str)
+@pytest.mark.parametrize(
+    "name, changes",
+    [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("qwen2", {}), ("gpt2", {}), ("bert", {})],
+    ids=str,
+)
 def test_scores_of_hugging_face_models(name, changes):
     model, batches = hf(name, **changes).double(), hf_batches(name)
     with Promoted():
@@ -164,8 +167,10 @@ def test_prepare_selects_the_units_with_the_best_scores(selection, largest):
     assert len(plan.slices) == 10
     for s in plan.slices:
         layer = s.parameter_name.rpartition("self_attn")[0] or s.parameter_name.rpartition("mlp")[0]
-        at = {n: (f"{layer}{'mlp' if n in ('gate', 'up', 'down') else 'self_attn'}.{n}_proj.weight", d)
-              for n, d in (("gate", 0), ("up", 0), ("down", 1), ("v", 0), ("o", 1))}
+        at = {
+            n: (f"{layer}{'mlp' if n in ('gate', 'up', 'down') else 'self_attn'}.{n}_proj.weight", d)
+            for n, d in (("gate", 0), ("up", 0), ("down", 1), ("v", 0), ("o", 1))
+        }
         part = s.parameter_name.split(".")[-2].removesuffix("_proj")
         shared, width = (("gate", "up", "down"), 1) if part in ("gate", "up", "down") else ((part,), 4)
         units = sum(scores[at[n]] for n in shared).view(-1, width).sum(1)
@@ -174,7 +179,7 @@ def test_prepare_selects_the_units_with_the_best_scores(selection, largest):
         assert s.indices.sort().values.tolist() == expected.tolist(), s.parameter_name
 
 
-# --- other products ---------------------------------------------------------------------------------------------------
+# --- other products --------------------------------------------------------------------------------------------------
 
 
 class Functional(nn.Module):
@@ -182,8 +187,14 @@ class Functional(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name, shape in {"fused": (14, 6), "experts": (3, 6, 5), "back": (3, 5, 6), "each": (3, 4, 6),
-                            "flat": (15, 6), "vector": (6, 6)}.items():
+        for name, shape in {
+            "fused": (14, 6),
+            "experts": (3, 6, 5),
+            "back": (3, 5, 6),
+            "each": (3, 4, 6),
+            "flat": (15, 6),
+            "vector": (6, 6),
+        }.items():
             setattr(self, name, nn.Parameter(torch.randn(shape)))
         self.conv, self.depth = nn.Conv1d(6, 8, 3, padding=1), nn.Conv1d(8, 4, 3, stride=2, groups=2)
 
@@ -230,8 +241,10 @@ def test_products_of_weights_without_a_module():
     with torch.no_grad():
         A, N = functional_oracle(model, x)
     assert_close(calibrate(model, list(A), "activation", [(x,)]), A)
-    S = {(name, dim): (model.get_parameter(name).detach().square() * N[name]).movedim(dim, 0).flatten(1).sum(1)
-         for name, dim in A}
+    S = {
+        (name, dim): (model.get_parameter(name).detach().square() * N[name]).movedim(dim, 0).flatten(1).sum(1)
+        for name, dim in A
+    }
     assert_close(calibrate(model, list(A), "weight_activation", [(x,)]), S)
     full = gradients(model, [x], lambda m, b: m(b))
     assert_close(calibrate(model, list(full), "gradient", [(x,)]), full)
@@ -305,7 +318,7 @@ def test_a_use_that_is_no_product_is_refused():
     assert_close(calibrate(model, list(full), "gradient", [(x,)], lambda y, b: y.sum()), full)
 
 
-# --- what is asked of the user ----------------------------------------------------------------------------------------
+# --- what is asked of the user ---------------------------------------------------------------------------------------
 
 CONFIGS = {s: s2ft.S2FTConfig(targets={"ffn.out": 2}, selection=s) for s in CALIBRATED}
 
@@ -318,9 +331,12 @@ def test_without_data_the_error_says_what_to_pass():
     model = one_layer()
     before = snapshot(model)
     for selection, config in CONFIGS.items():
-        for bad, message in ((None, f"'{selection}' looks at data: pass calibration=.* without data use 'random'"),
-                             ({"input_ids": tokens()}, r"got one dict; for one batch pass \[batch\]"),
-                             (tokens(), "got one Tensor"), (7, "got one int")):
+        for bad, message in (
+            (None, f"'{selection}' looks at data: pass calibration=.* without data use 'random'"),
+            ({"input_ids": tokens()}, r"got one dict; for one batch pass \[batch\]"),
+            (tokens(), "got one Tensor"),
+            (7, "got one int"),
+        ):
             with pytest.raises(ConfigError, match=message):
                 s2ft.prepare(model, {"input_ids": tokens()}, config, calibration=bad)
         for bad, message in (([], "no batches"), (["text"], "a tuple or a dict")):
@@ -335,8 +351,10 @@ def test_without_a_loss_the_error_says_what_to_pass():
     model, batches = one_layer(), [{"input_ids": tokens()}]
     before = snapshot(model)
     places = [("model.layers.0.mlp.down_proj.weight", 1)]
-    for given, message in ((None, "LlamaForCausalLM returned NoneType; give the batches labels .* or pass loss="),
-                           (lambda out, batch: out.logits, r"loss= returned a tensor of shape \(2, 8, 50\)")):
+    for given, message in (
+        (None, "LlamaForCausalLM returned NoneType; give the batches labels .* or pass loss="),
+        (lambda out, batch: out.logits, r"loss= returned a tensor of shape \(2, 8, 50\)"),
+    ):
         with pytest.raises(ConfigError, match=message):
             calibrate(model, places, "gradient", batches, given)
     assert_unchanged(model, before)
@@ -344,14 +362,23 @@ def test_without_a_loss_the_error_says_what_to_pass():
 
 def test_a_loss_of_output_and_batch_is_the_models_own():
     ids = [tokens(2, 8, s) for s in (0, 1)]
-    own = s2ft.prepare(one_layer(), {"input_ids": ids[0]}, CONFIGS["gradient"],
-                       calibration=[{"input_ids": i, "labels": i} for i in ids])
+    own = s2ft.prepare(
+        one_layer(),
+        {"input_ids": ids[0]},
+        CONFIGS["gradient"],
+        calibration=[{"input_ids": i, "labels": i} for i in ids],
+    )
 
     def next_token(output, batch):
         return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
 
-    given = s2ft.prepare(one_layer(), {"input_ids": ids[0]}, CONFIGS["gradient"],
-                         calibration=[{"input_ids": i} for i in ids], loss=next_token)
+    given = s2ft.prepare(
+        one_layer(),
+        {"input_ids": ids[0]},
+        CONFIGS["gradient"],
+        calibration=[{"input_ids": i} for i in ids],
+        loss=next_token,
+    )
     assert [s.indices.tolist() for s in own.slices] == [s.indices.tolist() for s in given.slices]
 
 
@@ -378,8 +405,9 @@ def test_a_bias_ranks_with_its_weight_and_not_alone():
 @pytest.mark.parametrize("selection, in_place", [("weight_activation", False), ("gradient", True)])
 def test_a_model_prepared_at_its_first_call_is_calibrated_on_that_call(selection, in_place):
     ids = tokens()
-    expected = s2ft.prepare(one_layer(), {"input_ids": ids}, CONFIGS[selection],
-                            calibration=[{"input_ids": ids, "labels": ids}])
+    expected = s2ft.prepare(
+        one_layer(), {"input_ids": ids}, CONFIGS[selection], calibration=[{"input_ids": ids, "labels": ids}]
+    )
     base = one_layer()
     options = {"inner": "aot_eager", "targets": {"ffn.out": 2}, "selection": selection}
     if in_place:
@@ -399,7 +427,7 @@ def test_a_compiled_model_is_calibrated_uncompiled():
     assert not s2ft.is_prepared(model) and not torch._dynamo.utils.counters["frames"]
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 class Live(TorchDispatchMode):

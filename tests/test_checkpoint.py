@@ -59,10 +59,13 @@ def folders(tmp_path_factory):
     return root
 
 
-# --- merge -------------------------------------------------------------------------------------------------
+# --- merge ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, dtype", [("llama", torch.bfloat16), ("llama", torch.float64), ("gpt2", torch.float32), ("bert", torch.float32)])
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [("llama", torch.bfloat16), ("llama", torch.float64), ("gpt2", torch.float32), ("bert", torch.float32)],
+)
 def test_a_merged_checkpoint_is_the_merged_model_bit_for_bit(tmp_path, kind, dtype):
     base = hf(kind, tie_word_embeddings=kind != "llama").to(dtype)
     base.save_pretrained(tmp_path / "base", max_shard_size="4KB" if kind == "llama" else "1GB")
@@ -88,8 +91,11 @@ def test_everything_but_the_blocks_is_copied(folders, tmp_path):
             assert content == before[name]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["first", "second"]), st.sampled_from([1.0, -1.0, 0.5, 0.3])), min_size=1,
-                max_size=3))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["first", "second"]), st.sampled_from([1.0, -1.0, 0.5, 0.3])), min_size=1, max_size=3
+    )
+)
 def test_several_adapters_are_summed_and_rounded_once(folders, tmp_path_factory, chosen):
     """Oracle: one dense delta for each weight, in float32."""
     out = tmp_path_factory.mktemp("out") / "out"
@@ -176,8 +182,20 @@ def other_prefix(base: Path) -> str:
     return r"has no model.layers.*\.\.\.; it has layers\.\d.*_proj.weight: save it as a LlamaForCausalLM, whose names"
 
 
-@pytest.mark.parametrize("change", [damage_shard, remove_shard, lead_outside, break_index, remove_all, other_type,
-                                    other_value, other_name, other_prefix])
+@pytest.mark.parametrize(
+    "change",
+    [
+        damage_shard,
+        remove_shard,
+        lead_outside,
+        break_index,
+        remove_all,
+        other_type,
+        other_value,
+        other_name,
+        other_prefix,
+    ],
+)
 def test_what_is_no_base_of_the_adapter_is_refused_and_nothing_is_left(folders, tmp_path, change):
     base = tmp_path / "in" / "base"
     base.mkdir(parents=True)
@@ -199,6 +217,7 @@ def test_a_merged_checkpoint_is_not_merged_again(folders):
 
 def test_a_difference_between_the_samples_is_found_and_nothing_is_left(tmp_path):
     """The block of an adapter is hashed whole."""
+
     class Ffn(nn.Module):
         def __init__(self):
             super().__init__()
@@ -247,14 +266,18 @@ def test_memory_is_that_of_a_tensor_and_not_of_a_shard(tmp_path):
         tensors[name][:, 5:25] += 1
     save_file(tensors, tmp_path / "tuned" / checkpoint.SINGLE)
     extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter")
-    run = subprocess.run([sys.executable, "-c", MEASURE, *(tmp_path / n for n in ("base", "adapter", "out"))],
-                         capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, *(tmp_path / n for n in ("base", "adapter", "out"))],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert run.returncode == 0, run.stderr
     assert same(stored(tmp_path / "out"), tensors)
     assert int(run.stdout) < 60e6, f"{int(run.stdout) / 1e6:.0f} MB for 100 MB of weights"
 
 
-# --- extract -----------------------------------------------------------------------------------------------
+# --- extract ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -278,8 +301,13 @@ def test_extracting_is_the_inverse_of_merging(tmp_path, dtype):
         assert same(dict(receiver.named_parameters()), stored(tmp_path / "tuned"))
 
 
-@given(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 999),
-       st.sampled_from([1e-3, 1.0, 30.0]), st.integers(0, 1), st.integers(1, 3))
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(0, 999),
+    st.sampled_from([1e-3, 1.0, 30.0]),
+    st.integers(0, 1),
+    st.integers(1, 3),
+)
 def test_any_change_of_a_few_rows_or_columns_is_recovered_exactly(tmp_path_factory, dtype, seed, scale, dim, n):
     """Entries that are replaced, not added to: signs flip and magnitudes change as no training would."""
     root, random = tmp_path_factory.mktemp("x"), torch.Generator().manual_seed(seed)
@@ -292,7 +320,7 @@ def test_any_change_of_a_few_rows_or_columns_is_recovered_exactly(tmp_path_facto
         (root / name).mkdir()
         save_file({"w": tensor, "same": torch.ones(3)}, root / name / checkpoint.SINGLE)
     extract(root / "base", root / "tuned", root / "adapter")
-    s, = read_adapter(root / "adapter").slices
+    (s,) = read_adapter(root / "adapter").slices
     assert s.parameter_name == "w" and s.dim == dim and set(s.indices.tolist()) <= set(chosen.tolist())
     merge_checkpoint(root / "base", [root / "adapter"], root / "again")
     assert same(stored(root / "again"), stored(root / "tuned"))
@@ -302,18 +330,21 @@ def vector(*values):
     return torch.tensor(values)
 
 
-@pytest.mark.parametrize("base, tuned, match", [
-    ({"w": torch.ones(4, 6)}, {"w": torch.ones(4, 6) * 2}, "w is not a slice: 24 of its 24.*4 of 4 indices"),
-    ({"w": torch.zeros(4, 4)}, {"w": torch.eye(4)}, "w is not a slice: 4 of its 16"),
-    ({"w": torch.ones(4, 6)}, {"w": torch.ones(4, 6)}, "the same weights"),
-    ({"w": torch.ones(4, 6)}, {"w": torch.ones(6, 4)}, r"w is torch.float32 \(4, 6\).*\(6, 4\)"),
-    ({"w": torch.ones(4, 6)}, {"w": torch.ones(4, 6).half()}, "w is torch.float32.*torch.float16"),
-    ({"w": torch.ones(4)}, {"v": torch.ones(4)}, "only one of the two has v, w"),
-    ({"w": vector(1, 2, 3)}, {"w": vector(1, 2, 4)}, "w changed, and is no tensor of finite floating"),
-    ({"w": vector(1.0, 2, 3)}, {"w": vector(1, 2, float("nan"))}, "w changed, and is no tensor of finite"),
-    ({"w": vector(1.0, 2, 3)}, {"w": vector(1, 2, -0.0)}, "w: 1 of its entries.*-0.0"),
-    ({"w": vector(1.0, 2, 3)}, {"w": vector(1, 2, 1e-30)}, "w: 1 of its entries.*precision"),
-])
+@pytest.mark.parametrize(
+    "base, tuned, match",
+    [
+        ({"w": torch.ones(4, 6)}, {"w": torch.ones(4, 6) * 2}, "w is not a slice: 24 of its 24.*4 of 4 indices"),
+        ({"w": torch.zeros(4, 4)}, {"w": torch.eye(4)}, "w is not a slice: 4 of its 16"),
+        ({"w": torch.ones(4, 6)}, {"w": torch.ones(4, 6)}, "the same weights"),
+        ({"w": torch.ones(4, 6)}, {"w": torch.ones(6, 4)}, r"w is torch.float32 \(4, 6\).*\(6, 4\)"),
+        ({"w": torch.ones(4, 6)}, {"w": torch.ones(4, 6).half()}, "w is torch.float32.*torch.float16"),
+        ({"w": torch.ones(4)}, {"v": torch.ones(4)}, "only one of the two has v, w"),
+        ({"w": vector(1, 2, 3)}, {"w": vector(1, 2, 4)}, "w changed, and is no tensor of finite floating"),
+        ({"w": vector(1.0, 2, 3)}, {"w": vector(1, 2, float("nan"))}, "w changed, and is no tensor of finite"),
+        ({"w": vector(1.0, 2, 3)}, {"w": vector(1, 2, -0.0)}, "w: 1 of its entries.*-0.0"),
+        ({"w": vector(1.0, 2, 3)}, {"w": vector(1, 2, 1e-30)}, "w: 1 of its entries.*precision"),
+    ],
+)
 def test_what_is_no_slice_is_refused_by_name(tmp_path, base, tuned, match):
     for name, tensors in (("base", base), ("tuned", tuned)):
         (tmp_path / name).mkdir()
@@ -329,7 +360,7 @@ def test_a_prepared_model_is_not_extracted_from(tmp_path):
         extract(base, tuned(base), tmp_path / "out")
 
 
-# --- command line ------------------------------------------------------------------------------------------
+# --- command line -----------------------------------------------------------------------------------------
 
 
 def s2ft_command(*arguments) -> str:
@@ -348,12 +379,34 @@ def test_merge_and_extract_on_the_command_line(folders, tmp_path):
     assert "10 slices" in s2ft_command("extract", folders / "base", merged, adapter)
     merge_checkpoint(folders / "base", [adapter], tmp_path / "again")
     assert same(stored(tmp_path / "again"), stored(merged))
-    s2ft_command("export", "lora", "--model", folders / "base", "--adapter", folders / "first", "--output",
-                 tmp_path / "lora", "--layout", "padded", "--ranks", "vllm")
-    s2ft_command("export", "shira", "--model", folders / "base", "--adapter", folders / "first", "--output",
-                 tmp_path / "shira")
+    s2ft_command(
+        "export",
+        "lora",
+        "--model",
+        folders / "base",
+        "--adapter",
+        folders / "first",
+        "--output",
+        tmp_path / "lora",
+        "--layout",
+        "padded",
+        "--ranks",
+        "vllm",
+    )
+    s2ft_command(
+        "export", "shira", "--model", folders / "base", "--adapter", folders / "first", "--output", tmp_path / "shira"
+    )
     assert json.loads((tmp_path / "shira" / "adapter_config.json").read_text())["peft_type"] == "SHIRA"
-    s2ft_command("export", "onnx", "--model", folders / "base", "--adapter", folders / "first", "--separate", "--output",
-                 tmp_path / "model.onnx")
+    s2ft_command(
+        "export",
+        "onnx",
+        "--model",
+        folders / "base",
+        "--adapter",
+        folders / "first",
+        "--separate",
+        "--output",
+        tmp_path / "model.onnx",
+    )
     assert (tmp_path / "model.onnx").exists() and (tmp_path / "model.onnx_adapter").exists()
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"

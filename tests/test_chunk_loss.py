@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import INNER, NOISE64, QUICK, assert_gradients, compiled, fresh, full_gradients, hf, tokens  # noqa: F401
+from small import INNER, NOISE64, QUICK, assert_gradients, compiled, full_gradients, hf, tokens
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -49,7 +49,7 @@ class Model(nn.Module):
         made = logits
         for step in self.chain:
             made = CHAINS[step](made)
-        labels = labels[:, -made.shape[1]:]
+        labels = labels[:, -made.shape[1] :]
         loss = F.cross_entropy(made.reshape(-1, VOCABULARY), labels.reshape(-1), **self.loss)
         return {"loss": loss if self.late is None else loss + self.late(logits), "logits": logits}
 
@@ -73,9 +73,17 @@ def check(model: Model, inputs: dict, inner: str = "aot_eager", tolerance: float
 
 
 @settings(max_examples=15, phases=QUICK)
-@given(data=st.data(), rows=st.integers(1, 3), length=st.integers(4, 9), size=st.integers(1, 12), bias=st.booleans(),
-       chain=st.lists(st.sampled_from(["scaled", "capped", "shifted", "last"]), max_size=3), added=st.booleans(),
-       reduction=st.sampled_from(["mean", "sum"]), inner=st.sampled_from(INNER))
+@given(
+    data=st.data(),
+    rows=st.integers(1, 3),
+    length=st.integers(4, 9),
+    size=st.integers(1, 12),
+    bias=st.booleans(),
+    chain=st.lists(st.sampled_from(["scaled", "capped", "shifted", "last"]), max_size=3),
+    added=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum"]),
+    inner=st.sampled_from(INNER),
+)
 def test_loss_and_gradients_do_not_change(data, rows, length, size, bias, chain, added, reduction, inner):
     torch._dynamo.reset()
     chunk_loss_pass.TOKENS, kept = size, chunk_loss_pass.TOKENS
@@ -110,12 +118,25 @@ def test_half_precision_does_not_add_up_tokens(dtype):
     assert (error <= (1 + 2.0**-10) * unit * grads[False].double().abs() / 6007 + unit * tiny).all()
 
 
-@pytest.mark.parametrize("model", [
-    Model(label_smoothing=0.1), Model(weight=torch.ones(VOCABULARY).double()), Model(("cast",)),
-    Model(added=torch.randn(5, VOCABULARY)),
-    Model(late=lambda logits: logits.square().mean()), Model(late=lambda logits: logits[..., :5].sum() * 0.01),
-], ids=["smoothing", "weights", "a cast that is no step", "other logits for each token", "read by another loss",
-        "a part is read"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        Model(label_smoothing=0.1),
+        Model(weight=torch.ones(VOCABULARY).double()),
+        Model(("cast",)),
+        Model(added=torch.randn(5, VOCABULARY)),
+        Model(late=lambda logits: logits.square().mean()),
+        Model(late=lambda logits: logits[..., :5].sum() * 0.01),
+    ],
+    ids=[
+        "smoothing",
+        "weights",
+        "a cast that is no step",
+        "other logits for each token",
+        "read by another loss",
+        "a part is read",
+    ],
+)
 def test_what_does_not_match_stays_whole(model):
     assert not check(model, example(2, 5), tolerance=1e-6 if model.chain else NOISE64)
 

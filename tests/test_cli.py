@@ -122,11 +122,7 @@ def test_inspect_json_adds_up(base):
     model = load(base)
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
     down = sum(p.numel() for n, p in model.named_parameters() if "down_proj" in n)
-    assert facts["targets"]["ffn.out"] == {
-        "weights": 2,
-        "parameters": down,
-        "share": down / facts["parameters"],
-    }
+    assert facts["targets"]["ffn.out"] == {"weights": 2, "parameters": down, "share": down / facts["parameters"]}
     ffn = [c for c in facts["couplings"] if c["role"] == "ffn"]
     assert [(c["layer"], c["units"]) for c in ffn] == [(0, 48), (1, 48)]
     assert all(r["reason"] for r in facts["refusals"])
@@ -134,7 +130,9 @@ def test_inspect_json_adds_up(base):
 
 def test_inspect_needs_no_weights(base, tmp_path):
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
-    assert json.loads(invoke("inspect", tmp_path, "--json").stdout) == json.loads(invoke("inspect", base, "--json").stdout)
+    assert json.loads(invoke("inspect", tmp_path, "--json").stdout) == json.loads(
+        invoke("inspect", base, "--json").stdout
+    )
 
 
 def test_inspect_writes_a_page_that_needs_no_network(base, tmp_path):
@@ -283,8 +281,17 @@ def test_train_refuses_with_one_line_and_leaves_nothing(base, text, tmp_path, ch
 def test_train_leaves_the_units_of_an_excluded_adapter_alone(run, base, text, tmp_path):
     from s2ft_compile.exporters.format import read_adapter
 
-    given = {"--model": base, "--data": text, "--output": tmp_path / "run", "--targets": "ffn.out=20,attention.out=2",
-             "--steps": 1, "--batch-size": 2, "--seq-len": 16, "--inner": "eager", "--exclude": run[0]}
+    given = {
+        "--model": base,
+        "--data": text,
+        "--output": tmp_path / "run",
+        "--targets": "ffn.out=20,attention.out=2",
+        "--steps": 1,
+        "--batch-size": 2,
+        "--seq-len": 16,
+        "--inner": "eager",
+        "--exclude": run[0],
+    }
     result = invoke("train", *[piece for pair in given.items() for piece in pair])
     assert result.exit_code == 0, result.output
     first, second = read_adapter(run[0] / "adapter"), read_adapter(tmp_path / "run" / "adapter")
@@ -297,11 +304,22 @@ def test_a_selection_that_looks_at_data_looks_at_the_training_data(base, text, t
     import s2ft_compile as s2ft
     from s2ft_compile.data import example_inputs, read_records, split, tokenize
 
-    output, given = tmp_path / "run", {
-        "--model": base, "--data": text, "--output": tmp_path / "run", "--targets": "ffn.out=7",
-        "--selection": "gradient", "--top-layers": 1, "--steps": 1, "--batch-size": 2, "--seq-len": 16,
-        "--calibration-batches": 3, "--inner": "eager",
-    }
+    output, given = (
+        tmp_path / "run",
+        {
+            "--model": base,
+            "--data": text,
+            "--output": tmp_path / "run",
+            "--targets": "ffn.out=7",
+            "--selection": "gradient",
+            "--top-layers": 1,
+            "--steps": 1,
+            "--batch-size": 2,
+            "--seq-len": 16,
+            "--calibration-batches": 3,
+            "--inner": "eager",
+        },
+    )
     result = invoke("train", *[piece for pair in given.items() for piece in pair])
     assert result.exit_code == 0, result.output
     before, after = dict(load(base).named_parameters()), dict(load(output / "merged").named_parameters())
@@ -321,9 +339,7 @@ def test_train_refuses_a_model_that_is_no_causal_language_model(text, tmp_path):
     from transformers import BertConfig, BertForMaskedLM
 
     BertForMaskedLM(
-        BertConfig(
-            hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20
-        )
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20)
     ).save_pretrained(tmp_path / "bert")
     message = refused("train", "--model", tmp_path / "bert", "--data", text, "--output", tmp_path / "run")
     assert "is a BertForMaskedLM" in message
@@ -331,9 +347,11 @@ def test_train_refuses_a_model_that_is_no_causal_language_model(text, tmp_path):
 
 def test_targets():
     assert parse_targets("ffn.out=0.03, attention.out=4") == {"ffn.out": 0.03, "attention.out": 4}
-    assert [
-        type(v) for v in parse_targets("ffn.out=1.0,ffn.in=1,a*[0-9]=b=1e-2".replace("b=", "")).values()
-    ] == [float, int, float]
+    assert [type(v) for v in parse_targets("ffn.out=1.0,ffn.in=1,a*[0-9]=b=1e-2".replace("b=", "")).values()] == [
+        float,
+        int,
+        float,
+    ]
     for wrong in ("", ",", "=1", "ffn.out=", "ffn.out=1,ffn.out=2", "ffn.out=nan"):
         with pytest.raises(S2FTError):
             TrainOptions("m", "d", "o", s2ft=_config(wrong))
@@ -359,9 +377,7 @@ def test_export_merged_equals_the_run(run, base, tmp_path):
 
 
 def test_export_adapter_copies_what_fits(run, base, tmp_path):
-    result = invoke(
-        "export", "adapter", "--model", base, "--adapter", run[0], "--output", tmp_path / "adapter"
-    )
+    result = invoke("export", "adapter", "--model", base, "--adapter", run[0], "--output", tmp_path / "adapter")
     assert result.exit_code == 0, result.output
     assert "4 slices" in result.output
     files = {p.name: p.read_bytes() for p in (run[0] / "adapter").iterdir()}

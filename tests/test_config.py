@@ -11,12 +11,19 @@ from s2ft_compile import ConfigError, S2FTConfig
 from s2ft_compile.config import BUDGETS, ROLES, SELECTIONS, is_glob, matches, units_for
 
 amounts = st.one_of(st.integers(1, 10**6), st.floats(0, 1, exclude_min=True, allow_nan=False))
-targets = st.dictionaries(st.one_of(st.sampled_from(ROLES), st.text(min_size=1, max_size=8)), amounts, min_size=1, max_size=4)
+targets = st.dictionaries(
+    st.one_of(st.sampled_from(ROLES), st.text(min_size=1, max_size=8)), amounts, min_size=1, max_size=4
+)
 choices = st.tuples(st.sampled_from(SELECTIONS), st.sampled_from(BUDGETS)).filter(lambda c: c != ("random", "score"))
-configs = st.builds(lambda choice, **fields: S2FTConfig(selection=choice[0], budget=choice[1], **fields), choices,
-                    targets=targets, largest=st.booleans(), seed=st.integers(0, 2**63 - 1),
-                    top_layers=st.none() | st.integers(1, 99),
-                    exclude=st.lists(st.text(min_size=1, max_size=8) | st.sampled_from([Path("a/b"), Path("c")])))
+configs = st.builds(
+    lambda choice, **fields: S2FTConfig(selection=choice[0], budget=choice[1], **fields),
+    choices,
+    targets=targets,
+    largest=st.booleans(),
+    seed=st.integers(0, 2**63 - 1),
+    top_layers=st.none() | st.integers(1, 99),
+    exclude=st.lists(st.text(min_size=1, max_size=8) | st.sampled_from([Path("a/b"), Path("c")])),
+)
 
 
 @given(configs)

@@ -34,7 +34,7 @@ def assert_symmetric(model, run, analysis, seed=0):
         assert torch.equal(value, kept[name]), f"{name} after a permutation and its inverse"
 
 
-# --- drawn models ------------------------------------------------------------------------------------------------
+# --- drawn models -----------------------------------------------------------------------------------------------
 
 
 @given(models())
@@ -88,7 +88,7 @@ def _immune(spec: Spec, coupling, member) -> bool:
     return member.parameter_name.endswith(".k.bias") and spec.positions != "rope" and not spec.qk_norm
 
 
-# --- where sizes coincide ----------------------------------------------------------------------------------------
+# --- where sizes coincide ---------------------------------------------------------------------------------------
 
 COINCIDING = {
     "all equal": Spec(batch=4, length=4, hidden=4, kv_heads=2, groups=2, head_dim=4, ffn=4, vocab=5),
@@ -110,7 +110,7 @@ def test_sizes_that_coincide(case: str):
     assert_symmetric(drawn.model, drawn.outputs, analysis)
 
 
-# --- small adversaries: (parameters, forward, couplings as (units, members)) --------------------------------------
+# --- small adversaries: (parameters, forward, couplings as (units, members)) -------------------------------------
 
 
 class Formula(nn.Module):
@@ -132,74 +132,171 @@ def heads(t, n):
 
 
 ADVERSARIES = {
-    "one weight, twice": (dict(u=(6, 5), b=(6,), d=(6, 5)),
-                          lambda m, x: (x @ m.u.T + m.b).tanh() @ m.u + (x @ m.u.T).relu() @ m.d, [(6, "u0 b0 d0")]),
-    "weight times itself": (dict(u=(6, 5), w=(6, 6), d=(5, 6)), lambda m, x: x @ m.u.T @ (m.w @ m.w) @ m.d.T,
-                            [(6, "u0 w0 w1 d1")]),
-    "outer product of a weight": (dict(u=(6, 5), b=(6,)), lambda m, x: (x @ m.u.T + m.b) @ (m.u @ m.u.T) @ m.u,
-                                  [(6, "u0 b0")]),
-    "low rank": (dict(a=(3, 5), b=(6, 3), d=(5, 6)), lambda m, x: (x @ (m.b @ m.a).T).relu() @ m.d.T,
-                 [(3, "a0 b1"), (6, "b0 d1")]),
-    "bias of a matrix": (dict(a=(6, 5), b=(5, 7), c=(6, 7), d=(6, 7)),
-                         lambda m, x: (torch.addmm(m.c, m.a, m.b) * m.d).sum() + x, [(6, "a0 c0 d0"), (5, "a1 b0"), (7, "b1 c1 d1")]),
-    "bias that broadcasts": (dict(a=(6, 5), b=(5, 7), c=(1,), d=(7,)),
-                             lambda m, x: (torch.addmm(m.c, m.a, m.b) * m.d).exp().sum() + x, [(5, "a1 b0"), (7, "b1 d0")]),
-    "heads that broadcast": (dict(q=(5, 24), k=(5, 3), v=(5, 3), o=(24, 5)),
-                             lambda m, x: F.scaled_dot_product_attention(heads(x @ m.q, 8), heads(x @ m.k, 1), heads(x @ m.v, 1))
-                             .transpose(1, 2).flatten(2) @ m.o, [(8, "q1 o0"), (3, "q1 k1"), (3, "v1 o0")]),
-    "a head bias in scores": (dict(q=(5, 8), k=(5, 8), v=(5, 8), o=(8, 5), bias=(4, 1, 1)),
-                              lambda m, x: F.scaled_dot_product_attention(heads(x @ m.q, 4), heads(x @ m.k, 4), heads(x @ m.v, 4),
-                                                                          attn_mask=m.bias * x[:, None, :, :1].expand(-1, 4, -1, x.shape[1]))
-                              .transpose(1, 2).flatten(2) @ m.o,
-                              [(4, "q1 k1 v1 o0 bias0"), (2, "q1 k1"), (2, "v1 o0")]),
-    "halves swapped": (dict(u=(8, 5), d=(5, 8)),
-                       lambda m, x: (lambda h: (h + torch.cat([h[..., 4:], h[..., :4]], -1)) @ m.d.T)((x @ m.u.T).relu()), [(4, "u0 d1")]),
-    "a slice across units": (dict(u=(8, 5), d=(5, 8)),
-                             lambda m, x: (lambda h: h @ m.d.T + h[..., :3].mean(-1, keepdim=True))((x @ m.u.T).relu()),
-                             [(3, "u0 d1"), (5, "u0 d1")]),
-    "one unit taken out": (dict(u=(8, 5), d=(5, 8)), lambda m, x: (lambda h: h @ m.d.T + h[..., 2:3])((x @ m.u.T).relu()),
-                           [(2, "u0 d1"), (5, "u0 d1")]),
-    "shifted by one": (dict(u=(8, 5), d=(5, 7)),
-                       lambda m, x: (lambda h: (h[..., 1:] + h[..., :-1]) @ m.d.T)((x @ m.u.T).relu()), []),
-    "shifted by one, long": (dict(u=(1200, 5), d=(5, 1199)),
-                             lambda m, x: (lambda h: (h[..., 1:] + h[..., :-1]) @ m.d.T)((x @ m.u.T).relu()), []),
-    "written in place": (dict(u=(8, 5), d=(5, 8)),
-                         lambda m, x: (lambda h: (h[..., :4].mul_(2), h[..., 6].zero_(), h)[2] @ m.d.T)((x @ m.u.T).relu()),
-                         [(4, "u0 d1"), (2, "u0 d1")]),
-    "every other unit": (dict(u=(8, 5), d=(5, 4)),
-                         lambda m, x: (lambda h: (h[..., ::2].sigmoid() * h[..., 1::2]) @ m.d.T)(x @ m.u.T), None),
-    "joined blocks, seen twice": (dict(a=(4,), b=(4,), p=(4,), q=(4,)),
-                                  lambda m, x: (torch.cat([m.a, m.b]).view(2, 4) * m.q).exp().sum()
-                                  + (m.p.view(2, 2) * m.a.view(2, 2)).sum() + (m.p * m.q).sum() + x,
-                                  [(2, "a0 b0 p0 q0"), (2, "a0 b0 p0 q0")]),
-    "broadcast in an einsum": (dict(u=(7, 6), w=(7, 1), d=(6, 5)),
-                               lambda m, x: (torch.einsum("ij,ij->ij", m.u, m.w).exp() @ m.d)[0] + x, None),
-    "square transposed": (dict(w=(4, 4), v=(4, 4), a=(4,)), lambda m, x: ((m.w * m.w.T * m.v).exp() @ m.a).sum() + x,
-                          [(4, "w0 w1 v0 v1 a0")]),
+    "one weight, twice": (
+        dict(u=(6, 5), b=(6,), d=(6, 5)),
+        lambda m, x: (x @ m.u.T + m.b).tanh() @ m.u + (x @ m.u.T).relu() @ m.d,
+        [(6, "u0 b0 d0")],
+    ),
+    "weight times itself": (
+        dict(u=(6, 5), w=(6, 6), d=(5, 6)),
+        lambda m, x: x @ m.u.T @ (m.w @ m.w) @ m.d.T,
+        [(6, "u0 w0 w1 d1")],
+    ),
+    "outer product of a weight": (
+        dict(u=(6, 5), b=(6,)),
+        lambda m, x: (x @ m.u.T + m.b) @ (m.u @ m.u.T) @ m.u,
+        [(6, "u0 b0")],
+    ),
+    "low rank": (
+        dict(a=(3, 5), b=(6, 3), d=(5, 6)),
+        lambda m, x: (x @ (m.b @ m.a).T).relu() @ m.d.T,
+        [(3, "a0 b1"), (6, "b0 d1")],
+    ),
+    "bias of a matrix": (
+        dict(a=(6, 5), b=(5, 7), c=(6, 7), d=(6, 7)),
+        lambda m, x: (torch.addmm(m.c, m.a, m.b) * m.d).sum() + x,
+        [(6, "a0 c0 d0"), (5, "a1 b0"), (7, "b1 c1 d1")],
+    ),
+    "bias that broadcasts": (
+        dict(a=(6, 5), b=(5, 7), c=(1,), d=(7,)),
+        lambda m, x: (torch.addmm(m.c, m.a, m.b) * m.d).exp().sum() + x,
+        [(5, "a1 b0"), (7, "b1 d0")],
+    ),
+    "heads that broadcast": (
+        dict(q=(5, 24), k=(5, 3), v=(5, 3), o=(24, 5)),
+        lambda m, x: (
+            F.scaled_dot_product_attention(heads(x @ m.q, 8), heads(x @ m.k, 1), heads(x @ m.v, 1))
+            .transpose(1, 2)
+            .flatten(2)
+            @ m.o
+        ),
+        [(8, "q1 o0"), (3, "q1 k1"), (3, "v1 o0")],
+    ),
+    "a head bias in scores": (
+        dict(q=(5, 8), k=(5, 8), v=(5, 8), o=(8, 5), bias=(4, 1, 1)),
+        lambda m, x: (
+            F.scaled_dot_product_attention(
+                heads(x @ m.q, 4),
+                heads(x @ m.k, 4),
+                heads(x @ m.v, 4),
+                attn_mask=m.bias * x[:, None, :, :1].expand(-1, 4, -1, x.shape[1]),
+            )
+            .transpose(1, 2)
+            .flatten(2)
+            @ m.o
+        ),
+        [(4, "q1 k1 v1 o0 bias0"), (2, "q1 k1"), (2, "v1 o0")],
+    ),
+    "halves swapped": (
+        dict(u=(8, 5), d=(5, 8)),
+        lambda m, x: (lambda h: (h + torch.cat([h[..., 4:], h[..., :4]], -1)) @ m.d.T)((x @ m.u.T).relu()),
+        [(4, "u0 d1")],
+    ),
+    "a slice across units": (
+        dict(u=(8, 5), d=(5, 8)),
+        lambda m, x: (lambda h: h @ m.d.T + h[..., :3].mean(-1, keepdim=True))((x @ m.u.T).relu()),
+        [(3, "u0 d1"), (5, "u0 d1")],
+    ),
+    "one unit taken out": (
+        dict(u=(8, 5), d=(5, 8)),
+        lambda m, x: (lambda h: h @ m.d.T + h[..., 2:3])((x @ m.u.T).relu()),
+        [(2, "u0 d1"), (5, "u0 d1")],
+    ),
+    "shifted by one": (
+        dict(u=(8, 5), d=(5, 7)),
+        lambda m, x: (lambda h: (h[..., 1:] + h[..., :-1]) @ m.d.T)((x @ m.u.T).relu()),
+        [],
+    ),
+    "shifted by one, long": (
+        dict(u=(1200, 5), d=(5, 1199)),
+        lambda m, x: (lambda h: (h[..., 1:] + h[..., :-1]) @ m.d.T)((x @ m.u.T).relu()),
+        [],
+    ),
+    "written in place": (
+        dict(u=(8, 5), d=(5, 8)),
+        lambda m, x: (lambda h: (h[..., :4].mul_(2), h[..., 6].zero_(), h)[2] @ m.d.T)((x @ m.u.T).relu()),
+        [(4, "u0 d1"), (2, "u0 d1")],
+    ),
+    "every other unit": (
+        dict(u=(8, 5), d=(5, 4)),
+        lambda m, x: (lambda h: (h[..., ::2].sigmoid() * h[..., 1::2]) @ m.d.T)(x @ m.u.T),
+        None,
+    ),
+    "joined blocks, seen twice": (
+        dict(a=(4,), b=(4,), p=(4,), q=(4,)),
+        lambda m, x: (
+            (torch.cat([m.a, m.b]).view(2, 4) * m.q).exp().sum()
+            + (m.p.view(2, 2) * m.a.view(2, 2)).sum()
+            + (m.p * m.q).sum()
+            + x
+        ),
+        [(2, "a0 b0 p0 q0"), (2, "a0 b0 p0 q0")],
+    ),
+    "broadcast in an einsum": (
+        dict(u=(7, 6), w=(7, 1), d=(6, 5)),
+        lambda m, x: (torch.einsum("ij,ij->ij", m.u, m.w).exp() @ m.d)[0] + x,
+        None,
+    ),
+    "square transposed": (
+        dict(w=(4, 4), v=(4, 4), a=(4,)),
+        lambda m, x: ((m.w * m.w.T * m.v).exp() @ m.a).sum() + x,
+        [(4, "w0 w1 v0 v1 a0")],
+    ),
     "the diagonal": (dict(w=(4, 4), a=(4,)), lambda m, x: (m.w.diagonal() * m.a).sum() + m.w.exp().sum() + x, []),
-    "expanded and joined": (dict(u=(4, 5), d=(5, 12)),
-                            lambda m, x: (x @ m.u.T).relu()[..., None].expand(-1, -1, -1, 3).flatten(2) @ m.d.T, [(4, "u0 d1")]),
-    "repeated end to end": (dict(u=(4, 5), d=(5, 12)), lambda m, x: (x @ m.u.T).relu().repeat(1, 1, 3) @ m.d.T, [(4, "u0 d1")]),
-    "as bits": (dict(u=(6, 5), d=(5, 6)),
-                lambda m, x: (x @ m.u.T).float().view(torch.float16).view(torch.float32).double() @ m.d.T, []),
-    "rms_norm with eps": (dict(u=(6, 5), w=(6,), d=(5, 6)), lambda m, x: F.rms_norm(x @ m.u.T, (6,), m.w, 1e-6) @ m.d.T,
-                          [(6, "u0 w0 d1")]),
+    "expanded and joined": (
+        dict(u=(4, 5), d=(5, 12)),
+        lambda m, x: (x @ m.u.T).relu()[..., None].expand(-1, -1, -1, 3).flatten(2) @ m.d.T,
+        [(4, "u0 d1")],
+    ),
+    "repeated end to end": (
+        dict(u=(4, 5), d=(5, 12)),
+        lambda m, x: (x @ m.u.T).relu().repeat(1, 1, 3) @ m.d.T,
+        [(4, "u0 d1")],
+    ),
+    "as bits": (
+        dict(u=(6, 5), d=(5, 6)),
+        lambda m, x: (x @ m.u.T).float().view(torch.float16).view(torch.float32).double() @ m.d.T,
+        [],
+    ),
+    "rms_norm with eps": (
+        dict(u=(6, 5), w=(6,), d=(5, 6)),
+        lambda m, x: F.rms_norm(x @ m.u.T, (6,), m.w, 1e-6) @ m.d.T,
+        [(6, "u0 w0 d1")],
+    ),
     "a linear to one number": (dict(u=(6, 5), w=(6,)), lambda m, x: F.linear(x @ m.u.T, m.w), [(6, "u0 w0")]),
-    "an empty piece": (dict(u=(6, 5), d=(5, 6)),
-                       lambda m, x: (lambda h: torch.cat([h[..., :6], h[..., 6:]], -1) @ m.d.T)((x @ m.u.T).relu()), [(6, "u0 d1")]),
-    "grouped convolution": (dict(u=(8, 5), w=(8, 2, 1), c=(8,), d=(5, 8)),
-                            lambda m, x: F.conv1d((x @ m.u.T).transpose(1, 2), m.w, m.c, groups=4).relu().transpose(1, 2) @ m.d.T,
-                            [(4, "u0 w0 c0 d1"), (2, "u0 w1"), (2, "w0 c0 d1")]),
-    "grouped norm": (dict(u=(8, 5), w=(8,), d=(5, 8)),
-                     lambda m, x: F.group_norm((x @ m.u.T).transpose(1, 2), 4, m.w).transpose(1, 2) @ m.d.T,
-                     [(4, "u0 w0 d1"), (2, "u0 w0 d1")]),
-    "largest of the units": (dict(u=(6, 5), d=(5, 6)),
-                             lambda m, x: (lambda h: (h / h.amax(-1, keepdim=True)) @ m.d.T)((x @ m.u.T).relu() + 1), [(6, "u0 d1")]),
-    "where the largest is": (dict(u=(6, 5), d=(5, 6)), lambda m, x: (lambda h: h @ m.d.T + h.argmax(-1, keepdim=True))(x @ m.u.T), []),
+    "an empty piece": (
+        dict(u=(6, 5), d=(5, 6)),
+        lambda m, x: (lambda h: torch.cat([h[..., :6], h[..., 6:]], -1) @ m.d.T)((x @ m.u.T).relu()),
+        [(6, "u0 d1")],
+    ),
+    "grouped convolution": (
+        dict(u=(8, 5), w=(8, 2, 1), c=(8,), d=(5, 8)),
+        lambda m, x: F.conv1d((x @ m.u.T).transpose(1, 2), m.w, m.c, groups=4).relu().transpose(1, 2) @ m.d.T,
+        [(4, "u0 w0 c0 d1"), (2, "u0 w1"), (2, "w0 c0 d1")],
+    ),
+    "grouped norm": (
+        dict(u=(8, 5), w=(8,), d=(5, 8)),
+        lambda m, x: F.group_norm((x @ m.u.T).transpose(1, 2), 4, m.w).transpose(1, 2) @ m.d.T,
+        [(4, "u0 w0 d1"), (2, "u0 w0 d1")],
+    ),
+    "largest of the units": (
+        dict(u=(6, 5), d=(5, 6)),
+        lambda m, x: (lambda h: (h / h.amax(-1, keepdim=True)) @ m.d.T)((x @ m.u.T).relu() + 1),
+        [(6, "u0 d1")],
+    ),
+    "where the largest is": (
+        dict(u=(6, 5), d=(5, 6)),
+        lambda m, x: (lambda h: h @ m.d.T + h.argmax(-1, keepdim=True))(x @ m.u.T),
+        [],
+    ),
     "a constant that varies": (dict(u=(6, 5), d=(5, 6)), lambda m, x: (x @ m.u.T + torch.arange(6)) @ m.d.T, []),
-    "a loop over heads": (dict(u=(6, 5), d=(5, 6)),
-                          lambda m, x: torch.stack([h.softmax(-1) for h in (x @ m.u.T).view(*x.shape[:2], 3, 2).unbind(2)], 2)
-                          .flatten(2) @ m.d.T, [(2, "u0 d1")]),
+    "a loop over heads": (
+        dict(u=(6, 5), d=(5, 6)),
+        lambda m, x: (
+            torch.stack([h.softmax(-1) for h in (x @ m.u.T).view(*x.shape[:2], 3, 2).unbind(2)], 2).flatten(2) @ m.d.T
+        ),
+        [(2, "u0 d1")],
+    ),
 }
 
 
@@ -219,10 +316,19 @@ def test_adversary(case: str):
     assert_symmetric(model, lambda: model(x), analysis)
 
 
-# --- Hugging Face: tiny random models of several families ---------------------------------------------------------
+# --- Hugging Face: tiny random models of several families --------------------------------------------------------
 
-SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-             max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SMALL = dict(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=32,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 GQA = dict(SMALL, num_key_value_heads=2)
 
 # family: (config, model class, config arguments, attention couplings per layer or None where that is not asserted)
@@ -231,11 +337,27 @@ GQA = dict(SMALL, num_key_value_heads=2)
 FAMILIES = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", GQA, 3),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", GQA, 3),
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel",
-             dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2), 3),
-    "gpt2 eager": ("GPT2Config", "GPT2LMHeadModel",
-                   dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, attn_implementation="eager",
-                        bos_token_id=1, eos_token_id=2), 3),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2),
+        3,
+    ),
+    "gpt2 eager": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        dict(
+            vocab_size=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=32,
+            attn_implementation="eager",
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        3,
+    ),
     "bert": ("BertConfig", "BertForMaskedLM", SMALL, 3),
     "minilm": ("BertConfig", "BertModel", SMALL, 3),  # its output is the residual stream
     "mistral": ("MistralConfig", "MistralForCausalLM", dict(GQA, head_dim=8), None),
@@ -247,10 +369,25 @@ FAMILIES = {
     "opt": ("OPTConfig", "OPTForCausalLM", dict(SMALL, ffn_dim=48, word_embed_proj_dim=32), None),
     "bloom": ("BloomConfig", "BloomForCausalLM", dict(vocab_size=64, hidden_size=32, n_layer=2, n_head=4), None),
     "falcon": ("FalconConfig", "FalconForCausalLM", dict(SMALL, multi_query=True), None),
-    "t5": ("T5Config", "T5ForConditionalGeneration",
-           dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0), None),
-    "vit": ("ViTConfig", "ViTModel", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                                          intermediate_size=48, image_size=16, patch_size=8), None),
+    "t5": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0),
+        None,
+    ),
+    "vit": (
+        "ViTConfig",
+        "ViTModel",
+        dict(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=16,
+            patch_size=8,
+        ),
+        None,
+    ),
 }
 
 
@@ -267,7 +404,10 @@ def hugging_face(family: str):
     if family == "vit":
         return model, {"pixel_values": torch.randn(2, 3, 16, 16)}
     ids = torch.randint(3, 64, (2, 7))
-    return model, {"input_ids": ids, **({"decoder_input_ids": ids[:, :5], "use_cache": False} if family == "t5" else {})}
+    return model, {
+        "input_ids": ids,
+        **({"decoder_input_ids": ids[:, :5], "use_cache": False} if family == "t5" else {}),
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -49,9 +49,7 @@ def tiny_tokenizer(vocabulary: int = 300):
 
 
 def lines(path, *rows):
-    path.write_text(
-        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8"
-    )
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
     return path
 
 
@@ -100,9 +98,7 @@ def test_a_bad_line_is_named(tmp_path, line, found):
     path = lines(tmp_path / "data.jsonl", {"text": "a"}, line)
     with pytest.raises(ConfigError) as error:
         read_records(path)
-    assert (
-        f"{path}, line 2" in str(error.value) and found in str(error.value) and '"prompt"' in str(error.value)
-    )
+    assert f"{path}, line 2" in str(error.value) and found in str(error.value) and '"prompt"' in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +192,7 @@ def test_padding_cuts_drops_and_counts():
     assert blocks.input_ids.shape == (2, 16)
     assert blocks.labels[0].tolist() == [IGNORE, 2, 2, 2, 2] + [IGNORE] * 11
     assert blocks.input_ids[0].tolist() == [2] * 5 + [0] * 11
-    with pytest.raises(
-        ConfigError, match="1 of 2 examples have something to learn within 4 tokens.*longest has 5"
-    ):
+    with pytest.raises(ConfigError, match="1 of 2 examples have something to learn within 4 tokens.*longest has 5"):
         pad([([2] * 5, [True] * 5), ([2] * 4, [True, False, False, False])], 4, pad_id=0)
 
 
@@ -226,9 +220,7 @@ def test_example_inputs_of_decoders_and_encoder_decoders():
     assert set(inputs) == {"input_ids"}
     assert inputs["input_ids"].shape == (2, 16) and inputs["input_ids"].dtype == torch.int64
     assert 0 <= inputs["input_ids"].min() and inputs["input_ids"].max() < 20
-    t5 = T5ForConditionalGeneration(
-        T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20)
-    )
+    t5 = T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20))
     assert set(example_inputs(t5)) == {"input_ids", "decoder_input_ids"}
     t5(**example_inputs(t5))
 

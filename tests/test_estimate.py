@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import GPT2, LLAMA, compiled, fresh, hf, tokens  # noqa: F401
+from small import GPT2, LLAMA, compiled, hf, tokens
 from typer.testing import CliRunner
 
 import s2ft_compile as s2ft
@@ -35,9 +35,11 @@ def predicted(setting, config=S2FTConfig(TARGETS), **options):
 WIDE = replace(QUICK_SIZE, hidden=128, ffn=448, heads=4, kv_heads=1, vocabulary=2048, batch=2, length=128)
 
 
-@pytest.mark.parametrize("setting, options, tolerance", [
-    (WIDE, {}, 0.1), (WIDE, {"logits": False, "activation_budget": 0.5}, 0.2),
-], ids=["logits", "recomputed"])
+@pytest.mark.parametrize(
+    "setting, options, tolerance",
+    [(WIDE, {}, 0.1), (WIDE, {"logits": False, "activation_budget": 0.5}, 0.2)],
+    ids=["logits", "recomputed"],
+)
 def test_what_is_predicted_is_what_a_step_takes(setting, options, tolerance):
     """Weights, slices and saved activations to the last bytes. The peak as the allocator sees it to 10%; with
     recomputation, whose order Inductor changes from version to version, to 20% (torch 2.11 is 15% above)."""
@@ -113,7 +115,7 @@ def test_recomputed_gradients_are_the_same(budget):
         torch.testing.assert_close(whole, again, rtol=1e-5, atol=1e-7)  # norms are computed in float32
 
 
-# --- the command, and bad input --------------------------------------------------------------------------------------
+# --- the command, and bad input -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -128,8 +130,22 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_command_needs_a_configuration_only(folder, name):
-    done = CliRunner().invoke(app, ["estimate", str(folder / name), "--batch", "2", "--seq", "8", "--targets",
-                                    "ffn.out=2", "--dtype", "bfloat16", "--json"])
+    done = CliRunner().invoke(
+        app,
+        [
+            "estimate",
+            str(folder / name),
+            "--batch",
+            "2",
+            "--seq",
+            "8",
+            "--targets",
+            "ffn.out=2",
+            "--dtype",
+            "bfloat16",
+            "--json",
+        ],
+    )
     assert done.exit_code == 0, done.output
     made = json.loads(done.stdout)
     assert made["trainable"] == 2 * 2 * 16 and made["tokens"] == 16
@@ -139,19 +155,37 @@ def test_the_command_needs_a_configuration_only(folder, name):
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
 
 
-@pytest.mark.parametrize("name, changes, tokens, caption", [
-    ("ViTForImageClassification", {"image_size": 8, "patch_size": 4, "num_labels": 3}, 0, "a batch of 2"),
-    ("BertForSequenceClassification", {"vocab_size": 50, "num_labels": 3}, 16, "16 tokens"),
-    ("BertForSequenceClassification", {"vocab_size": 50, "num_labels": 1}, 16, "16 tokens"),
-    ("BertForTokenClassification", {"vocab_size": 50}, 16, "16 tokens"),
-], ids=["images", "classes", "regression", "tokens"])
+@pytest.mark.parametrize(
+    "name, changes, tokens, caption",
+    [
+        ("ViTForImageClassification", {"image_size": 8, "patch_size": 4, "num_labels": 3}, 0, "a batch of 2"),
+        ("BertForSequenceClassification", {"vocab_size": 50, "num_labels": 3}, 16, "16 tokens"),
+        ("BertForSequenceClassification", {"vocab_size": 50, "num_labels": 1}, 16, "16 tokens"),
+        ("BertForTokenClassification", {"vocab_size": 50}, 16, "16 tokens"),
+    ],
+    ids=["images", "classes", "regression", "tokens"],
+)
 def test_the_command_makes_inputs_and_labels_that_the_model_takes(tmp_path, name, changes, tokens, caption):
     import transformers
 
     config = getattr(transformers, name).config_class(**SMALL, **changes, architectures=[name])
     config.save_pretrained(tmp_path)
-    made = CliRunner().invoke(app, ["estimate", str(tmp_path), "--batch", "2", "--seq", "8", "--targets", "ffn.out=2",
-                                    "--dtype", "bfloat16", "--json"])
+    made = CliRunner().invoke(
+        app,
+        [
+            "estimate",
+            str(tmp_path),
+            "--batch",
+            "2",
+            "--seq",
+            "8",
+            "--targets",
+            "ffn.out=2",
+            "--dtype",
+            "bfloat16",
+            "--json",
+        ],
+    )
     assert made.exit_code == 0, made.output
     sizes = json.loads(made.stdout)
     assert (sizes["trainable"], sizes["batch"], sizes["tokens"]) == (2 * 2 * 16, 2, tokens)
@@ -161,8 +195,10 @@ def test_the_command_makes_inputs_and_labels_that_the_model_takes(tmp_path, name
 
 def test_bad_input_is_refused_with_what_would_be_valid(folder):
     for arguments, message in (
-        (["--batch", "0"], "at least 1 sequence"), (["--dtype", "int8"], "valid: auto, float32"),
-        (["--targets", "ffn.oot=1"], "neither a role"), (["--activation-budget", "2"], "from 0"),
+        (["--batch", "0"], "at least 1 sequence"),
+        (["--dtype", "int8"], "valid: auto, float32"),
+        (["--targets", "ffn.oot=1"], "neither a role"),
+        (["--activation-budget", "2"], "from 0"),
     ):
         done = CliRunner().invoke(app, ["estimate", str(folder / "llama"), *arguments])
         assert done.exit_code == 1 and message in " ".join(done.output.split()), done.output
@@ -170,10 +206,15 @@ def test_bad_input_is_refused_with_what_would_be_valid(folder):
         s2ft.estimate(hf("llama"), {"input_ids": tokens()})
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"activation_budget": 1.5}, "from 0"), ({"activation_budget": "half"}, "from 0"), ({"logits": 0}, "True or False"),
-    ({"mode": "fast"}, "valid: default, reduce-overhead"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"activation_budget": 1.5}, "from 0"),
+        ({"activation_budget": "half"}, "from 0"),
+        ({"logits": 0}, "True or False"),
+        ({"mode": "fast"}, "valid: default, reduce-overhead"),
+    ],
+)
 def test_compile_options_are_checked(options, message):
     with pytest.raises(ConfigError, match=message):
         CompileOptions(**options)

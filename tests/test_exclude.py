@@ -75,8 +75,13 @@ def fused_or_experts(kind: str):
 def chains(draw):
     kind = draw(st.sampled_from(sorted(ROLES)))
     amounts = st.dictionaries(st.sampled_from(ROLES[kind]), st.sampled_from((1, 0.5)), min_size=1, max_size=4)
-    made = st.builds(s2ft.S2FTConfig, targets=amounts, selection=st.sampled_from(("random", "weight")),
-                     budget=st.sampled_from(("layer", "model")), seed=st.integers(0, 99))
+    made = st.builds(
+        s2ft.S2FTConfig,
+        targets=amounts,
+        selection=st.sampled_from(("random", "weight")),
+        budget=st.sampled_from(("layer", "model")),
+        seed=st.integers(0, 99),
+    )
     return kind, draw(st.lists(made, min_size=2, max_size=4))
 
 
@@ -102,8 +107,9 @@ def check_chain(analysis, parameters, chain) -> None:
         masks = entries(found, parameters)
         assert all(disjoint(masks, entries(other, parameters)) for other in before)
         if config.budget == "layer":  # ratios count of all units, free or not
-            assert [(s.parameter_name, len(s.indices)) for s in found] == \
-                [(s.parameter_name, len(s.indices)) for s in plain]
+            assert [(s.parameter_name, len(s.indices)) for s in found] == [
+                (s.parameter_name, len(s.indices)) for s in plain
+            ]
         if not before:
             assert all(torch.equal(a.indices, b.indices) for a, b in zip(found, plain, strict=True))
         before.append(found)
@@ -141,11 +147,12 @@ def test_the_free_units_of_the_best_score_are_taken(llama, selection, budget, la
         assert found == {n: sorted(left[n][:7]) for n in names}
     else:
         assert sum(map(len, found.values())) == 7
-        assert found == {n: sorted(left[n][:len(found.get(n, ()))]) for n in names if n in found}
+        assert found == {n: sorted(left[n][: len(found.get(n, ()))]) for n in names if n in found}
     if budget == "model":
         pool = sorted((float(score[n][u]), n, u) for n in names for u in left[n])
-        assert {(n, u) for n in found for u in found[n]} == {(n, u) for _, n, u in (pool[-7:] if down else pool[:7])} \
-            or selection is by_hand  # a function's ranks are those within a layer
+        assert {(n, u) for n in found for u in found[n]} == {
+            (n, u) for _, n, u in (pool[-7:] if down else pool[:7])
+        } or selection is by_hand  # a function's ranks are those within a layer
 
 
 def test_gate_up_and_down_share_what_is_free(llama):
@@ -191,9 +198,15 @@ def test_an_adapter_along_the_other_dimension_crosses_every_unit(llama):
 # --- whole adapters --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, selections", [
-    ("llama", ("random", "weight", "gradient")), ("gpt2", ("activation", "random", "lowrank")),
-    ("qwen2", ("weight_activation", by_hand, "random"))], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "kind, selections",
+    [
+        ("llama", ("random", "weight", "gradient")),
+        ("gpt2", ("activation", "random", "lowrank")),
+        ("qwen2", ("weight_activation", by_hand, "random")),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_a_chain_of_adapters_fuses_without_overlap_and_exactly(kind, selections, tmp_path):
     assert set(SELECTIONS) <= {"random", "weight", "gradient", "activation", "lowrank", "weight_activation"}
     base, folders = hf(kind), []

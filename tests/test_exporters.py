@@ -81,7 +81,8 @@ def bits(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(
-        x.dtype == b[n].dtype and x.shape == b[n].shape
+        x.dtype == b[n].dtype
+        and x.shape == b[n].shape
         and torch.equal(x.contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8))
         for n, x in a.items()
     )
@@ -96,11 +97,15 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"/" for p in folder.rglob("*")}
 
 
-# --- files: complete, or not there -------------------------------------------------------------------------
+# --- files: complete, or not there ------------------------------------------------------------------------
 
 
-@given(st.dictionaries(st.sampled_from("abcdef"), st.binary(max_size=50), max_size=4), st.integers(0, 4),
-       st.booleans(), st.sampled_from([ValueError, KeyboardInterrupt, OSError]))
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.binary(max_size=50), max_size=4),
+    st.integers(0, 4),
+    st.booleans(),
+    st.sampled_from([ValueError, KeyboardInterrupt, OSError]),
+)
 def test_a_directory_appears_whole_or_not_at_all(tmp_path_factory, files, fails_after, nested, error):
     parent = tmp_path_factory.mktemp("out")
     target = parent / "made" / "here" / "out" if nested else parent / "out"
@@ -197,8 +202,11 @@ def test_a_process_that_is_killed_leaves_whole_files_only(tmp_path):
     """SIGKILL at random moments while one folder after another is written: each that has its name is complete."""
     tests = Path(__file__).parent
     paths = os.pathsep.join([str(tests.parent), str(tests)])
-    subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True,
-                   env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path],
+        check=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
     written = [path for path in tmp_path.iterdir() if not path.name.startswith(".s2ft-")]
     assert len(written) > 8
     for path in written:
@@ -210,7 +218,7 @@ def test_a_process_that_is_killed_leaves_whole_files_only(tmp_path):
     save_merged(Toy(), tmp_path / "again")  # what was left behind is in nobody's way
 
 
-# --- fingerprint -------------------------------------------------------------------------------------------
+# --- fingerprint ------------------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_is_of_the_base_model():
@@ -249,7 +257,7 @@ def test_the_fingerprint_needs_no_content_on_the_meta_device():
     assert fingerprint(nn.Linear(3, 4, device="meta")) != fingerprint(nn.Linear(4, 3, device="meta"))
 
 
-# --- merged ------------------------------------------------------------------------------------------------
+# --- merged -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -266,11 +274,21 @@ def test_a_merged_module_loads_into_a_plain_one(tmp_path, dtype):
 
 
 HF = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=16, tie_word_embeddings=True)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(
-        vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+            tie_word_embeddings=True,
+        )
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    ),
 }
 
 
@@ -318,8 +336,7 @@ def test_an_output_that_exists_is_refused(tmp_path, save):
     assert tree(tmp_path) == {"out": b"/", "out/mine": b"kept"} and same(bits(model), before)
 
 
-@pytest.mark.parametrize("save, writer", [
-    (save_merged, "merged.save_model"), (save_adapter, "format.save_file")])
+@pytest.mark.parametrize("save, writer", [(save_merged, "merged.save_model"), (save_adapter, "format.save_file")])
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch, save, writer):
     def half(tensors, path, **_):
         Path(path).write_bytes(b"half")
@@ -333,7 +350,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch, save, wri
     assert tree(tmp_path) == {} and same(bits(model), before)
 
 
-# --- adapter: round trips ----------------------------------------------------------------------------------
+# --- adapter: round trips ---------------------------------------------------------------------------------
 
 
 @cache
@@ -341,8 +358,12 @@ def prepared(dtype: torch.dtype, targets: tuple) -> nn.Module:
     return trained(Toy(dtype=dtype), targets=dict(targets))
 
 
-@given(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), st.integers(0, 99),
-       st.sampled_from([1e-4, 0.1, 30.0]), st.sampled_from([TARGETS, {"blocks.1.up.weight": 1}]))
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.integers(0, 99),
+    st.sampled_from([1e-4, 0.1, 30.0]),
+    st.sampled_from([TARGETS, {"blocks.1.up.weight": 1}]),
+)
 def test_base_plus_adapter_is_merged_bit_for_bit(tmp_path_factory, dtype, seed, scale, targets):
     out = tmp_path_factory.mktemp("a") / "adapter"
     model = prepared(dtype, tuple(targets.items()))
@@ -388,8 +409,15 @@ def test_the_card_says_what_the_adapter_is(tmp_path):
     save_adapter(model, tmp_path / "a")
     text = (tmp_path / "a" / "README.md").read_text()
     numbers = sum(p.numel() for p in s2ft.parameters(model))
-    for expected in ("Toy in float32", fingerprint(Toy()), "`ffn.out` = 3", f"{numbers:,} numbers in 4 weights",
-                     "| ffn.out | 2 × `down` | 3 of 12 along dim 1 |", "seed 3", "load_adapter(model"):
+    for expected in (
+        "Toy in float32",
+        fingerprint(Toy()),
+        "`ffn.out` = 3",
+        f"{numbers:,} numbers in 4 weights",
+        "| ffn.out | 2 × `down` | 3 of 12 along dim 1 |",
+        "seed 3",
+        "load_adapter(model",
+    ):
         assert expected in text
 
 
@@ -412,7 +440,7 @@ def test_only_a_prepared_and_finite_model_has_an_adapter(tmp_path):
     assert tree(tmp_path) == {}
 
 
-# --- adapter: refusals, after which the model has the bits it had ------------------------------------------
+# --- adapter: refusals, after which the model has the bits it had -----------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -504,6 +532,7 @@ def forge(folder: Path, tensors=None, config=None, raw: bytes | None = None) -> 
 
 def indices_become(content):
     """An edit of both files: the first slice's indices, in the tensors and in the plan."""
+
     def tensors(t):
         t[sorted(k for k in t if k.endswith(".indices"))[0]] = torch.tensor(content, dtype=torch.int32)
 
@@ -558,15 +587,23 @@ FORGERIES = {
     "other indices": (indices_become([0, 1, 2, 3]), "a delta of"),
     "indices unlike the plan's": ({"tensors": indices_become([0, 1, 2])["tensors"]}, "not those of the plan"),
     "indices as int64": (
-        {"tensors": lambda t: t.update({k: v.long() for k, v in t.items() if "indices" in k})}, "int32"),
+        {"tensors": lambda t: t.update({k: v.long() for k, v in t.items() if "indices" in k})},
+        "int32",
+    ),
     "tensor missing": ({"tensors": lambda t: t.pop(sorted(t)[0])}, "same tensors"),
     "tensor too many": ({"tensors": lambda t: t.update(more=torch.zeros(3))}, "same tensors: more"),
     "slice too few": ({"config": lambda c: c["plan"]["slices"].pop()}, "same tensors"),
     "slice twice": ({"config": lambda c: c["plan"]["slices"].append(c["plan"]["slices"][0])}, "one slice"),
     "unknown parameter": (
-        {"tensors": lambda t: t.update({k.replace("blocks.0", "blocks.7"): t.pop(k) for k in list(t)}),
-         "config": lambda c: [s.update(parameter_name=s["parameter_name"].replace("blocks.0", "blocks.7"))
-                              for s in c["plan"]["slices"]]}, "has no blocks.7"),
+        {
+            "tensors": lambda t: t.update({k.replace("blocks.0", "blocks.7"): t.pop(k) for k in list(t)}),
+            "config": lambda c: [
+                s.update(parameter_name=s["parameter_name"].replace("blocks.0", "blocks.7"))
+                for s in c["plan"]["slices"]
+            ],
+        },
+        "has no blocks.7",
+    ),
     "nameless parameter": (plan_slice(parameter_name=3), "parameter's name"),
     "listed parameter": (plan_slice(parameter_name=["x"]), "parameter's name"),
     "other shape": (plan_slice(shape=[8, 13]), "parameter of shape"),
@@ -587,7 +624,8 @@ FORGERIES = {
     "no samples": ({"config": lambda c: c["base"].pop("samples")}, "do not make its fingerprint"),
     "float64 stated, float32 given": (
         {"config": lambda c: c["delta_dtypes"].update({c["plan"]["slices"][0]["parameter_name"]: "float64"})},
-        "a delta of torch.float32"),
+        "a delta of torch.float32",
+    ),
     "10^12 elements along dim 1": (plan_slice(shape=[8, 10**12]), "parameter of shape"),
     "10^12 elements along dim 0": (plan_slice(shape=[10**12, 12]), "a delta of"),
     "negative shape": (plan_slice(shape=[-8, 12]), "parameter of shape"),

@@ -72,8 +72,16 @@ def test_steps_write_the_weights(mode):
     assert_weights(model.cpu(), tuned(base, cpu_plan))
 
 
-@pytest.mark.parametrize("options", [{"logits": False}, {"logits": False, "activation_budget": 0.3},
-                                     {"logits": False, "mode": "reduce-overhead"}, {"kernels": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logits": False},
+        {"logits": False, "activation_budget": 0.3},
+        {"logits": False, "mode": "reduce-overhead"},
+        {"kernels": False},
+    ],
+    ids=str,
+)
 def test_options_leave_gradients_as_they_are(options):
     """In float32: each differs from the plain graph by the order of sums of at most 64 products, in some ten layers."""
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -107,12 +115,21 @@ def test_micro_batches_add_up_in_cuda_graphs():
 @pytest.mark.parametrize("logits", [True, False])
 def test_predicted_memory(logits):
     """`s2ft.estimate` against the allocator's peak of a step."""
-    sizes = dict(vocab_size=32000, hidden_size=1024, intermediate_size=3584, num_hidden_layers=4, head_dim=64,
-                 num_attention_heads=16, num_key_value_heads=4, max_position_embeddings=1024)
+    sizes = dict(
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=4,
+        head_dim=64,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+    )
     ids = torch.randint(32000, (2, 1024))
     model = hf("llama", **sizes).to(torch.bfloat16).train()
-    made = s2ft.estimate(copy.deepcopy(model).to("meta"), {"input_ids": ids, "labels": ids},
-                         options=s2ft.CompileOptions(logits=logits))
+    made = s2ft.estimate(
+        copy.deepcopy(model).to("meta"), {"input_ids": ids, "labels": ids}, options=s2ft.CompileOptions(logits=logits)
+    )
     model, ids = model.cuda(), ids.cuda()
     s2ft.prepare(model, {"input_ids": ids})
     net = compiled(model, "inductor", logits=logits)

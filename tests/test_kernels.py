@@ -14,7 +14,7 @@ from ahead import Ahead
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreted import interpreted, whole_interpreter  # noqa: F401
-from small import U32, fresh, hf, prepared, randomize, same_bits, tokens  # noqa: F401
+from small import U32, hf, prepared, randomize, same_bits, tokens
 from torch import Tensor
 
 import s2ft_compile as s2ft
@@ -58,16 +58,23 @@ def randn(shape, dtype, seed, device="cpu") -> Tensor:
     return made.to(dtype).to(device)
 
 
-# --- slice_grad ------------------------------------------------------------------------------------------------
+# --- slice_grad -----------------------------------------------------------------------------------------------
 
 sizes = st.one_of(st.sampled_from([1, 16, 64, 65, 128, 130]), st.integers(1, 150))
 orders = st.sampled_from([(0, 1), (1, 0)])
 
 
 @on_devices
-@given(T=st.one_of(st.sampled_from([0, 1, 64]), st.integers(0, 200)), M=sizes, N=sizes, dtype=st.sampled_from(TYPES),
-       orders=st.tuples(orders, orders, orders), add=st.sampled_from(["no", "to another", "in place"]),
-       at_once=st.sampled_from([1, 7]), seed=st.integers(0, 99))
+@given(
+    T=st.one_of(st.sampled_from([0, 1, 64]), st.integers(0, 200)),
+    M=sizes,
+    N=sizes,
+    dtype=st.sampled_from(TYPES),
+    orders=st.tuples(orders, orders, orders),
+    add=st.sampled_from(["no", "to another", "in place"]),
+    at_once=st.sampled_from([1, 7]),
+    seed=st.integers(0, 99),
+)
 def test_slice_grad(device, T, M, N, dtype, orders, add, at_once, seed):
     """float32 sums in any order: (terms + 1) roundings of sum |a||b|; matrix units cut off, so 2^-23 for each."""
     A, B = (Guarded(randn((T, n), dtype, seed + i, device), order) for i, (n, order) in enumerate(zip((M, N), orders)))
@@ -75,8 +82,14 @@ def test_slice_grad(device, T, M, N, dtype, orders, add, at_once, seed):
     start = C.tensor.double() if add != "no" else torch.zeros((), dtype=torch.float64, device=device)
     a, b = A.tensor.double(), B.tensor.double()
     target = C if add == "in place" else out
-    found = slice_grad.launch(kernel_on(device, slice_grad._kernel), A.tensor, B.tensor,
-                              None if add == "no" else C.tensor, target.tensor, at_once)
+    found = slice_grad.launch(
+        kernel_on(device, slice_grad._kernel),
+        A.tensor,
+        B.tensor,
+        None if add == "no" else C.tensor,
+        target.tensor,
+        at_once,
+    )
     bound = (T + slice_grad.MAX_SPLITS + 2) * 2.0**-23 * (a.abs().T @ b.abs() + start.abs())
     assert ((found.double() - (start + a.T @ b)).abs() <= bound).all()
     for guarded in (A, B, C, out):
@@ -105,7 +118,7 @@ def test_tiles_fill_a_gpu_and_no_more(M, N, at_once):
     assert how.num_stages * how.BLOCK_T * (how.BLOCK_M + how.BLOCK_N) * 2 <= 96 * 2**10
 
 
-# --- refresh ---------------------------------------------------------------------------------------------------
+# --- refresh --------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -192,12 +205,20 @@ def test_what_does_not_fit_a_launch():
     assert not refresh.fits(W, W[:2].clone(), torch.randn(2, 4)), "the CPU goes block by block"
 
 
-# --- adapters --------------------------------------------------------------------------------------------------
+# --- adapters -------------------------------------------------------------------------------------------------
 
 
 @on_devices
-@given(N=st.integers(1, 4), L=st.sampled_from([1, 2, 17, 70]), inner=st.integers(1, 70), outer=st.integers(1, 70),
-       contracts=st.booleans(), dtype=st.sampled_from(TYPES), data=st.data(), seed=st.integers(0, 99))
+@given(
+    N=st.integers(1, 4),
+    L=st.sampled_from([1, 2, 17, 70]),
+    inner=st.integers(1, 70),
+    outer=st.integers(1, 70),
+    contracts=st.booleans(),
+    dtype=st.sampled_from(TYPES),
+    data=st.data(),
+    seed=st.integers(0, 99),
+)
 def test_adapter_add(device, N, L, inner, outer, contracts, dtype, data, seed):
     """Sums of K terms in float32, rounded once to y's type; a row without an adapter stays as it is, bit for bit."""
     side = inner if contracts else outer
@@ -272,7 +293,7 @@ def test_the_operators_compile_on_a_gpu(contracts):
             torch.testing.assert_close(a, b, rtol=2.0**-7, atol=1e-3 * 3 * L)
 
 
-# --- on GPUs that are not there --------------------------------------------------------------------------------
+# --- on GPUs that are not there -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -282,15 +303,23 @@ def test_every_kernel_compiles(capability, dtype):
     probe = Ahead(support._probe, capability)
     probe[(1,)](torch.empty(16, 16, dtype=dtype), torch.empty(16, 16))
     for T, M, N, start in ((512, 4096, 128, None), (1000, 4096, 430, torch.empty(4096, 430))):
-        slice_grad.launch(gradient, torch.empty(T, M, dtype=dtype), torch.empty(T, N, dtype=dtype), start,
-                          torch.empty(M, N), 132)
+        slice_grad.launch(
+            gradient, torch.empty(T, M, dtype=dtype), torch.empty(T, N, dtype=dtype), start, torch.empty(M, N), 132
+        )
     W = torch.zeros(9, 70, dtype=dtype)
     refresh.launch(fresh_weights, [(W, W[:, :5].contiguous(), torch.zeros(9, 5), 1, ((2, 5),))])
     for L, contracts in ((1, True), (1, False), (70, True)):
         delta = torch.empty((4, 40, 512) if contracts else (4, 256, 40), dtype=dtype)
-        adapters.launch(added, torch.empty(5, L, 512, dtype=dtype), torch.empty(5, L, 256, dtype=dtype),
-                        torch.zeros(5, dtype=torch.int64), torch.zeros(4, 40, dtype=torch.int64), delta,
-                        torch.zeros(4, dtype=torch.int32), contracts)
+        adapters.launch(
+            added,
+            torch.empty(5, L, 512, dtype=dtype),
+            torch.empty(5, L, 256, dtype=dtype),
+            torch.zeros(5, dtype=torch.int64),
+            torch.zeros(4, 40, dtype=torch.int64),
+            delta,
+            torch.zeros(4, dtype=torch.int32),
+            contracts,
+        )
     made = gradient.made + fresh_weights.made + added.made + probe.made
     assert len(made) == 7 and all(m.asm["cubin"] for m in made)
     assert all(m.metadata.shared <= 99 * 2**10 for m in made), "more shared memory than every GPU since Ampere has"

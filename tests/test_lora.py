@@ -60,9 +60,17 @@ def factors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / lora.WEIGHTS)
 
 
-@pytest.mark.parametrize("kind, layout, ranks", [
-    ("llama", "pattern", "exact"), ("gpt2", "pattern", "exact"), ("bert", "pattern", "vllm"),
-    ("llama", "padded", "exact"), ("gpt2", "padded", "vllm"), ("qwen2", "padded", 16)])
+@pytest.mark.parametrize(
+    "kind, layout, ranks",
+    [
+        ("llama", "pattern", "exact"),
+        ("gpt2", "pattern", "exact"),
+        ("bert", "pattern", "vllm"),
+        ("llama", "padded", "exact"),
+        ("gpt2", "padded", "vllm"),
+        ("qwen2", "padded", 16),
+    ],
+)
 def test_peft_merges_to_the_bits_of_the_merged_model(tmp_path, kind, layout, ranks):
     base, model = tuned(kind)
     save_lora(model, tmp_path / "lora", layout=layout, ranks=ranks)
@@ -78,8 +86,15 @@ def test_peft_merges_to_the_bits_of_the_merged_model(tmp_path, kind, layout, ran
     assert f"--max-lora-rank {served} " in text and type(base).__name__ in text and "Not exact" not in text
 
 
-@given(st.integers(1, 5), st.integers(1, 9), st.integers(2, 9), st.integers(0, 1), st.booleans(), st.integers(0, 9),
-       st.integers(0, 99))
+@given(
+    st.integers(1, 5),
+    st.integers(1, 9),
+    st.integers(2, 9),
+    st.integers(0, 1),
+    st.booleans(),
+    st.integers(0, 9),
+    st.integers(0, 99),
+)
 def test_the_factors_are_the_delta(n, other, size, dim, transposed, more, seed):
     """B A is the slice of zeros with the delta at its indices, whatever the shape and however it is padded."""
     n, random = min(n, size), torch.Generator().manual_seed(seed)
@@ -163,14 +178,15 @@ def test_names_that_end_like_others_keep_their_ranks(tmp_path):
 
     base = Nested()
     model = copy.deepcopy(base)
-    s2ft.prepare(model, (torch.randn(2, 4),), s2ft.S2FTConfig(
-        targets={"down.weight": 2, "inner.down.weight": 5, "up.weight": 1}))
+    s2ft.prepare(
+        model, (torch.randn(2, 4),), s2ft.S2FTConfig(targets={"down.weight": 2, "inner.down.weight": 5, "up.weight": 1})
+    )
     randomize(model)
     save_lora(model, tmp_path / "lora")
     assert_weights(PeftModel.from_pretrained(base, tmp_path / "lora").merge_and_unload(), weights(model))
 
 
-# --- refusals ----------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------
 
 
 def test_a_rank_above_the_limit_is_refused_or_truncated_with_its_error(tmp_path, caplog):
@@ -217,12 +233,15 @@ class Odd(nn.Module):
         return self.head(x + self.down(torch.relu(self.up(x))))
 
 
-@pytest.mark.parametrize("target, tied, match", [
-    ("embed.weight", False, "embed.weight cannot be a LoRA: its layer is of type Embedding; valid: nn.Linear"),
-    ("embed.weight", True, "held as embed.weight and head.weight"),
-    ("mix", False, "'mix' of a Odd"),
-    ("up.bias", False, "'bias' of a Linear"),
-])
+@pytest.mark.parametrize(
+    "target, tied, match",
+    [
+        ("embed.weight", False, "embed.weight cannot be a LoRA: its layer is of type Embedding; valid: nn.Linear"),
+        ("embed.weight", True, "held as embed.weight and head.weight"),
+        ("mix", False, "'mix' of a Odd"),
+        ("up.bias", False, "'bias' of a Linear"),
+    ],
+)
 def test_what_is_no_lora_is_refused(tmp_path, target, tied, match):
     model = Odd(tied)
     name = target
@@ -236,9 +255,15 @@ def test_what_is_no_lora_is_refused(tmp_path, target, tied, match):
         lora.linear_layers(model, lora.Adapter(plan, {}))
 
 
-@pytest.mark.parametrize("options, match", [
-    ({"layout": "flat"}, "pattern, padded"), ({"ranks": 0}, "positive"), ({"ranks": True}, "positive"),
-    ({"ranks": "all"}, "'exact', 'vllm'")])
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"layout": "flat"}, "pattern, padded"),
+        ({"ranks": 0}, "positive"),
+        ({"ranks": True}, "positive"),
+        ({"ranks": "all"}, "'exact', 'vllm'"),
+    ],
+)
 def test_unknown_options_are_refused(tmp_path, options, match):
     with pytest.raises(ConfigError, match=match):
         save_lora(nn.Linear(2, 2), tmp_path / "lora", **options)

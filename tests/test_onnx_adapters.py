@@ -91,7 +91,8 @@ def test_room_for_the_adapters_of_several_folders(tmp_path):
     close(run(session, inputs), base(inputs).logits.detach())
 
 
-# --- opsets ------------------------------------------------------------------------------------------------
+# --- opsets -----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", [False, True])
@@ -101,11 +102,17 @@ def test_each_opset_runs_plain_and_with_adapters(tmp_path, opset, cache):
     model, base, feeds = tuned("llama", 0, **layers), hf("llama", **layers), {"input_ids": ids.numpy()}
     if cache:
         empty = np.zeros((3, 2, 0, 4), np.float32)
-        feeds |= {"attention_mask": np.ones((3, 11), np.int64), "position_ids": np.arange(11)[None].repeat(3, 0),
-                  "past_key_values.0.key": empty, "past_key_values.0.value": empty}
+        feeds |= {
+            "attention_mask": np.ones((3, 11), np.int64),
+            "position_ids": np.arange(11)[None].repeat(3, 0),
+            "past_key_values.0.key": empty,
+            "past_key_values.0.value": empty,
+        }
     file = save_onnx_adapter(model, tmp_path / "one.onnx_adapter")
     for name, adapters, cases in (
-        ("plain", "merged", ((model, ()),)), ("separate", "separate", ((base, ()), (model, (file,))))):
+        ("plain", "merged", ((model, ()),)),
+        ("separate", "separate", ((base, ()), (model, (file,)))),
+    ):
         path = export_onnx(model, tmp_path / f"{name}.onnx", example, adapters, cache=cache, opset=opset)
         assert [(o.domain, o.version) for o in onnx.load(path).opset_import] == [("", opset)]
         session = onnxruntime.InferenceSession(str(path))
@@ -114,7 +121,7 @@ def test_each_opset_runs_plain_and_with_adapters(tmp_path, opset, cache):
                 close(run(session, feeds, *files), expected(ids).logits)
 
 
-# --- the pass ----------------------------------------------------------------------------------------------
+# --- the pass ---------------------------------------------------------------------------------------------
 
 
 def graph_of(kind: str, W: np.ndarray, twice: bool = False) -> ir.Model:
@@ -143,8 +150,14 @@ def graph_of(kind: str, W: np.ndarray, twice: bool = False) -> ir.Model:
 
 
 @settings(max_examples=25)
-@given(st.sampled_from(["MatMul", "Gemm", "Gemm transB", "Transpose"]), st.integers(1, 5), st.integers(1, 5),
-       st.sampled_from([(0,), (1,), (0, 1), (1, 0)]), st.booleans(), st.integers(0, 99))
+@given(
+    st.sampled_from(["MatMul", "Gemm", "Gemm transB", "Transpose"]),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.sampled_from([(0,), (1,), (0, 1), (1, 0)]),
+    st.booleans(),
+    st.integers(0, 99),
+)
 def test_the_pass_adds_the_slices_that_are_given(kind, size_in, size_out, dims, twice, seed):
     random = np.random.default_rng(seed)
     W = random.standard_normal((size_in, size_out)).astype(np.float32)
@@ -169,8 +182,14 @@ def test_the_pass_adds_the_slices_that_are_given(kind, size_in, size_out, dims, 
 
 
 @settings(max_examples=15)
-@given(st.sampled_from(["MatMul", "Gemm", "Gemm transB", "Transpose"]), st.integers(1, 5), st.integers(1, 5),
-       st.integers(0, 4), st.booleans(), st.integers(0, 99))
+@given(
+    st.sampled_from(["MatMul", "Gemm", "Gemm transB", "Transpose"]),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(0, 4),
+    st.booleans(),
+    st.integers(0, 99),
+)
 def test_the_pass_adds_a_lora_of_any_rank(kind, size_in, size_out, rank, twice, seed):
     random = np.random.default_rng(seed)
     W = random.standard_normal((size_in, size_out)).astype(np.float32)
@@ -185,8 +204,9 @@ def test_the_pass_adds_a_lora_of_any_rank(kind, size_in, size_out, rank, twice, 
     A, B = (random.standard_normal(shape).astype(np.float32) for shape in ((size_in, rank), (rank, size_out)))
     found = session.run(None, {"x": x, "layer.lora_A.weight": A, "layer.lora_B.weight": B})
     for got, sign in zip(found, (1, -1)):
-        np.testing.assert_allclose(got, sign * (x.astype(np.float64) @ (W + A.astype(np.float64) @ B)),
-                                   rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            got, sign * (x.astype(np.float64) @ (W + A.astype(np.float64) @ B)), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_weight_that_is_no_factor_of_a_product_is_refused_by_its_node():
@@ -201,13 +221,17 @@ def test_a_weight_that_is_no_factor_of_a_product_is_refused_by_its_node():
     assert len(list(model.graph)) == before and len(model.graph.inputs) == 1
 
 
-# --- refusals ----------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------
 
 
 def test_options_and_names_that_do_not_fit_are_refused(tmp_path):
     base = hf("llama")
-    for adapters, match in (("apart", "'separate' or a list"), (tmp_path / "a", "'separate' or a list"),
-                            ("separate", "not prepared"), ([], "no adapter")):
+    for adapters, match in (
+        ("apart", "'separate' or a list"),
+        (tmp_path / "a", "'separate' or a list"),
+        ("separate", "not prepared"),
+        ([], "no adapter"),
+    ):
         with pytest.raises(ConfigError, match=match):
             export_onnx(base, tmp_path / "m.onnx", {"input_ids": tokens()}, adapters=adapters)
     model = tuned("llama", 0)

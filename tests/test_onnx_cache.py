@@ -44,12 +44,17 @@ MODELS = {
     "qwen2": lambda: hf("qwen2", num_hidden_layers=1),  # biases
     "gpt2": lambda: hf("gpt2", n_layer=1),  # learned positions, fused projections, tied
     "gemma3": lambda: widened(  # a window of three tokens in one layer, and all of them in the other
-        t.Gemma3TextConfig, t.Gemma3ForCausalLM, **{**LLAMA, "sliding_window": 3},
-        layer_types=["sliding_attention", "full_attention"]),
+        t.Gemma3TextConfig,
+        t.Gemma3ForCausalLM,
+        **{**LLAMA, "sliding_window": 3},
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "mixtral": lambda: widened(  # experts, as grouped products
-        t.MixtralConfig, t.MixtralForCausalLM, **{**LLAMA, "num_hidden_layers": 1}, num_local_experts=4),
+        t.MixtralConfig, t.MixtralForCausalLM, **{**LLAMA, "num_hidden_layers": 1}, num_local_experts=4
+    ),
     "bloom": lambda: widened(  # no positions: they come from the mask
-        t.BloomConfig, t.BloomForCausalLM, vocab_size=50, hidden_size=16, n_layer=1, n_head=4),
+        t.BloomConfig, t.BloomForCausalLM, vocab_size=50, hidden_size=16, n_layer=1, n_head=4
+    ),
 }
 
 
@@ -64,8 +69,9 @@ def prompts(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def expected(model, ids, mask, new: int = 9, eos: int | None = None) -> np.ndarray:
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = eos, 0
     with torch.no_grad():
-        return model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new,
-                              use_cache=True).numpy()
+        return model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new, use_cache=True
+        ).numpy()
 
 
 def found(session, ids, mask, new: int = 9, **more) -> np.ndarray:
@@ -80,8 +86,9 @@ def tuned(kind: str, seed: int, targets=TARGETS):
     return model
 
 
-@pytest.mark.parametrize("kind", [
-    kind if kind == "gemma3" else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS])
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "gemma3" else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
+)
 def test_greedy_tokens_are_those_of_generate(tmp_path, kind):
     model, (ids, mask) = MODELS[kind]().train(), prompts()
     before, config = {n: p.detach().clone() for n, p in model.named_parameters()}, model.config.to_dict()
@@ -107,8 +114,7 @@ def test_each_adapter_of_one_graph_generates_what_its_model_does(tmp_path, kind,
     assert_weights(first, before)
     session, (ids, mask) = load(path), prompts()
     rows = []
-    for name, model in (
-            ("none", MODELS[kind]()), ("first", first), ("second", second), ("none", MODELS[kind]())):
+    for name, model in (("none", MODELS[kind]()), ("first", first), ("second", second), ("none", MODELS[kind]())):
         file = tmp_path / f"{name}.onnx_adapter"
         if name != "none":
             save_onnx_adapter(model, file, names=names)
@@ -138,12 +144,20 @@ def test_names_and_axes_of_the_graph_and_the_genai_config_that_describes_it(tmp_
     path = export_onnx(model, tmp_path / "m.onnx", EXAMPLE, cache=True, names="genai")
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "genai_config.json"}
     graph = onnx.load(path).graph
-    axes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
-            for v in (*graph.input, *graph.output)}
+    axes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*graph.input, *graph.output)
+    }
     past = {f"past_key_values.0.{kind}": ["batch", 2, "past_sequence", 4] for kind in ("key", "value")}
     present = {n.replace("past_key_values", "present"): ["batch", 2, "total_sequence", 4] for n in past}
-    assert axes == {"input_ids": ["batch", "sequence"], "attention_mask": ["batch", "total_sequence"],
-                    "position_ids": ["batch", "sequence"], **past, "logits": ["batch", "sequence", 50], **present}
+    assert axes == {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "total_sequence"],
+        "position_ids": ["batch", "sequence"],
+        **past,
+        "logits": ["batch", "sequence", 50],
+        **present,
+    }
     assert list(axes) == ["input_ids", "attention_mask", "position_ids", *past, "logits", *present]
     made = json.loads((tmp_path / "genai_config.json").read_text())
     decoder = made["model"]["decoder"]
@@ -151,8 +165,14 @@ def test_names_and_axes_of_the_graph_and_the_genai_config_that_describes_it(tmp_
     assert {n % i if "%" in n else n for n in named for i in range(decoder["num_hidden_layers"])} == axes.keys()
     assert (decoder["num_key_value_heads"], decoder["head_size"]) == (2, 4)
     assert made["model"] | {"decoder": None} == {
-        "type": "decoder", "bos_token_id": 3, "eos_token_id": [7, 9], "pad_token_id": 7, "context_length": 32,
-        "vocab_size": 50, "decoder": None}
+        "type": "decoder",
+        "bos_token_id": 3,
+        "eos_token_id": [7, 9],
+        "pad_token_id": 7,
+        "context_length": 32,
+        "vocab_size": 50,
+        "decoder": None,
+    }
     assert decoder["filename"] == "m.onnx" and decoder["hidden_size"] == 16 and decoder["num_attention_heads"] == 4
     assert made["search"]["past_present_share_buffer"] is False
 
@@ -168,12 +188,27 @@ def test_the_command_line_and_the_example(tmp_path, monkeypatch, capsys):
     randomize(model, 0, 0.3)
     model.s2ft.refresh()
     s2ft.exporters.save_adapter(model, tmp_path / "adapter")
-    made = CliRunner().invoke(app, [
-        "export", "onnx", "--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), "--genai",
-        "--separate", "--opset", "24", "--output", str(tmp_path / "out" / "m.onnx")])
+    made = CliRunner().invoke(
+        app,
+        [
+            "export",
+            "onnx",
+            "--model",
+            str(tmp_path / "base"),
+            "--adapter",
+            str(tmp_path / "adapter"),
+            "--genai",
+            "--separate",
+            "--opset",
+            "24",
+            "--output",
+            str(tmp_path / "out" / "m.onnx"),
+        ],
+    )
     assert made.exit_code == 0, made.output
     assert {"m.onnx", "m.onnx_adapter", "genai_config.json", "tokenizer.json"} <= {
-        p.name for p in (tmp_path / "out").iterdir()}
+        p.name for p in (tmp_path / "out").iterdir()
+    }
     file, prompts = tmp_path / "out" / "m.onnx", ["the cat", "a model and the data"]
     assert onnx.load(file).opset_import[0].version == 24
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
@@ -183,8 +218,10 @@ def test_the_command_line_and_the_example(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         generate_onnx.main()
         want = expected(tuned_model, encoded["input_ids"], encoded["attention_mask"], 6, tokenizer.eos_token_id)
-        text = [tokenizer.decode(row[len(row) - 6 - n:], skip_special_tokens=True)
-                for row, n in zip(want, encoded["attention_mask"].sum(1).tolist())]
+        text = [
+            tokenizer.decode(row[len(row) - 6 - n :], skip_special_tokens=True)
+            for row, n in zip(want, encoded["attention_mask"].sum(1).tolist())
+        ]
         assert capsys.readouterr().out.splitlines() == [line for t in text for line in t.splitlines()]
 
 
@@ -192,9 +229,18 @@ def test_the_command_line_and_the_example(tmp_path, monkeypatch, capsys):
 def test_weights_over_two_gigabytes_lie_beside_the_file_once(tmp_path):
     """Above what one protobuf file holds, with an embedding that is tied; needs 6 GB of memory, 2.3 GB of disk."""
     torch.manual_seed(0)
-    model = t.LlamaForCausalLM(t.LlamaConfig(
-        vocab_size=100_000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=6, num_attention_heads=16,
-        num_key_value_heads=4, tie_word_embeddings=True, max_position_embeddings=64)).eval()
+    model = t.LlamaForCausalLM(
+        t.LlamaConfig(
+            vocab_size=100_000,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=6,
+            num_attention_heads=16,
+            num_key_value_heads=4,
+            tie_word_embeddings=True,
+            max_position_embeddings=64,
+        )
+    ).eval()
     size = sum(4 * p.numel() for p in model.parameters())
     assert size > 1 << 31
     path = export_onnx(model, tmp_path / "m.onnx", EXAMPLE, cache=True)
@@ -209,7 +255,7 @@ def test_weights_over_two_gigabytes_lie_beside_the_file_once(tmp_path):
             file.unlink()
 
 
-# --- refusals ----------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------
 
 
 def mamba():
@@ -218,7 +264,8 @@ def mamba():
 
 def t5():
     return t.T5ForConditionalGeneration(
-        t.T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4))
+        t.T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
+    )
 
 
 class Seeing(t.LlamaForCausalLM):
@@ -229,14 +276,17 @@ class Seeing(t.LlamaForCausalLM):
         return t.modeling_outputs.CausalLMOutputWithPast(logits=out.logits + out.logits[:, -1:])
 
 
-@pytest.mark.parametrize("make, match", [
-    (lambda: hf("bert"), "BertForMaskedLM has no KV cache.*does not take past_key_values"),
-    (t5, "T5ForConditionalGeneration has no KV cache.*encoder with a decoder"),
-    (mamba, "MambaForCausalLM has no KV cache.*past_key_values"),
-    (lambda: t.LlamaModel(t.LlamaConfig(**LLAMA)), "LlamaModel has no KV cache.*no logits"),
-    (lambda: Seeing(t.LlamaConfig(**LLAMA)), "tokens see those that follow"),
-    (lambda: torch.nn.Linear(2, 2), "Linear has no KV cache.*attention_mask, input_ids, past_key_values"),
-])
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: hf("bert"), "BertForMaskedLM has no KV cache.*does not take past_key_values"),
+        (t5, "T5ForConditionalGeneration has no KV cache.*encoder with a decoder"),
+        (mamba, "MambaForCausalLM has no KV cache.*past_key_values"),
+        (lambda: t.LlamaModel(t.LlamaConfig(**LLAMA)), "LlamaModel has no KV cache.*no logits"),
+        (lambda: Seeing(t.LlamaConfig(**LLAMA)), "tokens see those that follow"),
+        (lambda: torch.nn.Linear(2, 2), "Linear has no KV cache.*attention_mask, input_ids, past_key_values"),
+    ],
+)
 def test_models_without_a_cache_that_are_asked_for_one(tmp_path, make, match):
     model = make()
     with pytest.raises(ConfigError, match=match):
@@ -244,12 +294,15 @@ def test_models_without_a_cache_that_are_asked_for_one(tmp_path, make, match):
     assert not list(tmp_path.iterdir()) and "forward" not in vars(model)
 
 
-@pytest.mark.parametrize("inputs, match", [
-    ({"input_ids": tokens(), "pixel_values": torch.ones(2)}, "found input_ids of shape \\(2, 8\\), pixel_values"),
-    ({"inputs_embeds": torch.ones(2, 3, 16)}, "found inputs_embeds"),
-    ({"input_ids": torch.ones(2, 3)}, "integer input_ids"),
-    ({"input_ids": torch.ones(3, dtype=torch.int64)}, "found input_ids of shape \\(3,\\)"),
-])
+@pytest.mark.parametrize(
+    "inputs, match",
+    [
+        ({"input_ids": tokens(), "pixel_values": torch.ones(2)}, "found input_ids of shape \\(2, 8\\), pixel_values"),
+        ({"inputs_embeds": torch.ones(2, 3, 16)}, "found inputs_embeds"),
+        ({"input_ids": torch.ones(2, 3)}, "integer input_ids"),
+        ({"input_ids": torch.ones(3, dtype=torch.int64)}, "found input_ids of shape \\(3,\\)"),
+    ],
+)
 def test_example_inputs_that_generation_does_not_take(tmp_path, inputs, match):
     with pytest.raises(ConfigError, match=match):
         export_onnx(hf("llama"), tmp_path / "m.onnx", inputs, cache=True)

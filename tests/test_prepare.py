@@ -5,8 +5,21 @@ import json
 import pytest
 import torch
 from hypothesis import given, settings
-from small import (QUICK, assert_unchanged, assert_weights, cases, configs, drawn, hf, prepared, randomize, same_bits,
-                   snapshot, tokens, tuned)
+from small import (
+    QUICK,
+    assert_unchanged,
+    assert_weights,
+    cases,
+    configs,
+    drawn,
+    hf,
+    prepared,
+    randomize,
+    same_bits,
+    snapshot,
+    tokens,
+    tuned,
+)
 from symmetry import assert_same
 from torch import nn
 
@@ -16,7 +29,7 @@ from s2ft_compile.errors import CaptureError, ConfigError, StateError
 FEW = settings(max_examples=max(6, settings.default.max_examples // 3), phases=QUICK)
 
 
-# --- any model, any configuration ------------------------------------------------------------------------------------
+# --- any model, any configuration -----------------------------------------------------------------------------------
 
 
 @given(case=cases(), config=configs())
@@ -105,12 +118,16 @@ def test_the_default_configuration():
     assert [(len(s.indices), s.roles) for s in plan.slices] == [(1, ("ffn.out",))] * 2
 
 
-@pytest.mark.parametrize("example_inputs", [
-    lambda ids: {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-    lambda ids: (ids,),
-    lambda ids: [ids],
-    lambda ids: {"input_ids": ids, "labels": ids},
-], ids=["dict", "tuple", "list", "with labels"])
+@pytest.mark.parametrize(
+    "example_inputs",
+    [
+        lambda ids: {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        lambda ids: (ids,),
+        lambda ids: [ids],
+        lambda ids: {"input_ids": ids, "labels": ids},
+    ],
+    ids=["dict", "tuple", "list", "with labels"],
+)
 def test_forms_of_example_inputs(example_inputs):
     model = hf("llama", num_hidden_layers=1)
     plan = s2ft.prepare(model, example_inputs(tokens()), s2ft.S2FTConfig(targets={"ffn.out": 2}))
@@ -131,17 +148,20 @@ def test_frozen_parameters_stay_frozen_after_release():
 
 
 def test_the_same_seed_prepares_the_same_plan():
-    plans = [s2ft.prepare(drawn().make(), drawn().inputs, s2ft.S2FTConfig(targets={"ffn.out": 3}, seed=5)) for _ in range(2)]
+    plans = [
+        s2ft.prepare(drawn().make(), drawn().inputs, s2ft.S2FTConfig(targets={"ffn.out": 3}, seed=5)) for _ in range(2)
+    ]
     assert plans[0].to_json() == plans[1].to_json()
 
 
-# --- Plan ------------------------------------------------------------------------------------------------------------
+# --- Plan -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_survives_json():
     case = drawn()
-    config = s2ft.S2FTConfig(targets={"ffn.out": 3, "attention.out": 0.5}, selection="weight", largest=False,
-                             budget="model", seed=9)
+    config = s2ft.S2FTConfig(
+        targets={"ffn.out": 3, "attention.out": 0.5}, selection="weight", largest=False, budget="model", seed=9
+    )
     plan = s2ft.prepare(case.make(), case.inputs, config)
     again = s2ft.Plan.from_json(plan.to_json())
     assert again.config == plan.config and again.fingerprint == plan.fingerprint
@@ -152,21 +172,24 @@ def test_a_plan_survives_json():
     assert "blocks.0.ffn.down.weight[1]" in str(plan) and "parameters train" in str(plan)
 
 
-@pytest.mark.parametrize("edit, message", [
-    (lambda text: text[:40], "not a plan"),
-    (lambda text: "[]", "not a plan"),
-    (lambda text: "{}", "not a plan: KeyError"),
-    (lambda text: json.dumps({**json.loads(text), "version": 99}), "plan version 99"),
-    (lambda text: json.dumps({**json.loads(text), "slices": [{}]}), "not a plan"),
-    (lambda text: json.dumps({**json.loads(text), "config": {"sead": 1}}), "unknown option 'sead'"),
-])
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda text: text[:40], "not a plan"),
+        (lambda text: "[]", "not a plan"),
+        (lambda text: "{}", "not a plan: KeyError"),
+        (lambda text: json.dumps({**json.loads(text), "version": 99}), "plan version 99"),
+        (lambda text: json.dumps({**json.loads(text), "slices": [{}]}), "not a plan"),
+        (lambda text: json.dumps({**json.loads(text), "config": {"sead": 1}}), "unknown option 'sead'"),
+    ],
+)
 def test_a_damaged_plan_is_refused(edit, message):
     plan = s2ft.prepare(drawn().make(), drawn().inputs, s2ft.S2FTConfig(targets={"ffn.out": 3}))
     with pytest.raises(ConfigError, match=message):
         s2ft.Plan.from_json(edit(plan.to_json()))
 
 
-# --- refusals change nothing -------------------------------------------------------------------------------------------
+# --- refusals change nothing ------------------------------------------------------------------------------------------
 
 BAD = {
     "unknown role": (dict(config={"attention.vaule": 1}), ConfigError, "is neither a role"),
@@ -174,7 +197,11 @@ BAD = {
     "too small a ratio": (dict(config={"ffn.out": 0.01}), ConfigError, "the smallest ratio that works is 0.125"),
     "too many units": (dict(config={"ffn.out": 9}), ConfigError, "use 1 to 8"),
     "one bad target of two": (dict(config={"ffn.out": 2, "attention.key": 3}), ConfigError, "use 1 to 2"),
-    "a dict for a config": (dict(raw={"targets": {"ffn.out": 2}}), ConfigError, "config must be an S2FTConfig, got dict"),
+    "a dict for a config": (
+        dict(raw={"targets": {"ffn.out": 2}}),
+        ConfigError,
+        "config must be an S2FTConfig, got dict",
+    ),
     "inputs of another type": (dict(inputs="text"), ConfigError, "tuple or a dict of the forward's arguments, got str"),
     "no inputs": (dict(inputs=()), CaptureError, "could not be traced"),
     "inputs of a wrong shape": (dict(inputs=(torch.zeros(3, 4, 5, 6),)), CaptureError, "could not be traced"),
@@ -239,7 +266,7 @@ def test_analyze_changes_nothing():
     assert "ffn × 24: model.layers.0.mlp.gate_proj.weight[0] (ffn.in)" in text and "refused × 50" in text
 
 
-# --- permute -----------------------------------------------------------------------------------------------------------
+# --- permute ----------------------------------------------------------------------------------------------------------
 
 
 def test_permute_and_its_inverse():

@@ -7,8 +7,7 @@ import torch
 import transformers.integrations.moe  # noqa: F401  its operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import (LLAMA, QUICK, U32, assert_gradients, compiled, fresh, full_gradients, hf, prepared,  # noqa: F401
-                   tokens)
+from small import LLAMA, QUICK, U32, assert_gradients, compiled, full_gradients, hf, prepared, tokens
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,8 +32,11 @@ def graph_of(function, *inputs):
 
 def sizes(gm) -> list[int]:
     """The number of elements of every tensor the graph makes."""
-    return [n.meta["val"].numel() for n in gm.graph.nodes
-            if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)]
+    return [
+        n.meta["val"].numel()
+        for n in gm.graph.nodes
+        if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)
+    ]
 
 
 def pushed(function, inputs, full=ROWS * COLUMNS):
@@ -92,8 +94,13 @@ CASES = {
     "scaled": (lambda a, b: aten.mul(aten.mm(a, b), 0.25), MM, (0, 1)),
     "plus a weight": (lambda a, b, c: aten.add(aten.mm(a, b), aten.sign(c)), (*MM, (ROWS, COLUMNS)), (0, 1)),
     "divided": (lambda a, b: aten.div(aten.neg(aten.mm(a, b)), 3.0), MM, (0, 1)),
-    "a long way": (lambda a, b: aten._to_copy(aten.view(aten.permute(aten.mm(b.t(), a.t()), [1, 0]), [ROWS, 1, COLUMNS]) * 2.0,
-                                              dtype=torch.float32), MM, (0, 2)),
+    "a long way": (
+        lambda a, b: aten._to_copy(
+            aten.view(aten.permute(aten.mm(b.t(), a.t()), [1, 0]), [ROWS, 1, COLUMNS]) * 2.0, dtype=torch.float32
+        ),
+        MM,
+        (0, 2),
+    ),
 }
 
 
@@ -113,7 +120,8 @@ ROWS_ADDED = {
     "embedding": lambda g, i: aten.embedding_dense_backward(g, i, ROWS, -1, False),
     "index_put": lambda g, i: aten.index_put(aten.new_zeros(g, [ROWS, COLUMNS]), [i], g, True),
     "masked index_put": lambda g, i: aten._unsafe_masked_index_put_accumulate(
-        aten.full([ROWS, COLUMNS], 0, dtype=g.dtype), (i > 0)[..., None], [i], g),
+        aten.full([ROWS, COLUMNS], 0, dtype=g.dtype), (i > 0)[..., None], [i], g
+    ),
     "slice_scatter": lambda g, i: aten.slice_scatter(aten.full([ROWS, COLUMNS], 2, dtype=g.dtype), g[0], 0, 2, 5),
     "slice_backward": lambda g, i: aten.slice_backward(g[1], [ROWS, COLUMNS], 0, 1, 4, 1),
 }
@@ -169,8 +177,10 @@ def test_experts_that_do_not_train_have_no_gradient_of_their_weights(function):
     assert not any("backward" in str(node.target) for node in gm.graph.nodes)
 
 
-@pytest.mark.parametrize("inner, dtype, tolerance", [*[("aot_eager", torch.float32, 512 * U32)] * FALLBACK,
-                                                     ("inductor", torch.bfloat16, 0.1)])
+@pytest.mark.parametrize(
+    "inner, dtype, tolerance",
+    [*[("aot_eager", torch.float32, 512 * U32)] * FALLBACK, ("inductor", torch.bfloat16, 0.1)],
+)
 def test_experts_of_a_mixture_train_without_full_gradients(inner, dtype, tolerance):
     """float32 (transformers' fallback): sums of at most 50 products in another order, through some ten operators.
     bfloat16 (aten._grouped_mm): Inductor rounds a fused operator once, eager some ten times, to 2^-9 each."""
@@ -222,7 +232,7 @@ def test_a_graph_without_deltas_is_left_alone():
     assert gm.code == before
 
 
-# --- joint graphs: attach and autograd -------------------------------------------------------------------------------
+# --- joint graphs: attach and autograd ------------------------------------------------------------------------------
 
 JOINT = {
     "linear": (lambda W, x: torch.nn.functional.linear(x, W), (4, 3, COLUMNS)),
@@ -275,15 +285,24 @@ def _not_from(gm, position):
             yield n
 
 
-# --- what cannot be sliced ---------------------------------------------------------------------------------------------
+# --- what cannot be sliced --------------------------------------------------------------------------------------------
 
 REFUSED = {
     "cumsum": (lambda a: aten.cumsum(a, 0), ((ROWS, COLUMNS),), 0, "aten.cumsum"),
     "a view that joins the dimension": (lambda a, b: aten.view(aten.mm(a, b), [ROWS * COLUMNS]), MM, 0, "aten.view"),
-    "one of two uses": (lambda a, b, c: aten.add(aten.mm(a, b), aten.cumsum(c, 0)), (*MM, (ROWS, COLUMNS)), 0, "aten.cumsum"),
+    "one of two uses": (
+        lambda a, b, c: aten.add(aten.mm(a, b), aten.cumsum(c, 0)),
+        (*MM, (ROWS, COLUMNS)),
+        0,
+        "aten.cumsum",
+    ),
     "a tuple": (lambda a: aten.max(a, 0)[0].expand(ROWS, -1), ((3, COLUMNS),), 1, "aten.expand"),
-    "layer norm": (lambda a: operator.getitem(aten.native_layer_norm(a, [COLUMNS], None, None, 1e-5), 0),
-                   ((ROWS, COLUMNS),), 1, "aten.native_layer_norm"),
+    "layer norm": (
+        lambda a: operator.getitem(aten.native_layer_norm(a, [COLUMNS], None, None, 1e-5), 0),
+        ((ROWS, COLUMNS),),
+        1,
+        "aten.native_layer_norm",
+    ),
 }
 
 
@@ -303,7 +322,7 @@ def test_a_weight_whose_gradient_has_no_rule_is_refused_at_compile_time():
     assert isinstance(error.value.inner_exception, CompileError)
 
 
-# --- FLOPs -------------------------------------------------------------------------------------------------------------
+# --- FLOPs ------------------------------------------------------------------------------------------------------------
 
 D, F, H, KV, HD, V, LAYERS = 16, 24, 4, 2, 4, 50, 2  # small.LLAMA
 B, L = 2, 8
@@ -317,8 +336,15 @@ def backward_flops(layer: int, parts: dict[str, int]) -> int:
     Of a linear (in, out), dX is 2 T in out, and dW of n rows 2 T n in. The products of attention (eager): dV, dA and
     dQ, dK each 2 B H L² hd.
     """
-    linear = {"q": (D, H * HD), "k": (D, KV * HD), "v": (D, KV * HD), "o": (H * HD, D),
-              "gate": (D, F), "up": (D, F), "down": (F, D)}
+    linear = {
+        "q": (D, H * HD),
+        "k": (D, KV * HD),
+        "v": (D, KV * HD),
+        "o": (H * HD, D),
+        "gate": (D, F),
+        "up": (D, F),
+        "down": (F, D),
+    }
     dX = {n: 2 * T * i * o for n, (i, o) in linear.items()}
     product = 2 * B * H * L * L * HD
     whole = sum(dX.values()) + 4 * product
@@ -330,7 +356,14 @@ def backward_flops(layer: int, parts: dict[str, int]) -> int:
         "attention.query": dX["down"] + dX["gate"] + dX["up"] + dX["o"] + 2 * product,
         "attention.key": dX["down"] + dX["gate"] + dX["up"] + dX["o"] + 2 * product,
     }
-    dW = {"ffn.out": D, "ffn.in": 2 * D, "attention.out": D, "attention.value": D, "attention.query": D, "attention.key": D}
+    dW = {
+        "ffn.out": D,
+        "ffn.in": 2 * D,
+        "attention.out": D,
+        "attention.value": D,
+        "attention.query": D,
+        "attention.key": D,
+    }
     trained = LAYERS - layer
     slices = sum(2 * T * n * dW[role] for role, n in parts.items()) * trained
     lowest = max(below[role] for role in parts)
@@ -346,13 +379,17 @@ def count_backward(model, ids) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("targets, parts", [
-    ({"ffn.out": 3}, {"ffn.out": 3}),
-    ({"ffn.in": 5}, {"ffn.in": 5}),
-    ({"ffn.out": 3, "attention.out": 1}, {"ffn.out": 3, "attention.out": 4}),
-    ({"attention.value": 1, "ffn.out": 0.5}, {"attention.value": 4, "ffn.out": 12}),
-    ({"attention.query": 2, "attention.value": 1}, {"attention.query": 8, "attention.value": 4}),
-], ids=str)
+@pytest.mark.parametrize(
+    "targets, parts",
+    [
+        ({"ffn.out": 3}, {"ffn.out": 3}),
+        ({"ffn.in": 5}, {"ffn.in": 5}),
+        ({"ffn.out": 3, "attention.out": 1}, {"ffn.out": 3, "attention.out": 4}),
+        ({"attention.value": 1, "ffn.out": 0.5}, {"attention.value": 4, "ffn.out": 12}),
+        ({"attention.query": 2, "attention.value": 1}, {"attention.query": 8, "attention.value": 4}),
+    ],
+    ids=str,
+)
 def test_backward_flops_are_dx_and_sliced_dw(targets, parts):
     model, ids = hf("llama", attn_implementation="eager"), tokens(B, L)
     s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig(targets=targets))

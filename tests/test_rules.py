@@ -101,8 +101,10 @@ def assert_rule(op, args, kwargs, seed: int = 0) -> int:
     inputs, axes, made, _ = infer(op, args, kwargs)
     solution = Solution([a for dims in [*axes, *made] for a in dims], seed)
     moved = iter([move(x, dims, solution) for x, dims in zip(inputs, axes)])
-    args, kwargs = fx.node.map_aggregate((tuple(args), dict(kwargs)), lambda a: next(moved) if isinstance(a, Tensor) else a)
-    after, before = op(*args, **kwargs), op(*_restore(args, inputs), **_restore(kwargs, inputs[_count(args):]))
+    args, kwargs = fx.node.map_aggregate(
+        (tuple(args), dict(kwargs)), lambda a: next(moved) if isinstance(a, Tensor) else a
+    )
+    after, before = op(*args, **kwargs), op(*_restore(args, inputs), **_restore(kwargs, inputs[_count(args) :]))
     after, before = (list(v) if isinstance(v, (list, tuple)) else [v] for v in (after, before))
     for a, b, dims in zip(after, before, made, strict=True):
         torch.testing.assert_close(a, move(b, dims, solution), rtol=1e-9, atol=1e-9, equal_nan=True)
@@ -120,13 +122,13 @@ def _restore(tree, inputs):
     return fx.node.map_aggregate(tree, lambda a: next(originals) if isinstance(a, Tensor) else a)
 
 
-# --- the cases: operator -> (r -> (overload, args, kwargs)); several operators may share one -----------------------
+# --- the cases: operator -> (r -> (overload, args, kwargs)); several operators may share one ----------------------
 
 
 def pair(r):
     """Two shapes that broadcast."""
     shape = r.shape(r.of(3, 2))
-    other = [n if r.of(True, False) else 1 for n in shape][r.of(0, 1):]
+    other = [n if r.of(True, False) else 1 for n in shape][r.of(0, 1) :]
     return (r.t(*shape), r.t(*other)) if r.of(True, False) else (r.t(*other), r.t(*shape))
 
 
@@ -134,6 +136,7 @@ def with_dim(op, *extra, **kwargs):
     def case(r):
         x = r.x()
         return op, (x, r.dim(x), *extra), kwargs
+
     return case
 
 
@@ -150,6 +153,7 @@ def reduced(op, *before, **kwargs):
         x = r.x(2)
         dims = sorted({r.dim(x) % x.dim() for _ in range(r.n(1, 2))})
         return op, (x, *before, dims, r.of(False, True)), kwargs
+
     return case
 
 
@@ -163,6 +167,7 @@ def reshape_case(op):
         x = r.t(*[r.of(2, 3, 4, 6, 1) for _ in range(r.n(1, 3))])
         sizes = factored(r, x.numel())
         return op, (x, [*factored(r, sizes[0]), sizes[1]]), {}
+
     return case
 
 
@@ -203,10 +208,21 @@ def addmm_case(r):
 def matmul_case(r):
     n = r.n()
     batch = r.shape(2)
-    return aten.matmul.default, r.of(
-        (r.t(*batch, 3, n), r.t(*[b if r.of(True, False) else 1 for b in batch], n, 2)), (r.t(n), r.t(n)), (r.t(3, n), r.t(n)),
-        (r.t(n), r.t(n, 2)), (r.t(n), r.t(*batch, n, 2)), (r.t(*batch, 2, n), r.t(n, 3)), (r.t(2, n), r.t(batch[0], n, 3)),
-        (r.t(*batch, 2, n), r.t(n)), (r.t(*batch, 2, n), r.t(batch[1], n, 3))), {}
+    return (
+        aten.matmul.default,
+        r.of(
+            (r.t(*batch, 3, n), r.t(*[b if r.of(True, False) else 1 for b in batch], n, 2)),
+            (r.t(n), r.t(n)),
+            (r.t(3, n), r.t(n)),
+            (r.t(n), r.t(n, 2)),
+            (r.t(n), r.t(*batch, n, 2)),
+            (r.t(*batch, 2, n), r.t(n, 3)),
+            (r.t(2, n), r.t(batch[0], n, 3)),
+            (r.t(*batch, 2, n), r.t(n)),
+            (r.t(*batch, 2, n), r.t(batch[1], n, 3)),
+        ),
+        {},
+    )
 
 
 def baddbmm_case(r):
@@ -217,8 +233,9 @@ def baddbmm_case(r):
 
 def einsum_case(r):
     size = {c: r.n() for c in "abcd"}
-    equation = r.of("abc,adc->abd", "ab,bc->ac", "ab,ab->ab", "abc,bd->dac", "ab,cd->abcd", "abc,abd->bcd", "a,b->ab",
-                    "ab,ac->cb")
+    equation = r.of(
+        "abc,adc->abd", "ab,bc->ac", "ab,ab->ab", "abc,bd->dac", "ab,cd->abcd", "abc,abd->bcd", "a,b->ab", "ab,ac->cb"
+    )
     a, b = equation.split("->")[0].split(",")
     shapes = [[1 if r.of(False, False, True) else size[c] for c in letters] for letters in (a, b)]
     return aten.einsum.default, (equation, [r.t(*shape) for shape in shapes]), {}
@@ -230,10 +247,23 @@ def attention_case(r):
     other = length if causal else other
     gqa = r.of(True, False)
     heads_kv = kv if gqa else r.of(kv * groups, 1)
-    mask = None if causal or r.of(True, False) else r.t(*r.of([length, other], [batch, kv * groups, length, other],
-                                                              [batch, 1, 1, other], [1, kv * groups, 1, 1]))
-    q, k, v = r.t(batch, kv * groups, length, width), r.t(batch, heads_kv, other, width), r.t(batch, heads_kv, other, value)
-    return aten.scaled_dot_product_attention.default, (q, k, v, mask, 0.0, causal), {"enable_gqa": gqa, "scale": r.of(None, 0.3)}
+    mask = (
+        None
+        if causal or r.of(True, False)
+        else r.t(
+            *r.of([length, other], [batch, kv * groups, length, other], [batch, 1, 1, other], [1, kv * groups, 1, 1])
+        )
+    )
+    q, k, v = (
+        r.t(batch, kv * groups, length, width),
+        r.t(batch, heads_kv, other, width),
+        r.t(batch, heads_kv, other, value),
+    )
+    return (
+        aten.scaled_dot_product_attention.default,
+        (q, k, v, mask, 0.0, causal),
+        {"enable_gqa": gqa, "scale": r.of(None, 0.3)},
+    )
 
 
 def convolution_arguments(r):
@@ -251,7 +281,11 @@ def conv_case(r):
 
 def convolution_case(r):
     x, w, b, groups, spatial = convolution_arguments(r)
-    return aten.convolution.default, (x, w, b, [1] * spatial, [0] * spatial, [1] * spatial, False, [0] * spatial, groups), {}
+    return (
+        aten.convolution.default,
+        (x, w, b, [1] * spatial, [0] * spatial, [1] * spatial, False, [0] * spatial, groups),
+        {},
+    )
 
 
 def conv3d_case(r):
@@ -263,6 +297,7 @@ def layer_norm_case(op, eps=(1e-5,), bias=True):
         shape, keep = r.shape(3), r.of(1, 2)
         weight, shift = r.of((r.t(*shape[-keep:]), r.t(*shape[-keep:])), (None, None), (r.t(*shape[-keep:]), None))
         return op, (r.t(*shape), shape[-keep:], weight, *([shift] if bias else []), *eps), {}
+
     return case
 
 
@@ -275,8 +310,11 @@ def group_norm_case(r):
 def split_case(r):
     x = r.x(2)
     d = r.dim(x)
-    return r.of((aten.split.Tensor, (x, r.n(1, 3), d), {}),
-                (aten.split_with_sizes.default, (x, [1, 0, x.shape[d] - 1], d), {}), (aten.chunk.default, (x, r.n(1, 3), d), {}))
+    return r.of(
+        (aten.split.Tensor, (x, r.n(1, 3), d), {}),
+        (aten.split_with_sizes.default, (x, [1, 0, x.shape[d] - 1], d), {}),
+        (aten.chunk.default, (x, r.n(1, 3), d), {}),
+    )
 
 
 def cat_case(r):
@@ -294,13 +332,18 @@ def stack_case(r):
 def expand_case(r):
     shape = r.shape(r.of(2, 3))
     x = r.t(*[n if r.of(True, False) else 1 for n in shape])
-    return aten.expand.default, (x, [*r.shape(r.of(0, 1)), *[n if r.of(True, True) else -1 if m != 1 else n for n, m in zip(shape, x.shape)]]), {}
+    return (
+        aten.expand.default,
+        (x, [*r.shape(r.of(0, 1)), *[n if r.of(True, True) else -1 if m != 1 else n for n, m in zip(shape, x.shape)]]),
+        {},
+    )
 
 
 def pad_case(op):
     def case(r):
         x = r.x(2)
         return op, (x, [r.of(0, 1, 2, -1), r.of(1, 0, -1)][: 2 * x.dim()]), {}
+
     return case
 
 
@@ -313,21 +356,39 @@ def only(name: str):
 CASES = {}
 for _name in ("maximum", "minimum", "eq", "ne", "rsub", "logical_and", "logical_or"):
     CASES[_name] = [binary(only(_name))]
-CASES["copy"] = [lambda r: (lambda x: (aten.copy.default, (x, r.t(*[r.of(n, 1) for n in x.shape][r.of(0, 1):])), {}))(r.x())]
+CASES["copy"] = [
+    lambda r: (lambda x: (aten.copy.default, (x, r.t(*[r.of(n, 1) for n in x.shape][r.of(0, 1) :])), {}))(r.x())
+]
 for _name in ("multiply", "polar"):
     CASES[_name] = [binary(only(_name))]
 CASES["log_sigmoid"] = [plain(aten.log_sigmoid.default)]
-CASES["pow"] = [binary(aten.pow.Tensor_Tensor), plain(aten.pow.Tensor_Scalar, 2), lambda r: (aten.pow.Scalar, (2, r.x()), {})]
+CASES["pow"] = [
+    binary(aten.pow.Tensor_Tensor),
+    plain(aten.pow.Tensor_Scalar, 2),
+    lambda r: (aten.pow.Scalar, (2, r.x()), {}),
+]
 CASES["clamp"] = [plain(aten.clamp.default, 0.3, 0.6), lambda r: (aten.clamp.Tensor, pair(r), {})]
 for _name in ("bitwise_and", "bitwise_or"):
     CASES[_name] = [lambda r, op=only(_name): (op, tuple((t > 0.5) for t in pair(r)), {})]
-CASES["where"] = [lambda r: (lambda a, b: (aten.where.self, (a > 0.5, a, b), {}))(*pair(r)),
-                  lambda r: (lambda a, b: (aten.where.ScalarOther, (a > b, b, 0.0), {}))(*pair(r))]
+CASES["where"] = [
+    lambda r: (lambda a, b: (aten.where.self, (a > 0.5, a, b), {}))(*pair(r)),
+    lambda r: (lambda a, b: (aten.where.ScalarOther, (a > b, b, 0.0), {}))(*pair(r)),
+]
 CASES["masked_fill"] = [lambda r: (lambda a, b: (aten.masked_fill.Scalar, (a, b > 0.5, -1.0), {}))(*pair(r))]
 CASES["lerp"] = [binary(aten.lerp.Scalar, 0.3), lambda r: (lambda a, b: (aten.lerp.Tensor, (a, b, a), {}))(*pair(r))]
 for _name in ("addcmul", "addcdiv"):
     CASES[_name] = [lambda r, op=only(_name): (lambda a, b: (op, (a, b, b), {}))(*pair(r))]
-for _name in ("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "lift_fresh", "nan_to_num", "logical_not", "empty_like"):
+for _name in (
+    "clone",
+    "alias",
+    "detach",
+    "contiguous",
+    "lift_fresh_copy",
+    "lift_fresh",
+    "nan_to_num",
+    "logical_not",
+    "empty_like",
+):
     CASES[_name] = [plain(only(_name))]
 CASES["to"] = [plain(aten.to.dtype, torch.float32)]
 CASES["_to_copy"] = [plain(aten._to_copy.default, dtype=torch.float32)]
@@ -359,9 +420,17 @@ for _name in ("tril_indices", "triu_indices"):
 for _name in ("cumsum", "cumprod", "logcumsumexp"):
     CASES[_name] = [with_dim(only(_name))]
 CASES["flip"] = [lambda r: (lambda x: (aten.flip.default, (x, [r.dim(x)]), {}))(r.x())]
-CASES["roll"] = [lambda r: (lambda x: (aten.roll.default, (x, [1], [r.dim(x)]), {}))(r.x()), plain(aten.roll.default, [1])]
-CASES["sort"] = [with_dim(aten.sort.default), lambda r: (lambda x: (aten.sort.stable, (x,), {"stable": True, "dim": r.dim(x)}))(r.x())]
-CASES["topk"] = [lambda r: (lambda x, d: (aten.topk.default, (x, r.n(1, x.shape[d]), d), {}))(*(lambda x: (x, r.dim(x)))(r.x(2)))]
+CASES["roll"] = [
+    lambda r: (lambda x: (aten.roll.default, (x, [1], [r.dim(x)]), {}))(r.x()),
+    plain(aten.roll.default, [1]),
+]
+CASES["sort"] = [
+    with_dim(aten.sort.default),
+    lambda r: (lambda x: (aten.sort.stable, (x,), {"stable": True, "dim": r.dim(x)}))(r.x()),
+]
+CASES["topk"] = [
+    lambda r: (lambda x, d: (aten.topk.default, (x, r.n(1, x.shape[d]), d), {}))(*(lambda x: (x, r.dim(x)))(r.x(2)))
+]
 for _name in ("argmax", "argmin"):
     CASES[_name] = [with_dim(only(_name)), with_dim(only(_name), True), plain(only(_name))]
 for _name in ("max", "min"):
@@ -373,24 +442,34 @@ for _name in ("view", "_unsafe_view", "reshape"):
     CASES[_name] = [reshape_case(only(_name))]
 CASES["view"] += [plain(aten.view.dtype, torch.int64), plain(aten.view.dtype, torch.int32)]
 CASES["flatten"] = [lambda r: (aten.flatten.using_ints, (r.t(*r.shape(3)), r.of(0, 1), r.of(-1, 1)), {})]
-CASES["unflatten"] = [lambda r: (lambda sizes: (aten.unflatten.int, (r.t(r.n(), sizes[0] * sizes[1], r.n()), 1, sizes), {}))(r.shape(2))]
+CASES["unflatten"] = [
+    lambda r: (lambda sizes: (aten.unflatten.int, (r.t(r.n(), sizes[0] * sizes[1], r.n()), 1, sizes), {}))(r.shape(2))
+]
 CASES["unsqueeze"] = [with_dim(aten.unsqueeze.default)]
 CASES["squeeze"] = [plain(aten.squeeze.default), with_dim(aten.squeeze.dim)]
 CASES["view_as"] = [lambda r: (lambda x: (aten.view_as.default, (x, r.t(x.numel())), {}))(r.x())]
 CASES["permute"] = [lambda r: (aten.permute.default, (r.t(*r.shape(3)), r.of([2, 0, 1], [1, 0, 2], [0, -1, 1])), {})]
 for _name in ("transpose", "swapaxes"):
-    CASES[_name] = [lambda r, op=getattr(aten, _name): (lambda x: (op.int if "int" in op.overloads() else op.default, (x, r.dim(x), r.dim(x)), {}))(r.x())]
+    CASES[_name] = [
+        lambda r, op=getattr(aten, _name): (
+            lambda x: (op.int if "int" in op.overloads() else op.default, (x, r.dim(x), r.dim(x)), {})
+        )(r.x())
+    ]
 CASES["t"] = [lambda r: (aten.t.default, (r.t(*r.shape(r.of(2, 1))),), {})]
 CASES["mT"] = [lambda r: (aten.mT.default, (r.t(*r.shape(r.of(2, 3))),), {})]
 CASES["expand"] = [expand_case]
 CASES["expand_as"] = [lambda r: (lambda n, m: (aten.expand_as.default, (r.t(1, n), r.t(m, n)), {}))(r.n(), r.n())]
 CASES["broadcast_to"] = [lambda r: (lambda n, m: (aten.broadcast_to.default, (r.t(n, 1), [n, m]), {}))(r.n(), r.n())]
 CASES["repeat"] = [lambda r: (aten.repeat.default, (r.t(*r.shape(2)), r.shape(r.of(2, 3))), {})]
-CASES["repeat_interleave"] = [lambda r: (lambda x: (aten.repeat_interleave.self_int, (x, r.n(), r.of(r.dim(x), None)), {}))(r.x())]
+CASES["repeat_interleave"] = [
+    lambda r: (lambda x: (aten.repeat_interleave.self_int, (x, r.n(), r.of(r.dim(x), None)), {}))(r.x())
+]
 CASES["slice"] = [slice_case]
 CASES["narrow"] = [lambda r: (lambda x: (aten.narrow.default, (x, r.dim(x), 0, 1), {}))(r.x())]
-CASES["select"] = [lambda r: (lambda x: (aten.select.int, (x, r.dim(x), r.of(-1, 0)), {}))(r.x(2)),
-                   lambda r: (aten.select.int, (r.t(r.n(), 5), 1, r.of(2, 1, -2)), {})]
+CASES["select"] = [
+    lambda r: (lambda x: (aten.select.int, (x, r.dim(x), r.of(-1, 0)), {}))(r.x(2)),
+    lambda r: (aten.select.int, (r.t(r.n(), 5), 1, r.of(2, 1, -2)), {}),
+]
 CASES["unbind"] = [with_dim(aten.unbind.int)]
 for _name in ("split", "split_with_sizes", "chunk"):
     CASES[_name] = [split_case]
@@ -402,18 +481,28 @@ CASES["constant_pad_nd"] = [pad_case(aten.constant_pad_nd.default)]
 CASES["pad"] = [pad_case(aten.pad.default), lambda r: (aten.pad.default, (r.t(2, 3, 5), [1, 1], "reflect"), {})]
 for _name in ("sum", "mean", "any", "all"):
     _packet = getattr(aten, _name)
-    CASES[_name] = [plain(_packet.default), reduced(getattr(_packet, next(o for o in ("dim_IntList", "dims", "dim") if o in _packet.overloads())))]
+    CASES[_name] = [
+        plain(_packet.default),
+        reduced(getattr(_packet, next(o for o in ("dim_IntList", "dims", "dim") if o in _packet.overloads()))),
+    ]
 for _name in ("amax", "amin", "logsumexp"):
     CASES[_name] = [reduced(only(_name))]
 for _name in ("var", "std", "var_mean", "std_mean"):
     _packet = getattr(aten, _name)
-    CASES[_name] = [plain(_packet.default, low=2),
-                    lambda r, op=_packet.correction: (lambda x: (op, (x, [r.dim(x)]), {"correction": 0, "keepdim": r.of(False, True)}))(r.x(2))]
+    CASES[_name] = [
+        plain(_packet.default, low=2),
+        lambda r, op=_packet.correction: (
+            lambda x: (op, (x, [r.dim(x)]), {"correction": 0, "keepdim": r.of(False, True)})
+        )(r.x(2)),
+    ]
 CASES["prod"] = [plain(aten.prod.default), with_dim(aten.prod.dim_int, True)]
 CASES["linalg_vector_norm"] = [reduced(aten.linalg_vector_norm.default, 2), plain(aten.linalg_vector_norm.default)]
 CASES["layer_norm"] = [layer_norm_case(aten.layer_norm.default)]
 CASES["native_layer_norm"] = [layer_norm_case(aten.native_layer_norm.default)]
-CASES["rms_norm"] = [layer_norm_case(aten.rms_norm.default, bias=False), layer_norm_case(aten.rms_norm.default, (), bias=False)]
+CASES["rms_norm"] = [
+    layer_norm_case(aten.rms_norm.default, bias=False),
+    layer_norm_case(aten.rms_norm.default, (), bias=False),
+]
 CASES["_fused_rms_norm"] = [layer_norm_case(aten._fused_rms_norm.default, bias=False)]
 CASES["group_norm"] = [group_norm_case]
 CASES["linear"] = [linear_case, lambda r: (lambda n: (aten.linear.default, (r.t(r.n(), n), r.t(n)), {}))(r.n())]
@@ -429,7 +518,11 @@ CASES["conv3d"] = [conv3d_case]
 CASES["convolution"] = [convolution_case]
 CASES["embedding"] = [lambda r: (lambda n: (aten.embedding.default, (r.t(n, r.n()), r.i(n, *r.shape(2))), {}))(r.n())]
 CASES["index"] = [index_case, lambda r: (lambda x: (aten.index.Tensor, (x, [x[:, 0] > 0.5]), {}))(r.t(*r.shape(2)))]
-CASES["index_select"] = [lambda r: (lambda x, d: (aten.index_select.default, (x, d, r.i(x.shape[d], r.n())), {}))(*(lambda x: (x, r.dim(x)))(r.x()))]
+CASES["index_select"] = [
+    lambda r: (lambda x, d: (aten.index_select.default, (x, d, r.i(x.shape[d], r.n())), {}))(
+        *(lambda x: (x, r.dim(x)))(r.x())
+    )
+]
 CASES["gather"] = [gather_case]
 
 
@@ -473,9 +566,13 @@ def scatter_case(op, *rest, value=False):
     def case(r):
         x = r.x(2)
         d = r.dim(x)
-        shape = [r.n(1, 4) if i == d % x.dim() else n if r.of(True, True, False) else r.n(1, n) for i, n in enumerate(x.shape)]
+        shape = [
+            r.n(1, 4) if i == d % x.dim() else n if r.of(True, True, False) else r.n(1, n)
+            for i, n in enumerate(x.shape)
+        ]
         source = 0.5 if value else r.t(*[n + r.of(0, 0, 1) for n in shape])
         return op, (x, d, r.i(x.shape[d], *shape), source, *rest), {}
+
     return case
 
 
@@ -487,7 +584,21 @@ def batch_norm_case(op, *training):
     def case(r):
         n = r.n()
         weight = r.of((r.t(n), r.t(n)), (None, None))
-        return op, (r.t(r.n(), n, *r.shape(r.of(2, 1))), *weight, r.t(n), r.t(n), *training, 0.1, 1e-5, *([False] if training else [])), {}
+        return (
+            op,
+            (
+                r.t(r.n(), n, *r.shape(r.of(2, 1))),
+                *weight,
+                r.t(n),
+                r.t(n),
+                *training,
+                0.1,
+                1e-5,
+                *([False] if training else []),
+            ),
+            {},
+        )
+
     return case
 
 
@@ -529,8 +640,10 @@ for _name in ("upsample_bilinear2d", "upsample_bicubic2d"):
 CASES["batch_norm"] = [batch_norm_case(aten.batch_norm.default, False)]
 for _name in ("_native_batch_norm_legit_no_training", "_batch_norm_no_update"):
     CASES[_name] = [batch_norm_case(only(_name))]
-CASES["_weight_norm_interface"] = [lambda r: (lambda n: (aten._weight_norm_interface.default, (r.t(n, 3, 2), r.t(n, 1, 1), 0), {}))(r.n()),
-                                   lambda r: (lambda n: (aten._weight_norm_interface.default, (r.t(3, 2, n), r.t(1, 1, n), 2), {}))(r.n())]
+CASES["_weight_norm_interface"] = [
+    lambda r: (lambda n: (aten._weight_norm_interface.default, (r.t(n, 3, 2), r.t(n, 1, 1), 0), {}))(r.n()),
+    lambda r: (lambda n: (aten._weight_norm_interface.default, (r.t(3, 2, n), r.t(1, 1, n), 2), {}))(r.n()),
+]
 for _spatial in "123":
     CASES[f"conv_transpose{_spatial}d"] = [conv_transpose_case]
 CASES["convolution"].append(transposed_convolution_case)
@@ -563,12 +676,15 @@ def test_random_values_are_pinned_or_alike(name: str):
     assert rule is (rules.same_rule if name == "bernoulli" else rules.ordered_rule)
 
 
-POINTWISE = sorted({
-    str(op._overloadpacket).removeprefix("aten.")
-    for n in dir(aten) if hasattr(packet := getattr(aten, n), "overloads")
-    for op in (getattr(packet, o) for o in packet.overloads())
-    if torch.Tag.pointwise in op.tags and op not in RULES and not n.endswith("_")
-})
+POINTWISE = sorted(
+    {
+        str(op._overloadpacket).removeprefix("aten.")
+        for n in dir(aten)
+        if hasattr(packet := getattr(aten, n), "overloads")
+        for op in (getattr(packet, o) for o in packet.overloads())
+        if torch.Tag.pointwise in op.tags and op not in RULES and not n.endswith("_")
+    }
+)
 
 
 @pytest.mark.parametrize("arity", [1, 2])
@@ -598,12 +714,41 @@ def only_or_none(name: str):
     return getattr(packet, found[0]) if found else None
 
 
-# --- the tests can fail: without its pins a rule is caught -----------------------------------------------------------
+# --- the tests can fail: without its pins a rule is caught ----------------------------------------------------------
 
-PINNING = ("cumsum", "cumprod", "logcumsumexp", "flip", "roll", "sort", "topk", "argmax", "argmin", "max", "min", "tril",
-           "triu", "unbind", "embedding", "index", "index_select", "gather", "index_put", "index_add", "scatter", "unfold",
-           "view_as_complex", "avg_pool2d", "_grouped_mm", "conv1d", "convolution",
-           "scaled_dot_product_attention", "slice", "pad", "constant_pad_nd")
+PINNING = (
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "flip",
+    "roll",
+    "sort",
+    "topk",
+    "argmax",
+    "argmin",
+    "max",
+    "min",
+    "tril",
+    "triu",
+    "unbind",
+    "embedding",
+    "index",
+    "index_select",
+    "gather",
+    "index_put",
+    "index_add",
+    "scatter",
+    "unfold",
+    "view_as_complex",
+    "avg_pool2d",
+    "_grouped_mm",
+    "conv1d",
+    "convolution",
+    "scaled_dot_product_attention",
+    "slice",
+    "pad",
+    "constant_pad_nd",
+)
 
 
 @pytest.mark.parametrize("name", PINNING)
@@ -625,9 +770,15 @@ def test_an_operator_without_a_rule_pins_all_it_touches():
     assert all(find(a).pin and "no rule for diagonal" in find(a).pin.reason for dims in [*axes, *made] for a in dims)
 
 
-@pytest.mark.parametrize("op, args", [
-    (aten.cumsum.default, (0.5, 1)), (aten.flip.default, (0.5, [1])), (aten.sort.default, (0.5, 1)), (aten.unbind.int, (0.5, 1)),
-])
+@pytest.mark.parametrize(
+    "op, args",
+    [
+        (aten.cumsum.default, (0.5, 1)),
+        (aten.flip.default, (0.5, [1])),
+        (aten.sort.default, (0.5, 1)),
+        (aten.unbind.int, (0.5, 1)),
+    ],
+)
 def test_a_pin_names_its_node_and_spares_the_other_dims(op, args):
     _, axes, _, _ = infer(op, (torch.rand(3, 4), *args[1:]), {})
     assert find(axes[0][0]).pin is None
@@ -642,9 +793,11 @@ def rand(*shape: int) -> Tensor:
 @pytest.mark.parametrize("name, free", [("softmax", 2), ("linear", 4), ("matmul", 5), ("layer_norm", 3), ("bmm", 6)])
 def test_what_is_symmetric_stays_free(name: str, free: int):
     """Sound is not enough: the rules below must not pin at all."""
-    case = {"softmax": (aten.softmax.int, (rand(3, 4), -1)),
-            "linear": (aten.linear.default, (rand(2, 3), rand(4, 3))),
-            "matmul": (aten.matmul.default, (rand(2, 3, 4), rand(4, 5))),
-            "layer_norm": (aten.layer_norm.default, (rand(3, 4), [4], rand(4))),
-            "bmm": (aten.bmm.default, (rand(2, 3, 4), rand(2, 4, 5)))}[name]
+    case = {
+        "softmax": (aten.softmax.int, (rand(3, 4), -1)),
+        "linear": (aten.linear.default, (rand(2, 3), rand(4, 3))),
+        "matmul": (aten.matmul.default, (rand(2, 3, 4), rand(4, 5))),
+        "layer_norm": (aten.layer_norm.default, (rand(3, 4), [4], rand(4))),
+        "bmm": (aten.bmm.default, (rand(2, 3, 4), rand(2, 4, 5))),
+    }[name]
     assert assert_rule(*case, {}) == free

@@ -35,8 +35,9 @@ def test_gradients_of_drawn_models_keep_their_bits(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_of_hugging_face_models_keep_their_bits(name, dtype):
     model, ids = hf(name).to(dtype), tokens()
-    assert_same_bits(lambda: model(input_ids=ids, labels=ids).loss, list(model.parameters()),
-                     [*model.parameters(), *model.buffers()])
+    assert_same_bits(
+        lambda: model(input_ids=ids, labels=ids).loss, list(model.parameters()), [*model.parameters(), *model.buffers()]
+    )
 
 
 def packed_by(function, *constants):

@@ -46,7 +46,7 @@ def heads_of(indices, head_dim=4) -> list[int]:
     return (rows[:, 0] // head_dim).tolist()
 
 
-# --- roles: 4 query heads on 2 kv heads of 4 channels, 24 FFN channels, 2 layers -----------------------------------
+# --- roles: 4 query heads on 2 kv heads of 4 channels, 24 FFN channels, 2 layers ----------------------------------
 
 ROLE_UNITS = [
     ("attention.out", "self_attn.o_proj.weight", 1, 4, 4),
@@ -83,8 +83,9 @@ def test_ffn_in_takes_the_same_channels_of_gate_and_up_as_ffn_out_of_down(analyz
 
 
 def test_heads_are_shared_between_query_and_out_and_between_key_and_value(analyzed):
-    found = chosen(analyzed("llama"), targets={"attention.query": 2, "attention.out": 2, "attention.key": 1,
-                                               "attention.value": 1})
+    found = chosen(
+        analyzed("llama"), targets={"attention.query": 2, "attention.out": 2, "attention.key": 1, "attention.value": 1}
+    )
     q, o, k, v = (found[f"model.layers.0.self_attn.{n}_proj.weight"].indices.tolist() for n in "qokv")
     assert q == o and k == v
 
@@ -98,7 +99,9 @@ def test_a_fused_projection_has_a_third_for_each_role(analyzed, role, third):
 
 
 def test_several_roles_of_a_fused_projection_are_one_slice(analyzed):
-    s = chosen(analyzed("gpt2"), targets={"attention.query": 1, "attention.value": 2})["transformer.h.1.attn.c_attn.weight"]
+    s = chosen(analyzed("gpt2"), targets={"attention.query": 1, "attention.value": 2})[
+        "transformer.h.1.attn.c_attn.weight"
+    ]
     query, value = s.indices[s.indices < 16], s.indices[s.indices >= 32]
     assert s.roles == ("attention.query", "attention.value") and len(s.indices) == 12
     assert set(heads_of(query)) < set(heads_of(value - 32)), "one ranking of the heads for all roles"
@@ -107,14 +110,17 @@ def test_several_roles_of_a_fused_projection_are_one_slice(analyzed):
 def test_bert_has_separate_projections_with_biases_that_are_no_targets(analyzed):
     found = chosen(analyzed("bert"), targets={"attention.value": 1, "ffn.in": 3})
     assert {n.split("layer.")[1] for n in found} == {
-        f"{i}.{n}.weight" for i in (0, 1) for n in ("attention.self.value", "intermediate.dense")}
+        f"{i}.{n}.weight" for i in (0, 1) for n in ("attention.self.value", "intermediate.dense")
+    }
 
 
-# --- amounts ---------------------------------------------------------------------------------------------------------
+# --- amounts --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio, available, units", [(0.29, 100, 29), (0.29, 24, 6), (1.0, 7, 7), (0.999, 7, 6),
-                                                     (1 / 3, 3, 1), (1 / 49, 49, 1), (0.07, 100, 7)])
+@pytest.mark.parametrize(
+    "ratio, available, units",
+    [(0.29, 100, 29), (0.29, 24, 6), (1.0, 7, 7), (0.999, 7, 6), (1 / 3, 3, 1), (1 / 49, 49, 1), (0.07, 100, 7)],
+)
 def test_a_ratio_is_rounded_down(ratio, available, units):
     assert units_for(ratio, available, "x") == units
 
@@ -141,14 +147,17 @@ def test_a_number_of_units_too_large_says_how_many_there_are(analyzed):
         chosen(analyzed("llama"), targets={"attention.key": 3})
 
 
-# --- globs -----------------------------------------------------------------------------------------------------------
+# --- globs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("glob, names", [
-    ("*.down_proj.weight", ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]),
-    ("model.layers.1.mlp.*", [f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up", "down")]),
-    ("model.layers.0.self_attn.q_proj.weight", ["model.layers.0.self_attn.q_proj.weight"]),
-])
+@pytest.mark.parametrize(
+    "glob, names",
+    [
+        ("*.down_proj.weight", ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]),
+        ("model.layers.1.mlp.*", [f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up", "down")]),
+        ("model.layers.0.self_attn.q_proj.weight", ["model.layers.0.self_attn.q_proj.weight"]),
+    ],
+)
 def test_a_glob_selects_the_parameters_it_matches(analyzed, glob, names):
     found = chosen(analyzed("llama"), targets={glob: 1})
     assert sorted(found) == sorted(names)
@@ -171,7 +180,7 @@ def test_a_bias_can_be_named(analyzed):
     assert len(found["model.layers.0.self_attn.v_proj.bias"].indices) == 4
 
 
-# --- budgets and rankings ----------------------------------------------------------------------------------------------
+# --- budgets and rankings ---------------------------------------------------------------------------------------------
 
 
 def test_budget_layer_gives_each_layer_as_many_and_budget_model_draws_once(analyzed):
@@ -219,7 +228,10 @@ def test_weight_selection_counts_every_targeted_weight_of_a_unit(analyzed):
     found = chosen(analyzed("llama"), targets={"ffn.in": 4}, selection="weight")
     score = sum(norms(weights[f"model.layers.0.mlp.{n}_proj.weight"], 0) for n in ("gate", "up"))
     for n in ("gate", "up"):
-        assert found[f"model.layers.0.mlp.{n}_proj.weight"].indices.tolist() == score.topk(4).indices.sort().values.tolist()
+        assert (
+            found[f"model.layers.0.mlp.{n}_proj.weight"].indices.tolist()
+            == score.topk(4).indices.sort().values.tolist()
+        )
 
 
 def test_a_seed_selects_the_same_units_on_every_machine(analyzed):
@@ -237,8 +249,10 @@ SEED_7 = {
 
 
 def test_seeds_and_layers_differ(analyzed):
-    draws = {seed: {n: s.indices.tolist() for n, s in chosen(analyzed("llama"), targets={"ffn.out": 8}, seed=seed).items()}
-             for seed in (0, 1)}
+    draws = {
+        seed: {n: s.indices.tolist() for n, s in chosen(analyzed("llama"), targets={"ffn.out": 8}, seed=seed).items()}
+        for seed in (0, 1)
+    }
     assert draws[0] != draws[1]
     assert len({tuple(i) for draw in draws.values() for i in draw.values()}) == 4, "no two layers or seeds alike"
     again = chosen(analyzed("llama"), targets={"ffn.out": 8}, seed=0)
@@ -251,8 +265,14 @@ def test_selections_of_drawn_models(case, config):
     """Ascending, each once, in range, as many as asked for, and whole heads."""
     spec = case.spec
     analysis = s2ft.analyze(case.model, case.inputs)
-    units = {"attention.out": spec.heads, "attention.query": spec.heads, "attention.key": spec.kv_heads,
-             "attention.value": spec.kv_heads, "ffn.out": spec.ffn, "ffn.in": spec.ffn}
+    units = {
+        "attention.out": spec.heads,
+        "attention.query": spec.heads,
+        "attention.key": spec.kv_heads,
+        "attention.value": spec.kv_heads,
+        "ffn.out": spec.ffn,
+        "ffn.in": spec.ffn,
+    }
     found = select(analysis, config, dict(case.model.named_parameters()))
     for role, amount in config.targets.items():
         width = spec.head_dim if role.startswith("attention") else 1
@@ -268,7 +288,7 @@ def test_selections_of_drawn_models(case, config):
         assert (s.indices.diff() > 0).all() and s.indices[0] >= 0 and s.indices[-1] < size
 
 
-# --- lowrank, budgets by score, the top layers, a user's own function -----------------------------------------------
+# --- lowrank, budgets by score, the top layers, a user's own function ----------------------------------------------
 
 DOWN = [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
 
@@ -315,8 +335,10 @@ def test_lowrank_selects_by_the_weight_after_rank_reduction(analyzed):
     for name in DOWN:
         score = truncated(model.get_parameter(name), 4).square().sum(0)  # a quarter of 16
         assert found[name].indices.tolist() == score.topk(5).indices.sort().values.tolist()
-    assert found[DOWN[0]].indices.tolist() != chosen(analyzed("llama"), targets={"ffn.out": 5}, selection="weight")[
-        DOWN[0]].indices.tolist(), "or the test does not tell them apart"
+    assert (
+        found[DOWN[0]].indices.tolist()
+        != chosen(analyzed("llama"), targets={"ffn.out": 5}, selection="weight")[DOWN[0]].indices.tolist()
+    ), "or the test does not tell them apart"
 
 
 @pytest.mark.parametrize("largest", [True, False])
@@ -397,8 +419,10 @@ def test_a_function_names_the_units_best_first(analyzed):
         found = chosen(analyzed("llama"), targets={"ffn.out": 2, "ffn.in": 3}, selection=every_third, largest=largest)
         assert found[DOWN[0]].indices.tolist() == [20, 23]
         assert found["model.layers.1.mlp.up_proj.weight"].indices.tolist() == [17, 20, 23]
-    names = [(f"model.layers.0.mlp.{n}_proj.weight", d, r, (24, 1)) for n, d, r in
-             (("down", 1, "ffn.out"), ("gate", 0, "ffn.in"), ("up", 0, "ffn.in"))]
+    names = [
+        (f"model.layers.0.mlp.{n}_proj.weight", d, r, (24, 1))
+        for n, d, r in (("down", 1, "ffn.out"), ("gate", 0, "ffn.in"), ("up", 0, "ffn.in"))
+    ]
     assert seen[0][0] == names
     torch.testing.assert_close(seen[0][1], sum(norms(model.get_parameter(n), d) for n, d, _, _ in names))
 
@@ -461,12 +485,17 @@ def test_experts_train_the_same_channels_of_each():
     assert {roles[place] for place in (("up", 0), ("down", 0), ("router.weight", 0))} == {"moe.expert"}
     found = chosen(analyzed, targets={"moe.in": 3, "moe.out": 3, "ffn.out": 2}, selection="weight")
     assert {n: (s.dim, s.roles, len(s.indices)) for n, s in found.items()} == {
-        "up": (1, ("moe.in",), 3), "down": (2, ("moe.out",), 3), "high.weight": (1, ("ffn.out",), 2)}
+        "up": (1, ("moe.in",), 3),
+        "down": (2, ("moe.out",), 3),
+        "high.weight": (1, ("ffn.out",), 2),
+    }
     score = norms(model.up, 1) + norms(model.down, 2)
-    assert found["up"].indices.tolist() == found["down"].indices.tolist() == score.topk(3).indices.sort().values.tolist()
+    assert (
+        found["up"].indices.tolist() == found["down"].indices.tolist() == score.topk(3).indices.sort().values.tolist()
+    )
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 class Tower(nn.Module):
@@ -488,17 +517,23 @@ def tower():
 def test_a_weight_targeted_along_both_dimensions_is_refused():
     with pytest.raises(ConfigError, match="b.weight is targeted along both of its dimensions"):
         chosen(tower(), targets={"ffn.out": 2, "ffn.in": 2})
-    with pytest.raises(ConfigError, match=r"matches b.weight, which could train along dims \[0, 1\]; name one of its roles"):
+    with pytest.raises(
+        ConfigError, match=r"matches b.weight, which could train along dims \[0, 1\]; name one of its roles"
+    ):
         chosen(tower(), targets={"b.weight": 2})
 
 
 def test_an_unknown_target_lists_the_roles_and_names(analyzed):
-    with pytest.raises(ConfigError, match="'ffn.outt' is neither a role .*attention.out.* nor a glob .* model.embed_tokens"):
+    with pytest.raises(
+        ConfigError, match="'ffn.outt' is neither a role .*attention.out.* nor a glob .* model.embed_tokens"
+    ):
         chosen(analyzed("llama"), targets={"ffn.outt": 2})
 
 
 def test_a_role_the_model_does_not_have_lists_those_it_has():
-    with pytest.raises(ConfigError, match="no parameter of this model has the role 'attention.out'; roles found: ffn.in, ffn.out"):
+    with pytest.raises(
+        ConfigError, match="no parameter of this model has the role 'attention.out'; roles found: ffn.in, ffn.out"
+    ):
         chosen(tower(), targets={"attention.out": 1})
 
 
@@ -515,23 +550,26 @@ def test_a_model_without_couplings_is_refused():
         chosen((model, s2ft.analyze(model, (torch.randn(2, 4),))), targets={"ffn.out": 1})
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"targets": {}}, "targets must map"),
-    ({"targets": "ffn.out"}, "targets must map"),
-    ({"targets": {3: 1}}, "a target is a role"),
-    ({"targets": {"ffn.out": 0.0}}, r"a ratio lies in \(0, 1\]"),
-    ({"targets": {"ffn.out": 1.5}}, r"a ratio lies in \(0, 1\]"),
-    ({"targets": {"ffn.out": float("nan")}}, r"a ratio lies in \(0, 1\]"),
-    ({"targets": {"ffn.out": 0}}, "at least 1"),
-    ({"targets": {"ffn.out": -2}}, "at least 1"),
-    ({"targets": {"ffn.out": True}}, "expected a ratio"),
-    ({"targets": {"ffn.out": "3%"}}, "expected a ratio"),
-    ({"selection": "magic"}, "unknown selection 'magic'; valid: random, weight"),
-    ({"budget": "global"}, "unknown budget 'global'; valid: layer, model"),
-    ({"largest": 1}, "largest must be True or False"),
-    ({"seed": -1}, "seed must be an integer"),
-    ({"seed": 0.5}, "seed must be an integer"),
-])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"targets": {}}, "targets must map"),
+        ({"targets": "ffn.out"}, "targets must map"),
+        ({"targets": {3: 1}}, "a target is a role"),
+        ({"targets": {"ffn.out": 0.0}}, r"a ratio lies in \(0, 1\]"),
+        ({"targets": {"ffn.out": 1.5}}, r"a ratio lies in \(0, 1\]"),
+        ({"targets": {"ffn.out": float("nan")}}, r"a ratio lies in \(0, 1\]"),
+        ({"targets": {"ffn.out": 0}}, "at least 1"),
+        ({"targets": {"ffn.out": -2}}, "at least 1"),
+        ({"targets": {"ffn.out": True}}, "expected a ratio"),
+        ({"targets": {"ffn.out": "3%"}}, "expected a ratio"),
+        ({"selection": "magic"}, "unknown selection 'magic'; valid: random, weight"),
+        ({"budget": "global"}, "unknown budget 'global'; valid: layer, model"),
+        ({"largest": 1}, "largest must be True or False"),
+        ({"seed": -1}, "seed must be an integer"),
+        ({"seed": 0.5}, "seed must be an integer"),
+    ],
+)
 def test_a_bad_config_is_refused_when_it_is_made(fields, message):
     with pytest.raises(ConfigError, match=message):
         s2ft.S2FTConfig(**fields)

@@ -61,8 +61,11 @@ def test_the_smallest_r_that_holds_every_slice_or_an_error_that_names_the_layer(
     for i, (rows, columns, n) in enumerate(drawn):
         n = min(n, columns)
         layers[f"l{i}"] = s2ft.Slice(f"l{i}.weight", 1, torch.arange(n), (rows, columns), (), torch.ones(rows, n))
-    fits = [r for r in range(1, 41) if all(s.delta.numel() <= r * sum(s.shape) <= s.shape[0] * s.shape[1]
-                                           for s in layers.values())]
+    fits = [
+        r
+        for r in range(1, 41)
+        if all(s.delta.numel() <= r * sum(s.shape) <= s.shape[0] * s.shape[1] for s in layers.values())
+    ]
     if fits:
         assert common_r(layers) == fits[0]
         return
@@ -70,7 +73,8 @@ def test_the_smallest_r_that_holds_every_slice_or_an_error_that_names_the_layer(
         common_r(layers)
     widest, changes, r, layer, rows, columns, most = re.search(
         r"(l\d) changes ([\d,]+) and needs r = (\d+), but (l\d) \((\d+) x (\d+)\) has room for r = (\d+)",
-        str(caught.value)).groups()
+        str(caught.value),
+    ).groups()
     assert int(changes.replace(",", "")) == layers[widest].delta.numel() and int(r) > int(most)
     assert layers[layer].shape == (int(rows), int(columns))
     assert int(most) * (int(rows) + int(columns)) <= int(rows) * int(columns)
@@ -86,18 +90,29 @@ def test_a_saved_adapter_becomes_the_shira_of_the_model_that_trained_it(tmp_path
     config = json.loads((tmp_path / "direct" / CONFIG).read_text())
     values = {n: t for n, t in direct.items() if n.endswith("_weight")}
     assert config["peft_type"] == "SHIRA" and all(
-        t.numel() == config["r"] * sum(base.get_parameter(n.removeprefix("base_model.model.")
-                                                          .replace("shira_weight", "weight")).shape)
-        for n, t in values.items())
+        t.numel()
+        == config["r"]
+        * sum(base.get_parameter(n.removeprefix("base_model.model.").replace("shira_weight", "weight")).shape)
+        for n, t in values.items()
+    )
 
 
-@pytest.mark.parametrize("kind, targets, match", [
-    ("llama", {"ffn.out": 1.0},
-     r"down_proj changes 384 and needs r = 10, but .*down_proj \(16 x 24\) has room for r = 9"),
-    ("llama", {"ffn.out": 0.9, "attention.value": 1},
-     r"down_proj .*needs r = 9, but .*v_proj \(8 x 16\) .* r = 5 at most"),
-    ("gpt2", {"ffn.out": 2}, "c_proj is a Conv1D; PEFT's SHiRA takes nn.Linear only"),
-])
+@pytest.mark.parametrize(
+    "kind, targets, match",
+    [
+        (
+            "llama",
+            {"ffn.out": 1.0},
+            r"down_proj changes 384 and needs r = 10, but .*down_proj \(16 x 24\) has room for r = 9",
+        ),
+        (
+            "llama",
+            {"ffn.out": 0.9, "attention.value": 1},
+            r"down_proj .*needs r = 9, but .*v_proj \(8 x 16\) .* r = 5 at most",
+        ),
+        ("gpt2", {"ffn.out": 2}, "c_proj is a Conv1D; PEFT's SHiRA takes nn.Linear only"),
+    ],
+)
 def test_what_has_no_room_is_refused(tmp_path, kind, targets, match):
     _, model = tuned(kind, targets=targets)
     with pytest.raises(ExportError, match=match):

@@ -6,8 +6,20 @@ import io
 
 import pytest
 import torch
-from small import (assert_gradients, assert_unchanged, assert_weights, compiled, drawn, fresh, full_gradients, hf,  # noqa: F401
-                   prepared, randomize, same_bits, snapshot, tokens, tuned)
+from small import (
+    assert_gradients,
+    assert_weights,
+    compiled,
+    drawn,
+    full_gradients,
+    hf,
+    prepared,
+    randomize,
+    same_bits,
+    snapshot,
+    tokens,
+    tuned,
+)
 from torch import nn
 
 import s2ft_compile as s2ft
@@ -23,7 +35,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(same_bits(a[n], b[n]) for n in a)
 
 
-# --- names -------------------------------------------------------------------------------------------------------------
+# --- names ------------------------------------------------------------------------------------------------------------
 
 
 def test_deltas_are_parameters_of_the_model_but_not_of_its_state():
@@ -116,7 +128,7 @@ def test_a_model_that_is_gone_leaves_nothing_behind():
     assert len(live_states()) == before
 
 
-# --- disabled, merged ----------------------------------------------------------------------------------------------------
+# --- disabled, merged ---------------------------------------------------------------------------------------------------
 
 
 def test_disabled_is_the_base_model_and_the_trained_one_returns():
@@ -142,7 +154,9 @@ def test_an_error_inside_brings_the_prepared_model_back(context):
         with context(model):
             1 / 0
     assert same(weights(model), before) and s2ft.is_prepared(model)
-    assert {n: tuple(map(len, h)) for n, h in snapshot(model)["hooks"].items()} == {n: tuple(map(len, h)) for n, h in hooks.items()}
+    assert {n: tuple(map(len, h)) for n, h in snapshot(model)["hooks"].items()} == {
+        n: tuple(map(len, h)) for n, h in hooks.items()
+    }
     case.loss(model).backward()
     assert all(p.grad is not None for p in s2ft.parameters(model))
 
@@ -238,7 +252,7 @@ def assert_unchanged_names(model, plain):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-# --- copies, pickles, types ------------------------------------------------------------------------------------------------
+# --- copies, pickles, types ---------------------------------------------------------------------------------------------
 
 
 def saved_and_loaded(model):
@@ -273,12 +287,15 @@ def test_a_copy_is_prepared_and_independent(duplicate, stale):
     assert s2ft.is_prepared(model)
 
 
-@pytest.mark.parametrize("convert, dtype", [
-    (lambda m: m.half(), torch.float16),
-    (lambda m: m.bfloat16(), torch.bfloat16),
-    (lambda m: m.double(), torch.float64),
-    (lambda m: m.to(torch.float32), torch.float32),
-])
+@pytest.mark.parametrize(
+    "convert, dtype",
+    [
+        (lambda m: m.half(), torch.float16),
+        (lambda m: m.bfloat16(), torch.bfloat16),
+        (lambda m: m.double(), torch.float64),
+        (lambda m: m.to(torch.float32), torch.float32),
+    ],
+)
 def test_a_conversion_keeps_the_deltas_in_float32(convert, dtype):
     case, model = prepared()
     randomize(model, scale=1 / 3)
@@ -294,7 +311,7 @@ def test_a_conversion_keeps_the_deltas_in_float32(convert, dtype):
     assert_weights(model, expected)
 
 
-# --- manual updates ----------------------------------------------------------------------------------------------------------
+# --- manual updates -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["none", "aot_eager", "eager"])

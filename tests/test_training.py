@@ -5,8 +5,22 @@ import copy
 import pytest
 import torch
 from hypothesis import given, settings
-from small import (INNER, NOISE64, QUICK, U32, assert_gradients, assert_weights, cases, compiled, configs, drawn, fresh,  # noqa: F401
-                   full_gradients, hf, prepared, tokens, tuned)
+from small import (
+    INNER,
+    NOISE64,
+    QUICK,
+    U32,
+    assert_gradients,
+    assert_weights,
+    cases,
+    compiled,
+    configs,
+    full_gradients,
+    hf,
+    prepared,
+    tokens,
+    tuned,
+)
 from torch import nn
 
 import s2ft_compile as s2ft
@@ -22,7 +36,7 @@ def run(model: nn.Module, how: str) -> nn.Module:
     return model if how == "none" else compiled(model, how)
 
 
-# --- gradients -------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [*INNER, "none"])
@@ -35,7 +49,8 @@ def test_gradients_are_slices_of_full_gradients(how, case, config):
     case.loss(run(model, how)).backward()
     assert_gradients(plan, full_gradients(case.make(), case.loss), NOISE64)
     assert [n for n, p in model.named_parameters() if p.grad is not None] == [
-        n for n, p in model.named_parameters() if p.requires_grad], "nothing else has a gradient"
+        n for n, p in model.named_parameters() if p.requires_grad
+    ], "nothing else has a gradient"
 
 
 TARGETS = {"attention.out": 1, "attention.value": 1, "attention.query": 2, "ffn.in": 3, "ffn.out": 5}
@@ -84,7 +99,7 @@ def test_gradients_in_train_mode_with_dropout(how):
     assert_gradients(s2ft.state.state_of(model).plan, full_gradients(case.make().train(), case.loss), NOISE64)
 
 
-# --- steps -----------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------------------------
 
 OPTIMIZERS = {
     "sgd": (lambda p: torch.optim.SGD(p, lr=0.1), 0.1),
@@ -109,7 +124,9 @@ def masked_training(case, plan, make, steps: int) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("how, name", [("aot_eager", "sgd"), ("aot_eager", "adamw"), ("none", "momentum"), ("eager", "adamw")])
+@pytest.mark.parametrize(
+    "how, name", [("aot_eager", "sgd"), ("aot_eager", "adamw"), ("none", "momentum"), ("eager", "adamw")]
+)
 @given(case=cases(max_blocks=1), config=configs())
 @FEW
 def test_steps_are_those_of_full_training_with_masked_gradients(how, name, case, config):
@@ -153,14 +170,18 @@ def test_the_loss_falls_and_only_the_slices_have_moved():
     assert_weights(model, expected)
 
 
-@pytest.mark.parametrize("make", [
-    lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
-    lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
-    lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
-    lambda p: torch.optim.SGD(p, lr=1e-1, foreach=True, momentum=0.5),
-    lambda p: torch.optim.SGD(p, lr=1e-1, fused=True),
-    lambda p: torch.optim.Adagrad(p, lr=1e-2),
-], ids=["plain", "foreach", "fused", "sgd foreach", "sgd fused", "adagrad"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+        lambda p: torch.optim.SGD(p, lr=1e-1, foreach=True, momentum=0.5),
+        lambda p: torch.optim.SGD(p, lr=1e-1, fused=True),
+        lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    ],
+    ids=["plain", "foreach", "fused", "sgd foreach", "sgd fused", "adagrad"],
+)
 def test_every_optimizer_writes_the_weights_after_its_step(make):
     case, model = prepared()
     before = [p.detach().clone() for p in model.parameters()]
@@ -222,7 +243,7 @@ def test_clipping_and_a_scheduler():
     assert abs(moved - 0.25 * 1e-3) < 1e-3 * 0.25 * 1e-3  # clip_grad_norm_ divides by norm + 1e-6
 
 
-# --- types -----------------------------------------------------------------------------------------------------------
+# --- types ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["aot_eager", "none"])
@@ -269,7 +290,7 @@ def test_autocast_bf16_trains_float32_weights(inner):
         assert (s.delta.grad - expected).norm() <= 40**0.5 * 2**-8 * 4 * full[s.parameter_name].norm(), s.parameter_name
 
 
-# --- Trainer, DDP ----------------------------------------------------------------------------------------------------
+# --- Trainer, DDP ---------------------------------------------------------------------------------------------------
 
 
 def test_hugging_face_trainer(tmp_path):
@@ -280,8 +301,17 @@ def test_hugging_face_trainer(tmp_path):
     plan = s2ft.prepare(model, {"input_ids": ids[:2]}, s2ft.S2FTConfig(targets=TARGETS))
     model.compile(backend="s2ft", options={"inner": "aot_eager"})
     data = [{"input_ids": row, "labels": row} for row in ids]
-    arguments = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True,
-                                  report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
     trainer = Trainer(model, arguments, train_dataset=data)
     trainer.train()
     held = [p for g in trainer.optimizer.param_groups for p in g["params"]]
@@ -303,7 +333,11 @@ def one_process(tmp_path):
 def test_distributed_data_parallel(one_process, outer):
     case, model = prepared()
     DDP = nn.parallel.DistributedDataParallel
-    net = {"compile(DDP)": lambda: compiled(DDP(model)), "DDP(compile)": lambda: DDP(compiled(model)), "DDP": lambda: DDP(model)}
+    net = {
+        "compile(DDP)": lambda: compiled(DDP(model)),
+        "DDP(compile)": lambda: DDP(compiled(model)),
+        "DDP": lambda: DDP(model),
+    }
     net = net[outer]()
     assert [id(p) for p in s2ft.parameters(net)] == [id(p) for p in s2ft.parameters(model)]
     optimizer = torch.optim.SGD(s2ft.parameters(net), lr=0.1)
@@ -316,7 +350,7 @@ def test_distributed_data_parallel(one_process, outer):
     assert_weights(model, expected)
 
 
-# --- without the backend -----------------------------------------------------------------------------------------------
+# --- without the backend ----------------------------------------------------------------------------------------------
 
 
 def test_a_step_after_another_backend_compiled_the_model_is_refused():
@@ -346,7 +380,9 @@ def test_a_reentrant_checkpoint_is_not_silently_wrong():
 
     case, model = prepared()
     for block in model.blocks:
-        block.ffn.forward = (lambda f: lambda x: checkpoint(f, x.requires_grad_(), use_reentrant=True))(block.ffn.forward)
+        block.ffn.forward = (lambda f: lambda x: checkpoint(f, x.requires_grad_(), use_reentrant=True))(
+            block.ffn.forward
+        )
     optimizer = torch.optim.SGD(s2ft.parameters(model), lr=0.1)
     case.loss(model).backward()
     with pytest.warns(UserWarning, match="2 of 4 slices .*ffn.*no gradient in this step.*use_reentrant=False"):
@@ -359,10 +395,11 @@ def test_eager_training_of_only_some_layers_is_no_error():
     optimizer = torch.optim.SGD(s2ft.parameters(model), lr=0.1)
     state = s2ft.state.state_of(model)
 
-
     model.blocks[1].forward = lambda x: (x, x, None)
     case.loss(model).backward()
     with pytest.warns(UserWarning, match="loss does not reach them"):
         optimizer.step()
     optimizer.step()  # says it once
-    assert {b.name for b in state.blocks if b.delta.grad is None} == {b.name for b in state.blocks if "blocks.1" in b.name}
+    assert {b.name for b in state.blocks if b.delta.grad is None} == {
+        b.name for b in state.blocks if "blocks.1" in b.name
+    }

@@ -20,12 +20,15 @@ def test_each_round_runs_every_method_and_starts_with_another_one(methods, round
     made = [calls[i : i + methods] for i in range(0, len(calls), methods)]
     assert [sorted(some) for some in made] == [list(range(methods))] * (warm_up + rounds)
     assert [some[0] for some in made] == [turn % methods for turn in range(warm_up + rounds)]
-    assert times == {name: [turn * methods + some.index(int(name)) + 1 for turn, some in enumerate(made)][warm_up:]
-                     for name in trials}
+    assert times == {
+        name: [turn * methods + some.index(int(name)) + 1 for turn, some in enumerate(made)][warm_up:]
+        for name in trials
+    }
 
 
-@pytest.mark.parametrize("sense, measured, verdict", [
-    (">=", 2.0, "met"), (">=", 1.9, "missed"), ("<=", 2.0, "met"), ("<=", 2.1, "missed")])
+@pytest.mark.parametrize(
+    "sense, measured, verdict", [(">=", 2.0, "met"), (">=", 1.9, "missed"), ("<=", 2.0, "met"), ("<=", 2.1, "missed")]
+)
 def test_a_goal_is_met_up_to_its_value(sense, measured, verdict):
     table = turns.goal_table({"figure": (sense, 2)}, {"figure": measured, "no goal": 0.0})
     assert table.row_count == 1 and verdict in list(table.columns[3].cells)[0]

@@ -50,7 +50,9 @@ def test_orders_are_permutations_and_never_the_identity():
             assert sorted(orders[c.axis].tolist()) == list(range(c.units)) != orders[c.axis].tolist()
 
 
-@pytest.mark.parametrize("place", [("blocks.0.ffn.down.weight", 1), ("blocks.1.attention.o.weight", 1), ("norm.weight", 0)])
+@pytest.mark.parametrize(
+    "place", [("blocks.0.ffn.down.weight", 1), ("blocks.1.attention.o.weight", 1), ("norm.weight", 0)]
+)
 def test_a_member_left_out_is_found_and_its_coupling_named(place):
     drawn = Drawn(Spec(blocks=2, ffn=8, hidden=8))
     analysis = s2ft.analyze(drawn.model, drawn.inputs)
@@ -138,15 +140,22 @@ def test_a_decoder_with_a_configuration_of_its_own():
     assert model.decoder.config.use_cache and model.config.use_cache
 
 
-# --- structure only ---------------------------------------------------------------------------------------------
+# --- structure only --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["meta", "cpu"])
 def test_a_model_on_the_meta_device_has_the_same_structure(where):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=32)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     found = s2ft.analyze(model, {"input_ids": tokens().to(where)})
@@ -155,7 +164,7 @@ def test_a_model_on_the_meta_device_has_the_same_structure(where):
     assert [str(c) for c in found.couplings] == [str(c) for c in real.couplings] and len(found.couplings) == 9
 
 
-# --- the command line ---------------------------------------------------------------------------------------------
+# --- the command line --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +176,10 @@ def folder(tmp_path_factory):
 
 def test_command_line(folder, monkeypatch):
     result = CliRunner().invoke(app, ["verify", str(folder), "--seed", "3"])
-    assert result.exit_code == 0 and "9 couplings permuted at once in 21 parameters (float64): outputs unchanged" in result.output
+    assert (
+        result.exit_code == 0
+        and "9 couplings permuted at once in 21 parameters (float64): outputs unchanged" in result.output
+    )
     linear = torch.ops.aten.linear.default
     monkeypatch.setitem(rules.RULES, linear, lambda cx, node, x, w, b=None: Value([*x.dims[:-1], Axis(w.dims[0].size)]))
     monkeypatch.setattr(couple, "_pin_unread", lambda inference: None)

@@ -1,7 +1,8 @@
 """What rules work on: a tensor as axis inference sees it, what a rule may read off a node, and refusal."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 

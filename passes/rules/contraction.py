@@ -1,7 +1,7 @@
 """Rules of products: linear layers, matrix products, attention, convolutions."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Sequence
 
 from ..axes import ONE, Axis, Pin, pin, product, reshape, unify
 from .context import Value, argument, broadcast, mark, name, shape, unknown_rule
@@ -95,8 +95,16 @@ def matmul_rule(cx, node, left, right):
     rank = max(len(left.dims), len(right.dims))
     left, right = (replace(v, dims=[ONE] * (rank - len(v.dims)) + list(v.dims)) for v in (left, right))
     batch = [(d, d) for d in range(rank - 2)]
-    out = contract(cx, node, left, right, [(a, b) for a, b in batch if left.dims[a].size == right.dims[b].size],
-                   [(rank - 1, rank - 2)], [rank - 2], [rank - 1])
+    out = contract(
+        cx,
+        node,
+        left,
+        right,
+        [(a, b) for a, b in batch if left.dims[a].size == right.dims[b].size],
+        [(rank - 1, rank - 2)],
+        [rank - 2],
+        [rank - 1],
+    )
     dims = broadcast(cx, node, Value(left.dims[:-2]), Value(right.dims[:-2]))
     return replace(out, dims=[*dims, left.dims[-2], right.dims[-1]])
 
@@ -111,8 +119,15 @@ def einsum_rule(cx, node, equation, operands, **kwargs):
         return unknown_rule(cx, node, *operands)
     pairs = [(c, (a.index(c), b.index(c))) for c in a if c in b]
     batch, contracted = ([p for c, p in pairs if (c in output) == kept] for kept in (True, False))
-    value = contract(cx, node, *operands, batch, contracted,
-                     [a.index(c) for c in a if c not in b], [b.index(c) for c in b if c not in a])
+    value = contract(
+        cx,
+        node,
+        *operands,
+        batch,
+        contracted,
+        [a.index(c) for c in a if c not in b],
+        [b.index(c) for c in b if c not in a],
+    )
     made = [c for c, _ in pairs if c in output] + [c for c in a if c not in b] + [c for c in b if c not in a]
     return replace(value, dims=[value.dims[made.index(c)] for c in output])
 

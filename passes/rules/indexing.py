@@ -33,7 +33,7 @@ def masked_index(cx, node, x, indices, why):
         return unknown_rule(cx, node, x, *indices)
     for axis in [*mask.dims, *x.dims[d : d + len(mask.dims)]]:
         pin(axis, why)
-    return [*x.dims[:d], Axis(shape(node)[d], pin=why), *x.dims[d + len(mask.dims):]]
+    return [*x.dims[:d], Axis(shape(node)[d], pin=why), *x.dims[d + len(mask.dims) :]]
 
 
 def index_put_rule(cx, node, x, indices, values, *args):

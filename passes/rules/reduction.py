@@ -17,7 +17,7 @@ def layer_norm_rule(cx, node, x, normalized_shape, weight=None, bias=None, *args
     why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
     for param in (weight, bias):
         if isinstance(param, Value):  # rms_norm has its eps where layer_norm has the bias
-            for a, b in zip(x.dims[-len(normalized_shape):], param.dims):
+            for a, b in zip(x.dims[-len(normalized_shape) :], param.dims):
                 unify(a, b, why)
     if not isinstance(node.meta["val"], (list, tuple)):
         return list(x.dims)
