@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor
 from turns import DEVICE, Run, console, facts, in_turn, medians, parser, save
 
-from s2ft_compile.bank import _write
+from s2ft_compile.adapters.bank import _write
+from s2ft_compile.adapters.batched import Stack
 from s2ft_compile.kernels.refresh import fits, refresh, refresh_reference
-from s2ft_compile.rows import Stack
 
 WARM_UP, ROUNDS = 5, 30
 Methods = dict[str, Run]

@@ -140,7 +140,7 @@ def examine(model_type: str, names) -> dict:
     except s2ft.CaptureError as error:
         return {**result, "status": "not traced", "reason": str(error)[:600]}
     traced = time.perf_counter()
-    analysis = s2ft.passes.couple.couple(captured)
+    analysis = s2ft.passes.couple.couple.couple(captured)
     done = time.perf_counter()
     operators = Counter(r.operator for r in analysis.refusals if "no rule" in r.reason)
     result |= {
@@ -284,7 +284,7 @@ def cost(layers: int) -> dict:
     captured = s2ft.capture.capture(model, inputs)
     gc.disable()
     traced = time.process_time()
-    analysis = s2ft.passes.couple.couple(captured)
+    analysis = s2ft.passes.couple.couple.couple(captured)
     done = time.process_time()
     nodes = len(captured.graph_module.graph.nodes)
     return {

@@ -1,12 +1,13 @@
 """What a tuned model is turned into: an ordinary model, an adapter, a LoRA, a SHiRA, an ONNX file."""
 
+from s2ft_compile.exporters.onnx.adapter import save_onnx_adapter
+from s2ft_compile.exporters.onnx.export import export_onnx
+
 from .adapter import load_adapter, save_adapter
 from .checkpoint import merge_checkpoint
-from .extract import extract
+from .extraction import extract
 from .lora import save_lora
 from .merged import save_merged
-from .onnx import export_onnx
-from .onnx_adapter import save_onnx_adapter
 from .shira import save_shira
 
 __all__ = [

@@ -14,14 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..capture import unwrap
-from ..errors import AdapterError
-from ..fingerprint import OWN, samples_of
-from ..plan import Plan, Slice
-from ..state import State, disabled, is_prepared, state_of
-from .card import CARD, card
-from .files import new_directory
-from .format import (
+from s2ft_compile.adapters.format import (
     CONFIG,
     WEIGHTS,
     Adapter,
@@ -33,6 +26,14 @@ from .format import (
     read_adapter,
     write_adapter,
 )
+from s2ft_compile.capture import unwrap
+from s2ft_compile.errors import AdapterError
+from s2ft_compile.fingerprint import OWN, samples_of
+from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.state import State, disabled, is_prepared, state_of
+
+from .card import CARD, card
+from .files import new_directory
 
 log = logging.getLogger(__name__)
 __all__ = ["CONFIG", "WEIGHTS", "adapter_of", "check_fits", "load_adapter", "save_adapter", "summed"]

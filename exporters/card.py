@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from ..plan import Slice
-from .format import Adapter
+from s2ft_compile.adapters.format import Adapter
+from s2ft_compile.plan import Slice
 
 CARD = "README.md"
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..errors import ExportError
+from s2ft_compile.errors import ExportError
 
 
 @contextmanager

@@ -26,14 +26,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..capture import unwrap
-from ..errors import ConfigError, ExportError
-from ..plan import Slice
-from ..state import is_prepared
+from s2ft_compile.adapters.format import Adapter, read_adapter
+from s2ft_compile.capture import unwrap
+from s2ft_compile.errors import ConfigError, ExportError
+from s2ft_compile.plan import Slice
+from s2ft_compile.state import is_prepared
+
 from .adapter import adapter_of, check_fits
 from .card import CARD, LORA, card
 from .files import new_directory
-from .format import Adapter, read_adapter
 
 log = logging.getLogger(__name__)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

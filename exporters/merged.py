@@ -8,9 +8,10 @@ from pathlib import Path
 from safetensors.torch import save_model
 from torch import nn
 
-from ..capture import unwrap
-from ..errors import ExportError
-from ..state import is_prepared, merged
+from s2ft_compile.capture import unwrap
+from s2ft_compile.errors import ExportError
+from s2ft_compile.state import is_prepared, merged
+
 from .files import new_directory
 
 log = logging.getLogger(__name__)

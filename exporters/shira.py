@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..capture import unwrap
-from ..errors import ExportError
-from ..plan import Slice
+from s2ft_compile.capture import unwrap
+from s2ft_compile.errors import ExportError
+from s2ft_compile.plan import Slice
+
 from .card import CARD, SHIRA, card
 from .files import new_directory
 from .lora import CONFIG, WEIGHTS, adapter_source, linear_layers, peft_config

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..structure import Analysis
-from .layout import coordinates, gather_index, leaves
-from .select import Selection
+from s2ft_compile.layout import coordinates, gather_index, leaves
+from s2ft_compile.passes.select.select import Selection
+from s2ft_compile.structure import Analysis
 
 
 @torch.no_grad()

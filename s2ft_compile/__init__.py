@@ -1,7 +1,8 @@
 """S²FT as a compiler: train a few dense slices of a transformer's coupled weights, get an ordinary model back."""
 
+from s2ft_compile.adapters.bank import AdapterBank
+
 from . import exporters
-from .bank import AdapterBank
 from .config import CompileOptions, S2FTConfig
 from .errors import (
     AdapterError,
@@ -13,12 +14,12 @@ from .errors import (
     StateError,
     VerificationError,
 )
-from .estimate import Estimate, estimate
+from .estimation import Estimate, estimate
 from .plan import Plan, Slice
-from .prepare import analyze, permute, prepare
+from .preparation import analyze, permute, prepare
 from .state import disabled, is_prepared, parameters, release
 from .structure import Analysis, Coupling, Member, Refusal
-from .verify import Verification, verify
+from .verification import Verification, verify
 
 __version__ = "0.1.0"
 

@@ -22,16 +22,17 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import Guard, TracingContext, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from s2ft_compile.passes.backward import attach as attach_pass
+from s2ft_compile.passes.backward import chunk_loss as chunk_loss_pass
+from s2ft_compile.passes.backward import grouped as grouped_pass
+from s2ft_compile.passes.backward import lower as lower_pass
+from s2ft_compile.passes.backward import slice_pushdown as pushdown_pass
+
 from .capture import Inputs, unwrap
 from .config import CompileOptions, S2FTConfig
 from .errors import ConfigError, StateError
 from .kernels import slice_grad as slice_grad_kernel
-from .passes import attach as attach_pass
-from .passes import chunk_loss as chunk_loss_pass
-from .passes import grouped as grouped_pass
-from .passes import lower as lower_pass
-from .passes import slice_pushdown as pushdown_pass
-from .prepare import prepare
+from .preparation import prepare
 from .state import Block, State, blocks_for, live_states
 
 log = logging.getLogger(__name__)

@@ -18,11 +18,12 @@ from torch._dynamo.eval_frame import skip_code
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import any_torch_dispatch_mode_on_stack
 
+from s2ft_compile.passes.backward.attach import attach
+from s2ft_compile.passes.permute import move
+
 from .capture import unwrap
 from .errors import StateError
 from .kernels import refresh as kernel
-from .passes.attach import attach
-from .passes.permute import move
 from .plan import Plan
 
 STATE_NAME = "s2ft"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .passes.layout import Layout
+from .layout import Layout
 
 
 class Member(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from s2ft_compile.passes.layout import gather_index, leaves
+from s2ft_compile.layout import gather_index, leaves
 from s2ft_compile.structure import Analysis, Coupling
 
 AMPLIFIED = 200.0

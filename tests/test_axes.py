@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s2ft_compile.passes.axes import (
+from s2ft_compile.layout import Layout, Leaf, Product, Sum, coordinates, gather_index, leaves
+from s2ft_compile.passes.couple.axes import (
     ONE,
     PRODUCT,
     SUM,
@@ -27,7 +28,6 @@ from s2ft_compile.passes.axes import (
     terms,
     unify,
 )
-from s2ft_compile.passes.layout import Layout, Leaf, Product, Sum, coordinates, gather_index, leaves
 
 WHY = Pin("test")
 SIZES = (1, 2, 3, 4, 6, 8, 12)

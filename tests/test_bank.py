@@ -11,10 +11,10 @@ from small import hf, randomize, same_bits, tokens
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.bank import AdapterBank
+from s2ft_compile.adapters.bank import AdapterBank
+from s2ft_compile.adapters.batched import Stack, products_by_id
 from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.exporters import load_adapter, save_adapter
-from s2ft_compile.rows import Stack, products_by_id
 
 TARGETS = {
     "a": {"ffn.out": 5, "attention.out": 1},

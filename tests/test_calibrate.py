@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import s2ft_compile as s2ft
-from s2ft_compile.calibrate import calibrate
 from s2ft_compile.config import CALIBRATED
 from s2ft_compile.errors import ConfigError
-from s2ft_compile.passes.scores import squares
+from s2ft_compile.passes.select.calibrate import calibrate
+from s2ft_compile.passes.select.scores import squares
 
 CLOSE = dict(rtol=1e-9, atol=1e-12)  # sums of at most some thousand squares in float64
 

@@ -16,10 +16,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import s2ft_compile as s2ft
-from s2ft_compile.cli import app
+from s2ft_compile.adapters.format import read_adapter
+from s2ft_compile.cli.app import app
 from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.exporters import checkpoint, extract, load_adapter, merge_checkpoint, save_adapter, save_merged
-from s2ft_compile.exporters.format import read_adapter
 from s2ft_compile.fingerprint import fingerprint, samples_of
 
 ROLES = {"ffn.out": 3, "attention.out": 1, "ffn.in": 2, "attention.value": 1}

@@ -11,8 +11,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import s2ft_compile as s2ft
-from s2ft_compile.data import load_model
-from s2ft_compile.passes import chunk_loss as chunk_loss_pass
+from s2ft_compile.cli.data import load_model
+from s2ft_compile.passes.backward import chunk_loss as chunk_loss_pass
 
 VOCABULARY, WIDTH = 11, 6
 CHAINS = {  # between head and loss: name -> logits -> logits

@@ -7,10 +7,10 @@ import torch
 from test_data import TEXT, lines, tiny_tokenizer
 from typer.testing import CliRunner
 
-from s2ft_compile import summary
-from s2ft_compile.cli import app
+from s2ft_compile.cli import inspect as summary
+from s2ft_compile.cli.app import app
+from s2ft_compile.cli.options import TrainOptions, parse_targets
 from s2ft_compile.errors import ConfigError, S2FTError
-from s2ft_compile.options import TrainOptions, parse_targets
 
 
 @pytest.fixture(scope="session")
@@ -186,8 +186,8 @@ def test_train_changes_only_what_was_selected(run, base):
 def test_the_merged_folder_has_the_tokenizer_and_the_measured_loss(run, text):
     from transformers import AutoTokenizer
 
-    from s2ft_compile.data import read_records, split, tokenize
-    from s2ft_compile.train import loss
+    from s2ft_compile.cli.data import read_records, split, tokenize
+    from s2ft_compile.cli.train import loss
 
     output, _ = run
     tokenizer = AutoTokenizer.from_pretrained(output / "merged")
@@ -279,7 +279,7 @@ def test_train_refuses_with_one_line_and_leaves_nothing(base, text, tmp_path, ch
 
 
 def test_train_leaves_the_units_of_an_excluded_adapter_alone(run, base, text, tmp_path):
-    from s2ft_compile.exporters.format import read_adapter
+    from s2ft_compile.adapters.format import read_adapter
 
     given = {
         "--model": base,
@@ -302,7 +302,7 @@ def test_train_leaves_the_units_of_an_excluded_adapter_alone(run, base, text, tm
 
 def test_a_selection_that_looks_at_data_looks_at_the_training_data(base, text, tmp_path):
     import s2ft_compile as s2ft
-    from s2ft_compile.data import example_inputs, read_records, split, tokenize
+    from s2ft_compile.cli.data import example_inputs, read_records, split, tokenize
 
     output, given = (
         tmp_path / "run",

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from s2ft_compile.data import (
+from s2ft_compile.cli.data import (
     IGNORE,
     Records,
     cut,

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 import s2ft_compile as s2ft
 from s2ft_compile import CompileOptions, S2FTConfig
-from s2ft_compile.cli import app
+from s2ft_compile.cli.app import app
 from s2ft_compile.errors import ConfigError
-from s2ft_compile.estimate import Estimate, table
+from s2ft_compile.estimation import Estimate, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from methods import QUICK_SIZE, build  # noqa: E402

@@ -11,11 +11,11 @@ from small import LLAMA, QUICK, cases, compiled, configs, hf, randomize, same_bi
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import s2ft_compile as s2ft
+from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.config import BUDGETS, CALIBRATED, SELECTIONS
 from s2ft_compile.errors import AdapterError, ConfigError
 from s2ft_compile.exporters import save_adapter
-from s2ft_compile.exporters.format import read_adapter
-from s2ft_compile.passes.select import select
+from s2ft_compile.passes.select.select import select
 
 INPUTS = {"input_ids": tokens(), "labels": tokens()}
 MIXED = {"ffn.out": 0.25, "ffn.in": 5, "attention.out": 1, "attention.value": 0.5}

@@ -20,8 +20,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import s2ft_compile as s2ft
+from s2ft_compile.adapters import format
 from s2ft_compile.errors import AdapterError, ExportError, S2FTError, StateError
-from s2ft_compile.exporters import format, load_adapter, merged, save_adapter, save_merged
+from s2ft_compile.exporters import load_adapter, merged, save_adapter, save_merged
 from s2ft_compile.exporters.files import new_directory, new_files
 from s2ft_compile.fingerprint import SAMPLES, fingerprint
 from s2ft_compile.state import merged as merged_weights

@@ -17,8 +17,8 @@ from triton.runtime import driver
 
 import s2ft_compile as s2ft
 from s2ft_compile.kernels import slice_grad, support
-from s2ft_compile.passes import lower as lower_pass
-from s2ft_compile.passes.lower import SLICE_GRAD, lower, see_through
+from s2ft_compile.passes.backward import lower as lower_pass
+from s2ft_compile.passes.backward.lower import SLICE_GRAD, lower, see_through
 
 aten = torch.ops.aten
 HOPPER = (9, 0)

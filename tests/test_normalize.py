@@ -12,7 +12,7 @@ from torch import nn
 
 import s2ft_compile as s2ft
 from s2ft_compile.capture import capture
-from s2ft_compile.passes.normalize import normalize
+from s2ft_compile.passes.couple.normalize import normalize
 
 B, L, HIDDEN, KV, GROUPS, WIDTH = 2, 5, 8, 2, 3, 4
 HEADS = KV * GROUPS

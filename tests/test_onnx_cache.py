@@ -16,10 +16,10 @@ from test_data import tiny_tokenizer
 from typer.testing import CliRunner
 
 import s2ft_compile as s2ft
-from s2ft_compile.cli import app
+from s2ft_compile.cli.app import app
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.exporters import export_onnx, save_lora, save_onnx_adapter
-from s2ft_compile.exporters.onnx import OPSETS
+from s2ft_compile.exporters.onnx.export import OPSETS
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import generate_onnx  # noqa: E402

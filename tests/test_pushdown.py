@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import CompileError
-from s2ft_compile.passes.attach import ATTACH, TAKE, attach
-from s2ft_compile.passes.slice_pushdown import RULES, slice_pushdown
+from s2ft_compile.passes.backward.attach import ATTACH, TAKE, attach
+from s2ft_compile.passes.backward.slice_pushdown import RULES, slice_pushdown
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from test_axes import Solution
 from torch import Tensor, fx
 
-from s2ft_compile.passes import rules
-from s2ft_compile.passes.axes import Axis, atoms, find
-from s2ft_compile.passes.rules import RULES, rule_for
-from s2ft_compile.passes.rules.context import Context, Value
+from s2ft_compile.passes.couple import rules
+from s2ft_compile.passes.couple.axes import Axis, atoms, find
+from s2ft_compile.passes.couple.rules import RULES, rule_for
+from s2ft_compile.passes.couple.rules.context import Context, Value
 
 aten = torch.ops.aten
 MANY = settings(max_examples=3 * settings.default.max_examples)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from small import QUICK, cases, hf, same_bits, tokens
 from torch import nn
 
-from s2ft_compile.saved import Kept, Remade, _Recorder, lean_saving
+from s2ft_compile.passes.select.lean_saving import Kept, Remade, _Recorder, lean_saving
 
 
 def gradients(loss, parameters, constants=None):

@@ -11,9 +11,9 @@ from torch import nn
 import s2ft_compile as s2ft
 from s2ft_compile.config import units_for
 from s2ft_compile.errors import ConfigError
-from s2ft_compile.passes import scores
-from s2ft_compile.passes.scores import low_rank_squares
-from s2ft_compile.passes.select import select
+from s2ft_compile.passes.select import scores
+from s2ft_compile.passes.select.scores import low_rank_squares
+from s2ft_compile.passes.select.select import select
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import s2ft_compile as s2ft
-from s2ft_compile.cli import app
-from s2ft_compile.passes import couple, rules
-from s2ft_compile.passes.axes import Axis
-from s2ft_compile.passes.rules.context import Value
-from s2ft_compile.verify import random_orders
+from s2ft_compile.cli.app import app
+from s2ft_compile.passes.couple import couple, rules
+from s2ft_compile.passes.couple.axes import Axis
+from s2ft_compile.passes.couple.rules.context import Value
+from s2ft_compile.verification import random_orders
 
 FEW = settings(max_examples=max(2, settings.default.max_examples // 8), phases=QUICK)
 

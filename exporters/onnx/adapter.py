@@ -1,0 +1,149 @@
+"""Adapters as inputs of an ONNX graph: one base graph, and a small file for each adapter. See `onnx_places`."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from s2ft_compile.adapters.format import Adapter, read_adapter
+from s2ft_compile.capture import unwrap
+from s2ft_compile.errors import ConfigError, ExportError
+from s2ft_compile.exporters.adapter import check_fits
+from s2ft_compile.exporters.files import new_files
+from s2ft_compile.exporters.lora import adapter_source, linear_layers
+from s2ft_compile.state import disabled, is_prepared, state_of
+
+from .places import GENAI, NAMES, check_names, lora_names, slice_names
+
+log = logging.getLogger(__name__)
+SUFFIX = ".onnx_adapter"
+
+
+def save_onnx_adapter(
+    model: nn.Module, file: str | os.PathLike, *, adapter: str | os.PathLike | None = None, names: str = NAMES[0]
+) -> Path:
+    """Writes an adapter for graphs of `export_onnx(..., adapters="separate")`, and returns the file's path.
+
+    model: prepared; or, with `adapter`, the plain base model of that adapter folder. file: a new `.onnx_adapter`.
+    names: those of the graph; "genai" gives Olive's LoRA adapters. ONNX Runtime loads the file with `LoraAdapter` and
+    adds it to a run with `RunOptions.add_active_adapter`. Raises `ConfigError` for unknown names, `ExportError` for a
+    file name with another ending, a file that exists, or slices that no matrix product takes.
+    """
+    target, module = Path(file), unwrap(model)
+    if target.suffix != SUFFIX:
+        raise ExportError(
+            f"{target} is not the name of an adapter for ONNX Runtime; {target.with_suffix(SUFFIX)} would be"
+        )
+    check_names(names)
+    source = adapter_source(model, adapter)
+    parts = _oriented(module, source)
+    with new_files(target) as folder:
+        _write(_loras(parts) if names == GENAI else _slices(parts), folder / target.name)
+    log.info("adapter for ONNX Runtime written to %s: %d slices", target, len(source.slices))
+    return target
+
+
+def _write(parameters: Mapping[str, np.ndarray], file: Path) -> None:
+    import onnxruntime
+
+    written = onnxruntime.AdapterFormat()
+    written.set_adapter_version(1)
+    written.set_model_version(1)
+    written.set_parameters(
+        {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values))
+            for name, values in parameters.items()
+        }
+    )
+    written.export_adapter(str(file))
+
+
+class Part(NamedTuple):
+    """A slice as a product x W sees it. delta: (n, out) of columns, which x W contracts, or (in, n) of rows.
+    size: of the axis that the indices are of."""
+
+    weight: str
+    columns: bool
+    indices: np.ndarray
+    delta: np.ndarray
+    size: int
+
+
+def _oriented(module: nn.Module, source: Adapter) -> list[Part]:
+    layers, made = linear_layers(module, source, "an adapter beside an ONNX graph"), []
+    for s in source.slices:
+        transposed, dtype = layers[s.parameter_name][1], module.get_parameter(s.parameter_name).dtype
+        delta = (s.delta if transposed else s.delta.T).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+        columns = (s.dim == 1) != transposed
+        made.append(Part(s.parameter_name, columns, s.indices.numpy(), delta.numpy(), s.shape[s.dim]))
+    return made
+
+
+def _slices(parts: Sequence[Part]) -> dict[str, np.ndarray]:
+    made = {}
+    for part in parts:
+        indices, delta = slice_names(part.weight, part.columns)
+        made |= {indices: part.indices, delta: part.delta}
+    return made
+
+
+def _loras(parts: Sequence[Part]) -> dict[str, np.ndarray]:
+    """A (in, r) and B (r, out): a slice is a LoRA with a one-hot factor; those of one weight lie side by side."""
+    made: dict[str, np.ndarray] = {}
+    for part in parts:
+        one_hot = np.zeros((part.size, len(part.indices)), part.delta.dtype)
+        one_hot[part.indices, np.arange(len(part.indices))] = 1
+        for name, factor, axis in zip(
+            lora_names(part.weight), (one_hot, part.delta) if part.columns else (part.delta, one_hot.T), (1, 0)
+        ):
+            made[name] = np.concatenate([made[name], factor], axis) if name in made else factor
+    return made
+
+
+# --- the graph ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def untrained(model: nn.Module) -> Iterator[None]:
+    """Context in which `model` is the plain base model, whatever it has trained."""
+    if not is_prepared(model):
+        yield
+        return
+    state, module = state_of(model), unwrap(model)
+    with disabled(model):
+        state.uninstall(module)
+        try:
+            yield
+        finally:
+            state.install(module)
+
+
+def places_of(model: nn.Module, adapters: str | Sequence[str | os.PathLike]) -> list[tuple[str, int]]:
+    """(weight, dim) of everything that the adapters change: those of a prepared model, or of adapter folders.
+
+    Raises `ConfigError` where there are none, `AdapterError` for an adapter of another base model.
+    """
+    if isinstance(adapters, (str, os.PathLike)):
+        if adapters != "separate":
+            raise ConfigError(f"adapters must be 'separate' or a list of adapter folders, got {os.fspath(adapters)!r}")
+        if not is_prepared(model):
+            raise ConfigError(
+                "adapters='separate' makes room for what a prepared model trains, and this one is not "
+                "prepared; give a list of adapter folders instead"
+            )
+        slices = list(state_of(model).plan.slices)
+    else:
+        found = [read_adapter(folder) for folder in adapters]
+        with untrained(model):
+            for adapter in found:
+                check_fits(unwrap(model), adapter)
+        slices = [s for adapter in found for s in adapter.slices]
+    if not slices:
+        raise ConfigError("no adapter was given, so there is nothing that the graph could make room for")
+    return list(dict.fromkeys((s.parameter_name, s.dim) for s in slices))

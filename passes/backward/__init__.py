@@ -1,0 +1,1 @@
+"""What happens to a joint graph: only the trained blocks get gradients."""

@@ -1,0 +1,299 @@
+"""Stage 5, slice pushdown: a joint graph that computes only the trained blocks' gradients.
+
+In the joint graph the gradient of a delta is `take` (a slice) of a full gradient dW. Two theorems move the `take` up
+until no full dW is left:
+
+    take ∘ f = f ∘ take          f permutes or views dimensions, or works elementwise
+    take ∘ contract = contract ∘ take    rows of A·B are rows of A, columns are columns of B
+
+Then `attach(W, D)` is replaced by W, which already holds its value, and what nothing reads any more is removed.
+Ensures: every gradient of a delta is computed at the delta's own size.
+"""
+
+import logging
+import operator
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from s2ft_compile.errors import CompileError
+
+from .attach import ATTACH, TAKE
+from .grouped import grouped_mm_rule, output_rule, without_weight_gradients
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+
+def slice_pushdown(graph: fx.Graph) -> int:
+    """Rewrites a joint graph in place; returns how many weights were attached in it.
+
+    Raises `CompileError` if a gradient of a frozen weight would have to be computed at full size.
+    """
+    attached = graph.find_nodes(op="call_function", target=ATTACH)
+    taken = [n for n in graph.find_nodes(op="call_function", target=TAKE)]
+    if not attached and not taken:
+        return 0
+    editor = Editor(graph)
+    for node in taken:
+        node.replace_all_uses_with(_pushed(editor, node))
+    for node in attached:
+        node.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
+    without_weight_gradients(editor, graph)
+    for node in graph.find_nodes(op="call_function", target=TAKE):
+        _lower(editor, node)
+    hoist(editor)
+    graph.eliminate_dead_code()
+    graph.lint()
+    log.info("slice pushdown: %d weights, %d gradients sliced", len(attached), len(taken))
+    return len(attached)
+
+
+ORIGIN = ("stack_trace", "seq_nr", "partitioner_tag")  # of a node's meta: where it comes from, and which half it is in
+
+
+class Editor:
+    """Adds nodes with their fake values, next to the node that is being rewritten."""
+
+    def __init__(self, graph: fx.Graph):
+        self.graph = graph
+        values = [n.meta.get("val") for n in graph.find_nodes(op="placeholder")]
+        modes = [v.fake_mode for v in values if isinstance(v, torch.Tensor) and hasattr(v, "fake_mode")]
+        self.mode: FakeTensorMode = modes[0]
+        self.at: fx.Node | None = None
+        self.made: set[fx.Node] = set()
+
+    def call(self, target: Callable, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+        """Inserts target(*args) before `self.at`; keeps `like`'s trace information."""
+        with self.graph.inserting_before(self.at):
+            node = self.graph.call_function(target, args, kwargs)
+        self.made.add(node)
+        if like is not None:
+            node.meta.update({k: v for k, v in like.meta.items() if k in ORIGIN})
+        with self.mode:
+            fakes = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
+            node.meta["val"] = target(*fakes[0], **fakes[1])
+        return node
+
+    def take(self, x: fx.Node, dim: int, how: fx.Node) -> fx.Node:
+        return self.call(TAKE, x, dim % x.meta["val"].ndim, *how.args[2:])
+
+
+def _pushed(editor: Editor, node: fx.Node) -> fx.Node:
+    """What computes `node` (a take of a gradient) without its full-size input."""
+    editor.at = node
+    x, dim = node.args[:2]
+    rule = _rule_for(x.target) if x.op == "call_function" else None
+    made = rule(editor, node, x, dim) if rule else None
+    if made is None:
+        maker = x.args[0] if x.target is operator.getitem else x
+        raise CompileError(
+            f"the gradient of a frozen weight would be computed at its full size {list(x.meta['val'].shape)} by "
+            f"{maker.target} ({maker.name}), which has no slice rule for dimension {dim}; "
+            f"choose other targets than this weight"
+        )
+    return made
+
+
+def _recurse(editor: Editor, x: fx.Node, dim: int, how: fx.Node) -> fx.Node:
+    """The pushed-down slice of `x`, still part of the gradient's way."""
+    here = editor.at
+    result = _pushed(editor, editor.take(x, dim, how))
+    editor.at = here
+    return result
+
+
+# --- rules: (editor, take node, what it takes from, dim) -> its replacement, or None ---------------------------
+
+
+def permute_rule(editor, node, x, dim):
+    order = x.args[1]
+    return editor.call(aten.permute.default, _recurse(editor, x.args[0], order[dim] % len(order), node), order, like=x)
+
+
+def transpose_rule(editor, node, x, dim):
+    rank = x.meta["val"].ndim
+    a, b = (d % rank for d in (x.args[1:3] if len(x.args) > 2 else (0, 1)))
+    if rank < 2:
+        return _recurse(editor, x.args[0], dim, node)
+    source = {a: b, b: a}.get(dim, dim)
+    return editor.call(aten.transpose.int, _recurse(editor, x.args[0], source, node), a, b, like=x)
+
+
+def view_rule(editor, node, x, dim):
+    """A view keeps a dimension if as many elements lie before and after it on both sides."""
+    old, new = x.args[0].meta["val"].shape, x.meta["val"].shape
+    for source in range(len(old)):
+        if old[source] == new[dim] and prod(old[:source]) == prod(new[:dim]):
+            inner = _recurse(editor, x.args[0], source, node)
+            shape = list(new)
+            shape[dim] = node.meta["val"].shape[dim]
+            return editor.call(aten.reshape.default, inner, shape, like=x)
+    return None
+
+
+def mm_rule(editor, node, x, dim):
+    a, b = x.args
+    a, b = (editor.take(a, 0, node), b) if dim == 0 else (a, editor.take(b, 1, node))
+    return editor.call(aten.mm.default, a, b, like=x)
+
+
+def bmm_rule(editor, node, x, dim):
+    a, b = x.args
+    if dim in (0, 1):
+        a = editor.take(a, dim, node)
+    if dim in (0, 2):
+        b = editor.take(b, dim, node)
+    return editor.call(aten.bmm.default, a, b, like=x)
+
+
+def addmm_rule(editor, node, x, dim):
+    bias, a, b = x.args
+    size, kept = bias.meta["val"].shape, bias.meta["val"].ndim - 2 + dim
+    if kept >= 0 and size[kept] != 1:
+        bias = editor.take(bias, kept, node)
+    a, b = (editor.take(a, 0, node), b) if dim == 0 else (a, editor.take(b, 1, node))
+    return editor.call(aten.addmm.default, bias, a, b, like=x, **x.kwargs)
+
+
+def sum_rule(editor, node, x, dim):
+    source, rank = x.args[0], x.args[0].meta["val"].ndim
+    gone = {d % rank for d in x.args[1]} if len(x.args) > 1 and x.args[1] else set(range(rank))
+    keepdim = len(x.args) > 2 and x.args[2]
+    kept = list(range(rank)) if keepdim else [d for d in range(rank) if d not in gone]
+    if kept[dim] in gone:
+        return None
+    return editor.call(aten.sum.dim_IntList, editor.take(source, kept[dim], node), sorted(gone), bool(keepdim), like=x)
+
+
+def embedding_rule(editor, node, x, dim):
+    grad, *rest = x.args
+    if dim != 1:
+        return None
+    return editor.call(aten.embedding_dense_backward.default, editor.take(grad, -1, node), *rest, like=x)
+
+
+def index_put_rule(editor, node, x, dim):
+    """Values added at indexed rows, [mask,] indices, values: what the rows hold can be sliced, the rows not."""
+    base, *rest = x.args
+    at = next(i for i, arg in enumerate(rest) if isinstance(arg, (list, tuple)))
+    indices, values, from_end = rest[at], rest[at + 1], dim - base.meta["val"].ndim
+    if dim < len(indices) or None in indices or values.meta["val"].shape[from_end] != base.meta["val"].shape[dim]:
+        return None
+    values = editor.take(values, from_end, node)
+    return editor.call(x.target, _recurse(editor, base, dim, node), *rest[: at + 1], values, *rest[at + 2 :], like=x)
+
+
+def slice_scatter_rule(editor, node, x, dim):
+    base, values, at, *rest = x.args if len(x.args) > 2 else (*x.args, 0)
+    if at % base.meta["val"].ndim == dim:
+        return None
+    values = editor.take(values, dim, node)
+    return editor.call(x.target, _recurse(editor, base, dim, node), values, at, *rest, like=x)
+
+
+def slice_backward_rule(editor, node, x, dim):
+    values, size, at, *rest = x.args
+    if at == dim:
+        return None
+    size = [*size[:dim], node.meta["val"].shape[dim], *size[dim + 1 :]]
+    return editor.call(x.target, editor.take(values, dim, node), size, at, *rest, like=x)
+
+
+def constant_rule(editor, node, x, dim):
+    """full(size, value) and new_zeros(like, size): the same of another size."""
+    size = list(node.meta["val"].shape)
+    args = [size if isinstance(arg, (list, tuple)) else arg for arg in x.args]
+    return editor.call(x.target, *args, like=x, **x.kwargs)
+
+
+def elementwise_rule(editor, node, x, dim):
+    """Casts, sums of several uses' gradients, scalings: slice every operand that has the dimension."""
+    rank = x.meta["val"].ndim
+
+    def sliced(arg):
+        if not isinstance(arg, fx.Node) or not isinstance(arg.meta.get("val"), torch.Tensor):
+            return arg
+        value = arg.meta["val"]
+        source = dim - rank + value.ndim
+        if source < 0 or value.shape[source] == 1:
+            return arg
+        computed = arg.op == "call_function"  # what is given can be sliced as it is
+        return _recurse(editor, arg, source, node) if computed else editor.take(arg, source, node)
+
+    return editor.call(x.target, *[sliced(a) for a in x.args], like=x, **x.kwargs)
+
+
+def take_rule(editor, node, x, dim):
+    """A slice of a slice along another dimension: they commute."""
+    if x.args[1] == dim:
+        return None
+    return editor.call(TAKE, _recurse(editor, x.args[0], dim, node), *x.args[1:], like=x)
+
+
+RULES: dict[Any, Callable] = {
+    aten.permute.default: permute_rule,
+    aten.transpose.int: transpose_rule,
+    aten.t.default: transpose_rule,
+    aten.view.default: view_rule,
+    aten.reshape.default: view_rule,
+    aten._unsafe_view.default: view_rule,
+    aten.unsqueeze.default: view_rule,
+    aten.squeeze.dim: view_rule,
+    aten.squeeze.dims: view_rule,
+    aten.mm.default: mm_rule,
+    aten.bmm.default: bmm_rule,
+    aten._grouped_mm.default: grouped_mm_rule,
+    operator.getitem: output_rule,
+    aten.addmm.default: addmm_rule,
+    aten.sum.dim_IntList: sum_rule,
+    aten.embedding_dense_backward.default: embedding_rule,
+    aten.index_put.default: index_put_rule,
+    aten._unsafe_masked_index_put_accumulate.default: index_put_rule,
+    aten.slice_scatter.default: slice_scatter_rule,
+    aten.slice_backward.default: slice_backward_rule,
+    aten.full.default: constant_rule,
+    aten.new_zeros.default: constant_rule,
+    aten._to_copy.default: elementwise_rule,
+    aten.clone.default: elementwise_rule,
+    aten.alias.default: elementwise_rule,
+    aten.detach.default: elementwise_rule,
+    torch.ops.prims.convert_element_type.default: elementwise_rule,
+    TAKE: take_rule,
+}
+
+
+def _rule_for(target: Any) -> Callable | None:
+    if target in RULES:
+        return RULES[target]
+    return elementwise_rule if torch.Tag.pointwise in getattr(target, "tags", ()) else None
+
+
+# --- what is left of the takes: slices of activations ----------------------------------------------------------
+
+
+def _lower(editor: Editor, node: fx.Node) -> None:
+    """A copy of the slice, so that saving it for the backward does not keep the whole activation alive."""
+    editor.at = node
+    x, dim, starts, lengths = node.args
+    pieces = [editor.call(aten.slice.Tensor, x, dim, s, s + n) for s, n in zip(starts, lengths)]
+    if len(pieces) == 1:
+        made = editor.call(aten.clone.default, pieces[0], memory_format=torch.contiguous_format)
+    else:
+        made = editor.call(aten.cat.default, pieces, dim)
+    node.replace_all_uses_with(made)
+    editor.graph.erase_node(node)
+
+
+def hoist(editor: Editor) -> None:
+    """Computes slices and their gradients as soon as they can be. Autograd gets to the weights last of all, which would
+    keep the dY of every layer alive until the end of the backward."""
+    for node in list(editor.graph.nodes):
+        if node in editor.made and (latest := max(node.all_input_nodes, default=None)) and latest.op != "placeholder":
+            latest.append(node)

@@ -1,0 +1,1 @@
+"""Stage 2: which axes of a traced model may be permuted, proved by axis inference."""

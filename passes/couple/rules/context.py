@@ -1,0 +1,143 @@
+"""What rules work on: a tensor as axis inference sees it, what a rule may read off a node, and refusal."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from s2ft_compile.passes.couple.axes import ONE, Axis, Pin, pin, unify
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor as axis inference sees it.
+
+    dims: an axis per dimension. weight: computed from parameters and constants alone. scores: comes out of a
+    product of two activations (attention scores), so a product with it applies them to the values.
+    """
+
+    dims: Sequence[Axis]
+    weight: bool = False
+    scores: bool = False
+
+    @property
+    def sizes(self) -> list[int]:
+        return [d.size for d in self.dims]
+
+
+@dataclass
+class Projection:
+    """The axes of a weight that an operator produces and those it contracts."""
+
+    produced: list[Axis] = field(default_factory=list)
+    contracted: list[Axis] = field(default_factory=list)
+
+
+@dataclass
+class Context:
+    """What the rules report besides equations: which axes meet in products of two activations."""
+
+    heads: list[Axis] = field(default_factory=list)  # batch axes of such a product
+    attention: list[Axis] = field(default_factory=list)  # every axis of such a product
+    experts: list[Axis] = field(default_factory=list)  # batch axes of a product with a weight
+    consumed: list[Axis] = field(default_factory=list)  # axes that a contraction or a reduction sums over
+    projections: dict[Any, Projection] = field(default_factory=dict)  # by node
+
+    def project(self, node, weight: Value, produced: Sequence[int], contracted: Sequence[int]) -> None:
+        """Records a contraction with a weight, by the weight's dimensions."""
+        for dims, use in ((produced, "in"), (contracted, "out")):
+            for d in dims:
+                weight.dims[d].uses.add(use)
+        made = self.projections.setdefault(node, Projection())
+        made.produced.extend(weight.dims[d] for d in produced)
+        made.contracted.extend(weight.dims[d] for d in contracted)
+
+    def product(self, left: Value, right: Value, batch: Sequence[Axis]) -> bool:
+        """Records a contraction of two activations; returns whether its result holds attention scores."""
+        self.heads += batch
+        self.attention += [*left.dims, *right.dims]
+        scores = left.scores or right.scores
+        for value, other, role in ((left, right, "query"), (right, left, "key")):
+            if not value.scores:
+                mark(value.dims, "value" if other.scores else role)
+        return not scores
+
+
+def mark(dims: Sequence[Axis], role: str) -> None:
+    """Marks handles, and the parts they were refined into, with what attention uses them as."""
+    for axis in dims:
+        if axis.size > 1 and axis.role is None:
+            axis.role = role
+            if axis.alias is None:
+                mark(axis.parts, role)
+
+
+def broadcast(cx, node, *values: Value) -> list[Axis]:
+    """Elementwise: aligned from the right, equal sizes are one axis, a size of 1 says nothing."""
+    why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
+    values = sorted(values, key=lambda v: v.weight)  # keep the activation's handle
+    rank = max(len(v.dims) for v in values)
+    dims = []
+    for d in range(-rank, 0):
+        axes = [v.dims[d] for v in values if len(v.dims) >= -d]
+        axes = [a for a in axes if a.size != 1] or [ONE]
+        for other in axes[1:]:
+            unify(axes[0], other, why)
+        dims.append(axes[0])
+    return dims
+
+
+def unknown_rule(cx, node, *args, **kwargs):
+    """No rule: the order of everything it touches matters."""
+    why = Pin(f"there is no rule for {name(node)}", node)
+    for value in tensors((args, kwargs)):
+        for axis in value.dims:
+            pin(axis, why)
+    made = [[Axis(size, pin=why) for size in out] for out in shapes(node)]
+    return made if isinstance(node.meta["val"], (list, tuple)) else made[0]
+
+
+def name(node) -> str:
+    return str(getattr(node.target, "_overloadpacket", node.target)).removeprefix("aten.")
+
+
+def shapes(node) -> list[list[int]]:
+    values = node.meta["val"] if isinstance(node.meta["val"], (list, tuple)) else [node.meta["val"]]
+    return [list(v.shape) for v in values if isinstance(v, torch.Tensor)]
+
+
+def shape(node) -> list[int]:
+    return shapes(node)[0]
+
+
+def node_dtype(node, position: int) -> torch.dtype:
+    return node.args[1][position].meta["val"].dtype
+
+
+def argument(node, key: str, default: Any = None) -> Any:
+    """The value that an operator's argument has, by its name in the schema, wherever it was given."""
+    if key in node.kwargs:
+        return node.kwargs[key]
+    for i, arg in enumerate(node.target._schema.arguments):
+        if arg.name == key:
+            return node.args[i] if i < len(node.args) else (arg.default_value if arg.has_default_value() else default)
+    return default
+
+
+def tensors(tree: Any) -> list[Value]:
+    if isinstance(tree, Value):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [v for item in tree for v in tensors(item)] if isinstance(tree, (list, tuple)) else []
+
+
+def acted_dims(node, rank: int) -> list[int]:
+    """The dimensions an operator names as `dim` or `dims`; all of them where it names none."""
+    dim = argument(node, "dim", argument(node, "dims"))
+    if dim is None or dim == []:
+        return list(range(rank))
+    return [d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim])]

@@ -1,0 +1,185 @@
+"""Rules of products: linear layers, matrix products, attention, convolutions."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from s2ft_compile.passes.couple.axes import ONE, Axis, Pin, pin, product, reshape, unify
+
+from .context import Value, argument, broadcast, mark, name, shape, unknown_rule
+
+
+def contract(cx, node, left: Value, right: Value, batch, contracted, left_free, right_free) -> Value:
+    """sum over `contracted` of left × right. Each is a list of (dim of left, dim of right) or of dims."""
+    why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
+    for a, b in [*batch, *contracted]:
+        unify(left.dims[a], right.dims[b], why)
+    cx.consumed += [left.dims[a] for a, _ in contracted]
+    if left.weight:
+        cx.project(node, left, left_free, [a for a, _ in contracted])
+    if right.weight:
+        cx.project(node, right, right_free, [b for _, b in contracted])
+    both = [_activation(left, a, right, b) for a, b in batch]
+    scores = False
+    if left.weight or right.weight:
+        cx.experts += both
+    else:
+        scores = cx.product(left, right, both)
+    dims = [*both, *[left.dims[d] for d in left_free], *[right.dims[d] for d in right_free]]
+    return Value(dims, left.weight and right.weight, scores)
+
+
+def _activation(left: Value, a: int, right: Value, b: int) -> Axis:
+    """A batch axis by the handle of the activation, unless that is broadcast."""
+    x, y = (right.dims[b], left.dims[a]) if left.weight else (left.dims[a], right.dims[b])
+    return x if x.size != 1 else y
+
+
+def linear_rule(cx, node, x, weight, bias=None):
+    rank = len(x.dims)
+    made = list(range(len(weight.dims) - 1))  # a weight of one dimension makes a scalar
+    out = contract(cx, node, x, weight, [], [(rank - 1, len(made))], list(range(rank - 1)), made)
+    add_bias(bias, [weight.dims[d] for d in made], node)
+    return out
+
+
+def add_bias(bias: Value | None, dims: Sequence[Axis], node) -> None:
+    """Aligns a bias with the dimensions of what it is added to, from the right."""
+    why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
+    for a, b in zip(reversed(bias.dims if bias else ()), reversed(dims)):
+        unify(a, b, why)
+    if bias and bias.dims and dims and bias.dims[-1].size == dims[-1].size:
+        bias.dims[-1].twin = dims[-1]
+
+
+def mm_rule(cx, node, left, right):
+    return contract(cx, node, left, right, [], [(1, 0)], [0], [1])
+
+
+def addmm_rule(cx, node, bias, left, right, **kwargs):
+    add_bias(bias, [left.dims[0], right.dims[1]], node)
+    return mm_rule(cx, node, left, right)
+
+
+def bmm_rule(cx, node, left, right):
+    return contract(cx, node, left, right, [(0, 0)], [(2, 1)], [1], [2])
+
+
+def grouped_mm_rule(cx, node, x, weight, offsets=None, bias=None, *args, **kwargs):
+    """Rows x[o[e-1]:o[e]] times weight[e]: rows and experts are matched by offsets, so their order matters."""
+    if offsets is None or bias is not None or (len(x.dims), len(weight.dims)) != (2, 3):
+        return unknown_rule(cx, node, x, weight, offsets, bias)
+    why = Pin(f"{name(node)} matches rows to experts by their order", node)
+    for axis in (x.dims[0], weight.dims[0], *offsets.dims):
+        pin(axis, why)
+    unify(x.dims[1], weight.dims[1], Pin(f"{name(node)} of two axes that cannot be aligned", node))
+    cx.consumed.append(x.dims[1])
+    cx.experts.append(weight.dims[0])
+    if weight.weight:
+        cx.project(node, weight, [2], [1])
+    return Value([x.dims[0], weight.dims[2]])
+
+
+def baddbmm_rule(cx, node, bias, left, right, **kwargs):
+    out = bmm_rule(cx, node, left, right)
+    return replace(out, dims=broadcast(cx, node, out, bias))
+
+
+def matmul_rule(cx, node, left, right):
+    if len(right.dims) == 1:
+        return contract(cx, node, left, right, [], [(len(left.dims) - 1, 0)], list(range(len(left.dims) - 1)), [])
+    if len(left.dims) == 1:
+        free = [d for d in range(len(right.dims)) if d != len(right.dims) - 2]
+        return contract(cx, node, left, right, [], [(0, len(right.dims) - 2)], [], free)
+    if len(right.dims) == 2:
+        rank = len(left.dims)
+        return contract(cx, node, left, right, [], [(rank - 1, 0)], list(range(rank - 1)), [1])
+    rank = max(len(left.dims), len(right.dims))
+    left, right = (replace(v, dims=[ONE] * (rank - len(v.dims)) + list(v.dims)) for v in (left, right))
+    batch = [(d, d) for d in range(rank - 2)]
+    out = contract(
+        cx,
+        node,
+        left,
+        right,
+        [(a, b) for a, b in batch if left.dims[a].size == right.dims[b].size],
+        [(rank - 1, rank - 2)],
+        [rank - 2],
+        [rank - 1],
+    )
+    dims = broadcast(cx, node, Value(left.dims[:-2]), Value(right.dims[:-2]))
+    return replace(out, dims=[*dims, left.dims[-2], right.dims[-1]])
+
+
+def einsum_rule(cx, node, equation, operands, **kwargs):
+    equation = equation.replace(" ", "")
+    if "->" not in equation or "." in equation or len(operands) != 2:
+        return unknown_rule(cx, node, *operands)
+    inputs, output = equation.split("->")
+    a, b = inputs.split(",")
+    if any(len(set(s)) != len(s) for s in (a, b)) or any(c not in output and not (c in a and c in b) for c in a + b):
+        return unknown_rule(cx, node, *operands)
+    pairs = [(c, (a.index(c), b.index(c))) for c in a if c in b]
+    batch, contracted = ([p for c, p in pairs if (c in output) == kept] for kept in (True, False))
+    value = contract(
+        cx,
+        node,
+        *operands,
+        batch,
+        contracted,
+        [a.index(c) for c in a if c not in b],
+        [b.index(c) for c in b if c not in a],
+    )
+    made = [c for c, _ in pairs if c in output] + [c for c in a if c not in b] + [c for c in b if c not in a]
+    return replace(value, dims=[value.dims[made.index(c)] for c in output])
+
+
+def attention_rule(cx, node, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+    """softmax(q kᵀ + mask) v over (..., heads, length, head_dim); k and v may have fewer heads (enable_gqa)."""
+    why = Pin("attention over two axes that cannot be aligned", node)
+    if not len(q.dims) == len(k.dims) == len(v.dims):
+        return unknown_rule(cx, node, q, k, v, attn_mask)
+    heads = [a if a.size == size else Axis(size) for a, size in zip(q.dims, shape(node)[:-2])]
+    cx.attention += [*q.dims, *k.dims, *v.dims]
+    cx.consumed += [q.dims[-1], v.dims[-2]]
+    cx.heads += heads
+    for value, role in ((q, "query"), (k, "key"), (v, "value")):
+        mark(value.dims, role)
+    for value in (q, k, v):
+        for a, b in zip(heads, value.dims):
+            unify(a, b if a.size == b.size or b.size == 1 else product([b, Axis(a.size // b.size)]), why)
+    unify(q.dims[-1], k.dims[-1], why)
+    unify(k.dims[-2], v.dims[-2], why)
+    if is_causal:
+        for axis in (q.dims[-2], k.dims[-2]):
+            pin(axis, Pin("causal attention depends on the order along the axis", node))
+    if attn_mask is not None:
+        broadcast(cx, node, Value([*heads, q.dims[-2], k.dims[-2]]), attn_mask)
+    return Value([*heads, q.dims[-2], v.dims[-1]])
+
+
+def convolution_rule(cx, node, x, weight, bias=None, *args, **kwargs):
+    groups, transposed = argument(node, "groups", 1), argument(node, "transposed", False)
+    if transposed and groups == 1 and len(x.dims) == len(weight.dims):
+        weight = replace(weight, dims=[weight.dims[1], weight.dims[0], *weight.dims[2:]])
+    elif transposed or len(x.dims) != len(weight.dims):
+        return unknown_rule(cx, node, x, weight, *([bias] if bias else []))
+    why = Pin(f"{name(node)} slides along the axis", node)
+    for axis in [*x.dims[2:], *weight.dims[2:]]:
+        pin(axis, why)
+    group_x, inner = reshape([x.dims[1]], [groups, x.dims[1].size // groups], why)
+    group_w, _ = reshape([weight.dims[0]], [groups, weight.dims[0].size // groups], why)
+    unify(group_x, group_w, why)
+    unify(inner, weight.dims[1], why)
+    cx.consumed.append(inner)
+    if inner.size > 1 or groups == 1:
+        cx.project(node, weight, [0], [1])
+    add_bias(bias, [weight.dims[0]], node)
+    spatial = [Axis(size, pin=why) for size in shape(node)[2:]]
+    depthwise = inner.size == 1 and x.dims[1].size == weight.dims[0].size
+    return Value([x.dims[0], x.dims[1] if depthwise else weight.dims[0], *spatial], x.weight and weight.weight)
+
+
+def conv_transpose_rule(cx, node, x, weight, bias=None, *args, **kwargs):
+    if argument(node, "groups", 1) != 1 or len(x.dims) != len(weight.dims):
+        return unknown_rule(cx, node, x, weight, bias)
+    return convolution_rule(cx, node, x, replace(weight, dims=[weight.dims[1], weight.dims[0], *weight.dims[2:]]), bias)

@@ -1,0 +1,162 @@
+"""Rules of views, slices and concatenations."""
+
+from s2ft_compile.passes.couple.axes import ONE, Axis, Pin, concat, cut, pin, product, reshape
+
+from .context import Value, argument, broadcast, name, shape, shapes, unknown_rule
+
+
+def reshape_rule(cx, node, x, *args, **kwargs):
+    return reshape(x.dims, shape(node), Pin(f"{name(node)} from {x.sizes} to {shape(node)} mixes axes", node))
+
+
+def permute_rule(cx, node, x, order):
+    return [x.dims[d] for d in order]
+
+
+def transpose_rule(cx, node, x, a=-2, b=-1):
+    dims = list(x.dims)
+    if len(dims) > 1:
+        dims[a], dims[b] = dims[b], dims[a]
+    return dims
+
+
+def expand_rule(cx, node, x, *args, **kwargs):
+    out = shape(node)
+    old = [ONE] * (len(out) - len(x.dims)) + list(x.dims)
+    return [axis if axis.size == size else Axis(size) for axis, size in zip(old, out)]
+
+
+def repeat_rule(cx, node, x, repeats):
+    old = [ONE] * (len(repeats) - len(x.dims)) + list(x.dims)
+    return [product([Axis(times), axis]) for times, axis in zip(repeats, old)]
+
+
+def repeat_interleave_rule(cx, node, x, repeats, dim=None, **kwargs):
+    if dim is None:
+        return unknown_rule(cx, node, x)
+    dims = list(x.dims)
+    dims[dim] = product([dims[dim], Axis(repeats)])
+    return dims
+
+
+def slice_rule(cx, node, x, dim=0, start=None, end=None, step=1):
+    dims = list(x.dims)
+    axis, size = dims[dim], shape(node)[dim]
+    why = Pin(f"a slice of {size} of its {axis.size} elements crosses units", node)
+    if size == axis.size:
+        return dims
+    if size == 0:
+        dims[dim] = Axis(0)
+        return dims
+    if step != 1:
+        pin(axis, Pin(f"a slice with step {step}", node))
+        dims[dim] = Axis(size, pin=why)
+        return dims
+    start = max(0, start + axis.size if (start or 0) < 0 else (start or 0))
+    dims[dim] = window(axis, start, size, why)
+    return dims
+
+
+def slice_scatter_rule(cx, node, x, source, dim=0, start=None, end=None, step=1):
+    """x with a window of one axis replaced by `source`: that axis is the sum of what is left and of source's."""
+    others = [Value([a for d, a in enumerate(v.dims) if d != dim % len(v.dims)], v.weight) for v in (x, source)]
+    dims = broadcast(cx, node, *others)
+    axis, size = x.dims[dim], source.dims[dim].size
+    start = max(0, (start or 0) + (axis.size if (start or 0) < 0 else 0))
+    if step != 1:
+        return unknown_rule(cx, node, x, source)
+    why = Pin(f"{size} of its {axis.size} elements are replaced, which crosses units", node)
+    pieces = cut(axis, sorted({start, start + size} - {0, axis.size}), why) if size < axis.size else [axis]
+    pieces[1 if start else 0] = source.dims[dim]
+    dims.insert(dim % len(x.dims), concat(pieces))
+    return dims
+
+
+def select_scatter_rule(cx, node, x, source, dim, index):
+    dim %= len(x.dims)
+    source = Value([*source.dims[:dim], ONE, *source.dims[dim:]], source.weight)
+    index %= x.dims[dim].size
+    return slice_scatter_rule(cx, node, x, source, dim, index, index + 1)
+
+
+def narrow_rule(cx, node, x, dim, start, length):
+    return slice_rule(cx, node, x, dim, start, start + length)
+
+
+def window(axis: Axis, start: int, size: int, why: Pin) -> Axis:
+    pieces = cut(axis, sorted({start, start + size} - {0, axis.size}), why)
+    return pieces[0] if start == 0 else pieces[1]
+
+
+def select_rule(cx, node, x, dim, index):
+    dims = list(x.dims)
+    axis = dims.pop(dim)
+    if axis.size > 1:
+        why = Pin("one element of the axis is selected", node)
+        window(axis, index % axis.size, 1, why)
+    return dims
+
+
+def unbind_rule(cx, node, x, dim=0):
+    dims = list(x.dims)
+    axis = dims.pop(dim)
+    pin(axis, Pin("the axis is taken apart (unbind)", node))
+    return [list(dims) for _ in range(axis.size)]
+
+
+def split_rule(cx, node, x, sizes, dim=0):
+    axis = x.dims[dim]
+    widths = [out[dim] for out in shapes(node)]
+    offsets, why = [sum(widths[:i]) for i in range(1, len(widths))], Pin(f"a split into {widths} crosses units", node)
+    if sum(widths) == axis.size:
+        pieces = cut(axis, offsets, why)
+    else:  # widths that depend on data
+        pin(axis, why)
+        pieces = [Axis(width, pin=why) for width in widths]
+    dims = [list(x.dims) for _ in pieces]
+    for d, piece in zip(dims, pieces):
+        d[dim] = piece
+    return dims
+
+
+def cat_rule(cx, node, values, dim=0):
+    values = [v for v in values if 0 not in v.sizes]
+    if not values:
+        return [Axis(size) for size in shape(node)]
+    rank = len(values[0].dims)
+    dim %= rank
+    dims = [ONE] * rank
+    for d in range(rank):
+        if d == dim:
+            dims[d] = concat(v.dims[d] for v in values)
+        else:
+            dims[d] = broadcast(cx, node, *[Value([v.dims[d]], v.weight) for v in values])[0]
+    return dims
+
+
+def stack_rule(cx, node, values, dim=0):
+    dims = broadcast(cx, node, *values)
+    dims.insert(dim % (len(dims) + 1), Axis(len(values), pin=Pin("the axis stacks different tensors", node)))
+    return dims
+
+
+def pad_rule(cx, node, x, pad, *args, **kwargs):
+    if argument(node, "mode", "constant") != "constant":
+        return unknown_rule(cx, node, x)
+    dims = list(x.dims)
+    for i in range(len(pad) // 2):
+        before, after = pad[2 * i], pad[2 * i + 1]
+        axis = dims[-1 - i]
+        if before < 0 or after < 0:
+            pin(axis, Pin("a negative pad cuts the axis", node))
+            dims[-1 - i] = Axis(shape(node)[-1 - i], pin=Pin("a negative pad cuts the axis", node))
+        elif before or after:
+            dims[-1 - i] = concat([Axis(before), axis, Axis(after)])
+    return dims
+
+
+def unfold_rule(cx, node, x, dim, size, step):
+    dims, dim, why = list(x.dims), dim % len(x.dims), Pin(f"{name(node)} slides along the axis", node)
+    pin(dims[dim], why)
+    dims[dim] = Axis(shape(node)[dim], pin=why)
+    return [*dims, Axis(size, pin=why)]

@@ -1,0 +1,141 @@
+"""What units are worth on data (paper section 3.2: A, S and G), in one pass over a few batches.
+
+Per entry W_ij of a weight that meets the input X and makes Y, for tokens t:
+
+    activation         Σ_t X_tj²  for a unit of columns (what it reads),  Σ_t Y_ti²  for one of rows (what it makes,
+                       before a bias): once for each position of the unit
+    weight_activation  W_ij² Σ_t X_tj², the square of Wanda's score (arXiv 2306.11695), summed over the unit's entries
+    gradient           (∂ loss / ∂ W_ij)² of each batch, summed over the unit's entries
+
+All are squares that add, like those of `passes/scores.py`: over a unit, the bands of a structure, the uses of a weight
+(for the gradient, a weight's uses add up before the square), and batches. They are reduced to one number for each
+position of a weight's dimension as soon as they exist; neither an activation nor a gradient of a frozen weight outlives
+the operator that made it. The model runs in eval mode and is left as it was.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2ft_compile.capture import arguments, inference_mode_of
+from s2ft_compile.config import CALIBRATED
+from s2ft_compile.errors import ConfigError
+
+from .lean_saving import lean_saving
+from .products import Uses
+from .scores import squares
+
+log = logging.getLogger(__name__)
+Place = tuple[str, int]  # a parameter's name and one of its dimensions
+Loss = Callable[[Any, Any], Tensor]
+
+
+def calibrate(
+    model: nn.Module, places: Iterable[Place], selection: str, batches: Iterable[Any], loss: Loss | None = None
+) -> dict[Place, Tensor]:
+    """Place -> float64 (size of the dimension,) on the CPU: the scores of `selection` (one of `CALIBRATED`).
+
+    batches: each a tuple or a dict of the forward's arguments. loss: (output, batch) -> scalar, for "gradient"; by
+    default the output itself or its `.loss`. A bias or norm weight has no activations and is left out of the result.
+    Raises `ConfigError` for unusable batches, an output without a loss, and a weight that is used in no known product.
+    """
+    check(selection, batches)
+    places = list(places)
+    weights = {name: model.get_parameter(name) for name, _ in places}
+    if selection != "gradient":
+        weights = {name: w for name, w in weights.items() if w.ndim > 1}
+    sums = {
+        (name, dim): torch.zeros(weights[name].shape[dim], dtype=torch.float64, device=weights[name].device)
+        for name, dim in dict.fromkeys(places)
+        if name in weights
+    }
+    count = 0
+    with inference_mode_of(model), torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            count += 1
+            if selection == "gradient":
+                _add_gradients(model, weights, sums, batch, loss)
+            else:
+                with torch.no_grad(), Uses(weights, sums, selection == "weight_activation"):
+                    _call(model, batch)
+    if not count:
+        raise ConfigError("calibration has no batches; pass a list of tuples or dicts of the forward's arguments")
+    broken = [name for (name, _), total in sums.items() if not total.isfinite().all()]
+    if broken:
+        raise ConfigError(
+            f"selection {selection!r} found values that are not finite at {broken[0]} "
+            f"({len(broken)} of {len(sums)}); a calibration batch or the weights overflow"
+        )
+    log.info("calibrated %d weights on %d batches", len(weights), count)
+    return {place: total.cpu() for place, total in sums.items()}
+
+
+def check(selection: Any, batches: Any) -> None:
+    """Raises `ConfigError` if a selection in `CALIBRATED` is not given batches. Looks into none of them."""
+    if selection not in CALIBRATED:
+        return
+    if batches is None:
+        raise ConfigError(
+            f"selection {selection!r} looks at data: pass calibration=, a few batches, each a tuple or a "
+            f"dict of the forward's arguments; without data use 'random', 'weight' or 'lowrank'"
+        )
+    if isinstance(batches, (str, Mapping, Tensor)) or not isinstance(batches, Iterable):
+        raise ConfigError(
+            f"calibration is a list of batches, each a tuple or a dict of the forward's arguments, got "
+            f"one {type(batches).__name__}; for one batch pass [batch]"
+        )
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    args, kwargs = arguments(batch)
+    return model(*args, **kwargs)
+
+
+def _add_gradients(
+    model: nn.Module, weights: Mapping[str, Tensor], sums: Mapping[Place, Tensor], batch: Any, loss: Loss | None
+) -> None:
+    """Every weight that is asked for becomes a leaf of its own, whose gradient is reduced and dropped as soon as it is
+    complete; all others are constants, so that nothing is computed below the first leaf."""
+    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    totals: dict[str, list[tuple[int, Tensor]]] = {}
+    for (name, dim), total in sums.items():
+        totals.setdefault(name, []).append((dim, total))
+
+    def reduce(name: str, leaf: Tensor) -> None:
+        for dim, total in totals[name]:
+            total += squares(leaf.grad, dim)
+        leaf.grad = None
+
+    for name, leaf in leaves.items():
+        leaf.register_post_accumulate_grad_hook(partial(reduce, name))
+    frozen = {name: p.detach() for name, p in model.named_parameters()}
+    args, kwargs = arguments(batch)
+    with torch.enable_grad():
+        with lean_saving([*frozen.values(), *model.buffers()]):
+            output = torch.func.functional_call(model, {**frozen, **leaves}, args, kwargs)
+            value = _loss_of(model, output, batch, loss)
+        del output
+        if value.requires_grad:  # else it does not depend on any of them
+            torch.autograd.backward(value, inputs=list(leaves.values()))
+
+
+def _loss_of(model: nn.Module, output: Any, batch: Any, loss: Loss | None) -> Tensor:
+    if loss is not None:
+        value = loss(output, batch)
+    else:
+        value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ConfigError(
+            f"selection 'gradient' needs a scalar loss, and {'loss=' if loss else type(model).__name__} "
+            f"returned {_kind(value)}; give the batches labels if the model takes them, or pass loss=, a "
+            f"function of (output, batch)"
+        )
+    return value.reshape(())
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,321 @@
+"""Stage 3, select: which units of which parameters train.
+
+A `Band` is the part of a parameter's dimension that has one role, cut into units. Bands over the same axes (gate, up
+and down of one layer) share one ranking of their units, so that a channel is chosen whole. A unit is free if no entry
+of it, in any of these bands, is changed by an adapter that is excluded.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from math import fsum, inf, prod
+
+import torch
+from torch import Tensor
+
+from s2ft_compile.config import CALIBRATED, ROLES, SELECTIONS, S2FTConfig, is_glob, matches, qualified_name, units_for
+from s2ft_compile.errors import ConfigError
+from s2ft_compile.layout import coordinates, end_roles, leaves, role_mask
+from s2ft_compile.structure import Analysis
+
+from .scores import low_rank_squares, random_scores, squares
+
+Taken = Mapping[str, Sequence[tuple[int, Tensor]]]  # parameter -> (dim, indices) that excluded adapters change
+
+
+@dataclass(frozen=True)
+class Band:
+    """positions: int64 (units, width), where each unit lies along `dim`. group: bands that share a ranking."""
+
+    parameter_name: str
+    dim: int
+    role: str
+    group: tuple
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """indices: int64, ascending, along `dim` of the parameter in the base model's order."""
+
+    parameter_name: str
+    dim: int
+    roles: tuple[str, ...]
+    indices: Tensor
+
+
+def select(
+    analysis: Analysis,
+    config: S2FTConfig,
+    parameters: Mapping[str, Tensor],
+    measured: Mapping[tuple[str, int], Tensor] | None = None,
+    taken: Taken | None = None,
+) -> tuple[Selection, ...]:
+    """One selection per targeted parameter.
+
+    measured: for a selection in `CALIBRATED`, what `calibrate` found: (parameter, dim) -> float64 (size of dim,).
+    taken: what the adapters in `config.exclude` change. Raises `ConfigError` where a target cannot be met.
+    """
+    targeted = targeted_bands(analysis, config)
+    by_group: dict[tuple, list[Band]] = {}
+    for bands in targeted.values():
+        for band in bands:
+            by_group.setdefault(band.group, []).append(band)
+    scores = {group: _scores(bands, config, parameters, measured or {}) for group, bands in by_group.items()}
+    free = {group: _free(bands, taken or {}) for group, bands in by_group.items()}
+    chosen: dict[tuple[str, int], tuple[list[str], list[Tensor]]] = {}
+    for target, bands in targeted.items():
+        units = _choose(target, config, {b.group: scores[b.group] for b in bands}, free)
+        for band in bands:
+            if units[band.group]:
+                roles, parts = chosen.setdefault((band.parameter_name, band.dim), ([], []))
+                roles.append(band.role)
+                parts.append(band.positions[units[band.group]].reshape(-1))
+    _check_one_dim_each(chosen)
+    return tuple(
+        Selection(name, dim, tuple(dict.fromkeys(roles)), torch.cat(parts).unique())
+        for (name, dim), (roles, parts) in chosen.items()
+    )
+
+
+def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:
+    """Target -> the bands it may train a part of. Raises `ConfigError` where there are none."""
+    if not analysis.couplings:
+        refused = "; ".join(str(r) for r in analysis.refusals[:3]) or "its parameters are not used together"
+        raise ConfigError(f"no coupled structure was found in this model, so there is nothing to select: {refused}")
+    found = {target: _bands_of(target, analysis) for target in config.targets}
+    if config.top_layers is None:
+        return found
+    return {target: _top(target, bands, config.top_layers, analysis.depths) for target, bands in found.items()}
+
+
+def _top(target: str, bands: Sequence[Band], layers: int, depths: Mapping[str, int]) -> list[Band]:
+    """The bands of a target's last layers. A layer is all structures that are first used equally deep."""
+    first: dict[tuple, int] = {}
+    for band in bands:
+        depth = depths.get(band.parameter_name, 0)
+        first[band.group] = min(depth, first.get(band.group, depth))
+    found = sorted(set(first.values()))
+    if layers > len(found):
+        raise ConfigError(
+            f"top_layers = {layers}, but target {target!r} has {len(found)} layers; use 1 to {len(found)}"
+        )
+    return [b for b in bands if first[b.group] >= found[-layers]]
+
+
+def bands(analysis: Analysis, names: Sequence[str] | None = None) -> list[Band]:
+    """Every part of every parameter that can be selected from, in the order of the model's parameters."""
+    found = []
+    for (name, dim), layout in analysis.layouts.items():
+        if names is not None and name not in names:
+            continue
+        for role in end_roles(layout):
+            mask = role_mask(layout, role)
+            axes = [
+                a
+                for a in dict.fromkeys(leaf.axis for leaf in leaves(layout) if leaf.size > 1)
+                if (coordinates(layout, a)[mask] >= 0).any()
+            ]
+            if role.startswith("attention."):
+                axes = [a for a in axes if a in analysis.heads]  # a unit is a whole head
+            elif not axes:
+                continue
+            units = prod(int(coordinates(layout, a).max()) + 1 for a in axes)
+            if all(a in analysis.free for a in axes) and int(mask.sum()) % units == 0:  # else not one unit everywhere
+                group = tuple(axes) or (name, dim)
+                found.append(Band(name, dim, role, group, _unit_positions(layout, mask, axes)))
+    return found
+
+
+def _unit_positions(layout, mask: Tensor, axes: Sequence[int]) -> Tensor:
+    unit = torch.zeros(layout.size, dtype=torch.int64)
+    units = 1
+    for axis in axes:
+        coordinate = coordinates(layout, axis)
+        size = int(coordinate.max()) + 1
+        unit, units = unit * size + coordinate, units * size
+    positions = mask.nonzero().squeeze(1)
+    order = torch.argsort(unit[positions], stable=True)
+    return positions[order].reshape(units, -1)
+
+
+def _bands_of(target: str, analysis: Analysis) -> list[Band]:
+    return _bands_of_glob(target, analysis) if is_glob(target) else _bands_of_role(target, analysis)
+
+
+def _bands_of_role(role: str, analysis: Analysis) -> list[Band]:
+    matrices = {name for name, dim in analysis.layouts if dim > 0}  # a bias follows its weight, it is not a target
+    names = [m.parameter_name for c in analysis.couplings for m in c.members if m.role == role]
+    names += [name for (name, _), layout in analysis.layouts.items() if role in end_roles(layout)]
+    found = [b for b in bands(analysis, set(names) & matrices) if b.role == role]
+    if not found:
+        valid = sorted({b.role for b in bands(analysis, matrices)} & set(ROLES))
+        raise ConfigError(
+            f"no parameter of this model has the role {role!r}; roles found: {', '.join(valid) or 'none'}"
+        )
+    return found
+
+
+def _bands_of_glob(glob: str, analysis: Analysis) -> list[Band]:
+    canonical = {**{name: name for name, _ in analysis.layouts}, **analysis.tied}
+    names = list(dict.fromkeys(first for name, first in canonical.items() if matches(glob, name)))
+    if not names:
+        some = list(dict.fromkeys(name for name, _ in analysis.layouts))
+        raise ConfigError(
+            f"target {glob!r} is neither a role ({', '.join(ROLES)}) nor a glob that matches a "
+            f"parameter; parameters are named like {', '.join(some[:3])}"
+        )
+    found = []
+    for name in names:
+        best = _preferred(bands(analysis, {name}))
+        dims = sorted({b.dim for b in best})
+        if not best:
+            reasons = "; ".join(r.reason for r in analysis.refusals if any(m.parameter_name == name for m in r.members))
+            raise ConfigError(
+                f"target {glob!r} matches {name}, which has no axis that may be permuted"
+                + (f": {reasons}" if reasons else "")
+            )
+        if len(dims) > 1:
+            roles = ", ".join(f"{b.role} (dim {b.dim})" for b in best)
+            raise ConfigError(
+                f"target {glob!r} matches {name}, which could train along dims {dims}; "
+                f"name one of its roles instead: {roles}"
+            )
+        found += best
+    return found
+
+
+def _preferred(candidates: Sequence[Band]) -> list[Band]:
+    """The bands of attention, FFN and experts before other ones, and those before the residual stream's."""
+
+    def tier(band: Band) -> int:
+        group = band.role.split(".")[0]
+        return 1 if band.role == "moe.expert" else {"other": 1, "residual": 2}.get(group, 0)
+
+    best = min(map(tier, candidates), default=0)
+    return [b for b in candidates if tier(b) == best]
+
+
+def _free(group: Sequence[Band], taken: Taken) -> list[bool]:
+    """Whether each unit shares no entry with what is taken. A slice along another dimension crosses all of them."""
+    free = torch.ones(len(group[0].positions), dtype=torch.bool)
+    for band in group:
+        for dim, indices in taken.get(band.parameter_name, ()):
+            free &= ~torch.isin(band.positions, indices).any(1) if dim == band.dim else False
+    return free.tolist()
+
+
+def _check_free(target: str, wanted: int, free: int, units: int) -> None:
+    if wanted > free:
+        raise ConfigError(
+            f"target {target!r} asks for {wanted} of {units} units, but {free} are free: the others "
+            f"share entries with adapters in exclude (one that trains the other dimension of a weight "
+            f"crosses all of its units); {f'use 1 to {free} units, or ' if free else ''}exclude fewer"
+        )
+
+
+def _choose(
+    target: str, config: S2FTConfig, scores: Mapping[tuple, Sequence[float]], free: Mapping[tuple, Sequence[bool]]
+) -> dict[tuple, list[int]]:
+    """The chosen units of each group: the free ones with the highest scores (lowest where not `largest`)."""
+    pools = [[group] for group in scores] if config.budget == "layer" else [list(scores)]
+    chosen: dict[tuple, list[int]] = {group: [] for group in scores}
+    highest = config.largest or not config.scored
+    ranked = {group: [u for u in _ranked(made, highest) if free[group][u]] for group, made in scores.items()}
+    shares = _shares({group: list(compress(made, free[group])) for group, made in scores.items()}, highest)
+    for pool in pools:
+        total = sum(len(scores[group]) for group in pool)
+        wanted = units_for(config.targets[target], total, f"target {target!r}")
+        _check_free(target, wanted, sum(sum(free[group]) for group in pool), total)
+        units = [(group, unit, rank) for group in pool for rank, unit in enumerate(ranked[group], 1)]
+        if config.budget == "score":  # the next unit to the layer with the most share per unit so far (D'Hondt)
+            units.sort(key=lambda gur: -shares[gur[0]] / gur[2])
+        else:  # stable: ties go to the first
+            units.sort(key=lambda gur: scores[gur[0]][gur[1]], reverse=highest)
+        for group, unit, _ in units[:wanted]:
+            chosen[group].append(unit)
+    return {group: sorted(units) for group, units in chosen.items()}
+
+
+def _ranked(scores: Sequence[float], highest: bool) -> list[int]:
+    """The units in order, the first of equal ones first; what has the score -inf is not among them."""
+    return sorted((u for u, s in enumerate(scores) if s > -inf), key=scores.__getitem__, reverse=highest)
+
+
+def _shares(scores: Mapping[tuple, Sequence[float]], highest: bool) -> dict[tuple, float]:
+    """What each group's share is proportional to: its part of all scores, or where the lowest are wanted, the rest."""
+    sums = {group: fsum(made) for group, made in scores.items()}
+    return sums if highest or len(sums) == 1 else {group: fsum(sums.values()) - s for group, s in sums.items()}
+
+
+def _check_one_dim_each(chosen) -> None:
+    seen: dict[str, int] = {}
+    for name, dim in chosen:
+        if seen.setdefault(name, dim) != dim:
+            roles = dict.fromkeys(r for place in chosen if place[0] == name for r in chosen[place][0])
+            raise ConfigError(
+                f"{name} is targeted along both of its dimensions ({seen[name]} and {dim}); "
+                f"target one of them: {', '.join(roles)}"
+            )
+
+
+# --- a score for every unit of a structure, high ones first ------------------------------------------------------
+
+
+def _scores(
+    group: Sequence[Band],
+    config: S2FTConfig,
+    parameters: Mapping[str, Tensor],
+    measured: Mapping[tuple[str, int], Tensor],
+) -> Sequence[float]:
+    """The scores of the bands that share a ranking: those of all their positions, each counted once, added up."""
+    if config.selection == "random":
+        return random_scores(config.seed, group[0].group, len(group[0].positions))
+    if config.selection in CALIBRATED:
+        _check_measured(group, config.selection, measured)
+        return _rounded(_added(group, lambda name, dim: measured.get((name, dim))))
+    measure = low_rank_squares if config.selection == "lowrank" else squares
+    scores = _added(group, lambda name, dim: measure(parameters[name].detach(), dim))
+    return _rounded(scores) if config.selection in SELECTIONS else _asked(config.selection, group, scores)
+
+
+def _added(group: Sequence[Band], measure: Callable[[str, int], Tensor | None]) -> Tensor:
+    """float64 (units,). A band that `measure` has nothing for counts nothing."""
+    total = torch.zeros(len(group[0].positions), dtype=torch.float64)
+    for band in {(b.parameter_name, b.dim, b.role): b for b in group}.values():
+        values = measure(band.parameter_name, band.dim)
+        if values is not None:
+            total += values.cpu()[band.positions].sum(1)
+    return total
+
+
+def _rounded(scores: Tensor) -> list[float]:
+    """To 12 digits: units that are alike have the same score on every machine, in whatever order it adds."""
+    return [float(f"{score:.11e}") for score in scores.tolist()]
+
+
+def _check_measured(group: Sequence[Band], selection: str, measured: Mapping[tuple[str, int], Tensor]) -> None:
+    if not any((b.parameter_name, b.dim) in measured for b in group):
+        raise ConfigError(
+            f"selection {selection!r} has no scores for {group[0].parameter_name}: a bias or a norm has "
+            f"no activations; target a weight of its structure too, or use 'weight' or 'gradient'"
+        )
+
+
+def _asked(function: str | Callable, group: Sequence[Band], scores: Tensor) -> list[float]:
+    """What the user's function puts first, as scores; -inf for what it leaves out."""
+    if isinstance(function, str):
+        raise ConfigError(
+            f"selection {function!r} is the name of a function, recorded where it chose the units; pass "
+            f"the function itself"
+        )
+    units = function(tuple(group), scores.clone())
+    units = units.tolist() if hasattr(units, "tolist") else units
+    units = list(units) if isinstance(units, Iterable) else [units]
+    if len(set(units)) < len(units) or not all(type(u) is int and 0 <= u < len(scores) for u in units):
+        raise ConfigError(
+            f"{qualified_name(function)} chose {units[:8]}{'...' * (len(units) > 8)} of a structure with "
+            f"{len(scores)} units; it has to return distinct integers from 0 to {len(scores) - 1}"
+        )
+    ranks = dict(zip(units, range(len(units))))
+    return [-ranks[u] if u in ranks else -inf for u in range(len(scores))]

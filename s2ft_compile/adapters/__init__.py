@@ -1,0 +1,1 @@
+"""Adapters: their format, what they change, and many of them over one base model."""

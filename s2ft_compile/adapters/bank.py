@@ -1,0 +1,289 @@
+"""`AdapterBank`: many adapters behind one model, switched, fused, or one for each row of a batch.
+
+Switching writes blocks of weights in place: W[indices] = cast(W0 + delta), and W0 to go back, bit for bit. Nothing a
+compiled graph depends on changes. A batch leaves the weights alone, and adds to what each layer gives (`rows`).
+"""
+
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from s2ft_compile.capture import unwrap
+from s2ft_compile.errors import AdapterError, StateError
+from s2ft_compile.exporters.adapter import check_fits, summed
+from s2ft_compile.exporters.lora import linear_layers
+from s2ft_compile.plan import Slice
+from s2ft_compile.state import is_prepared
+
+from .batched import Picked, Stack
+from .format import Adapter, read_adapter
+
+Written = tuple[nn.Parameter, int, Tensor, Tensor]  # weight, dim, indices, values
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """An adapter on the model's device, and its blocks with and without it."""
+
+    adapter: Adapter
+    tuned: tuple[Written, ...]
+    base: tuple[Written, ...]
+
+
+class _Now(threading.local):
+    """What the batch of this thread uses: how many rows it has, and what they take from every layer's stacks."""
+
+    def __init__(self):  # once in every thread
+        self.rows: int | None = None
+        self.picked: Mapping[str, tuple[Picked, ...]] = {}
+
+
+class AdapterBank:
+    """Adapters for one plain model in its ordinary order, which must not be trained or prepared meanwhile.
+
+    Safe to use from several threads: batches run side by side, each with its thread's own adapters; what changes
+    weights waits for them. A forward that depends on `activate` belongs inside `using`, which keeps others out.
+    Raises `StateError` for a prepared model.
+    """
+
+    def __init__(self, model: nn.Module):
+        if is_prepared(model):
+            raise StateError(
+                "an AdapterBank holds adapters for a plain model; this one is prepared: call "
+                "s2ft.release(model), or load the base model again"
+            )
+        self.model = unwrap(model)
+        self.active: tuple[str, ...] = ()  # the names whose sum the weights hold
+        self._entries: dict[str, Entry] = {}
+        self._undo: tuple[Written, ...] = ()
+        self._stacks: Mapping[str, tuple[Stack, ...]] | None = None
+        self._hooked: set[str] = set()
+        self._batches = 0
+        self._free = threading.Condition(threading.RLock())
+        self._now = _Now()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._entries)
+
+    # --- which adapters there are ---
+
+    def add(self, name: str, adapter: Adapter | str | os.PathLike) -> None:
+        """adapter: a folder of `save_adapter`. Raises `AdapterError` for a name in use, or another base's adapter."""
+        read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+        if not isinstance(name, str) or not name:
+            raise AdapterError(f"an adapter's name is a text, got {name!r}")
+        with self._exclusive():
+            if name in self._entries:
+                raise AdapterError(f"there is an adapter {name!r} already; remove it first")
+            before = self._written()
+            self._switch((), (), ())
+            try:
+                check_fits(self.model, read)
+                self._entries = {**self._entries, name: _entry(self.model, read)}
+            finally:
+                self._switch(*before)
+            self._stacks = None
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter; the base model's weights are back if it was active."""
+        with self._exclusive():
+            self._entry(name)
+            if name in self.active:
+                self._switch((), (), ())
+            self._entries = {n: e for n, e in self._entries.items() if n != name}
+            self._stacks = None
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise AdapterError(f"no adapter {name!r}; there are: {', '.join(map(repr, self._entries)) or 'none'}")
+        return self._entries[name]
+
+    # --- in the weights ---
+
+    def activate(self, name: str | None) -> None:
+        """Makes the weights those of one adapter, or with None the base model's, in place and bit for bit."""
+        with self._exclusive():
+            if name is None:
+                self._switch((), (), ())
+            else:
+                entry = self._entry(name)
+                self._switch((name,), entry.tuned, entry.base)
+
+    def fuse(self, weights: Mapping[str, float]) -> dict[tuple[str, str], int]:
+        """Makes the weights cast(W0 + sum of weight * delta), and returns how many entries each two adapters share.
+
+        The paper's fusion without interference is the one where all of these are 0. Raises `AdapterError` for an
+        unknown name, a weight that is not finite, or a sum that is not.
+        """
+        if not isinstance(weights, Mapping) or not all(map(_finite, weights.values())):
+            raise AdapterError(f"a sum maps names to finite numbers, as {{'law': 1.0}}; got {weights!r}")
+        with self._exclusive():
+            entries, before = {name: self._entry(name) for name in weights}, self._written()
+            self._switch((), (), ())
+            parts: dict[str, list[tuple[Slice, float]]] = {}
+            for name, entry in entries.items():
+                for s in entry.adapter.slices:
+                    parts.setdefault(s.parameter_name, []).append((s, float(weights[name])))
+            held = dict(self.model.named_parameters())
+            tuned = tuple((held[name], *summed(held[name], some)) for name, some in parts.items())
+            if over := [name for name, (_, _, _, values) in zip(parts, tuned) if not values.isfinite().all()]:
+                self._switch(*before)
+                raise AdapterError(f"with {dict(weights)} the sum is not finite in {over[0]}, of {held[over[0]].dtype}")
+            base = tuple((W, dim, indices, W.detach().index_select(dim, indices)) for W, dim, indices, _ in tuned)
+            self._switch(tuple(weights), tuned, base)
+            return {(a, b): _shared(entries[a], entries[b]) for a, b in combinations(entries, 2)}
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """`activate(name)` for a block, in which no other thread changes weights or runs a batch."""
+        with self._exclusive():
+            before = self._written()
+            self.activate(name)
+            try:
+                yield
+            finally:
+                self._switch(*before)
+
+    def _written(self) -> tuple[tuple[str, ...], Sequence[Written], Sequence[Written]]:
+        """What `_switch` takes to bring back the weights as they are now."""
+        return self.active, [(W, dim, i, W.detach().index_select(dim, i)) for W, dim, i, _ in self._undo], self._undo
+
+    def _switch(self, names: tuple[str, ...], tuned: Sequence[Written], base: Sequence[Written]) -> None:
+        _write(self._undo)
+        _write(tuned)
+        self.active, self._undo = names, tuple(base)
+
+    # --- one for each row ---
+
+    @contextmanager
+    def batch(self, ids: Sequence[str | None]) -> Iterator[None]:
+        """A block in which row i of every forward uses the adapter ids[i], or the base model where it is None.
+
+        Rows may be repeated (beams) or flattened with their tokens. Raises `AdapterError` for an unknown name,
+        `StateError` while an adapter is active, `ExportError` for slices of weights that no linear layer holds.
+        """
+        listed = isinstance(ids, Sequence) and not isinstance(ids, str) and len(ids) > 0
+        if not listed or not all(name is None or isinstance(name, str) for name in ids):
+            raise AdapterError(f"a batch takes a list with a name or None for each row, got {ids!r}")
+        with self._free:
+            if self.active:
+                raise StateError(f"{', '.join(self.active)} is active; call activate(None) before a batch")
+            if self._now.rows is not None:
+                raise StateError("a batch inside another one")
+            chosen = {name: k for k, name in enumerate(self._entries, 1)}
+            rows = [0 if name is None else chosen[name] if name in chosen else self._entry(name) for name in ids]
+            stacks = self._prepared_stacks()
+            self._batches += 1
+        try:
+            picks, terms = torch.tensor(rows, device=next(self.model.parameters()).device), {}
+            self._now.picked = {name: tuple(s.picked(picks, terms) for s in some) for name, some in stacks.items()}
+            self._now.rows = len(rows)
+            yield
+        finally:
+            self._now.rows, self._now.picked = None, {}
+            with self._free:
+                self._batches -= 1
+                self._free.notify_all()
+
+    def _prepared_stacks(self) -> Mapping[str, tuple[Stack, ...]]:
+        """Every layer's stacks, and a hook on each; a batch that runs keeps the ones it began with."""
+        if self._stacks is None:
+            self._stacks = _stacks(self.model, [e.adapter for e in self._entries.values()])
+        for name in self._stacks.keys() - self._hooked:
+            self._hooked.add(name)
+            self.model.get_submodule(name).register_forward_hook(_hook(self._now, name), with_kwargs=True)
+        return self._stacks
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        with self._free:
+            if self._now.rows is not None:
+                raise StateError("the weights are in use: this is inside a batch")
+            while self._batches:
+                self._free.wait()
+            yield
+
+
+def _finite(weight: object) -> bool:
+    try:
+        return math.isfinite(weight)
+    except (TypeError, OverflowError):
+        return False
+
+
+def _hook(now: _Now, name: str):
+    def add_deltas(module, args, kwargs, y):
+        if now.rows is None:
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        if x.shape[0] % now.rows:
+            raise StateError(f"a batch of {now.rows} adapters, and {x.shape[0]} rows")
+        for picked in now.picked.get(name, ()):
+            y = picked.add(x, y)
+        return y
+
+    return add_deltas
+
+
+@torch.no_grad()
+def _write(blocks: Sequence[Written]) -> None:
+    for W, dim, indices, values in blocks:
+        W.index_copy_(dim, indices, values)
+
+
+@torch.no_grad()
+def _entry(model: nn.Module, adapter: Adapter) -> Entry:
+    held = dict(model.named_parameters())
+    slices = [replace(s, delta=s.delta.to(held[s.parameter_name].device)) for s in adapter.slices]
+    tuned = tuple((held[s.parameter_name], *summed(held[s.parameter_name], [(s, 1.0)])) for s in slices)
+    base = tuple((W, dim, indices, W.index_select(dim, indices)) for W, dim, indices, _ in tuned)
+    return Entry(replace(adapter, plan=replace(adapter.plan, slices=tuple(slices))), tuned, base)
+
+
+def _shared(a: Entry, b: Entry) -> int:
+    """How many entries of weights both change."""
+    theirs, count = {s.parameter_name: s for s in b.adapter.slices}, 0
+    for s in a.adapter.slices:
+        other = theirs.get(s.parameter_name)
+        if other is not None:
+            size = torch.Size(s.shape).numel()
+            if s.dim == other.dim:
+                count += int(torch.isin(s.indices, other.indices).sum()) * size // s.shape[s.dim]
+            else:
+                count += len(s.indices) * len(other.indices) * size // (s.shape[s.dim] * s.shape[other.dim])
+    return count
+
+
+def _stacks(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, tuple[Stack, ...]]:
+    found: dict[tuple[str, bool], list[tuple[int, Slice, Tensor]]] = {}
+    for k, adapter in enumerate(adapters, 1):
+        layers = linear_layers(model, adapter, "in a batch")
+        for s in adapter.slices:
+            layer, transposed = layers[s.parameter_name]
+            delta = s.delta if transposed else s.delta.T
+            found.setdefault((layer, (s.dim == 1) != transposed), []).append((k, s, delta))
+    stacks: dict[str, tuple[Stack, ...]] = {}
+    for (layer, contracts), parts in found.items():
+        W = model.get_submodule(layer).weight
+        stacks[layer] = (*stacks.get(layer, ()), _stack(contracts, parts, len(adapters) + 1, W))
+    return stacks
+
+
+def _stack(contracts: bool, parts: Sequence[tuple[int, Slice, Tensor]], rows: int, W: Tensor) -> Stack:
+    n = max(len(s.indices) for _, s, _ in parts)
+    other = parts[0][2].shape[1 if contracts else 0]
+    index, ranks = torch.zeros(rows, n, dtype=torch.int64), [0] * rows
+    delta = W.new_zeros((rows, n, other) if contracts else (rows, other, n))
+    for k, s, d in parts:
+        ranks[k] = len(s.indices)
+        index[k, : len(s.indices)] = s.indices
+        delta[k].narrow(0 if contracts else 1, 0, len(s.indices)).copy_(d)
+    return Stack.of(contracts, index.to(W.device), delta, ranks)

@@ -1,0 +1,266 @@
+"""The two files of an adapter: written, read, checked.
+
+`adapter_model.safetensors` holds, for each slice, `<parameter>.delta` (float32, or float64 where the
+configuration says so; the parameter's shape with n along the slice's dim) and `<parameter>.indices` (int32
+(n,), ascending, in the base model's order): entry i of the delta belongs to indices[i].
+`adapter_config.json` holds what they mean: the plan, the base model's fingerprint and the samples it is made
+of, hashes of the base's blocks, checksums, versions.
+
+Reading trusts neither file. What a header claims is checked against the file's size before anything is
+allocated, and everything else before a model is touched.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from s2ft_compile.errors import AdapterError, ConfigError, ExportError
+from s2ft_compile.fingerprint import combined
+from s2ft_compile.plan import Plan, Slice
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FORMAT, FORMAT_VERSION = "s2ft", 1
+WIDE = "float64"  # the type of a delta that no float32 number can be
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """plan: its slices ascending, with deltas. base: what the files say about the base model. source: where from."""
+
+    plan: Plan
+    base: Mapping[str, Any]
+    source: str = "this adapter"
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        return self.plan.slices
+
+
+def ascending(plan: Plan) -> Plan:
+    """The plan with each slice's indices in ascending order on the CPU, and a copy of its delta in theirs."""
+
+    def sort(s: Slice) -> Slice:
+        indices, order = s.indices.cpu().sort()
+        return replace(s, indices=indices, delta=s.delta.detach().cpu().index_select(s.dim, order))
+
+    return replace(plan, slices=tuple(map(sort, plan.slices)))
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def describe_base(kind: str, dtype: str, samples: Mapping[str, str], blocks: Mapping[str, str]) -> dict[str, Any]:
+    """The samples tell base models apart; blocks that were trained are hashed whole, so that no sum is made twice."""
+    return {
+        "class": kind,
+        "dtype": dtype,
+        "fingerprint": combined(samples),
+        "samples": dict(samples),
+        "blocks": dict(blocks),
+    }
+
+
+def write_adapter(folder: Path, adapter: Adapter) -> None:
+    """Raises `ExportError` for a delta that is not finite."""
+    tensors = {}
+    for s in adapter.slices:
+        if not s.delta.isfinite().all():
+            raise ExportError(
+                f"the delta of {s.parameter_name} has NaN or infinite entries: training diverged; "
+                f"a lower learning rate may help"
+            )
+        tensors[f"{s.parameter_name}.delta"] = s.delta.contiguous()
+        tensors[f"{s.parameter_name}.indices"] = s.indices.to(torch.int32)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base": adapter.base,
+        "plan": adapter.plan.to_dict(),
+        "delta_dtypes": {s.parameter_name: WIDE for s in adapter.slices if s.delta.dtype == torch.float64},
+        "weights_sha256": hash_of_file(folder / WEIGHTS),
+        "versions": {p: _version(p) for p in ("s2ft-compile", "torch", "transformers", "safetensors")},
+    }
+    config["config_sha256"] = hash_of_config(config)
+    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def read_adapter(directory: str | os.PathLike) -> Adapter:
+    """An adapter folder's content, checked as far as it can be without the base model. Raises `AdapterError`."""
+    folder = Path(directory)
+    config = _read_config(folder)
+    plan = _read_plan(folder, config)
+    deltas = _read_deltas(folder, config, plan)
+    slices = tuple(replace(s, delta=deltas[s.parameter_name]) for s in plan.slices)
+    for s in slices:
+        _check_delta(s, config.get("delta_dtypes") or {})
+    return Adapter(replace(plan, slices=slices), config["base"], str(directory))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise AdapterError(
+                f"{folder} is not an adapter: it has no file {name}; save_adapter writes {CONFIG} and {WEIGHTS}"
+            )
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{folder / CONFIG} is not valid JSON ({error}); it was cut off or edited") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format", config.get("peft_type")) if isinstance(config, dict) else type(config).__name__
+        raise AdapterError(f"{folder / CONFIG} describes an adapter of format {found!r}; valid: {FORMAT!r}")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise AdapterError(
+            f"{folder} has format version {config.get('format_version')!r}; this release reads version {FORMAT_VERSION}"
+        )
+    if config.get("config_sha256") != hash_of_config(config):
+        raise AdapterError(f"{folder / CONFIG} does not match its own checksum: it was edited after it was saved")
+    return config
+
+
+def _read_plan(folder: Path, config: Mapping[str, Any]) -> Plan:
+    base = config.get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("blocks"), dict):
+        raise AdapterError(f"{folder / CONFIG} does not say which base model the adapter was trained from")
+    try:
+        plan = Plan.from_dict(config.get("plan"))
+    except ConfigError as error:
+        raise AdapterError(f"{folder / CONFIG}: {error}") from error
+    names = [s.parameter_name for s in plan.slices]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise AdapterError(f"{folder / CONFIG}: each slice has a parameter's name, and each parameter one slice")
+    if base.get("fingerprint") != plan.fingerprint:
+        raise AdapterError(f"the adapter names two base models: {base.get('fingerprint')} and {plan.fingerprint}")
+    samples = base.get("samples")
+    if (
+        not isinstance(samples, dict)
+        or not all(isinstance(v, str) for v in samples.values())
+        or combined(samples) != plan.fingerprint
+    ):
+        raise AdapterError(f"{folder / CONFIG}: the samples of the base model do not make its fingerprint")
+    return plan
+
+
+def _read_deltas(folder: Path, config: Mapping[str, Any], plan: Plan) -> dict[str, Tensor]:
+    """Parameter name -> delta. `safe_open` checks its header against the file's size before it maps it."""
+    path, deltas = folder / WEIGHTS, {}
+    if config.get("weights_sha256") != hash_of_file(path):
+        raise AdapterError(f"{path} does not match its checksum in {CONFIG}: it was cut off or edited")
+    expected = {f"{s.parameter_name}.{part}" for s in plan.slices for part in ("delta", "indices")}
+    try:
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != expected:
+                odd = sorted(set(file.keys()) ^ expected)
+                raise AdapterError(
+                    f"{path} and the plan in {CONFIG} do not have the same tensors: {', '.join(odd[:4])}"
+                )
+            for s in plan.slices:
+                indices = file.get_tensor(f"{s.parameter_name}.indices")
+                if indices.dtype != torch.int32 or not torch.equal(indices.to(torch.int64), s.indices):
+                    raise AdapterError(f"{path}: the indices of {s.parameter_name} are not those of the plan, as int32")
+                deltas[s.parameter_name] = file.get_tensor(f"{s.parameter_name}.delta")
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is not a valid safetensors file: {error}") from error
+    return deltas
+
+
+def _check_delta(s: Slice, dtypes: Mapping[str, str]) -> None:
+    """That the slice lies inside the shape that it states, and its delta is finite and of that block's shape."""
+    where = f"adapter slice {s.parameter_name!r}"
+    if not all(isinstance(size, int) and size > 0 for size in s.shape):
+        raise AdapterError(f"{where}: a parameter of shape {s.shape}, which is none")
+    if not 0 <= s.dim < len(s.shape):
+        raise AdapterError(f"{where}: dim {s.dim} of a parameter with {len(s.shape)} dimensions")
+    size, sorted_once = s.shape[s.dim], s.indices.dim() == 1 and bool((s.indices.diff() > 0).all())
+    if not sorted_once or not len(s.indices) or s.indices[0] < 0 or s.indices[-1] >= size:
+        raise AdapterError(f"{where}: its indices must be one or more, ascending, each once, from 0 to {size - 1}")
+    shape = (*s.shape[: s.dim], len(s.indices), *s.shape[s.dim + 1 :])
+    dtype = torch.float64 if dtypes.get(s.parameter_name) == WIDE else torch.float32
+    if s.delta.dtype != dtype or tuple(s.delta.shape) != shape:
+        raise AdapterError(f"{where}: a delta of {s.delta.dtype} {tuple(s.delta.shape)}; valid: {dtype} {shape}")
+    if not s.delta.isfinite().all():
+        raise AdapterError(f"{where}: the delta has NaN or infinite entries")
+
+
+# --- against a base model ----------------------------------------------------------------------------------
+
+
+def check_base(adapter: Adapter, found: Mapping[str, str], what: str) -> None:
+    """That what has these samples is the adapter's base: what both have is the same, and every slice is there.
+
+    A checkpoint may hold buffers besides parameters, and a tied weight once or twice.
+    """
+    theirs = adapter.base["samples"]
+    absent = [s.parameter_name for s in adapter.slices if s.parameter_name not in found]
+    differ = absent + [name for name in theirs if name in found and found[name] != theirs[name]]
+    if differ:
+        raise AdapterError(
+            f"{adapter.source} was trained from another base model: a {adapter.base.get('class')} in "
+            f"{adapter.base.get('dtype')} with fingerprint {adapter.plan.fingerprint}; this is {what} with fingerprint "
+            f"{combined(found)}, which {'has no' if absent else 'differs in'} {', '.join(differ[:3])}"
+            f"{', ...' if len(differ) > 3 else ''}{_alike(differ[0], found, adapter) if absent else ''}"
+        )
+
+
+def _alike(name: str, found: Mapping[str, str], adapter: Adapter) -> str:
+    """What is named like a missing weight but for a prefix: the same weights of another class have such names."""
+    alike = [other for other in found if f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")]
+    return f"; it has {alike[0]}: save it as a {adapter.base.get('class')}, whose names these are" if alike else ""
+
+
+def check_slice(adapter: Adapter, s: Slice, W: Tensor) -> None:
+    """That the slice is one of `W`, in base order, and that its block there is what was trained."""
+    where = f"adapter slice {s.parameter_name!r}"
+    if tuple(W.shape) != s.shape:
+        raise AdapterError(f"{where}: a parameter of shape {s.shape}; the model has {tuple(W.shape)}")
+    if not W.dtype.is_floating_point or W.dtype.itemsize < 2:
+        raise AdapterError(
+            f"{where}: {str(W.dtype).removeprefix('torch.')} weights cannot take a delta; valid: "
+            f"float64, float32, bfloat16, float16"
+        )
+    if hash_of_block(W, s) != adapter.base["blocks"].get(s.parameter_name):
+        raise AdapterError(
+            f"{where}: the model has other values there than the base model; was an adapter loaded "
+            f"into it before, or was it trained?"
+        )
+
+
+# --- checksums ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def hash_of_block(W: Tensor, s: Slice) -> str:
+    block = W.index_select(s.dim, s.indices.to(W.device)).cpu().contiguous()
+    return hashlib.sha256(block.view(torch.uint8).numpy()).hexdigest()
+
+
+def hash_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of_config(config: Mapping[str, Any]) -> str:
+    """Of all other fields, however they are laid out in the file."""
+    rest = {key: value for key, value in config.items() if key != "config_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"  # run from a checkout that is not installed

@@ -1,0 +1,431 @@
+"""The command line: `s2ft inspect`, `estimate`, `verify`, `train`, `export`, `merge`, `extract` and `demo`."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from s2ft_compile.config import BUDGETS, CALIBRATED, ROLES, SELECTIONS, CompileOptions, S2FTConfig
+from s2ft_compile.errors import AdapterError, ConfigError
+
+from .terminal import reported
+
+app = typer.Typer(
+    help="Fine-tune a few dense slices of a transformer's weights (S²FT) and get an ordinary model back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+export_app = typer.Typer(
+    help="Turn a base model and an adapter into files that other programs run.", no_args_is_help=True
+)
+app.add_typer(export_app, name="export")
+
+out, err = Console(), Console(stderr=True)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[str, typer.Option("--model", help="The base model: a Hugging Face folder, or a hub id.")]
+BUDGET = "Share of the activations kept for the backward; what is not kept is computed again."
+ADAPTER = "An adapter folder, or the output folder of `s2ft train`."
+Adapter = Annotated[Path, typer.Option("--adapter", help=ADAPTER)]
+Output = Annotated[Path, typer.Option("--output", help="The folder to write; must not exist yet.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16. [default: the training run's]"),
+]
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with a map of layers and units.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Show a model's coupled structures: which roles can train, their units, and what was refused and why.
+
+    No weights are read, so a model of any size can be looked at.
+    """
+    with reported(err, debug):
+        from s2ft_compile.exporters.files import new_files
+        from s2ft_compile.preparation import analyze
+
+        from .data import example_inputs, load_structure
+        from .inspect import describe, page, tables
+
+        with err.status(f"tracing {model}"):
+            loaded = load_structure(model)
+            facts = describe(loaded, analyze(loaded, example_inputs(loaded)))
+        if html:
+            with new_files(html) as folder:
+                (folder / html.name).write_text(page(facts), encoding="utf-8")
+        if as_json:
+            print(json.dumps(facts, indent=2))
+        else:
+            out.print(*tables(facts), sep="\n")
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
+    batch: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
+    seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    targets: Annotated[str, typer.Option(help="What trains, as for `s2ft train`.")] = "ffn.out=0.03",
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights: auto (the configuration's), or float32, bfloat16, float16.")
+    ] = "auto",
+    activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
+    logits: Annotated[bool, typer.Option(help="Whether a step returns its logits; `s2ft train` does not.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print bytes as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Predict the memory of a training step. No weights are read, and nothing runs."""
+    with reported(err, debug):
+        from s2ft_compile.estimation import estimate_folder, table
+
+        from .options import parse_targets
+
+        how = CompileOptions(activation_budget=activation_budget, logits=logits)
+        with err.status(f"compiling {model} without weights"):
+            made = estimate_folder(model, batch, seq, dtype, S2FTConfig(parse_targets(targets)), how)
+        if as_json:
+            print(json.dumps({**asdict(made), "total": made.total}))
+        else:
+            out.print(table(made))
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
+    seed: Annotated[int, typer.Option(help="Of the permutations.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Permute every coupling of a model at once, at random, and compare its outputs: exit status 1 if they change."""
+    with reported(err, debug):
+        from s2ft_compile.preparation import analyze
+        from s2ft_compile.verification import verify as run
+
+        from .data import example_inputs, load_model
+
+        with err.status(f"tracing and permuting {model}"):
+            loaded = load_model(model)
+            inputs = example_inputs(loaded)
+            made = run(loaded, inputs, analyze(loaded, inputs), seed)
+        out.print(str(made), highlight=False, soft_wrap=True, markup=False)
+        if not made.ok:
+            raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    model: Model,
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data", help="Plain text, or JSONL with `text`, `prompt`/`completion` or `messages` on every line."
+        ),
+    ],
+    output: Output,
+    targets: Annotated[
+        str,
+        typer.Option(help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs."),
+    ] = "ffn.out=0.03",
+    selection: Annotated[
+        str,
+        typer.Option(help=f"How units are ranked: {', '.join(SELECTIONS)}; {', '.join(CALIBRATED)} look at the data."),
+    ] = "random",
+    smallest: Annotated[
+        bool, typer.Option("--smallest", help="Take the lowest-ranked units rather than the highest.")
+    ] = False,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help=f"{BUDGETS[0]}: as many units in each layer; over the whole model, {BUDGETS[1]}: the best "
+            f"units, {BUDGETS[2]}: layers get units by their scores."
+        ),
+    ] = "layer",
+    top_layers: Annotated[
+        int | None, typer.Option(help="Train the last N layers only; the backward stops there. [default: all]")
+    ] = None,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(help="An adapter of which nothing may train again, to fuse both; may be repeated. " + ADAPTER),
+    ] = None,
+    calibration_batches: Annotated[int, typer.Option(help="Batches of the data that a selection looks at.")] = 4,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: one pass over the data]")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW; cosine decay.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence, at most.")] = 512,
+    grad_accum: Annotated[int, typer.Option(help="Forwards in an optimizer step.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the selection and the order of the data.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16 or float16.")
+    ] = "auto",
+    inner: Annotated[
+        str, typer.Option(help="What compiles the rewritten graph: inductor, aot_eager or eager.")
+    ] = "inductor",
+    activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
+    held_out: Annotated[float, typer.Option(help="Share of the data that is only measured, before and after.")] = 0.05,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a causal language model; leaves OUTPUT/adapter, OUTPUT/merged and OUTPUT/metrics.json.
+
+    Example: s2ft train --model ./llama --data notes.txt --output run --targets
+    ffn.out=0.03,attention.out=0.05
+    """
+    with reported(err, debug):
+        from .options import TrainOptions, parse_targets
+        from .train import report
+        from .train import train as run
+
+        folders = [_adapter_folder(path) for path in exclude or ()]
+        config = S2FTConfig(parse_targets(targets), selection, not smallest, budget, seed, top_layers, folders)
+        options = TrainOptions(
+            model,
+            data,
+            output,
+            config,
+            steps,
+            lr,
+            batch_size,
+            seq_len,
+            grad_accum,
+            seed,
+            dtype,
+            inner,
+            held_out,
+            calibration_batches,
+            activation_budget,
+        )
+        out.print(report(run(options, out), output))
+
+
+@export_app.command("merged")
+def export_merged(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
+    """Write base + adapter as an ordinary Hugging Face folder, with the tokenizer."""
+    with reported(err, debug):
+        from s2ft_compile.exporters import save_merged
+
+        with err.status("merging"):
+            tokenizer = _tokenizer(model)
+            save_merged(_adapted(model, adapter, dtype), output)
+            if tokenizer:
+                tokenizer.save_pretrained(output)
+        out.print(f"merged model: {output}")
+
+
+@export_app.command("adapter")
+def export_adapter(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
+    """Check an adapter against its base model, and copy it to a folder of its own to hand on."""
+    with reported(err, debug):
+        from s2ft_compile.exporters import load_adapter
+        from s2ft_compile.exporters.files import new_directory
+
+        from .data import load_model
+
+        with err.status("checking"), new_directory(output) as work:
+            folder = _adapter_folder(adapter)
+            plan = load_adapter(load_model(model, dtype or _trained_dtype(adapter)), folder)
+            shutil.copytree(folder, work, dirs_exist_ok=True)
+        out.print(str(plan))
+        out.print(f"adapter: {output}")
+
+
+@export_app.command("onnx")
+def export_onnx(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", help="The .onnx file to write; must not exist yet.")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", help=ADAPTER + " [default: the model as it is]")] = None,
+    separate: Annotated[
+        bool, typer.Option("--separate", help="The base model, and the adapter in a file .onnx_adapter beside it.")
+    ] = False,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="For generation: a KV cache as inputs and outputs; causal models.")
+    ] = False,
+    genai: Annotated[
+        bool,
+        typer.Option(
+            "--genai",
+            help="For onnxruntime-genai: --cache, its genai_config.json and the tokenizer beside "
+            "the file, and --separate as Olive's LoRA.",
+        ),
+    ] = False,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set. [default: 20]")] = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Write a model, or base + adapter, as an ONNX file with dynamic batch and sequence."""
+    with reported(err, debug):
+        from s2ft_compile.exporters import export_onnx as write
+
+        from .data import example_inputs
+
+        names = {"names": "genai"} if genai else {}
+        options = {"cache": cache or genai, **names, **({} if opset is None else {"opset": opset})}
+        if separate:
+            _export_separate(model, output, adapter, dtype, options, names)
+        else:
+            with err.status("exporting"):
+                adapted = _adapted(model, adapter, dtype)
+                write(adapted, output, example_inputs(adapted), **options)
+            out.print(f"ONNX model: {output}")
+        tokenizer = _tokenizer(model) if genai else None
+        if tokenizer and not (output.parent / "tokenizer_config.json").exists():
+            tokenizer.save_pretrained(output.parent)
+
+
+@export_app.command("lora")
+def export_lora(
+    model: Model,
+    adapter: Adapter,
+    output: Output,
+    layout: Annotated[str, typer.Option(help="pattern (each module its rank) or padded (one rank).")] = "pattern",
+    ranks: Annotated[str, typer.Option(help="exact, vllm (rounded up to what vLLM takes), or a number.")] = "exact",
+    truncate: Annotated[bool, typer.Option(help="Cut ranks above the limit by SVD, and report the error.")] = False,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter as a LoRA of PEFT's format, exactly; PEFT and vLLM load it."""
+    with reported(err, debug):
+        from s2ft_compile.exporters import save_lora
+
+        from .data import load_model
+
+        with err.status("converting"):
+            base = load_model(model, dtype or _trained_dtype(adapter))
+            number = int(ranks) if ranks.isdecimal() else ranks
+            save_lora(base, output, layout, number, adapter=_adapter_folder(adapter), truncate=truncate)
+        out.print(f"LoRA: {output}")
+
+
+@export_app.command("shira")
+def export_shira(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
+    """Write an adapter as a SHiRA of PEFT's format, exactly, where its layers have room for it."""
+    with reported(err, debug):
+        from s2ft_compile.exporters import save_shira
+
+        from .data import load_model
+
+        with err.status("converting"):
+            save_shira(load_model(model, dtype or _trained_dtype(adapter)), output, adapter=_adapter_folder(adapter))
+        out.print(f"SHiRA: {output}")
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="A folder of safetensors: the base model.")],
+    adapters: Annotated[list[Path], typer.Argument(help=ADAPTER)],
+    output: Annotated[Path, typer.Argument(help="The folder to write; must not exist yet.")],
+    debug: Debug = False,
+) -> None:
+    """Add adapters to a checkpoint on disk, tensor by tensor, without building the model."""
+    with reported(err, debug):
+        from s2ft_compile.exporters import merge_checkpoint
+
+        with err.status("merging"):
+            merge_checkpoint(base, [_adapter_folder(path) for path in adapters], output)
+        out.print(f"merged checkpoint: {output}")
+
+
+@app.command()
+def extract(
+    base: Annotated[Path, typer.Argument(help="A folder of safetensors: the base model.")],
+    tuned: Annotated[Path, typer.Argument(help="A folder of safetensors: the same model, trained in place.")],
+    output: Annotated[Path, typer.Argument(help="The adapter folder to write; must not exist yet.")],
+    debug: Debug = False,
+) -> None:
+    """Recover an adapter from two checkpoints that differ in a few rows or columns of each weight."""
+    with reported(err, debug):
+        from s2ft_compile.adapters.format import read_adapter
+        from s2ft_compile.exporters import extract as run
+
+        with err.status("comparing"):
+            run(base, tuned, output)
+        slices = read_adapter(output).slices
+        numbers = sum(s.delta.numel() for s in slices)
+        out.print(f"adapter: {output}, {len(slices)} slices, {numbers:,} numbers")
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", help="The demo's own folder; a previous demo in it is replaced.")
+    ] = Path("demo"),
+    minutes: Annotated[float, typer.Option(help="Roughly how long to train altogether.")] = 1.75,
+    debug: Debug = False,
+) -> None:
+    """Pretrain a small model, fine-tune it with S²FT, export it three ways, and compare them all."""
+    with reported(err, debug):
+        from .demo import run
+
+        run(output, 60 * minutes, out)
+
+
+def _export_separate(
+    model: str, output: Path, adapter: Path | None, dtype: str | None, options: dict, names: dict
+) -> None:
+    from s2ft_compile.exporters import export_onnx, save_onnx_adapter
+
+    from .data import example_inputs, load_model
+
+    if adapter is None:
+        raise ConfigError("--separate makes room for an adapter; name it with --adapter")
+    folder, file = _adapter_folder(adapter), output.with_suffix(".onnx_adapter")
+    with err.status("exporting"):
+        base = load_model(model, dtype or _trained_dtype(adapter))
+        save_onnx_adapter(base, file, adapter=folder, **names)
+        try:
+            export_onnx(base, output, example_inputs(base), [folder], **options)
+        except BaseException:
+            file.unlink()
+            raise
+    out.print(f"ONNX model: {output}, adapter: {file}")
+
+
+def _adapted(model: str, adapter: Path | None, dtype: str | None):
+    """The base model, with the adapter in its weights where there is one."""
+    from s2ft_compile.exporters import load_adapter
+
+    from .data import load_model
+
+    if adapter is None:
+        return load_model(model, dtype or "auto")
+    folder, loaded = _adapter_folder(adapter), load_model(model, dtype or _trained_dtype(adapter))
+    load_adapter(loaded, folder)
+    return loaded
+
+
+def _adapter_folder(path: Path) -> Path:
+    """The adapter that `path` is, or that a training run left in it."""
+    folder = path / "adapter" if (path / "adapter").is_dir() else path
+    if not folder.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise AdapterError(f"adapter folder {path} {what}; valid: an adapter, or the output of `s2ft train`")
+    return folder
+
+
+def _trained_dtype(run: Path) -> str:
+    """The type that a training run loaded its base model in: an adapter fits those weights only."""
+    try:
+        return json.loads((run / "metrics.json").read_text())["options"]["dtype"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "auto"  # an adapter by itself does not say
+
+
+def _tokenizer(model: str):
+    """The model's tokenizer, or None for one that has none."""
+    from .data import load_tokenizer
+
+    try:
+        return load_tokenizer(model)
+    except ConfigError as error:
+        err.print(f"[yellow]{error}; the folder will have no tokenizer[/]")
+        return None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,287 @@
+"""`s2ft demo`: the whole way on one small model, on text that every Python installation has.
+
+A language model is pretrained on the standard library's documentation, then fine-tuned on its source code
+with `torch.compile(model, backend="s2ft")`, exported three ways, and all forms are compared on the same
+batch. Everything trains for a budget of seconds, so a slow machine takes fewer steps rather than longer.
+"""
+
+import math
+import shutil
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from s2ft_compile import exporters
+from s2ft_compile.config import S2FTConfig
+from s2ft_compile.errors import ExportError
+from s2ft_compile.preparation import prepare
+from s2ft_compile.state import parameters
+
+from .corpus import Text, corpus
+from .data import example_inputs
+from .terminal import progress, versions, write_json
+from .train import loss
+
+SEED = 0
+BATCH, LENGTH = 4, 128
+TIMED = 12  # interleaved steps of full and S²FT fine-tuning that count, after
+WARM_UP = 3  # steps that compile and settle
+MARK = ".s2ft-demo"  # a file that says: this folder is the demo's own
+TARGETS = {"ffn.out": 0.1, "attention.out": 2}  # a tenth of the channels and two of six heads in each layer
+
+
+def run(output: Path, seconds: float, console: Console) -> dict[str, Any]:
+    """Runs the demo into the folder `output`, training for about `seconds`; what it wrote to summary.json."""
+    started = time.perf_counter()
+    clear(output)
+    torch.manual_seed(SEED)
+    with console.status("reading the standard library and building a tokenizer"):
+        docs, code, tokenizer = corpus(LENGTH, SEED)
+    console.print(f"blocks of {LENGTH} tokens: {len(docs.train)} of documentation, {len(code.train)} of source code")
+    model = build_model(tokenizer)
+    with progress(console) as bars:
+        full = Stepper(model, torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0, fused=True), "inductor")
+        pretrained = train_for(0.6 * seconds, 1500, docs, [full], bars, "pretraining on documentation")
+        save(model, tokenizer, output / "base")
+        before = losses(model, docs, code)
+
+        tuned = load(output / "base")
+        plan = prepare(tuned, example_inputs(tuned), S2FTConfig(targets=TARGETS, seed=SEED))
+        ours = Stepper(tuned, torch.optim.AdamW(parameters(tuned), lr=1e-2, weight_decay=0.0, fused=True), "s2ft")
+        full.reset(lr=5e-4)
+        finetuned = train_for(0.4 * seconds, 1000, code, [ours, full], bars, "fine-tuning on source code")
+        after = losses(tuned, docs, code)
+    with console.status("exporting merged, adapter and ONNX, and running each"):
+        forms = compare(ours, tokenizer, output, code.held_out.input_ids[:BATCH])
+    trained, total = sum(s.delta.numel() for s in plan.slices), sum(p.numel() for p in model.parameters())
+    summary = {
+        "base_loss": before["code"],
+        "tuned_loss": after["code"],
+        "docs_base_loss": before["docs"],
+        "docs_tuned_loss": after["docs"],
+        "parameters": total,
+        "trainable_parameters": trained,
+        "trainable_fraction": trained / total,
+        **forms,
+        "s2ft_step_ms": ours.step_ms(),
+        "full_step_ms": full.step_ms(),
+        "full_over_s2ft_step_time": full.step_ms() / ours.step_ms(),
+        "tokens_per_step": BATCH * LENGTH,
+        "pretraining_steps": pretrained,
+        "finetuning_steps": finetuned,
+        "seconds": time.perf_counter() - started,
+        "versions": versions(),
+    }
+    write_json(output / "summary.json", summary)
+    console.print(report(summary), samples(output, tokenizer), f"everything is in {output}/", sep="\n")
+    return summary
+
+
+def clear(output: Path) -> None:
+    """Makes `output` an empty folder. Raises `ExportError` if it holds anything but an earlier demo."""
+    if output.exists():
+        if not output.is_dir() or (any(output.iterdir()) and not (output / MARK).is_file()):
+            raise ExportError(f"{output} exists and is no earlier demo (it has no {MARK}); give another --output")
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    (output / MARK).write_text("made by `s2ft demo`, which replaces this folder\n")
+
+
+# Training ---------------------------------------------------------------------------------------------------
+
+
+def build_model(tokenizer) -> nn.Module:
+    """A Llama-style causal LM: grouped queries (3 for each kv head), RoPE, SwiGLU of 3.5 times the hidden
+    size.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=672,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=2 * LENGTH,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            use_cache=False,
+        )
+    )
+
+
+@dataclass
+class Stepper:
+    """A model compiled with `backend`, and its optimizer. seconds: of each step of the last run."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    backend: str
+    seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.peak = self.optimizer.param_groups[0]["lr"]
+        self.compiled = torch.compile(self.model, backend=self.backend)
+
+    def reset(self, lr: float) -> None:
+        self.peak = lr
+        self.optimizer.state.clear()
+        self.seconds.clear()
+
+    def step(self, tokens: Tensor, done: float) -> float:
+        """One step at a share `done` of the run, which sets the learning rate; the loss."""
+        self.optimizer.param_groups[0]["lr"] = (
+            self.peak * min(1.0, done * 20 + 0.1) * (0.55 + 0.45 * math.cos(math.pi * done))
+        )
+        self.model.train()
+        began = time.perf_counter()
+        value = self.compiled(input_ids=tokens, labels=tokens).loss
+        value.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.seconds.append(time.perf_counter() - began)
+        return value.item()
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """What the graph that trained gives: the same mode and shapes, so nothing is compiled again."""
+        self.model.train()
+        return self.compiled(input_ids=tokens, labels=tokens).logits.detach()
+
+    def step_ms(self) -> float:
+        return 1e3 * statistics.median(self.seconds[WARM_UP : WARM_UP + TIMED])
+
+
+def train_for(seconds: float, most: int, text: Text, steppers: list[Stepper], bars: Progress, title: str) -> int:
+    """Trains the first stepper for about `seconds`, without its first steps, which compile, or `most` steps.
+
+    The other steppers do the first steps too, on the same batches, so that their times can be compared.
+    Returns the number of steps.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    task = bars.add_task(title, total=most)
+    began, step, done = 0.0, 0, 0.0
+    while done < 1.0:
+        batch = text.train.input_ids[torch.randint(len(text.train), (BATCH,), generator=generator)]
+        if step == WARM_UP:
+            began = time.perf_counter()
+        value = steppers[0].step(batch, done)
+        if step < WARM_UP + TIMED:
+            for other in steppers[1:]:
+                other.step(batch, done)
+        step += 1
+        spent = time.perf_counter() - began if began else 0.0
+        done = max(spent / seconds if step >= WARM_UP + TIMED else min(spent / seconds, 0.9), step / most)
+        bars.update(task, completed=step, total=max(step, round(step / done)), description=f"{title}, loss {value:.2f}")
+    return step
+
+
+def losses(model: nn.Module, docs: Text, code: Text) -> dict[str, float]:
+    return {"docs": loss(model, docs.held_out, BATCH), "code": loss(model, code.held_out, BATCH)}
+
+
+# Exports ----------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, tokenizer, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load(folder: Path) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def compare(ours: Stepper, tokenizer, output: Path, tokens: Tensor) -> dict[str, Any]:
+    """Exports the tuned model, runs every form on `tokens`, and compares logits and weights."""
+    expected, tuned = ours.logits(tokens), ours.model.eval()
+    exporters.save_merged(tuned, output / "merged")
+    tokenizer.save_pretrained(output / "merged")
+    exporters.save_adapter(tuned, output / "adapter")
+    exporters.export_onnx(tuned, output / "model.onnx", {"input_ids": tokens})
+    merged, adapted = load(output / "merged"), load(output / "base")
+    exporters.load_adapter(adapted, output / "adapter")
+    weights = dict(adapted.named_parameters())
+    return {
+        "merged_max_abs_diff": difference(expected, logits(merged, tokens)),
+        "adapter_max_abs_diff": difference(expected, logits(adapted, tokens)),
+        "onnx_max_abs_diff": difference(expected, onnx_logits(output / "model.onnx", tokens)),
+        "adapter_bitwise": all(torch.equal(p, weights[name]) for name, p in merged.named_parameters()),
+    }
+
+
+@torch.no_grad()
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, use_cache=False).logits
+
+
+def onnx_logits(path: Path, tokens: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {session.get_inputs()[0].name: tokens.numpy()})
+    return torch.from_numpy(found)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item()
+
+
+def samples(output: Path, tokenizer) -> Table:
+    """What base and tuned model write after the same words, drawn with the same seed."""
+    table = Table("prompt", "base model", "tuned model", title="continuations", show_lines=True)
+    models = [load(output / "base"), load(output / "merged")]
+    for prompt in ("def __init__(self", "for name in"):
+        texts = [continuation(model, tokenizer, prompt) for model in models]
+        table.add_row(escape(prompt), *(escape(text.replace("\n", "⏎")) for text in texts))
+    return table
+
+
+def continuation(model: nn.Module, tokenizer, prompt: str) -> str:
+    torch.manual_seed(SEED)
+    tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    mask = torch.ones_like(tokens)
+    made = model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=24, do_sample=True, top_k=8)
+    return tokenizer.decode(made[0, tokens.shape[1] :])
+
+
+def report(summary: dict[str, Any]) -> Table:
+    """The table that ends the demo."""
+    table = Table("", "before", "after", title="s2ft demo")
+    table.add_row(
+        "held-out loss, source code (tuned on)", f"{summary['base_loss']:.3f}", f"{summary['tuned_loss']:.3f}"
+    )
+    table.add_row(
+        "held-out loss, documentation", f"{summary['docs_base_loss']:.3f}", f"{summary['docs_tuned_loss']:.3f}"
+    )
+    table.add_section()
+    table.add_row("", "full", "S²FT")
+    table.add_row(
+        "parameters that train",
+        f"{summary['parameters']:,}",
+        f"{summary['trainable_parameters']:,} ({summary['trainable_fraction']:.1%})",
+    )
+    table.add_row(
+        f"step time, {summary['tokens_per_step']:,} tokens",
+        f"{summary['full_step_ms']:.0f} ms",
+        f"{summary['s2ft_step_ms']:.0f} ms ({summary['full_over_s2ft_step_time']:.2f}× as fast)",
+    )
+    table.add_section()
+    table.add_row("largest difference of logits to the trained model", "", "")
+    for name, title in (("merged", "merged folder"), ("adapter", "base + adapter"), ("onnx", "ONNX Runtime")):
+        table.add_row(f"  {title}", "", f"{summary[f'{name}_max_abs_diff']:.1e}")
+    table.add_row("base + adapter = merged, bit for bit", "", "yes" if summary["adapter_bitwise"] else "no")
+    return table

@@ -1,0 +1,65 @@
+"""What the command line shows and writes: errors, progress bars, JSON files."""
+
+import json
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from s2ft_compile.errors import S2FTError
+
+
+@contextmanager
+def reported(console: Console, debug: bool) -> Iterator[None]:
+    """An error of this package becomes one red line and exit code 1; `debug` lets it through as it is."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # those of single files; the commands show their own
+    try:
+        yield
+    except S2FTError as error:
+        if debug:
+            raise
+        console.print(f"[bold red]error:[/] [red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def counter(bars: Progress, description: str) -> Callable[[int, int], None]:
+    """A function of (done, total) that moves a bar of its own."""
+    task = bars.add_task(description, total=None)
+    return lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "s2ft-compile", "onnxruntime")
+    found = {d.metadata["Name"]: d.version for d in map(_distribution, names) if d}
+    return {"python": platform.python_version(), **found}
+
+
+def _distribution(name: str):
+    try:
+        return metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return None  # an uninstalled checkout, or an optional package

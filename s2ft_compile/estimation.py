@@ -1,0 +1,286 @@
+"""`estimate`: the memory that a training step will take, before any weight is loaded.
+
+The model is prepared without storage (`meta`), then compiled with fake tensors as a real one is: the same capture,
+selection, slice pushdown and partition into forward and backward. What the forward saves and what is alive at once is
+read from those two graphs; nothing runs.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from s2ft_compile.cli.data import DTYPES, example_inputs, load_structure, takes_labels
+
+from .backend import boxed, s2ft
+from .capture import Inputs, arguments
+from .config import CompileOptions, S2FTConfig, check_choice
+from .errors import ConfigError
+from .preparation import prepare
+from .state import parameters, state_of
+
+aten = torch.ops.aten
+# Beside the elementwise operators: what Inductor computes where it is read, and what reads its operands that way.
+INLINED = (
+    torch.ops.prims.convert_element_type.default,
+    torch.ops.prims.iota.default,
+    aten.full.default,
+    aten.scalar_tensor.default,
+    aten.clone.default,
+    aten.gather.default,
+)
+REDUCTIONS = (aten.amax.default, aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.var_mean.correction)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one training step with AdamW, at its peak.
+
+    weights: parameters and buffers. slices: the deltas, their gradients and the backups of their blocks. optimizer: two
+    float32 moments of each delta. activations: what the forward saves for the backward. working: what is alive besides
+    at the moment of the peak. trainable: how many numbers train. batch: sequences, images or other rows per step.
+    tokens: per step, 0 for a model that reads none.
+    """
+
+    weights: int
+    slices: int
+    optimizer: int
+    activations: int
+    working: int
+    trainable: int
+    batch: int
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.slices + self.optimizer + self.activations + self.working
+
+
+def estimate(
+    model: nn.Module, example_inputs: Any, config: S2FTConfig | None = None, options: CompileOptions | None = None
+) -> Estimate:
+    """What training `model` on `example_inputs` takes; `model` lies on the `meta` device, and is prepared by this.
+
+    example_inputs: a tuple or a dict of the forward's arguments of one step, with labels if the model computes its loss
+    (else the loss is the sum of its outputs). config: its selection is replaced by `random`: which units train makes no
+    difference here. Raises `ConfigError` for a model with storage, and what `prepare` and the backend raise.
+    """
+    if not all(p.is_meta for p in model.parameters()):
+        raise ConfigError("estimate takes a model without storage, made inside torch.device('meta')")
+    config, options = config or S2FTConfig(), options or CompileOptions()
+    args, kwargs = arguments(example_inputs)
+    unlabelled = {k: v for k, v in kwargs.items() if "label" not in k}
+    plain = S2FTConfig(config.targets, budget=_plain(config.budget), top_layers=config.top_layers)
+    prepare(model, Inputs(args, unlabelled), plain)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fake = _with_fake_storage(model.train(), mode)
+    graphs = _graphs(fake, *pytree.tree_map_only(Tensor, partial(_fake, mode), (args, kwargs)), options, mode)
+    return _summed(fake, graphs, (args, kwargs))
+
+
+def estimate_folder(
+    model: str, batch: int, length: int, dtype: str, config: S2FTConfig, options: CompileOptions
+) -> Estimate:
+    """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels."""
+    check_choice("dtype", dtype, DTYPES)
+    if batch < 1 or length < 2:
+        raise ConfigError(f"a step has at least 1 sequence of 2 tokens, got {batch} of {length}")
+    loaded = load_structure(model, dtype)
+    if hasattr(loaded.config, "use_cache"):
+        loaded.config.use_cache = False
+    inputs = example_inputs(loaded, batch, length)
+    if takes_labels(loaded):
+        inputs |= _labels(loaded, inputs)
+    return estimate(loaded, inputs, config, options)
+
+
+def _labels(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A label for each token of a language model, for each row of logits of another: a number for a single logit."""
+    tokens = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    if tokens is not None and model.get_output_embeddings() is not None:
+        return {"labels": tokens}
+    with torch.no_grad():
+        logits = getattr(model(**inputs), "logits", None)
+    if logits is None:
+        return {}
+    kind = logits.dtype if logits.shape[-1] == 1 else torch.int64
+    return {"labels": torch.zeros_like(logits[..., 0], dtype=kind)}
+
+
+def table(made: Estimate) -> Table:
+    """What a person reads, in MiB."""
+    rows = {
+        "weights": made.weights,
+        f"slices ({made.trainable:,} numbers): deltas, gradients, backups": made.slices,
+        "optimizer (AdamW)": made.optimizer,
+        f"activations saved for the backward ({_amount(made)})": made.activations,
+        "working memory at the peak": made.working,
+        "total": made.total,
+    }
+    shown = Table("memory of a training step", "MiB")
+    shown.columns[1].justify = "right"
+    for name, size in rows.items():
+        shown.add_row(name, f"{size / 2**20:,.1f}", end_section=name.startswith("working"))
+    return shown
+
+
+def _amount(made: Estimate) -> str:
+    return f"{made.tokens:,} tokens" if made.tokens else f"a batch of {made.batch:,}"
+
+
+def _plain(budget: str) -> str:
+    return "model" if budget == "score" else budget
+
+
+def _with_fake_storage(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    held = [*model.parameters(), *model.buffers(), *(b.backup for b in state_of(model).blocks)]
+    return copy.deepcopy(model, {id(t): _fake(mode, t) for t in held})
+
+
+def _fake(mode: FakeTensorMode, t: Tensor) -> Tensor:
+    """A fake on the CPU, whose operators save what those of a GPU do."""
+    with mode:
+        made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+    return nn.Parameter(made, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else made
+
+
+def _graphs(model: nn.Module, args, kwargs, options: CompileOptions, mode: FakeTensorMode) -> list[fx.GraphModule]:
+    """What Inductor would be given of one step: a forward and a backward, or more of each after graph breaks."""
+    found: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, inputs, **_) -> Callable:
+        found.append(gm)
+        return boxed(gm, inputs)
+
+    net = torch.compile(
+        model,
+        backend=partial(s2ft, inner_compile=keep),
+        options={"activation_budget": options.activation_budget, "logits": options.logits},
+    )
+    with mode:
+        output = net(*args, **kwargs)
+        loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else None
+        if loss is None:
+            loss = sum(t.float().sum() for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
+        loss.backward()
+    return found
+
+
+# --- from graphs to bytes ----------------------------------------------------------------------------------------
+
+
+def _summed(model: nn.Module, graphs: list[fx.GraphModule], inputs) -> Estimate:
+    deltas = parameters(model)
+    numbers = sum(d.numel() for d in deltas)
+    fixed = [t for t in (*model.parameters(), *model.buffers()) if not any(t is d for d in deltas)]
+    saved, peak = _peak([g.graph for g in graphs])
+    given = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    tokens = next((t.numel() for t in given if t.ndim == 2 and not t.is_floating_point()), 0)
+    backups = sum(_bytes(b.backup) for b in state_of(model).blocks)
+    return Estimate(
+        sum(map(_bytes, fixed)), 8 * numbers + backups, 8 * numbers, saved, peak - saved, numbers, len(given[0]), tokens
+    )
+
+
+def _peak(graphs: list[fx.Graph]) -> tuple[int, int]:
+    """(bytes that all forwards save, bytes alive at the worst moment of the step); weights and inputs apart.
+
+    graphs: forwards in their order, then the backwards. What a forward returns stays alive until a backward has used it
+    for the last time; a tangent arrives with the backward.
+    """
+    forwards, backwards = graphs[: len(graphs) // 2], graphs[len(graphs) // 2 :]
+    alive: dict[str, int] = {}  # what outlives its graph: name in its graph -> bytes
+    peak = 0
+    for graph in forwards:
+        most, own = _run(graph, {})
+        peak = max(peak, sum(alive.values()) + most)
+        alive |= own
+    saved = sum(alive.values())
+    for graph in backwards:
+        given = {n.name: alive.get(n.name, _bytes(n.meta["val"])) for n in graph.find_nodes(op="placeholder")}
+        given = {name: size for name, size in given.items() if not name.startswith("primals")}
+        most, _ = _run(graph, given)
+        alive = {name: size for name, size in alive.items() if name not in given}
+        peak = max(peak, sum(alive.values()) + most)
+    return saved, peak
+
+
+def _run(graph: fx.Graph, given: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """The most bytes alive while a graph runs, and what it returns: name -> bytes, a storage once, the rest 0.
+
+    given: bytes of the placeholders that are freed after their last use.
+    """
+    nodes = list(graph.nodes)
+    roots = {node: _root(node) for node in nodes}
+    size = {
+        node: given.get(node.name, 0) if node.op == "placeholder" else _bytes(node.meta.get("val"))
+        for node in nodes
+        if roots[node] is node and (node.op != "call_function" or _is_stored(node))
+    }
+    last: dict[fx.Node, int] = {}
+    for i, node in reversed(list(enumerate(nodes))):
+        when = i if roots[node] in size else last.get(roots[node], i)  # a fused operator reads when its result is made
+        for source in node.all_input_nodes:
+            last[roots[source]] = max(when, last.get(roots[source], 0))
+    ends: dict[int, list[fx.Node]] = {}
+    for node in size:
+        ends.setdefault(last.get(node, len(nodes)), []).append(node)
+    alive = most = sum(size[n] for n in nodes if n.op == "placeholder" and n in size)
+    for i, node in enumerate(nodes):
+        ending = ends.get(i, ())
+        if node.op != "placeholder" and node in size:
+            made_here = sum(size[n] for n in ending if n.op != "placeholder")
+            in_place = min(size[node], made_here) if _is_fused(node) else 0  # over what it reads for the last time
+            most = max(most, alive + size[node] - in_place)
+            alive += size[node]
+        alive -= sum(size[n] for n in ending)
+    returned: dict[str, int] = {}
+    for node in graph.output_node().all_input_nodes:
+        root = roots[node]
+        returned[node.name] = 0 if root.op == "placeholder" else size[root]
+        size[root] = 0
+    return most, returned
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The node whose memory this one is a view of."""
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        returns = node.target._schema.returns
+        if len(returns) != 1 or returns[0].alias_info is None or returns[0].alias_info.is_write:
+            break
+        node = node.args[0]
+    return node
+
+
+def _is_stored(node: fx.Node) -> bool:
+    """Whether Inductor gives a node memory of its own: unless it is computed where fused operators read it."""
+    return not _is_inlined(node) or any(not _is_fused(user) for user in _readers(node))
+
+
+def _is_inlined(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in INLINED
+
+
+def _is_fused(node: fx.Node) -> bool:
+    return _is_inlined(node) or node.target in REDUCTIONS
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that read a node's memory, itself or through views."""
+    for user in node.users:
+        if _root(user) is user:
+            yield user
+        else:
+            yield from _readers(user)
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.itemsize if isinstance(value, Tensor) else 0

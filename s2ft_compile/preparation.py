@@ -1,0 +1,149 @@
+"""`analyze`, `permute` and `prepare`: from a model to a prepared one."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2ft_compile.adapters.format import read_adapter
+from s2ft_compile.exporters.adapter import check_fits
+from s2ft_compile.passes.couple.couple import couple
+from s2ft_compile.passes.permute import dense_orders, move, moves_for, ranges
+from s2ft_compile.passes.select.calibrate import Loss, calibrate
+from s2ft_compile.passes.select.calibrate import check as check_calibration
+from s2ft_compile.passes.select.select import Selection, Taken, select, targeted_bands
+
+from .capture import capture, unwrap
+from .config import CALIBRATED, S2FTConfig
+from .errors import ConfigError, StateError, VerificationError
+from .fingerprint import fingerprint
+from .plan import Plan, Slice
+from .state import Block, State, find_state, watch_optimizers
+from .structure import Analysis, Coupling
+from .verification import verify as verify_couplings
+
+log = logging.getLogger(__name__)
+
+
+def analyze(model: nn.Module, example_inputs: Any, verify: bool = False) -> Analysis:
+    """Finds every coupled structure of a model; changes nothing. A model on the `meta` device will do.
+
+    example_inputs: a tuple or a dict of the forward's arguments. verify: also permute all couplings at random and
+    compare outputs (`s2ft.verify`). Raises `CaptureError` if the model cannot be traced, `VerificationError` if verify
+    finds a difference.
+    """
+    analysis = couple(capture(unwrap(model), example_inputs))
+    if verify and not (made := verify_couplings(model, example_inputs, analysis)).ok:
+        raise VerificationError(str(made))
+    return analysis
+
+
+def permute(model: nn.Module, coupling: Coupling, order: Tensor | Sequence[int]) -> None:
+    """Reorders one coupling's units in place, everywhere they occur: new unit i is old unit order[i].
+
+    order: int64 (coupling.units,). Raises `ConfigError` if it is not a permutation or the model is another one.
+    """
+    model = unwrap(model)
+    if find_state(model) is not None:
+        raise StateError(
+            "this model is prepared, and its plan records where its units are; call s2ft.release(model) first"
+        )
+    order = torch.as_tensor(order, dtype=torch.int64).cpu()
+    if order.shape != (coupling.units,) or not torch.equal(order.sort().values, torch.arange(coupling.units)):
+        raise ConfigError(f"order must hold each of 0 to {coupling.units - 1} once, got {order.numel()} values")
+    parameters = dict(model.named_parameters())
+    for (name, dim), layout in coupling.layouts.items():
+        if name not in parameters or parameters[name].ndim <= dim or parameters[name].shape[dim] != layout.size:
+            raise ConfigError(
+                f"this coupling is of another model: {name} has no dimension {dim} of size {layout.size} here"
+            )
+    for (name, dim), index in moves_for({coupling.axis: order}, coupling.layouts).items():
+        move(parameters[name], dim, index)
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: Any,
+    config: S2FTConfig | None = None,
+    calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> Plan:
+    """Selects slices, permutes the weights so that they are dense, freezes the rest and registers the deltas.
+
+    calibration: batches, each a tuple or a dict of the forward's arguments, for the selections that look at data. loss:
+    (output, batch) -> scalar, for the selection "gradient" of a model whose output is neither a loss nor has one.
+    The model stays the user's: same class, same `state_dict()` keys, same outputs (up to the rounding of reordered
+    sums). Raises `ConfigError`, `CaptureError`, `StateError`, or `AdapterError` for an adapter
+    in `config.exclude` that cannot be read or is of another base model, each before anything is changed.
+    """
+    model, config = unwrap(model), config or S2FTConfig()
+    if not isinstance(config, S2FTConfig):
+        raise ConfigError(f"config must be an S2FTConfig, got {type(config).__name__}")
+    if find_state(model) is not None:
+        raise StateError("this model is prepared already; call s2ft.release(model) before preparing it again")
+    check_calibration(config.selection, calibration)
+    parameters, taken = dict(model.named_parameters()), _taken(model, config)
+    analysis = analyze(model, example_inputs)
+    selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss), taken)
+    _check_trainable(selections, parameters)
+    base = fingerprint(model)
+    index = moves_for(dense_orders(analysis, selections), analysis.layouts)
+    moves = [(parameters[name], dim, order) for (name, dim), order in index.items()]
+    for move_arguments in moves:
+        move(*move_arguments)
+    blocks, slices = [], []
+    for selection in selections:
+        block, piece = _block(model, parameters[selection.parameter_name], selection, index)
+        blocks.append(block)
+        slices.append(piece)
+    frozen = [p for p in parameters.values() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    plan = Plan(config, base, tuple(slices))
+    State(plan, blocks, moves, frozen).install(model)
+    watch_optimizers()
+    trained = sum(b.delta.numel() for b in blocks)
+    log.info("prepared %s: %d slices, %d parameters train", type(model).__name__, len(blocks), trained)
+    return plan
+
+
+def _taken(model: nn.Module, config: S2FTConfig) -> Taken:
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    for folder in config.exclude:
+        adapter = read_adapter(folder)
+        check_fits(model, adapter)
+        for s in adapter.slices:
+            found.setdefault(s.parameter_name, []).append((s.dim, s.indices))
+    return found
+
+
+def _measured(model: nn.Module, analysis: Analysis, config: S2FTConfig, calibration, loss) -> dict:
+    if config.selection not in CALIBRATED:
+        return {}
+    places = [(b.parameter_name, b.dim) for bands in targeted_bands(analysis, config).values() for b in bands]
+    return calibrate(model, places, config.selection, calibration, loss)
+
+
+def _check_trainable(selections: Sequence[Selection], parameters) -> None:
+    for s in selections:
+        dtype = parameters[s.parameter_name].dtype
+        if not dtype.is_floating_point:
+            raise ConfigError(f"{s.parameter_name} is {dtype}; only floating-point weights train")
+
+
+def _block(model: nn.Module, weight: nn.Parameter, selection: Selection, index) -> tuple[Block, Slice]:
+    """The block of a selection in the permuted weight. Its order along `dim` is the order of `indices`."""
+    name, dim = selection.parameter_name, selection.dim
+    moved = index.get((name, dim), torch.arange(weight.shape[dim]))
+    mask = torch.isin(moved, selection.indices)
+    found = ranges(mask)
+    shape = list(weight.shape)
+    shape[dim] = len(selection.indices)
+    delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
+    places = [(m, key) for m in model.modules() for key, p in m._parameters.items() if p is weight]
+    block = Block(name, weight, dim, found, delta, torch.empty(0), places)
+    block.backup = block.read()
+    block.version = delta._version
+    return block, Slice(name, dim, moved[mask], tuple(weight.shape), selection.roles, delta)

@@ -1,0 +1,241 @@
+"""Verify: permute every coupling of a model at once, at random, and compare its outputs with those of before.
+
+The model is never written to: the permuted weights are copies, which `torch.func.functional_call` puts in the place of
+the model's for one forward. They are float64, and so is everything the forward casts to float32 (norms, softmax, RoPE).
+
+The tolerance. A reordered sum of n terms in arithmetic of unit roundoff u is the exact sum of terms that are each off by
+a factor of at most 1 ± 2 n u (backward error of summation), so a permuted model is the model with its weights
+multiplied by such factors. What factors of 1 ± ε at random do to the outputs is measured, Δ(ε), and scaled:
+tolerance = SAFETY · 2 n u · (Δ(ε) / ε + max|y|), n the longest sum (the largest dimension of a parameter or an input).
+A control shows that the comparison could have failed: the same permutations with half of the parameters left behind.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from s2ft_compile.passes.permute import moves_for
+
+from .capture import arguments, inference_mode_of, unwrap
+from .errors import ConfigError, StateError, VerificationError
+from .state import find_state
+from .structure import Analysis, Coupling
+
+log = logging.getLogger(__name__)
+
+SAFETY = 8.0  # worst signs of the factors against random ones
+EPSILON = {torch.float64: 2.0**-30, torch.float32: 2.0**-12}  # far above roundoff, far below what changes a decision
+NARROW = {torch.float32, torch.bfloat16, torch.float16}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What permuting all couplings at once did to a model's outputs.
+
+    difference: the largest change of an output. tolerance: what reordered sums explain. control: the change when half
+    of the parameters stay behind; not above the tolerance, the weights cannot tell a right permutation from a wrong
+    one. parameters: how many were permuted. alike: those whose values their permutation did not change (constants).
+    wrong: the couplings that change the outputs by themselves.
+    """
+
+    couplings: int
+    parameters: int
+    alike: tuple[str, ...]
+    dtype: str
+    difference: float
+    tolerance: float
+    control: float
+    wrong: tuple[Coupling, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return self.difference <= self.tolerance
+
+    @property
+    def sharp(self) -> bool:
+        """Whether a wrong permutation would have shown."""
+        return not self.couplings or self.control > self.tolerance
+
+    def __str__(self) -> str:
+        found = "unchanged" if self.ok else "CHANGED"
+        lines = [
+            f"{self.couplings} couplings permuted at once in {self.parameters} parameters ({self.dtype}): outputs {found}, "
+            f"difference {self.difference:.2g}, allowed {self.tolerance:.2g}; control {self.control:.2g}"
+        ]
+        if self.alike:
+            lines.append(f"says nothing about {len(self.alike)} parameters that are constant, such as {self.alike[0]}")
+        if not self.sharp:
+            lines.append("the control changed nothing either: these weights cannot show a mistake (zeros? constants?)")
+        return "\n".join([*lines, *(f"wrong: {c}" for c in self.wrong)])
+
+
+def verify(model: nn.Module, example_inputs: Any, analysis: Analysis, seed: int = 0) -> Verification:
+    """Permutes random copies of all couplings' weights at once and compares outputs; the model stays as it is.
+
+    example_inputs: as for `analyze`. seed: of the permutations. Raises `ConfigError` for a model without weights
+    (`meta`), `StateError` for a prepared one, `VerificationError` if the model runs in neither float64 nor float32.
+    """
+    model = unwrap(model)
+    if find_state(model) is not None:
+        raise StateError("this model is prepared; verify it before, or after s2ft.release(model)")
+    if any(p.is_meta for p in model.parameters()):
+        raise ConfigError(
+            "a model on the meta device has no weights to verify; load them, or call analyze without verify"
+        )
+    with inference_mode_of(model), torch.no_grad():
+        try:
+            return _Trial(model, example_inputs, torch.float64, seed).verification(analysis)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            log.info("%s does not run in float64 (%s); float32 instead", type(model).__name__, error)
+        try:
+            return _Trial(model, example_inputs, torch.float32, seed).verification(analysis)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            raise VerificationError(
+                f"{type(model).__name__} runs neither in float64 nor in float32, so nothing can be compared: {error}"
+            ) from error
+
+
+class _Trial:
+    """Forwards of a model with other weights in its place, all in one type and from one random state."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, dtype: torch.dtype, seed: int):
+        self.model, self.dtype, self.seed = model, dtype, seed
+        self.args, self.kwargs = tree_map(self._cast, tuple(arguments(example_inputs)))
+        self.weights = {name: self._cast(p.detach()) for name, p in model.named_parameters()}
+        self.buffers = {name: self._cast(b) for name, b in model.named_buffers()}
+        self.before = self.outputs(self.weights)
+        self.tolerance = self._tolerance()
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def outputs(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        buffers = {name: b.clone() for name, b in self.buffers.items()}
+        with torch.random.fork_rng(devices=[]), default_dtype(self.dtype), Promoted(self.dtype):
+            torch.manual_seed(self.seed)
+            made = functional_call(self.model, {**weights, **buffers}, self.args, self.kwargs)
+        return [t for t in tree_leaves(dict(made) if isinstance(made, Mapping) else made) if isinstance(t, Tensor)]
+
+    def difference(self, weights: Mapping[str, Tensor]) -> float:
+        after = self.outputs(weights)
+        if [t.shape for t in after] != [t.shape for t in self.before]:
+            return float("inf")
+        return max((_distance(a, b) for a, b in zip(self.before, after)), default=0.0)
+
+    def permuted(
+        self, analysis: Analysis, orders: Mapping[int, Tensor], leave: Sequence[str] = ()
+    ) -> dict[str, Tensor]:
+        """The weights, with those that a reordered axis occurs in reordered, save for `leave`."""
+        weights = dict(self.weights)
+        for (name, dim), index in moves_for(orders, analysis.layouts).items():
+            if name not in leave:
+                weights[name] = weights[name].index_select(dim, index.to(weights[name].device))
+        return weights
+
+    def verification(self, analysis: Analysis) -> Verification:
+        orders = random_orders(analysis.couplings, self.seed)
+        weights = self.permuted(analysis, orders)
+        names = sorted({name for name, _ in moves_for(orders, analysis.layouts)})
+        difference = self.difference(weights)
+        alike = tuple(n for n in names if torch.equal(weights[n], self.weights[n]))
+        wrong = [] if difference <= self.tolerance else self.culprits(analysis, list(analysis.couplings), orders)
+        control = self.difference(self.permuted(analysis, orders, names[::2]))
+        return Verification(
+            len(analysis.couplings),
+            len(names),
+            alike,
+            str(self.dtype).removeprefix("torch."),
+            difference,
+            self.tolerance,
+            control,
+            tuple(wrong),
+        )
+
+    def culprits(
+        self, analysis: Analysis, couplings: list[Coupling], orders: Mapping[int, Tensor]
+    ) -> Iterator[Coupling]:
+        """Those of `couplings` that change the outputs by themselves, by halving."""
+        chosen = {c.axis: orders[c.axis] for c in couplings}
+        if not couplings or self.difference(self.permuted(analysis, chosen)) <= self.tolerance:
+            return
+        if len(couplings) == 1:
+            yield couplings[0]
+            return
+        half = len(couplings) // 2
+        yield from self.culprits(analysis, couplings[:half], orders)
+        yield from self.culprits(analysis, couplings[half:], orders)
+
+    def _tolerance(self) -> float:
+        """See the module's docstring."""
+        epsilon, random = EPSILON[self.dtype], torch.Generator().manual_seed(self.seed)
+        nudged = {
+            name: w * (1 + epsilon * _signs(w, random)) if w.is_floating_point() else w
+            for name, w in self.weights.items()
+        }
+        sizes = [
+            n
+            for t in [*self.weights.values(), *tree_leaves((self.args, self.kwargs))]
+            if isinstance(t, Tensor)
+            for n in t.shape
+        ]
+        largest = max((t.abs().max().item() for t in self.before if t.is_floating_point() and t.numel()), default=1.0)
+        u = torch.finfo(self.dtype).eps / 2
+        tolerance = SAFETY * 2 * max(sizes, default=1) * u * (self.difference(nudged) / epsilon + largest)
+        return tolerance if tolerance == tolerance and tolerance != float("inf") else 0.0
+
+
+def random_orders(couplings: Sequence[Coupling], seed: int) -> dict[int, Tensor]:
+    """A random order, never the identity, of each coupling's units: axis -> int64 (units,)."""
+    random, orders = torch.Generator().manual_seed(seed), {}
+    for c in couplings:
+        order = torch.randperm(c.units, generator=random)
+        orders[c.axis] = order.roll(1) if torch.equal(order, torch.arange(c.units)) else order
+    return orders
+
+
+def _signs(like: Tensor, random: torch.Generator) -> Tensor:
+    return (torch.randint(0, 2, like.shape, generator=random) * 2 - 1).to(like)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The largest |a - b|; infinite where one is not a number and the other is, or where integers differ."""
+    if not a.is_floating_point() and not a.is_complex():
+        return 0.0 if torch.equal(a, b) else float("inf")
+    same = (a == b) | (a.isnan() & b.isnan())
+    distance = torch.where(same, torch.zeros((), dtype=a.dtype), a - b).abs()
+    return distance.nan_to_num(float("inf")).max().item() if a.numel() else 0.0
+
+
+class Promoted(TorchFunctionMode):
+    """The given type wherever a forward asks for a narrower one, so that one cast does not undo the precision."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def _wider(self, value: Any) -> Any:
+        return self.dtype if isinstance(value, torch.dtype) and value in NARROW else value
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            return args[0].to(self.dtype)
+        return func(*map(self._wider, args), **{k: self._wider(v) for k, v in (kwargs or {}).items()})
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    """The type of tensors made without one; afterwards what it was."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
