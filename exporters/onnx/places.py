@@ -3,7 +3,7 @@
 As slices, the least work:
 
     columns (what is contracted)    y + Gather(x, indices) @ delta                          delta: (n, out)
-    rows (what is produced)         ScatterElements-add(y, indices, x @ delta)              delta: (in, n)
+    rows (what is produced)         y with y[indices] + x @ delta at indices                delta: (in, n)
 
 As a LoRA, which takes the adapters of others too:
 
@@ -98,11 +98,14 @@ def _add_slices(graph: Any, name: str, product: Product, columns: bool) -> None:
         more = ir.node("MatMul", [picked.outputs[0], delta])
         nodes = [picked, more, ir.node("Add", [y, more.outputs[0]])]
     else:
+        # not ScatterElements with reduction "add", for which ONNX Runtime has no float16 kernel on a CPU
         made = ir.node("MatMul", [x, _empty(graph, second, (size_in, 0), first, dtype)])
-        sizes = ir.node("Shape", [made.outputs[0]])
+        picked = ir.node("Gather", [y, indices], {"axis": -1})
+        summed = ir.node("Add", [picked.outputs[0], made.outputs[0]])
+        sizes = ir.node("Shape", [summed.outputs[0]])
         places = ir.node("Expand", [indices, sizes.outputs[0]])
-        scattered = [y, places.outputs[0], made.outputs[0]]
-        nodes = [made, sizes, places, ir.node("ScatterElements", scattered, {"axis": -1, "reduction": "add"})]
+        scattered = ir.node("ScatterElements", [y, places.outputs[0], summed.outputs[0]], {"axis": -1})
+        nodes = [made, picked, summed, sizes, places, scattered]
     _insert(graph, product, nodes)
 
 
