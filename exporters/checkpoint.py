@@ -25,6 +25,7 @@ from s2ft_compile.adapters.format import Adapter, check_base, check_slice, read_
 from s2ft_compile.errors import AdapterError, ExportError
 from s2ft_compile.fingerprint import sample
 from s2ft_compile.plan import Slice
+from s2ft_compile.stored import same_bits
 
 from .adapter import summed
 from .files import new_directory
@@ -108,7 +109,11 @@ def _patch(stored: Stored, parts: Sequence[Part]) -> None:
     with mapped(stored, write=True) as W:
         for adapter, s, _ in parts:
             check_slice(adapter, s, W)
-        W.index_copy_(*summed(W, [(s, weight) for _, s, weight in parts]))
+        dim, indices, block = summed(W, [(s, weight) for _, s, weight in parts])
+        W.index_copy_(dim, indices, block)
+    with mapped(stored) as W:
+        if not same_bits(W.index_select(dim, indices), block):
+            raise ExportError(f"{stored.file.name} was not written correctly: read again, it differs")
 
 
 # --- safetensors files on disk -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ the end. Nothing that exists is overwritten.
 """
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -81,10 +82,15 @@ def _staging(path: Path, target) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in made:
             _remove_if_empty(parent)
-        if isinstance(error, OSError):
+        if _of_the_system(error):
             raise ExportError(f"could not write {target}: {error}") from error
         raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _of_the_system(error: BaseException) -> bool:
+    """A full disk, for instance. Libraries in Rust raise types of their own, with the system's number in the text."""
+    return isinstance(error, OSError) or re.search(r"\(os error \d+\)", str(error)) is not None
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from s2ft_compile.adapters.format import Adapter, read_adapter
@@ -31,6 +30,7 @@ from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.plan import Slice
 from s2ft_compile.state import is_prepared
+from s2ft_compile.stored import save_tensors
 
 from .adapter import adapter_of, check_fits
 from .card import CARD, LORA, card
@@ -85,15 +85,12 @@ def save_lora(
         padded_to = ranks if isinstance(ranks, int) else _rounded(widest, ranks)
         factors = [_padded(f, padded_to if layout == "padded" else _rounded(f.rank, ranks)) for f in factors]
         transposed = any(flip for _, flip in holders.values())
-        save_file(
-            {
-                f"base_model.model.{f.module}.lora_{side}.weight": getattr(f, side).contiguous()
-                for f in factors
-                for side in "AB"
-            },
-            folder / WEIGHTS,
-            metadata={"format": "pt"},
-        )
+        tensors = {
+            f"base_model.model.{f.module}.lora_{side}.weight": getattr(f, side).contiguous()
+            for f in factors
+            for side in "AB"
+        }
+        save_tensors(tensors, folder / WEIGHTS)
         config = _config(module, factors, transposed)
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         errors = {f.module: f.error for f in factors if f.error}

@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import ExportError
 from s2ft_compile.state import is_prepared, merged
+from s2ft_compile.stored import check_stored, names_in
 
 from .files import new_directory
 
@@ -37,6 +38,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike) -> Path:
             module.save_pretrained(folder)
         else:
             _save(module, folder / WEIGHTS)
+        _read_back(module, sorted(folder.glob("*.safetensors")))
     log.info("merged model written to %s", directory)
     return Path(directory)
 
@@ -46,3 +48,29 @@ def _save(module: nn.Module, path: Path) -> None:
         save_model(module, str(path))
     except (RuntimeError, ValueError, TypeError) as error:  # tensors that overlap in part, or that are no tensors
         raise ExportError(f"{type(module).__name__} cannot be stored as safetensors: {error}") from error
+
+
+def _read_back(module: nn.Module, files: list[Path]) -> None:
+    """Raises `ExportError` where the files do not hold what the module does: all of it, a tied tensor once."""
+    held = module.state_dict()
+    if not names_in(files) <= held.keys():
+        held = _as_stored(module, held)
+    found = check_stored(files, held)
+    places = {_place(held[name]) for name in found}
+    left_out = getattr(module, "_keys_to_ignore_on_save", None) or ()
+    lost = [
+        n for n, t in held.items() if n not in found and n not in left_out and t.numel() and _place(t) not in places
+    ]
+    if lost:
+        raise ExportError(f"{type(module).__name__} was not written whole: {', '.join(lost[:3])} is in no file")
+
+
+def _as_stored(module: nn.Module, held: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `save_pretrained` writes of a module whose names and tensors are not those of its checkpoints."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(module, held)
+
+
+def _place(tensor: Tensor) -> tuple:
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()

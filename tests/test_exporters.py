@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +23,18 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import s2ft_compile as s2ft
 from s2ft_compile.adapters import format
 from s2ft_compile.errors import AdapterError, ExportError, S2FTError, StateError
-from s2ft_compile.exporters import load_adapter, merged, save_adapter, save_merged
+from s2ft_compile.exporters import (
+    export_onnx,
+    extract,
+    load_adapter,
+    merge_checkpoint,
+    merged,
+    save_adapter,
+    save_lora,
+    save_merged,
+    save_onnx_adapter,
+    save_shira,
+)
 from s2ft_compile.exporters.files import new_directory, new_files
 from s2ft_compile.fingerprint import SAMPLES, fingerprint
 from s2ft_compile.state import merged as merged_weights
@@ -337,18 +349,92 @@ def test_an_output_that_exists_is_refused(tmp_path, save):
     assert tree(tmp_path) == {"out": b"/", "out/mine": b"kept"} and same(bits(model), before)
 
 
-@pytest.mark.parametrize("save, writer", [(save_merged, "merged.save_model"), (save_adapter, "format.save_file")])
+@pytest.mark.parametrize(
+    "save, writer", [(save_merged, "exporters.merged.save_model"), (save_adapter, "adapters.format.save_tensors")]
+)
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch, save, writer):
     def half(tensors, path, **_):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(f"s2ft_compile.exporters.{writer}", half)
+    monkeypatch.setattr(f"s2ft_compile.{writer}", half)
     model = trained(Toy())
     before = bits(model)
     with pytest.raises(ExportError, match="disk full"):
         save(model, tmp_path / "new" / "out")
     assert tree(tmp_path) == {} and same(bits(model), before)
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """As on a disk that is full: the system refuses to write more than this into one file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+SAVES = {
+    "merged": lambda model, out: save_merged(model, out / "made"),
+    "adapter": lambda model, out: save_adapter(model, out / "made"),
+    "lora": lambda model, out: save_lora(model, out / "made"),
+    "shira": lambda model, out: save_shira(model, out / "made"),
+    "onnx": lambda model, out: export_onnx(model, out / "made.onnx", (IDS,)),
+    "onnx adapter": lambda model, out: save_onnx_adapter(model, out / "made.onnx_adapter"),
+    "extract": lambda model, out: extract(Toy(512, 520), out.parent / "tuned", out / "made"),
+    "merge": lambda model, out: merge_checkpoint(out.parent / "base", [out.parent / "adapter"], out / "made"),
+}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model whose every file is over 64 KiB, and folders of what it was and became."""
+    root, model = tmp_path_factory.mktemp("large"), trained(Toy(512, 520), targets={"ffn.out": 40, "ffn.in": 40})
+    save_merged(Toy(512, 520), root / "base")
+    save_merged(model, root / "tuned")
+    save_adapter(model, root / "adapter")
+    (root / "out").mkdir()
+    return model, root / "out"
+
+
+@pytest.mark.parametrize("kind", SAVES)
+def test_a_full_disk_is_one_line_and_leaves_nothing(large, kind):
+    model, out = large
+    with files_of_at_most(60_000), pytest.raises(ExportError, match="could not write .*made") as caught:
+        SAVES[kind](model, out)
+    assert tree(out) == {} and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("save", [save_adapter, save_lora, save_shira, save_merged])
+@pytest.mark.parametrize("how", ["another bit", "a tensor less"])
+def test_what_was_written_wrong_does_not_appear(tmp_path, monkeypatch, save, how):
+    """What the file holds is compared with what it was to hold, whatever the library that wrote it says."""
+    from safetensors import torch as library
+
+    write = library.save_file
+
+    def wrong(tensors, path, metadata=None):
+        tensors = {name: t.clone() for name, t in tensors.items()}
+        name = sorted(tensors)[0]
+        if how == "another bit":
+            tensors[name].view(-1)[-1:].view(torch.uint8)[0] ^= 1
+        else:
+            del tensors[name]
+        write(tensors, path, metadata=metadata)
+
+    for place in ("s2ft_compile.stored.save_file", "transformers.modeling_utils.safe_save_file"):
+        monkeypatch.setattr(place, wrong)
+    monkeypatch.setattr(merged, "save_model", lambda module, path: wrong(dict(module.named_parameters()), path))
+    base = Toy() if save is not save_merged else HF["gpt2"]()
+    model = trained(base, targets=TARGETS if save is not save_merged else {"ffn.out": 3})
+    with pytest.raises(ExportError, match="was not written"):
+        save(model, tmp_path / "out")
+    if save is save_merged:
+        with pytest.raises(ExportError, match="was not written"):
+            save(Toy(), tmp_path / "out")
+    assert tree(tmp_path) == {}
 
 
 # --- adapter: round trips ---------------------------------------------------------------------------------

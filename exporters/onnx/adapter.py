@@ -21,6 +21,7 @@ from s2ft_compile.exporters.lora import adapter_source, linear_layers
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.state import disabled, is_prepared, state_of
 
+from .check import first_line
 from .places import GENAI, NAMES, check_names, lora_names, slice_names
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def save_onnx_adapter(
 
 
 def _write(parameters: Mapping[str, np.ndarray], file: Path) -> None:
-    """Raises `ExportError` where the file, read again, does not hold these bits."""
+    """Raises `ExportError` where the file cannot be written or, read again, does not hold these bits."""
     import onnxruntime
 
     arrays = {name: np.ascontiguousarray(values) for name, values in parameters.items()}
@@ -62,7 +63,10 @@ def _write(parameters: Mapping[str, np.ndarray], file: Path) -> None:
     written.set_model_version(1)
     # an OrtValue on a CPU points into its array, which has to live until the file is written
     written.set_parameters({n: onnxruntime.OrtValue.ortvalue_from_numpy(values) for n, values in arrays.items()})
-    written.export_adapter(str(file))
+    try:
+        written.export_adapter(str(file))
+    except RuntimeError as error:  # ONNX Runtime's, of a full disk too
+        raise ExportError(f"could not write {file.name}: {first_line(error)}") from error
     _read_back(arrays, file)
 
 

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from s2ft_compile.errors import AdapterError, ConfigError, ExportError
 from s2ft_compile.fingerprint import combined
 from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.stored import save_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMAT, FORMAT_VERSION = "s2ft", 1
@@ -81,7 +81,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
             )
         tensors[f"{s.parameter_name}.delta"] = s.delta.contiguous()
         tensors[f"{s.parameter_name}.indices"] = s.indices.to(torch.int32)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS)
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

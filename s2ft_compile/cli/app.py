@@ -209,12 +209,13 @@ def export_merged(model: Model, adapter: Adapter, output: Output, dtype: Dtype =
     """Write base + adapter as an ordinary Hugging Face folder, with the tokenizer."""
     with reported(err, debug):
         from s2ft_compile.exporters import save_merged
+        from s2ft_compile.exporters.files import new_directory
 
-        with err.status("merging"):
+        with err.status("merging"), new_directory(output) as work:
             tokenizer = _tokenizer(model)
-            save_merged(_adapted(model, adapter, dtype), output)
+            save_merged(_adapted(model, adapter, dtype), work)
             if tokenizer:
-                tokenizer.save_pretrained(output)
+                tokenizer.save_pretrained(work)
         out.print(f"merged model: {output}")
 
 
@@ -222,6 +223,7 @@ def export_merged(model: Model, adapter: Adapter, output: Output, dtype: Dtype =
 def export_adapter(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
     """Check an adapter against its base model, and copy it to a folder of its own to hand on."""
     with reported(err, debug):
+        from s2ft_compile.adapters.format import read_adapter
         from s2ft_compile.exporters import load_adapter
         from s2ft_compile.exporters.files import new_directory
 
@@ -231,6 +233,7 @@ def export_adapter(model: Model, adapter: Adapter, output: Output, dtype: Dtype 
             folder = _adapter_folder(adapter)
             plan = load_adapter(load_model(model, dtype or _trained_dtype(adapter)), folder)
             shutil.copytree(folder, work, dirs_exist_ok=True)
+            read_adapter(work)  # whose checksums tell whether the copy is whole
         out.print(str(plan))
         out.print(f"adapter: {output}")
 
