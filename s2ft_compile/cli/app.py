@@ -286,13 +286,16 @@ def export_lora(
     model: Model,
     adapter: Adapter,
     output: Output,
-    layout: Annotated[str, typer.Option(help="pattern (each module its rank) or padded (one rank).")] = "pattern",
+    layout: Annotated[
+        str,
+        typer.Option(help="padded (one rank: right everywhere) or pattern (each its own: smaller, not for llama.cpp)."),
+    ] = "padded",
     ranks: Annotated[str, typer.Option(help="exact, vllm (rounded up to what vLLM takes), or a number.")] = "exact",
     truncate: Annotated[bool, typer.Option(help="Cut ranks above the limit by SVD, and report the error.")] = False,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
-    """Write an adapter as a LoRA of PEFT's format, exactly; PEFT and vLLM load it."""
+    """Write an adapter as a LoRA of PEFT's format, exactly; PEFT, vLLM and llama.cpp load it."""
     with reported(err, debug):
         from s2ft_compile.exporters import save_lora
 
