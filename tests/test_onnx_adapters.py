@@ -196,6 +196,36 @@ def test_a_graph_that_is_right_without_an_adapter_only_is_refused(tmp_path, monk
     assert_weights(model, before)
 
 
+@pytest.mark.parametrize("names", ["model", pytest.param("genai", marks=pytest.mark.slow)])
+def test_onnx_runtime_quantizes_the_weights_and_not_the_adapters(tmp_path, names):
+    """Its tools, as the README calls them: each product of a weight is in int8, and each of an adapter is not."""
+    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 1, "eos_token_id": 7}
+    base, model = hf("llama", **sizes), tuned("llama", 0, **sizes)
+    example, ids = {"input_ids": tokens()}, tokens(3, 11, seed=5)
+    path = export_onnx(model, tmp_path / "m.onnx", example, "separate", cache=names == "genai", names=names)
+    file, made = save_onnx_adapter(model, tmp_path / "a.onnx_adapter", names=names), tmp_path / "int8.onnx"
+    quant_pre_process(str(path), str(tmp_path / "pre.onnx"), skip_symbolic_shape=True)
+    quantize_dynamic(str(tmp_path / "pre.onnx"), str(made))
+    kinds = [node.op_type for node in onnx.load(made).graph.node]
+    slices = len(state_of(model).plan.slices)
+    assert kinds.count("MatMulInteger") == 8  # seven of the layer, and the head
+    assert kinds.count("MatMul") == 2 + slices * (2 if names == "genai" else 1)  # of the attention, and the adapter's
+    feeds = {"input_ids": ids.numpy()}
+    if names == "genai":
+        feeds |= {"attention_mask": np.ones((3, 11), np.int64), "position_ids": np.arange(11)[None].repeat(3, 0)}
+        feeds |= {f"past_key_values.0.{part}": np.zeros((3, 2, 0, 16), np.float32) for part in ("key", "value")}
+    with torch.no_grad():
+        plain, trained = base(ids).logits, model(ids).logits
+    session = onnxruntime.InferenceSession(str(made))
+    for files, want, other in (((), plain, trained), ((file,), trained, plain)):
+        found = run(session, feeds, *files)
+        error, apart = (found - want).norm() / want.norm(), (found - other).norm() / want.norm()
+        assert error < 0.06 and apart > 3 * error, (error, apart)
+
+
 # --- opsets -----------------------------------------------------------------------------------------------
 
 
