@@ -27,7 +27,7 @@ from s2ft_compile.fingerprint import sample
 from s2ft_compile.plan import Slice
 from s2ft_compile.stored import same_bits
 
-from .adapter import summed
+from .adapter import check_finite, summed
 from .files import new_directory
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ def _patch(stored: Stored, parts: Sequence[Part]) -> None:
         for adapter, s, _ in parts:
             check_slice(adapter, s, W)
         dim, indices, block = summed(W, [(s, weight) for _, s, weight in parts])
+        check_finite(parts[0][1].parameter_name, block)
         W.index_copy_(dim, indices, block)
     with mapped(stored) as W:
         if not same_bits(W.index_select(dim, indices), block):

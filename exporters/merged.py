@@ -2,7 +2,8 @@
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_model
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import ExportError
-from s2ft_compile.state import is_prepared, merged
+from s2ft_compile.state import is_prepared, merged, state_of
 from s2ft_compile.stored import check_stored, names_in
 
 from .files import new_directory
@@ -19,9 +20,23 @@ log = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 
 
-def plain(model: nn.Module) -> AbstractContextManager:
-    """Context in which `model` is a plain model with its trained weights: `merged`, if it is prepared."""
-    return merged(model) if is_prepared(model) else nullcontext()
+@contextmanager
+def plain(model: nn.Module) -> Iterator[None]:
+    """Context in which `model` is a plain model with its trained weights: `merged`, if it is prepared. Raises
+    `ExportError` for trained weights that are not finite."""
+    if not is_prepared(model):
+        yield
+        return
+    slices = state_of(model).plan.slices
+    with merged(model):
+        weights = dict(unwrap(model).named_parameters())
+        for s in slices:
+            W = weights[s.parameter_name].detach()
+            if not W.index_select(s.dim, s.indices.to(W.device)).isfinite().all():
+                raise ExportError(
+                    f"the trained {s.parameter_name} is not finite: its delta is not, or their sum exceeds {W.dtype}"
+                )
+        yield
 
 
 def save_merged(model: nn.Module, directory: str | os.PathLike) -> Path:

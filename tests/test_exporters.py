@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import s2ft_compile as s2ft
 from s2ft_compile.adapters import format
+from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.errors import AdapterError, ExportError, S2FTError, StateError
 from s2ft_compile.exporters import (
     export_onnx,
@@ -36,7 +38,7 @@ from s2ft_compile.exporters import (
     save_shira,
 )
 from s2ft_compile.exporters.files import new_directory, new_files
-from s2ft_compile.fingerprint import SAMPLES, fingerprint
+from s2ft_compile.fingerprint import SAMPLES, fingerprint, samples_of
 from s2ft_compile.state import merged as merged_weights
 from s2ft_compile.state import state_of
 
@@ -525,6 +527,53 @@ def test_only_a_prepared_and_finite_model_has_an_adapter(tmp_path):
     with pytest.raises(ExportError, match="NaN"):
         save_adapter(model, tmp_path / "a")
     assert tree(tmp_path) == {}
+
+
+LARGE = {"ffn.out": 3}
+
+
+def overflowing(dtype=torch.float16) -> nn.Module:
+    """A prepared float16 model whose deltas are finite, and one of whose sums is not: 65504 is the largest number."""
+    model = trained(Toy(dtype=dtype), targets=LARGE)
+    with torch.no_grad():
+        s2ft.parameters(model)[1].view(-1)[5] = 1e6
+    state_of(model).refresh()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter", "lora", "shira", "onnx", "onnx adapter"])
+def test_a_sum_beyond_the_type_is_not_exported(tmp_path, kind):
+    model = overflowing()
+    before = bits(model)
+    with pytest.raises(ExportError, match="blocks.1.down.weight.* not finite.*float16"):
+        SAVES[kind](model, tmp_path)
+    assert tree(tmp_path) == {} and same(bits(model), before)
+
+
+def test_a_sum_beyond_the_type_is_not_loaded(tmp_path):
+    """An adapter that another writer made, for one base and finite in itself."""
+    model = overflowing(torch.float32)
+    save_adapter(model, tmp_path / "wide")
+    base, plan = Toy(dtype=torch.float16), read_adapter(tmp_path / "wide").plan
+    names = {s.parameter_name: dict(base.named_parameters())[s.parameter_name] for s in plan.slices}
+    described = format.describe_base(
+        "Toy",
+        "float16",
+        samples_of(base),
+        {s.parameter_name: format.hash_of_block(names[s.parameter_name], s) for s in plan.slices},
+    )
+    (tmp_path / "a").mkdir()
+    format.write_adapter(tmp_path / "a", format.Adapter(replace(plan, fingerprint=described["fingerprint"]), described))
+    prepared_too = trained(Toy(dtype=torch.float16), targets=LARGE)
+    refused([base, prepared_too], tmp_path / "a", "blocks.1.down.weight.*not finite in float16.*bfloat16 or float32")
+    bank = s2ft.AdapterBank(base)
+    with pytest.raises(AdapterError, match="not finite in float16"):
+        bank.add("a", tmp_path / "a")
+    assert bank.names == ()
+    save_merged(base, tmp_path / "base")
+    with pytest.raises(AdapterError, match="not finite in float16"):
+        merge_checkpoint(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- adapter: refusals, after which the model has the bits it had -----------------------------------------

@@ -128,7 +128,7 @@ def _add_lora(graph: Any, name: str, product: Product) -> None:
 
 def _kept(graph: Any, value: Any) -> Any:
     """A node that gives the value as it is, without a copy: what quantizes a graph takes the initializer that a product
-    reads for a weight, which it would replace by integers of no numbers. Optimizers remove an Identity, and not this."""
+    reads for a weight, and would replace it by integers of no numbers. Optimizers remove an Identity, not this."""
     import onnx_ir as ir
 
     if SAME_SHAPE not in graph.initializers:
