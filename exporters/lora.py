@@ -13,10 +13,12 @@ A program scales B A by alpha / rank, which is 1 here by each of their rules:
     llama.cpp       lora_alpha / the rank of the tensor
 
 In the layout "padded" every module has the rank r = `lora_alpha`; in "pattern", which is smaller where ranks differ,
-llama.cpp scales what is below the widest rank by too much. PEFT's `merge_and_unload` gives the bits of `save_merged` (but for the sign of a
-weight that is -0.0), in bfloat16 and float16 too: it keeps A and B in float32 and rounds the sum once. With
-`safe_merge=True`, or loaded with `autocast_adapter_dtype=False`, it rounds the delta before it adds, and entries differ
-by up to about one unit in the last place.
+llama.cpp scales what is below the widest rank by too much.
+
+PEFT's `merge_and_unload` gives the bits of `save_merged` (but for the sign of a weight that is -0.0), in bfloat16 and
+float16 too: it keeps A and B in float32 and rounds the sum once. With `safe_merge=True`, or loaded with
+`autocast_adapter_dtype=False`, it rounds the delta before it adds, and entries differ by up to about one unit in the
+last place.
 """
 
 import json

@@ -47,15 +47,21 @@ def save_merged(model: nn.Module, directory: str | os.PathLike) -> Path:
     them again). The weights keep their type, and the model is afterwards as it was. Raises `ExportError` if
     the folder exists.
     """
+    with new_directory(directory) as folder:
+        write_merged(model, folder)
+    log.info("merged model written to %s", directory)
+    return Path(directory)
+
+
+def write_merged(model: nn.Module, folder: Path) -> None:
+    """Writes the model's files into a folder that exists. Raises `ExportError`."""
     module = unwrap(model)
-    with new_directory(directory) as folder, plain(model):
+    with plain(model):
         if hasattr(module, "save_pretrained"):
             module.save_pretrained(folder)
         else:
             _save(module, folder / WEIGHTS)
         _read_back(module, sorted(folder.glob("*.safetensors")))
-    log.info("merged model written to %s", directory)
-    return Path(directory)
 
 
 def _save(module: nn.Module, path: Path) -> None:

@@ -233,6 +233,46 @@ def test_a_process_that_is_killed_leaves_whole_files_only(tmp_path):
     save_merged(Toy(), tmp_path / "again")  # what was left behind is in nobody's way
 
 
+WRITING = """
+import sys, time
+from s2ft_compile.exporters.files import new_directory
+
+with new_directory(sys.argv[1]) as folder:
+    (folder / "large").write_text("x")
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
+    def start(name: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITING, tmp_path / name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+        assert process.stdout.readline() == "writing\n"
+        return process
+
+    def staging() -> set[str]:
+        return {p.name for p in tmp_path.iterdir() if p.name.startswith(".s2ft-")}
+
+    killed = start("killed")
+    left = staging()
+    live = start("live")
+    assert len(left) == 1 and left < staging()  # another process writes there: both live
+    killed.kill()
+    killed.wait()
+    with new_directory(tmp_path / "one") as folder, new_directory(tmp_path / "two"):
+        (folder / "kept").write_text("x")
+        assert len(staging()) == 3 and not left & staging()  # of this process, twice, and of the live one
+    live.communicate("go on\n")
+    assert live.returncode == 0
+    assert tree(tmp_path) == {"one": b"/", "one/kept": b"x", "two": b"/", "live": b"/", "live/large": b"x"}
+
+
 # --- fingerprint ------------------------------------------------------------------------------------------
 
 
@@ -743,7 +783,32 @@ FORGERIES = {
     "nameless parameter": (plan_slice(parameter_name=3), "parameter's name"),
     "listed parameter": (plan_slice(parameter_name=["x"]), "parameter's name"),
     "other shape": (plan_slice(shape=[8, 13]), "parameter of shape"),
-    "shape of words": (plan_slice(shape=["a", "b"]), "parameter of shape"),
+    "shape of words": (plan_slice(shape=["a", "b"]), "a shape is of integers"),
+    "shape of a number": (plan_slice(shape=8), "a shape is of integers"),
+    "shape beyond int64": (plan_slice(shape=[8, 2**63]), "parameter of shape"),
+    "shape far beyond int64": (plan_slice(shape=[2**70, 12]), "parameter of shape"),
+    "shape of booleans": (plan_slice(shape=[True, 12]), "a shape is of integers"),
+    "dim as text": (plan_slice(dim="1"), "a dim is of integers"),
+    "dim as a fraction": (plan_slice(dim=1.7), "a dim is of integers"),
+    "dim beyond int64": (plan_slice(dim=2**70), "dim 1180591620717411303424"),
+    "indices as fractions": (plan_slice(indices=[1.5, 2.5, 3.5]), "indices are integers"),
+    "indices as a map": (plan_slice(indices={"0": 1}), "indices are a list"),
+    "roles as numbers": (plan_slice(roles=[1]), "roles are a list of texts"),
+    "roles as a text": (plan_slice(roles="ffn.out"), "roles are a list of texts"),
+    "slices as a map": ({"config": lambda c: c["plan"].update(slices={"a": 1})}, "not a plan"),
+    "slices as a number": ({"config": lambda c: c["plan"].update(slices=3)}, "not a plan"),
+    "configuration as a list": ({"config": lambda c: c["plan"].update(config=[])}, "a map of options"),
+    "types as a list": ({"config": lambda c: c.update(delta_dtypes=["float64"])}, "not an adapter: AttributeError"),
+    "types as a text": ({"config": lambda c: c.update(delta_dtypes="float64")}, "not an adapter: AttributeError"),
+    "blocks as numbers": (
+        {"config": lambda c: c["base"].update(blocks=dict.fromkeys(c["base"]["blocks"], 1))},
+        "other",
+    ),
+    "half a surrogate pair": (
+        {"config": lambda c: c["base"]["samples"].update({"\ud800": "0"})},
+        "not an adapter: UnicodeEncodeError",
+    ),
+    "a parameter's name of half a pair": (plan_slice(parameter_name="\ud800"), "same tensors"),
     "dim above": (plan_slice(dim=2), "dim 2"),
     "dim below": (plan_slice(dim=-1), "dim -1"),
     "no plan": ({"config": lambda c: c.pop("plan")}, "not a plan"),
@@ -785,6 +850,20 @@ def test_forged_files_are_refused(saved, receivers, tmp_path_factory, forgery):
     folder = copied(saved, tmp_path_factory)
     forge(folder, **edits)
     refused(receivers, folder, match)
+
+
+def test_a_configuration_that_no_adapter_has_is_refused_before_it_is_read(saved, receivers, tmp_path_factory):
+    folder = copied(saved, tmp_path_factory)
+    os.truncate(folder / CONFIG, 1 << 36)  # a hole: no space on the disk, 64 GiB to whoever reads it
+    with pytest.raises(AdapterError, match="has 68,719,476,736 bytes"):
+        load_adapter(receivers[0], folder)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "\ud800"])
+def test_a_path_that_no_file_has_is_refused_in_a_line(receivers, path):
+    with pytest.raises(AdapterError, match="not an adapter") as caught:
+        load_adapter(receivers[0], path)
+    assert len(str(caught.value)) < 1000
 
 
 NO_CONFIGURATION = ["", "[]", "null", "3", "{", '{"format": NaN', "[" * 100_000, "\ud800", "9" * 5000]

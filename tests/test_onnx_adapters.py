@@ -15,7 +15,6 @@ from small import assert_weights, hf, randomize, tokens
 import s2ft_compile as s2ft
 from s2ft_compile.errors import AdapterError, ConfigError, ExportError
 from s2ft_compile.exporters import export_onnx, save_adapter, save_onnx_adapter
-from s2ft_compile.exporters.onnx import adapter as adapters
 from s2ft_compile.exporters.onnx.adapter import places_of
 from s2ft_compile.exporters.onnx.export import OPSETS
 from s2ft_compile.exporters.onnx.places import NAMES, add_places

@@ -208,12 +208,12 @@ def train(
 def export_merged(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
     """Write base + adapter as an ordinary Hugging Face folder, with the tokenizer."""
     with reported(err, debug):
-        from s2ft_compile.exporters import save_merged
         from s2ft_compile.exporters.files import new_directory
+        from s2ft_compile.exporters.merged import write_merged
 
         with err.status("merging"), new_directory(output) as work:
             tokenizer = _tokenizer(model)
-            save_merged(_adapted(model, adapter, dtype), work)
+            write_merged(_adapted(model, adapter, dtype), work)
             if tokenizer:
                 tokenizer.save_pretrained(work)
         out.print(f"merged model: {output}")

@@ -27,7 +27,8 @@ def reported(console: Console, debug: bool) -> Iterator[None]:
     except (S2FTError, OSError) as error:
         if debug:
             raise
-        console.print(f"[bold red]error:[/] [red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
+        text = str(error).encode("utf-8", "backslashreplace").decode()  # a damaged file may hold half of a character
+        console.print(f"[bold red]error:[/] [red]{escape(text)}[/]", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 
