@@ -323,9 +323,12 @@ def export_shira(model: Model, adapter: Adapter, output: Output, dtype: Dtype = 
 
 @app.command()
 def merge(
-    base: Annotated[Path, typer.Argument(help="A folder of safetensors: the base model.")],
+    base: Annotated[str, typer.Argument(help="The base model: a folder of safetensors, or a hub id.")],
     adapters: Annotated[list[Path], typer.Argument(help=ADAPTER)],
     output: Annotated[Path, typer.Argument(help="The folder to write; must not exist yet.")],
+    weights: Annotated[
+        str | None, typer.Option(help="A factor for each adapter, by commas: 1,0.5. Without: 1 for each.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Add adapters to a checkpoint on disk, tensor by tensor, without building the model."""
@@ -333,7 +336,8 @@ def merge(
         from s2ft_compile.exporters import merge_checkpoint
 
         with err.status("merging"):
-            merge_checkpoint(base, [_adapter_folder(path) for path in adapters], output)
+            folders = [_adapter_folder(path) for path in adapters]
+            merge_checkpoint(_checkpoint_folder(base), folders, output, _numbers(weights))
         out.print(f"merged checkpoint: {output}")
 
 
@@ -412,6 +416,27 @@ def _adapter_folder(path: Path) -> Path:
         what = "is a file" if path.exists() else "does not exist"
         raise AdapterError(f"adapter folder {path} {what}; valid: an adapter, or the output of `s2ft train`")
     return folder
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--weights are numbers by commas, such as 1,0.5; got {text!r}") from None
+
+
+def _checkpoint_folder(model: str) -> Path:
+    """The folder of a checkpoint; that of a hub id is the one in the hub's cache, loaded where it is not there yet."""
+    if Path(model).exists() or model.count("/") > 1 or model.startswith((".", "/")):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    from s2ft_compile.exporters.onnx.check import first_line
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+    except (OSError, ValueError) as error:  # its errors are these too: no such model, no connection, no such name
+        raise ConfigError(f"{model} is no folder, and no hub id that can be reached: {first_line(error)}") from error
 
 
 def _trained_dtype(run: Path) -> str:
