@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -232,7 +233,8 @@ def export_adapter(model: Model, adapter: Adapter, output: Output, dtype: Dtype 
         with err.status("checking"), new_directory(output) as work:
             folder = _adapter_folder(adapter)
             plan = load_adapter(load_model(model, dtype or _trained_dtype(adapter)), folder)
-            shutil.copytree(folder, work, dirs_exist_ok=True)
+            for file in (f for f in folder.iterdir() if f.is_file()):
+                shutil.copyfile(file, work / file.name)
             read_adapter(work)  # whose checksums tell whether the copy is whole
         out.print(str(plan))
         out.print(f"adapter: {output}")
@@ -278,7 +280,7 @@ def export_onnx(
             out.print(f"ONNX model: {output}")
         tokenizer = _tokenizer(model) if genai else None
         if tokenizer and not (output.parent / "tokenizer_config.json").exists():
-            tokenizer.save_pretrained(output.parent)
+            _save_beside(tokenizer, output.parent)
 
 
 @export_app.command("lora")
@@ -445,6 +447,18 @@ def _trained_dtype(run: Path) -> str:
         return json.loads((run / "metrics.json").read_text())["options"]["dtype"]
     except (OSError, ValueError, KeyError, TypeError):
         return "auto"  # an adapter by itself does not say
+
+
+def _save_beside(tokenizer, folder: Path) -> None:
+    """Writes the tokenizer's files into a folder that holds others; what is there stays as it is."""
+    from s2ft_compile.exporters.files import new_files
+
+    with TemporaryDirectory() as made:
+        tokenizer.save_pretrained(made)
+        names = [file.name for file in Path(made).iterdir() if not (folder / file.name).exists()]
+        with new_files(*(folder / name for name in names)) as work:
+            for name in names:
+                shutil.copyfile(Path(made) / name, work / name)
 
 
 def _tokenizer(model: str):
