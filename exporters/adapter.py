@@ -7,8 +7,8 @@ Saving and loading are inverse of each other, bit for bit:
 
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from s2ft_compile.adapters.format import (
 )
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import AdapterError, ExportError
-from s2ft_compile.fingerprint import OWN, samples_of
+from s2ft_compile.fingerprint import samples_of
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.state import State, disabled, is_prepared, state_of
 
@@ -58,13 +58,28 @@ def adapter_of(model: nn.Module) -> Adapter:
     """A copy of what a prepared model has trained. Raises `StateError` for a model that is not prepared, `ExportError`
     for deltas, or sums with the weights, that are not finite."""
     plan, module = ascending(state_of(model).plan), unwrap(model)
-    with disabled(model):
+    with untrained(model):
         weights = dict(module.named_parameters())
         for s in plan.slices:
             _check_trained(weights[s.parameter_name], s)
         blocks = {s.parameter_name: hash_of_block(weights[s.parameter_name], s) for s in plan.slices}
         base = describe_base(type(module).__name__, _dtypes(module), samples_of(module), blocks)
     return Adapter(plan, base)
+
+
+@contextmanager
+def untrained(model: nn.Module) -> Iterator[None]:
+    """Context in which `model` is the plain base model, whatever it has trained."""
+    if not is_prepared(model):
+        yield
+        return
+    state, module = state_of(model), unwrap(model)
+    with disabled(model):
+        state.uninstall(module)
+        try:
+            yield
+        finally:
+            state.install(module)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> Plan:
@@ -76,7 +91,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> Plan:
     model is then unchanged.
     """
     module, adapter = unwrap(model), read_adapter(directory)
-    with disabled(model) if is_prepared(model) else nullcontext():
+    with untrained(model):
         check_fits(module, adapter)
     if is_prepared(model):
         _into_deltas(state_of(model), adapter.plan)
@@ -123,8 +138,7 @@ def _overflow(block: Tensor) -> str:
 
 
 def _dtypes(module: nn.Module) -> str:
-    own = {str(p.dtype) for name, p in module.named_parameters() if not name.startswith(OWN)}
-    return " and ".join(sorted(own)).replace("torch.", "")
+    return " and ".join(sorted({str(p.dtype) for p in module.parameters()})).replace("torch.", "")
 
 
 # --- into the model: computed first, then written ----------------------------------------------------------

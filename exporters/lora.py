@@ -139,11 +139,12 @@ def linear_layers(module: nn.Module, adapter: Adapter, form: str = "a LoRA") -> 
     """Parameter -> (the layer that holds it, whether its weight is stored (in, out)). form: what the slices are to
     become. Raises `ExportError` for one of anything else than the weight of a linear layer."""
     names: dict[int, list[str]] = {}
+    weights = dict(module.named_parameters())
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     found = {}
     for s in adapter.slices:
-        held_as = names[id(module.get_parameter(s.parameter_name))]
+        held_as = names[id(weights[s.parameter_name])]
         layer, _, key = s.parameter_name.rpartition(".")
         refused = _why_not(module.get_submodule(layer), key, held_as)
         if refused:

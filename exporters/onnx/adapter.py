@@ -15,11 +15,11 @@ from s2ft_compile.adapters.format import Adapter, read_adapter
 from s2ft_compile.capture import unwrap
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError, ExportError
-from s2ft_compile.exporters.adapter import check_fits, summed
+from s2ft_compile.exporters.adapter import check_fits, summed, untrained
 from s2ft_compile.exporters.files import new_files
 from s2ft_compile.exporters.lora import adapter_source, linear_layers
 from s2ft_compile.plan import Plan, Slice
-from s2ft_compile.state import disabled, is_prepared, state_of
+from s2ft_compile.state import is_prepared, state_of
 
 from .check import first_line
 from .places import GENAI, NAMES, check_names, lora_names, slice_names
@@ -97,8 +97,9 @@ class Part(NamedTuple):
 
 def _oriented(module: nn.Module, source: Adapter) -> list[Part]:
     layers, made = linear_layers(module, source, "an adapter beside an ONNX graph"), []
+    weights = dict(module.named_parameters())
     for s in source.slices:
-        transposed, dtype = layers[s.parameter_name][1], module.get_parameter(s.parameter_name).dtype
+        transposed, dtype = layers[s.parameter_name][1], weights[s.parameter_name].dtype
         delta = (s.delta if transposed else s.delta.T).to(torch.float32 if dtype == torch.bfloat16 else dtype)
         columns = (s.dim == 1) != transposed
         made.append(Part(s.parameter_name, columns, s.indices.numpy(), delta.numpy(), s.shape[s.dim]))
@@ -176,21 +177,6 @@ def added(module: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 
 # --- the graph ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def untrained(model: nn.Module) -> Iterator[None]:
-    """Context in which `model` is the plain base model, whatever it has trained."""
-    if not is_prepared(model):
-        yield
-        return
-    state, module = state_of(model), unwrap(model)
-    with disabled(model):
-        state.uninstall(module)
-        try:
-            yield
-        finally:
-            state.install(module)
 
 
 def places_of(model: nn.Module, adapters: str | Sequence[str | os.PathLike]) -> list[tuple[str, int]]:
