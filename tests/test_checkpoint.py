@@ -21,6 +21,7 @@ from s2ft_compile.cli.app import app
 from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.exporters import checkpoint, extract, load_adapter, merge_checkpoint, save_adapter, save_merged
 from s2ft_compile.fingerprint import fingerprint, samples_of
+from s2ft_compile.state import state_of
 
 ROLES = {"ffn.out": 3, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -233,7 +234,7 @@ def test_a_difference_between_the_samples_is_found_and_nothing_is_left(tmp_path)
     s2ft.prepare(model, (torch.randn(2, 8),), s2ft.S2FTConfig(targets={"ffn.out": 1000}))
     randomize(model)
     save_adapter(model, tmp_path / "adapter")
-    W, indices = changed.down.weight, model.s2ft.plan.slices[0].indices
+    W, indices = changed.down.weight, state_of(model).plan.slices[0].indices
     kept = W.detach().clone()
     for i in indices.tolist():
         with torch.no_grad():
@@ -290,8 +291,8 @@ def test_extracting_is_the_inverse_of_merging(tmp_path, dtype):
     merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "again")
     assert same(stored(tmp_path / "again"), stored(tmp_path / "tuned"))
     found = {s.parameter_name: s for s in read_adapter(tmp_path / "adapter").slices}
-    assert found.keys() == {s.parameter_name for s in model.s2ft.plan.slices}
-    for s in model.s2ft.plan.slices:
+    assert found.keys() == {s.parameter_name for s in state_of(model).plan.slices}
+    for s in state_of(model).plan.slices:
         mine = found[s.parameter_name]
         assert mine.dim == s.dim and torch.equal(mine.indices, s.indices.sort().values)
     extract(base, type(base).from_pretrained(tmp_path / "tuned", dtype=dtype), tmp_path / "from_models")

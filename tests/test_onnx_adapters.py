@@ -18,6 +18,7 @@ from s2ft_compile.exporters import export_onnx, save_adapter, save_onnx_adapter
 from s2ft_compile.exporters.onnx.adapter import places_of
 from s2ft_compile.exporters.onnx.export import OPSETS
 from s2ft_compile.exporters.onnx.places import add_places
+from s2ft_compile.state import state_of
 
 TARGETS = {"ffn.out": 5, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
 
@@ -26,7 +27,7 @@ def tuned(kind: str, seed: int, targets=TARGETS, **changes):
     model = hf(kind, **changes)
     s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets=targets, seed=seed))
     randomize(model, seed)
-    model.s2ft.refresh()
+    state_of(model).refresh()
     return model
 
 
@@ -59,7 +60,7 @@ def test_one_session_switches_between_adapters_and_runs_without(tmp_path, kind):
         assert save_onnx_adapter(model, tmp_path / f"{name}.onnx_adapter") == tmp_path / f"{name}.onnx_adapter"
     session = onnxruntime.InferenceSession(str(path))
     assert [i.name for i in session.get_inputs()] == ["input_ids"]
-    assert len(session.get_overridable_initializers()) == 2 * len(first.s2ft.plan.slices)
+    assert len(session.get_overridable_initializers()) == 2 * len(state_of(first).plan.slices)
     base, inputs = hf(kind, **layers), tokens(3, 11, seed=5)
     for name in (None, "first", "second", "first", None):
         model = {None: base, "first": first, "second": second}[name]
