@@ -21,6 +21,7 @@ from turns import cpu_ms, in_turn, medians
 
 import s2ft_compile as s2ft
 from s2ft_compile.exporters import export_onnx, save_onnx_adapter
+from s2ft_compile.state import state_of
 
 WARM_UP = 2
 BATCH, PROMPT = 4, 128
@@ -47,7 +48,7 @@ def prepared(layers: int, width: int) -> torch.nn.Module:
     with torch.no_grad():
         for delta in s2ft.parameters(model):
             delta.normal_(std=0.02)
-    model.s2ft.refresh()
+    state_of(model).refresh()
     return model
 
 
@@ -106,7 +107,7 @@ def measure(layers: int = 4, width: int = 512, rounds: int = 60) -> dict[str, An
     size = sum(p.numel() for p in model.parameters())
     return {
         "parameters": size,
-        "slices": len(model.s2ft.plan.slices),
+        "slices": len(state_of(model).plan.slices),
         "batch": BATCH,
         "prompt": PROMPT,
         "rounds": rounds,

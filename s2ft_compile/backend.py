@@ -13,13 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.source import LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import Guard, TracingContext, tracing
+from torch._guards import tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from s2ft_compile.passes.backward import attach as attach_pass
@@ -33,7 +32,8 @@ from .config import CompileOptions, S2FTConfig
 from .errors import ConfigError, StateError
 from .kernels import slice_grad as slice_grad_kernel
 from .preparation import prepare
-from .state import Block, State, blocks_for, live_states
+from .sliced import block_of, blocks_in, refresh
+from .state import live_states
 
 log = logging.getLogger(__name__)
 
@@ -55,48 +55,55 @@ def s2ft(
     if unknown:
         raise ConfigError(f"unknown argument {', '.join(map(repr, unknown))} to backend 's2ft'; use options={{...}}")
     how, config = _parse({**(options or {}), **({"mode": mode} if mode else {})})
-    found = [(i, *hit) for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter) and (hit := blocks_for(x))]
-    training = torch.is_grad_enabled()
-    if training:
-        if not found:
-            _prepare_or_check(example_inputs, config)
-        guard_layouts(gm, example_inputs)
-    if not found:
-        return _compile(gm, example_inputs, how, inner_compile)
-    _check_config(found[0][1], config)
-    positions = [i for i, _, _ in found]
-    if not training:
-        return _with_deltas(_compile(gm, example_inputs, how, inner_compile), positions)
-    attached = attach_deltas(gm, [(i, block) for i, _, block in found])
-    dropped = [] if how.logits else drop_logits(attached)
-    deltas = [block.delta for _, _, block in found]
-    compiled = _compile(attached, [*example_inputs, *deltas], how, inner_compile)
-    return _with_none(_with_deltas(compiled, positions, True, _replays(how)), dropped)
+    pairs = attached_inputs(gm.graph)
+    if torch.is_grad_enabled() and not pairs:
+        _prepare_or_check(example_inputs, config)
+    weights = [i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter) and block_of(x) is not None]
+    _check_config(example_inputs, weights, config)
+    graph, dropped = gm, []
+    if pairs and not how.logits:
+        graph = _copy(gm)
+        dropped = drop_logits(graph)
+    log.info("%d of a graph's %d inputs are weights with a delta", len(pairs), len(example_inputs))
+    compiled = _compile(graph, example_inputs, how, inner_compile)
+    if pairs or weights:
+        compiled = _refreshed(compiled, pairs, weights, _replays(how))
+    return _with_none(compiled, dropped)
 
 
-def _with_deltas(
-    compiled: Callable, positions: Sequence[int], training: bool = False, replays: bool = False
-) -> Callable:
-    """Writes changed deltas into the weights first; in training passes them on after dynamo's inputs.
+def attached_inputs(graph: fx.Graph) -> list[tuple[int, int]]:
+    """The positions of each weight and delta that a dynamo graph attaches."""
+    positions = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    found = [n.args[:2] for n in graph.nodes if n.op == "call_function" and n.target in ATTACHES]
+    return list(dict.fromkeys((positions[w], positions[d]) for w, d in found if w in positions and d in positions))
 
-    The deltas are those of the weights at hand: dynamo runs one graph for all modules that its guards cannot tell
-    apart, such as the layers of a model that it compiles piece by piece. replays: whether CUDA graphs write every
-    micro-batch's gradients to the same memory, so that none may stay there.
+
+ATTACHES = (torch.ops.s2ft.attach, attach_pass.ATTACH)
+
+
+def _refreshed(compiled: Callable, pairs: Sequence[tuple[int, int]], weights: Sequence[int], replays: bool) -> Callable:
+    """Writes the deltas into the weights first, in one launch on a GPU.
+
+    The blocks are those of the tensors at hand: dynamo runs one graph for all modules that its guards cannot tell apart,
+    such as the layers of a model that it compiles piece by piece. Tensors that belong to no block are unsharded by
+    FSDP, which gathers what the optimizer's step has written. replays: whether CUDA graphs write every micro-batch's
+    gradients to the same memory, so that none may stay there.
     """
 
     def run(*args):
-        deltas = []
-        for position in positions:
-            state, block = blocks_for(args[position]) or (None, None)
-            if block is None:
-                continue  # inference inside `disabled`
-            if block.stale:
-                state.refresh()
-            block.attached |= training
-            if replays:
-                block.own_gradient()
-            deltas.append(block.delta)
-        return compiled(*args, *deltas) if training else compiled(*args)
+        for weight, delta in pairs:
+            block = block_of(args[delta])
+            if block is not block_of(args[weight]):
+                raise StateError(
+                    f"{(block or block_of(args[weight])).name} was called with another weight or another delta than the "
+                    f"model's own (torch.func.functional_call); that works without torch.compile"
+                )
+            if block is not None:
+                block.attached = True
+                if replays:
+                    block.own_gradient()
+        refresh(block for i in weights if (block := block_of(args[i])) is not None)
+        return compiled(*args)
 
     return run
 
@@ -115,26 +122,6 @@ def _with_none(compiled: Callable, dropped: Sequence[int]) -> Callable:
     return run
 
 
-def guard_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Has dynamo compile again for a module whose weights train elsewhere than those this graph is made for."""
-    guards = TracingContext.get().guards_context.dynamo_guards
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs):
-        if isinstance(value, nn.Parameter) and getattr(node, "_dynamo_source", None) is not None:
-            guards.add(Guard(node._dynamo_source, _layout_guard))
-
-
-def _layout_guard(builder, guard: Guard) -> None:
-    expected = _layout(builder.get(guard))
-    builder.get_guard_manager(guard).add_lambda_guard(
-        lambda weight: _layout(weight) == expected, [f"{guard.name} trains at {expected}"], guard.user_stack
-    )
-
-
-def _layout(weight: Tensor) -> tuple | None:
-    hit = blocks_for(weight)
-    return hit and hit[1].layout
-
-
 def _parse(options: Mapping[str, Any]) -> tuple[CompileOptions, S2FTConfig | None]:
     """How to compile, and what to train, if the options say so."""
     known = [f.name for f in fields(CompileOptions)]
@@ -146,12 +133,14 @@ def _parse(options: Mapping[str, Any]) -> tuple[CompileOptions, S2FTConfig | Non
         raise ConfigError(f"{error}, {', '.join(known)}") from None if "unknown option" in str(error) else error
 
 
-def _check_config(state: State, config: S2FTConfig | None) -> None:
-    if config is not None and config != state.plan.config:
-        raise ConfigError(
-            f"options {config} differ from those the model was prepared with: {state.plan.config}; "
-            f"leave them out, or call s2ft.release(model) first"
-        )
+def _check_config(inputs: Sequence[Any], weights: Sequence[int], config: S2FTConfig | None) -> None:
+    blocks = {id(block_of(inputs[i])) for i in weights}
+    for state in live_states() if config is not None else ():
+        if config != state.plan.config and any(id(b) in blocks for b in state.blocks):
+            raise ConfigError(
+                f"options {config} differ from those the model was prepared with: {state.plan.config}; "
+                f"leave them out, or call s2ft.release(model) first"
+            )
 
 
 # --- preparing at the first call -------------------------------------------------------------------------------
@@ -165,12 +154,12 @@ def _prepare_or_check(example_inputs: Sequence[Any], config: S2FTConfig | None) 
     """A graph without trained weights belongs to a prepared model (a piece between graph breaks), or its model is
     prepared now, from the frame that dynamo is tracing."""
     weights = [x for x in example_inputs if isinstance(x, nn.Parameter)]
-    if any(state.owns(w) for state in live_states() for w in weights):
+    if any(state.holds(weights) for state in live_states()):
         return
     model, inputs = _module_being_called()
     if model is None:
         model, inputs = _frame_being_traced()
-    if model is not None and any(isinstance(m, State) for m in model.modules()):
+    if model is not None and blocks_in(model):
         return
     if model is None:
         if not weights:
@@ -219,33 +208,6 @@ def _frame_being_traced() -> tuple[nn.Module | None, Inputs | None]:
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------
-
-
-def attach_deltas(gm: fx.GraphModule, found: Sequence[tuple[int, Block]]) -> fx.GraphModule:
-    """A copy of a dynamo graph in which each found weight (by input position) is `attach`ed to a new input.
-
-    The copy matters: dynamo reads its own graph's placeholders after the backend returns.
-    """
-    copy = _copy(gm)
-    inputs = copy.graph.find_nodes(op="placeholder")
-    mode = TracingContext.get().fake_mode
-    for number, (_, block) in enumerate(found):
-        with copy.graph.inserting_after(copy.graph.find_nodes(op="placeholder")[-1]):
-            delta = copy.graph.placeholder(f"s2ft_delta_{number}")
-        delta._dynamo_source = LocalSource(f"__s2ft_delta_{number}")
-        delta.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        delta.meta["example_value"] = mode.from_tensor(block.delta, static_shapes=True)
-    deltas = copy.graph.find_nodes(op="placeholder")[len(inputs) :]
-    with copy.graph.inserting_after(deltas[-1]):
-        for delta, (position, block) in zip(deltas, found):
-            weight = inputs[position]
-            starts, lengths = [s for s, _ in block.ranges], [n for _, n in block.ranges]
-            made = copy.graph.call_function(attach_pass.ATTACH, (weight, delta, block.dim, starts, lengths))
-            weight.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
-    copy.graph.lint()
-    copy.recompile()
-    log.info("attached %d deltas to a graph of %d inputs", len(found), len(inputs))
-    return copy
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -1,11 +1,13 @@
 """`analyze`, `permute` and `prepare`: from a model to a prepared one."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.exporters.adapter import check_fits
@@ -20,7 +22,8 @@ from .config import CALIBRATED, S2FTConfig
 from .errors import ConfigError, StateError, VerificationError
 from .fingerprint import fingerprint
 from .plan import Plan, Slice
-from .state import Block, State, find_state, watch_optimizers
+from .sliced import Block, blocks_in, free_key
+from .state import State, find_state, live_states, watch_optimizers
 from .structure import Analysis, Coupling
 from .verification import verify as verify_couplings
 
@@ -78,6 +81,11 @@ def prepare(
     sums). Raises `ConfigError`, `CaptureError`, `StateError`, or `AdapterError` for an adapter
     in `config.exclude` that cannot be read or is of another base model, each before anything is changed.
     """
+    if isinstance(model, DistributedDataParallel):
+        raise StateError(
+            "this model is wrapped in DistributedDataParallel, which would not reduce the slices' gradients; "
+            "call s2ft.prepare first and wrap the prepared model"
+        )
     model, config = unwrap(model), config or S2FTConfig()
     if not isinstance(config, S2FTConfig):
         raise ConfigError(f"config must be an S2FTConfig, got {type(config).__name__}")
@@ -85,28 +93,38 @@ def prepare(
         raise StateError("this model is prepared already; call s2ft.release(model) before preparing it again")
     check_calibration(config.selection, calibration)
     parameters, taken = dict(model.named_parameters()), _taken(model, config)
+    _check_not_shared(model, parameters)
     analysis = analyze(model, example_inputs)
     selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss), taken)
     _check_trainable(selections, parameters)
-    base = fingerprint(model)
-    index = moves_for(dense_orders(analysis, selections), analysis.layouts)
+    base, index = fingerprint(model), moves_for(dense_orders(analysis, selections), analysis.layouts)
     moves = [(parameters[name], dim, order) for (name, dim), order in index.items()]
-    for move_arguments in moves:
-        move(*move_arguments)
-    blocks, slices = [], []
-    for selection in selections:
-        block, piece = _block(model, parameters[selection.parameter_name], selection, index)
-        blocks.append(block)
-        slices.append(piece)
     frozen = [p for p in parameters.values() if p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    plan = Plan(config, base, tuple(slices))
-    State(plan, blocks, moves, frozen).install(model)
+    with ExitStack() as undo:
+        for parameter, dim, order in moves:
+            move(parameter, dim, order)
+            undo.callback(move, parameter, dim, torch.argsort(order))
+        made = [_block(model, parameters[s.parameter_name], s, index) for s in selections]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+            undo.callback(parameter.requires_grad_, True)
+        plan = Plan(config, base, tuple(piece for _, piece in made))
+        state = State(plan, [block for block, _ in made], moves, frozen)
+        undo.callback(state.uninstall, model)
+        state.install(model)
+        undo.pop_all()
     watch_optimizers()
-    trained = sum(b.delta.numel() for b in blocks)
-    log.info("prepared %s: %d slices, %d parameters train", type(model).__name__, len(blocks), trained)
+    trained = sum(b.delta.numel() for b in state.blocks)
+    log.info("prepared %s: %d slices, %d parameters train", type(model).__name__, len(made), trained)
     return plan
+
+
+def _check_not_shared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    if blocks_in(model) or any(state.holds(list(parameters.values())) for state in live_states()):
+        raise StateError(
+            f"a part of this {type(model).__name__} belongs to another prepared model; prepare the outermost model "
+            f"once, or call s2ft.release on the other one first"
+        )
 
 
 def _taken(model: nn.Module, config: S2FTConfig) -> Taken:
@@ -143,7 +161,6 @@ def _block(model: nn.Module, weight: nn.Parameter, selection: Selection, index) 
     shape[dim] = len(selection.indices)
     delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
     places = [(m, key) for m in model.modules() for key, p in m._parameters.items() if p is weight]
-    block = Block(name, weight, dim, found, delta, torch.empty(0), places)
+    block = Block(name, weight, dim, found, delta, torch.empty(0), places, free_key(places))
     block.backup = block.read()
-    block.version = delta._version
     return block, Slice(name, dim, moved[mask], tuple(weight.shape), selection.roles, delta)

@@ -50,7 +50,7 @@ def in_a_new_process(**environment) -> subprocess.CompletedProcess:
 
 def test_the_backend_is_found_without_an_import():
     done = in_a_new_process()
-    assert done.stdout.strip() == "False ['s2ft.delta__0__weight']", done.stderr[-2000:]
+    assert done.stdout.strip() == "False ['0.weight_delta']", done.stderr[-2000:]
 
 
 def test_torch_logs_show_what_each_stage_did():
@@ -59,7 +59,7 @@ def test_torch_logs_show_what_each_stage_did():
         "captured Sequential",
         "found 1 couplings",
         "prepared Sequential: 1 slices, 8 parameters train",
-        "attached 1 deltas",
+        "1 of a graph's 6 inputs are weights with a delta",
     ):
         assert line in log, log[-2000:]
 

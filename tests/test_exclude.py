@@ -16,6 +16,7 @@ from s2ft_compile.config import BUDGETS, CALIBRATED, SELECTIONS
 from s2ft_compile.errors import AdapterError, ConfigError
 from s2ft_compile.exporters import save_adapter
 from s2ft_compile.passes.select.select import select
+from s2ft_compile.state import state_of
 
 INPUTS = {"input_ids": tokens(), "labels": tokens()}
 MIXED = {"ffn.out": 0.25, "ffn.in": 5, "attention.out": 1, "attention.value": 0.5}
@@ -258,5 +259,5 @@ def test_the_options_of_the_backend(tmp_path):
     folder = train(base, tmp_path / "a", targets={"ffn.out": 20})
     compiled(base, "eager", targets={"ffn.out": 4}, exclude=[folder])(**INPUTS)
     gone = {s.parameter_name: set(s.indices.tolist()) for s in read_adapter(folder).slices}
-    for s in base.s2ft.plan.slices:
+    for s in state_of(base).plan.slices:
         assert set(s.indices.tolist()) == set(range(24)) - gone[s.parameter_name]

@@ -18,7 +18,7 @@ from torch import nn
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.exporters import lora, save_adapter, save_lora, save_shira
-from s2ft_compile.state import merged
+from s2ft_compile.state import merged, state_of
 
 ROLES = {"ffn.out": 0.3, "attention.out": 1, "ffn.in": 3, "attention.value": 1}
 
@@ -169,7 +169,7 @@ def test_two_adapters_that_peft_adds_equal_their_sum(tmp_path):
         save_lora(model, tmp_path / name, layout=layout)
     expected = {n: torch.zeros_like(p) for n, p in base.named_parameters()}
     for model in (first, second):
-        for s in model.s2ft.plan.slices:
+        for s in state_of(model).plan.slices:
             expected[s.parameter_name].index_add_(s.dim, s.indices, s.delta.detach())
     expected = {n: base.get_parameter(n).detach() + d for n, d in expected.items()}
     loaded = PeftModel.from_pretrained(base, tmp_path / "first", adapter_name="first")

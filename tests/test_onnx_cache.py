@@ -20,6 +20,7 @@ from s2ft_compile.cli.app import app
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.exporters import export_onnx, save_lora, save_onnx_adapter
 from s2ft_compile.exporters.onnx.export import OPSETS
+from s2ft_compile.state import state_of
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import generate_onnx  # noqa: E402
@@ -82,7 +83,7 @@ def tuned(kind: str, seed: int, targets=TARGETS):
     model = MODELS[kind]()
     s2ft.prepare(model, EXAMPLE, s2ft.S2FTConfig(targets=targets, seed=seed))
     randomize(model, seed, 0.3)
-    model.s2ft.refresh()
+    state_of(model).refresh()
     return model
 
 
@@ -186,7 +187,7 @@ def test_the_command_line_and_the_example(tmp_path, monkeypatch, capsys):
     model = hf("llama", **fields)
     s2ft.prepare(model, EXAMPLE, s2ft.S2FTConfig(targets={"ffn.out": 5}))
     randomize(model, 0, 0.3)
-    model.s2ft.refresh()
+    state_of(model).refresh()
     s2ft.exporters.save_adapter(model, tmp_path / "adapter")
     made = CliRunner().invoke(
         app,

@@ -25,6 +25,7 @@ from torch import nn
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import CaptureError, ConfigError, StateError
+from s2ft_compile.state import state_of
 
 FEW = settings(max_examples=max(6, settings.default.max_examples // 3), phases=QUICK)
 
@@ -41,7 +42,9 @@ def test_prepare_keeps_the_function_and_release_the_bits(case, config):
     assert_same(base, before, case.outputs(model))
     assert list(model.state_dict()) == keys
     trains = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert len(trains) == len(plan.slices) and all(n.startswith("s2ft.") for n in trains)
+    assert len(trains) == len(plan.slices) and all(
+        n.endswith("weight_delta") or n.endswith("bias_delta") for n in trains
+    )
     assert all(not s.delta.any() and s.delta.dtype == torch.float32 for s in plan.slices)
     _check_slices(plan, base, config)
 
@@ -76,7 +79,7 @@ def _check_slices(plan, base, config):
 
 def assert_weights_of(model, base):
     """Every parameter but the deltas, bit for bit."""
-    found = {n: p for n, p in model.named_parameters() if not n.startswith("s2ft.")}
+    found = {n: p for n, p in model.named_parameters() if not n.endswith("_delta")}
     expected = dict(base.named_parameters())
     assert found.keys() == expected.keys()
     assert all(same_bits(found[n], expected[n]) for n in expected)
@@ -247,6 +250,7 @@ def test_a_model_that_cannot_be_traced_names_the_line():
 def test_preparing_twice_is_refused_and_releasing_first_helps():
     case, model = prepared()
     randomize(model)
+    state_of(model).refresh()
     before = snapshot(model)
     with pytest.raises(StateError, match="prepared already; call s2ft.release"):
         s2ft.prepare(model, case.inputs, s2ft.S2FTConfig(targets={"ffn.out": 2}))

@@ -257,7 +257,7 @@ def test_a_joint_graph_keeps_output_and_gradient(case, dim, ranges):
     D = torch.zeros(size, dtype=torch.float32, requires_grad=True)
 
     def joint(W, D, x):
-        out = function(attach(W, D, dim, ranges), x)
+        out = function(attach(W, D, dim, [s for s, _ in ranges], [n for _, n in ranges]), x)
         return out, *torch.autograd.grad(out.sin().sum(), D)
 
     gm = graph_of(joint, W, D, x)

@@ -28,7 +28,7 @@ from s2ft_compile.state import live_states, merged, state_of
 
 
 def weights(model) -> dict:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if not n.startswith("s2ft.")}
+    return {n: p.detach().clone() for n, p in model.named_parameters() if not n.endswith("_delta")}
 
 
 def same(a: dict, b: dict) -> bool:
@@ -42,7 +42,7 @@ def test_deltas_are_parameters_of_the_model_but_not_of_its_state():
     case, model = prepared()
     plain = case.make()
     deltas = s2ft.parameters(model)
-    assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in deltas]
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in deltas}
     assert list(model.state_dict()) == list(plain.state_dict())
     assert {n for n, _ in model.named_parameters()} > {n for n, _ in plain.named_parameters()}
     assert type(model) is type(plain)
@@ -302,7 +302,7 @@ def test_a_conversion_keeps_the_deltas_in_float32(convert, dtype):
     before = [p.detach().clone() for p in s2ft.parameters(model)]
     convert(model)
     assert all(same_bits(a, b) for a, b in zip(before, s2ft.parameters(model))), "exact, not through float16"
-    assert {p.dtype for n, p in model.named_parameters() if not n.startswith("s2ft.")} == {dtype}
+    assert {p.dtype for n, p in model.named_parameters() if not n.endswith("_delta")} == {dtype}
     base = convert(case.make())
     expected = tuned(base, state_of(model).plan)
     with s2ft.disabled(model):

@@ -24,7 +24,6 @@ from small import (
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.errors import StateError
 
 # A float32 model: full and sliced gradient sum the same at most 64 products in another order, through some ten layers.
 NOISE32 = 64 * 10 * U32
@@ -351,42 +350,6 @@ def test_distributed_data_parallel(one_process, outer):
 
 
 # --- without the backend ----------------------------------------------------------------------------------------------
-
-
-def test_a_step_after_another_backend_compiled_the_model_is_refused():
-    """Another backend does not attach the deltas; its graph has no gradient for them."""
-    case, model = prepared()
-    optimizer = torch.optim.SGD(s2ft.parameters(model), lr=0.1)
-    before = [p.detach().clone() for p in model.parameters()]
-    loss = case.loss(torch.compile(model, backend="aot_eager"))
-    assert not loss.requires_grad
-    with pytest.raises(StateError, match=r"slices .* have no gradient.*torch.compile\(model, backend=\"s2ft\"\)"):
-        optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-
-
-def test_a_step_is_refused_where_an_input_alone_had_gradients():
-    case, model = prepared(tokens=False)
-    optimizer = torch.optim.SGD(s2ft.parameters(model), lr=0.1)
-    x = case.inputs[0].clone().requires_grad_()
-    torch.compile(model, backend="aot_eager")(x).square().mean().backward()  # works, and trains nothing
-    with pytest.raises(StateError, match="slices .* have no gradient"):
-        optimizer.step()
-
-
-def test_a_reentrant_checkpoint_is_not_silently_wrong():
-    """It runs the forward without gradients, and again in the backward, where no delta is attached any more."""
-    from torch.utils.checkpoint import checkpoint
-
-    case, model = prepared()
-    for block in model.blocks:
-        block.ffn.forward = (lambda f: lambda x: checkpoint(f, x.requires_grad_(), use_reentrant=True))(
-            block.ffn.forward
-        )
-    optimizer = torch.optim.SGD(s2ft.parameters(model), lr=0.1)
-    case.loss(model).backward()
-    with pytest.warns(UserWarning, match="2 of 4 slices .*ffn.*no gradient in this step.*use_reentrant=False"):
-        optimizer.step()
 
 
 def test_eager_training_of_only_some_layers_is_no_error():

@@ -39,7 +39,8 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return None, torch.ops.s2ft.take(grad, ctx.dim, ctx.starts, ctx.lengths).to(ctx.dtype), None, None, None
+    taken = torch.ops.s2ft.take(grad, ctx.dim, ctx.starts, ctx.lengths).to(ctx.dtype)
+    return grad if ctx.needs_input_grad[0] else None, taken, None, None, None
 
 
 _attach.register_autograd(_backward, setup_context=_setup)
@@ -48,6 +49,6 @@ ATTACH = torch.ops.s2ft.attach.default
 TAKE = torch.ops.s2ft.take.default
 
 
-def attach(weight: Tensor, delta: Tensor, dim: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
-    """weight, with the gradient of its `ranges` along `dim` going to `delta` (the ranges one after another)."""
-    return torch.ops.s2ft.attach(weight, delta, dim, [s for s, _ in ranges], [n for _, n in ranges])
+def attach(weight: Tensor, delta: Tensor, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """weight, with the gradient of its ranges along `dim` going to `delta` (the ranges one after another)."""
+    return torch.ops.s2ft.attach(weight, delta, dim, starts, lengths)

@@ -38,6 +38,7 @@ def slice_pushdown(graph: fx.Graph) -> int:
     attached = graph.find_nodes(op="call_function", target=ATTACH)
     taken = [n for n in graph.find_nodes(op="call_function", target=TAKE)]
     if not attached and not taken:
+        _check_none_left(graph)
         return 0
     editor = Editor(graph)
     for node in taken:
@@ -51,8 +52,21 @@ def slice_pushdown(graph: fx.Graph) -> int:
     hoist(editor)
     graph.eliminate_dead_code()
     graph.lint()
+    _check_none_left(graph)
     log.info("slice pushdown: %d weights, %d gradients sliced", len(attached), len(taken))
     return len(attached)
+
+
+def _check_none_left(graph: fx.Graph) -> None:
+    """By the operators' names: a second import of `attach` registers them anew, and its nodes would not be found."""
+    left = [
+        n for n in graph.nodes if n.op == "call_function" and str(n.target).startswith(("s2ft.attach", "s2ft.take"))
+    ]
+    if left:
+        raise CompileError(
+            f"{left[0].target} ({left[0].name}) is left in the graph, so a gradient of a frozen weight would be "
+            f"computed at its full size; was a module of s2ft_compile imported under a second name?"
+        )
 
 
 ORIGIN = ("stack_trace", "seq_nr", "partitioner_tag")  # of a node's meta: where it comes from, and which half it is in

@@ -1,0 +1,324 @@
+"""A slice belongs to its weight: the module that holds a weight holds the delta, and *reading the weight attaches it*.
+
+`Sliced` is mixed into a class derived for that module, in which the weight's name is a property (as in
+`torch.nn.utils.parametrize`); the weight itself keeps its place and name in `_parameters`, the delta lies beside it.
+So every way of reading has the delta, whoever calls: another method, a submodule, a checkpoint's recomputation, a graph
+of one layer, a frame that a compiler gave up. Compiled, the read is the operator `attach`; eager, `attached` of
+`passes.backward.eager`. With gradients off it is the weight, which always holds its value:
+
+    W[block] == cast(W0 + D)        written again at every read, so that a change of D by any road is in it
+"""
+
+import copyreg
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import _unsafe_preserve_version_counter
+from torch.utils.weak import WeakIdKeyDictionary
+
+from s2ft_compile.kernels import refresh as kernel
+from s2ft_compile.passes.backward.attach import attach
+from s2ft_compile.passes.backward.eager import attached, composed
+
+from .errors import StateError
+
+HELD = "_s2ft"  # a sliced module's attribute: name of a weight -> its block
+Ranges = tuple[tuple[int, int], ...]
+_blocks = WeakIdKeyDictionary()  # a weight or a delta -> its block
+
+
+@dataclass(eq=False)
+class Block:
+    """A slice while it trains.
+
+    ranges: the (start, length) it occupies along `dim` of the permuted weight. delta: float32, of the weight's shape but
+    for `dim`. backup: W0 of the block, the weight's dtype. places: the modules that hold the weight, each with the name
+    it has there. delta_key: what the delta is called beside it.
+    """
+
+    name: str
+    weight: nn.Parameter
+    dim: int
+    ranges: Ranges
+    delta: nn.Parameter
+    backup: Tensor
+    places: list[tuple[nn.Module, str]]
+    delta_key: str
+    active: bool = False  # whether reading attaches: not in the base model's order, nor in what was released
+    attached: bool = False  # whether a forward has used the delta, so that it can have a gradient
+    owns_gradient: bool = False
+    versions: tuple[int, int] | None = None  # of weight and delta when the block was last written
+
+    def __post_init__(self):
+        self.starts, self.lengths = [s for s, _ in self.ranges], [n for _, n in self.ranges]
+        self._register()
+
+    def __setstate__(self, values):  # copy.deepcopy and pickle arrive here
+        self.__dict__.update(values)
+        self.owns_gradient, self.versions = False, None  # copies have no hooks, and count their versions anew
+        self._register()
+
+    def _register(self) -> None:
+        _blocks[self.weight] = _blocks[self.delta] = self
+
+    # --- the modules -------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """From now on reading the weight attaches the delta."""
+        for module, key in self.places:
+            module.__dict__.setdefault(HELD, {})[key] = self
+            module._parameters[self.delta_key] = self.delta
+            _reclass(module)
+        self.active = True
+
+    def uninstall(self) -> None:
+        self.active = False
+        for module, key in self.places:
+            del module.__dict__[HELD][key], module._parameters[self.delta_key]
+            _reclass(module)
+
+    def adopt(self) -> None:
+        """Takes the tensors that the module holds now, after `_apply` or a load that may have replaced them."""
+        module, key = self.places[0]
+        self.weight, self.delta = module._parameters[key], module._parameters[self.delta_key]
+        self.versions = None
+        self._register()
+
+    # --- the weight's values -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        """Copies a block of the delta's shape into the weight."""
+        offset = 0
+        for start, length in self.ranges:
+            self.weight.narrow(self.dim, start, length).copy_(values.narrow(self.dim, offset, length))
+            offset += length
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        return self.part_of(self.weight)
+
+    def part_of(self, weight: Tensor) -> Tensor:
+        return torch.cat([weight.narrow(self.dim, s, n) for s, n in self.ranges], self.dim)
+
+    @torch.no_grad()
+    def trained(self) -> Tensor:
+        """cast(W0 + delta): the sum in the wider of the two types, rounded once."""
+        return self._wide(self.backup).add(self._wide(self.delta)).to(self.backup.dtype)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(self.backup.dtype, self.delta.dtype))
+
+    def refresh(self) -> None:
+        refresh([self])
+
+    @torch.no_grad()
+    def take_as_trained(self) -> None:
+        """The delta becomes what the weight holds now."""
+        self.delta.copy_(self._wide(self.read()) - self._wide(self.backup))
+        self.versions = None
+        self.refresh()
+
+    @property
+    def edited(self) -> bool:
+        """Whether something else wrote the weight, and left in it what is neither the last block nor the present one."""
+        return (
+            self.versions is not None
+            and self.weight._version != self.versions[0]
+            and not torch.equal(self.read(), self.trained())
+        )
+
+    def check_loaded(self, name: str, weight: Tensor) -> None:
+        """Raises `StateError` for a weight that differs from this one outside of the block."""
+        if weight.shape == self.weight.shape and not weight.is_meta and not self.weight.is_meta:
+            frozen = torch.ones(weight.shape[self.dim], dtype=torch.bool)
+            for start, length in self.ranges:
+                frozen[start : start + length] = False
+            check_same(name, weight, self.weight, self.dim, frozen.nonzero().squeeze(1))
+
+    def own_gradient(self) -> None:
+        """From now on copies the delta's gradients out of the memory they are made in."""
+        if not self.owns_gradient:
+            self.delta.register_hook(torch.clone)
+            self.owns_gradient = True
+
+
+def check_same(name: str, given: Tensor, held: Tensor, dim: int, index: Tensor) -> None:
+    given, held = (t.index_select(dim, index.to(t.device)) for t in (given, held.detach()))
+    if not torch.equal(given.to(held), held):
+        raise StateError(
+            f"the weights to load are not in this prepared model's order or not of its base: {name} differs where "
+            f"nothing trains. Load them before s2ft.prepare, or with s2ft.exporters.load_adapter if they are an adapter"
+        )
+
+
+def block_of(tensor: Any) -> Block | None:
+    """The block whose weight or delta this very tensor is."""
+    block = _blocks.get(tensor) if isinstance(tensor, Tensor) else None
+    return block if block is not None and (tensor is block.weight or tensor is block.delta) else None
+
+
+def refresh(blocks: Iterable[Block]) -> None:
+    """Writes the deltas into their weights: on a GPU in one launch, elsewhere one after another.
+
+    Where no delta has changed the same values are written, in case one did change behind its version counter (`.data`);
+    autograd need not know of that, or a checkpoint's recomputation would spoil what the forward saved.
+    """
+    blocks = [b for b in blocks if b.active and not b.weight.is_meta]
+    for block in blocks:
+        if block.edited:
+            raise StateError(
+                f"{block.name} was changed in place, and the next write of its slice would undo a part of that. Change "
+                f"weights before s2ft.prepare, or by load_state_dict; s2ft.release(model) keeps them as they are now"
+            )
+    same = [b for b in blocks if b.versions is not None and b.versions[1] == b.delta._version]
+    known = set(map(id, same))
+    for some, quiet in ((same, True), ([b for b in blocks if id(b) not in known], False)):
+        if some:
+            with _unsafe_preserve_version_counter(tuple(b.weight for b in some)) if quiet else nullcontext():
+                _write(some)
+    for block in blocks:
+        block.versions = block.weight._version, block.delta._version
+
+
+def _write(blocks: list[Block]) -> None:
+    together = [b for b in blocks if kernel.fits(b.weight, b.backup, b.delta)]
+    if together:
+        kernel.refresh([(b.weight, b.backup, b.delta, b.dim, b.ranges) for b in together])
+    for block in blocks:
+        if block not in together:
+            block.write(block.trained())
+
+
+# --- the class that reads --------------------------------------------------------------------------------------------
+
+
+def _read(module: nn.Module, key: str) -> Tensor:
+    block = getattr(module, HELD)[key]
+    weight, delta = module._parameters[key], module._parameters[block.delta_key]
+    if not block.active or hasattr(weight, "placements"):  # a DTensor outside of its layer's forward
+        return weight
+    if torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
+            return attach(weight, delta, block.dim, block.starts, block.lengths)
+        return weight
+    return _read_eagerly(block, weight, delta)
+
+
+@torch._dynamo.disable
+def _read_eagerly(block: Block, weight: Tensor, delta: Tensor) -> Tensor:
+    """Who replaced a tensor (`functional_call`, FSDP's unsharded ones) means what it gave: a delta alone is added to
+    the base's block, a weight alone is the weight, and a pair belongs together."""
+    own_weight, own_delta = weight is block.weight, delta is block.delta
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if own_delta and not own_weight:
+        return weight
+    if own_weight and own_delta:
+        refresh([block])
+    if transformed or (own_weight and not own_delta):
+        return composed(weight, block.backup, delta, block.dim, block.ranges)
+    if not torch.is_grad_enabled():
+        return weight
+    block.attached = True
+    return attached(weight, delta, block.dim, block.ranges, block.name)
+
+
+def _property(key: str) -> property:
+    return property(lambda module: _read(module, key))
+
+
+_classes: dict[tuple[type, tuple[str, ...]], type] = {}
+
+
+def _reclass(module: nn.Module) -> None:
+    """Gives a module the class in which its sliced weights, and no others, are properties."""
+    base, keys = getattr(type(module), "_s2ft_base", type(module)), tuple(module.__dict__[HELD])
+    if not keys:
+        del module.__dict__[HELD]
+    module.__class__ = _class(base, keys)
+
+
+def _class(base: type, keys: tuple[str, ...]) -> type:
+    if not keys:
+        return base
+    if (base, keys) not in _classes:
+        named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        readers = {key: _property(key) for key in keys}
+        _classes[base, keys] = type(base.__name__, (Sliced, base), {**named, **readers, "_s2ft_base": base})
+    return _classes[base, keys]
+
+
+def _new(base: type, keys: tuple[str, ...]) -> nn.Module:
+    made = _class(base, keys)
+    return made.__new__(made)
+
+
+class Sliced:
+    """What a module with sliced weights does otherwise: keys, loading, moving and copying."""
+
+    def __reduce_ex__(self, protocol):
+        make, arguments, *rest = super().__reduce_ex__(protocol)
+        if make is copyreg.__newobj__:  # a class that is made here has no name to be found under
+            make, arguments = _new, (self._s2ft_base, tuple(self.__dict__[HELD]))
+        return (make, arguments, *rest)
+
+    def _sliced(self) -> list[Block]:
+        return list(self.__dict__[HELD].values())
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """The deltas are no part of the model's own state: the weights hold them."""
+        refresh(self._sliced())
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for block in self._sliced():
+            destination.pop(prefix + block.delta_key, None)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        """A block that is loaded is taken as trained; a delta that is loaded is the delta."""
+        keys = dict(self.__dict__[HELD])
+        for key, block in keys.items():
+            if prefix + key in state_dict:
+                block.check_loaded(prefix + key, state_dict[prefix + key])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+        for key, block in keys.items():
+            if prefix + block.delta_key in missing_keys:
+                missing_keys.remove(prefix + block.delta_key)
+            for module, other in block.places:  # of a tied weight that was assigned
+                module._parameters[other] = self._parameters[key]
+            block.adopt()
+            if prefix + block.delta_key in state_dict:
+                block.refresh()
+            elif prefix + key in state_dict:
+                block.take_as_trained()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        """Deltas move with their weights, but stay float32 under `model.half()` and its kin."""
+        deltas = {id(block.delta) for block in self._sliced()}
+
+        def moved(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            return tensor.to(made.device) if id(tensor) in deltas and made.dtype != tensor.dtype else made
+
+        super()._apply(moved, recurse)
+        for block in self._sliced():
+            block.adopt()
+            block.backup = fn(block.backup)
+            block.refresh()
+        return self
+
+
+def blocks_in(module: nn.Module) -> list[Block]:
+    """The blocks of a module and of all below it, each once."""
+    held = (m.__dict__.get(HELD) for m in module.modules())
+    return list({id(block): block for blocks in held if blocks for block in blocks.values()}.values())
+
+
+def free_key(places: list[tuple[nn.Module, str]]) -> str:
+    """A name for the delta beside its weight that no module uses for something else."""
+    key = f"{places[0][1]}_delta"
+    while any(hasattr(module, key) for module, _ in places):
+        key += "_"
+    return key
