@@ -590,6 +590,20 @@ def test_a_sum_beyond_the_type_is_not_exported(tmp_path, kind):
     assert tree(tmp_path) == {} and same(bits(model), before)
 
 
+def test_a_delta_beyond_the_type_whose_sum_is_not_is_merged_and_is_no_onnx_adapter(tmp_path):
+    base = Toy(dtype=torch.float16)
+    with torch.no_grad():
+        base.blocks[1].down.weight.fill_(-60_000)
+    model = trained(base, targets=LARGE)
+    with torch.no_grad():
+        s2ft.parameters(model)[1].fill_(70_000)
+    state_of(model).refresh()
+    save_merged(model, tmp_path / "merged")
+    assert float(load_file(tmp_path / "merged" / merged.WEIGHTS)["blocks.1.down.weight"].max()) == 10_000
+    with pytest.raises(ExportError, match="blocks.1.down.weight exceeds the largest torch.float16"):
+        save_onnx_adapter(model, tmp_path / "a.onnx_adapter")
+
+
 def test_a_sum_beyond_the_type_is_not_loaded(tmp_path):
     """An adapter that another writer made, for one base and finite in itself."""
     model = overflowing(torch.float32)

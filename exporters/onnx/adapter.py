@@ -101,6 +101,11 @@ def _oriented(module: nn.Module, source: Adapter) -> list[Part]:
     for s in source.slices:
         transposed, dtype = layers[s.parameter_name][1], weights[s.parameter_name].dtype
         delta = (s.delta if transposed else s.delta.T).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+        if not delta.isfinite().all():
+            raise ExportError(
+                f"the delta of {s.parameter_name} exceeds the largest {delta.dtype}, in which the graph adds it; "
+                f"`save_merged` takes it, since the sum does not"
+            )
         columns = (s.dim == 1) != transposed
         made.append(Part(s.parameter_name, columns, s.indices.numpy(), delta.numpy(), s.shape[s.dim]))
     return made
