@@ -28,7 +28,8 @@ from s2ft_compile.adapters.format import (
 )
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import AdapterError
-from s2ft_compile.fingerprint import OWN, samples_of
+from s2ft_compile.fingerprint import samples_of
+from s2ft_compile.sliced import base_parameters
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.state import State, disabled, is_prepared, state_of
 
@@ -92,7 +93,7 @@ def check_fits(module: nn.Module, adapter: Adapter) -> None:
 
 
 def _dtypes(module: nn.Module) -> str:
-    own = {str(p.dtype) for name, p in module.named_parameters() if not name.startswith(OWN)}
+    own = {str(p.dtype) for p in base_parameters(module).values()}
     return " and ".join(sorted(own)).replace("torch.", "")
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from .capture import unwrap
+from .sliced import base_parameters
 
 SAMPLES = 4096  # elements read of each parameter: 300 parameters of an 8B model are 2.4 MB, milliseconds
-OWN = "s2ft."  # the child module that a prepared model holds its deltas in
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -26,7 +26,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def samples_of(model: nn.Module) -> dict[str, str]:
     """Parameter name -> `sample` of it: what the fingerprint is made of."""
-    return samples((n, p) for n, p in unwrap(model).named_parameters() if not n.startswith(OWN))
+    return samples(base_parameters(unwrap(model)).items())
 
 
 def samples(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:

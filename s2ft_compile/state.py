@@ -36,6 +36,7 @@ class State:
         self.frozen = frozen
         self.active = True
         self.warned = False  # of slices without a gradient
+        self._hook = None  # of loading
         _live.add(self)
 
     def __setstate__(self, values):  # copy.deepcopy and pickle arrive here
@@ -44,12 +45,7 @@ class State:
 
     def holds(self, parameters: list[Tensor]) -> bool:
         """Whether one of these parameters is trained, frozen or permuted here."""
-        held = [
-            *self.frozen,
-            *(b.weight for b in self.blocks),
-            *(b.delta for b in self.blocks),
-            *(m[0] for m in self.moves),
-        ]
+        held = [*self.frozen, *(m[0] for m in self.moves), *(p for b in self.blocks for p in (b.weight, b.delta))]
         return not {id(p) for p in held}.isdisjoint(map(id, parameters))
 
     @torch._dynamo.disable
@@ -67,10 +63,11 @@ class State:
 
     def uninstall(self, model: nn.Module) -> None:
         """The inverse: no delta is among the model's parameters, and its modules have the classes they had."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         for block in self.blocks:
             block.uninstall()
-        delattr(model, NAME)
+        model.__dict__.pop(NAME, None)
 
     def _set_active(self, active: bool) -> None:
         self.active = active
