@@ -7,8 +7,8 @@ Saving and loading are inverse of each other, bit for bit:
 
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,10 +27,10 @@ from s2ft_compile.adapters.format import (
     write_adapter,
 )
 from s2ft_compile.capture import unwrap
-from s2ft_compile.errors import AdapterError
+from s2ft_compile.errors import AdapterError, ExportError
 from s2ft_compile.fingerprint import samples_of
-from s2ft_compile.sliced import base_parameters
 from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.sliced import base_parameters
 from s2ft_compile.state import State, disabled, is_prepared, state_of
 
 from .card import CARD, card
@@ -56,13 +56,31 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
 
 
 def adapter_of(model: nn.Module) -> Adapter:
-    """A copy of what a prepared model has trained. Raises `StateError` for a model that is not prepared."""
+    """A copy of what a prepared model has trained. Raises `StateError` for a model that is not prepared, `ExportError`
+    for deltas, or sums with the weights, that are not finite."""
     plan, module = ascending(state_of(model).plan), unwrap(model)
-    with disabled(model):
+    with untrained(model):
         weights = dict(module.named_parameters())
+        for s in plan.slices:
+            _check_trained(weights[s.parameter_name], s)
         blocks = {s.parameter_name: hash_of_block(weights[s.parameter_name], s) for s in plan.slices}
         base = describe_base(type(module).__name__, _dtypes(module), samples_of(module), blocks)
     return Adapter(plan, base)
+
+
+@contextmanager
+def untrained(model: nn.Module) -> Iterator[None]:
+    """Context in which `model` is the plain base model, whatever it has trained."""
+    if not is_prepared(model):
+        yield
+        return
+    state, module = state_of(model), unwrap(model)
+    with disabled(model):
+        state.uninstall(module)
+        try:
+            yield
+        finally:
+            state.install(module)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> Plan:
@@ -74,7 +92,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> Plan:
     model is then unchanged.
     """
     module, adapter = unwrap(model), read_adapter(directory)
-    with disabled(model) if is_prepared(model) else nullcontext():
+    with untrained(model):
         check_fits(module, adapter)
     if is_prepared(model):
         _into_deltas(state_of(model), adapter.plan)
@@ -85,11 +103,39 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> Plan:
 
 
 def check_fits(module: nn.Module, adapter: Adapter) -> None:
-    """That a plain model is the adapter's base, its blocks untouched. Raises `AdapterError`."""
+    """That a plain model is the adapter's base, its blocks untouched, and can hold the sums. Raises `AdapterError`."""
     check_base(adapter, samples_of(module), f"a {type(module).__name__} in {_dtypes(module)}")
     weights = dict(module.named_parameters())
     for s in adapter.slices:
-        check_slice(adapter, s, weights[s.parameter_name])
+        W = weights[s.parameter_name]
+        check_slice(adapter, s, W)
+        check_finite(s.parameter_name, summed(W, [(s, 1.0)])[2])
+
+
+def check_finite(name: str, block: Tensor) -> None:
+    """That a sum of a weight and deltas is in the range of its type. Raises `AdapterError`."""
+    if not block.isfinite().all():
+        raise AdapterError(f"{name}: {_overflow(block)}")
+
+
+def _check_trained(W: Tensor, s: Slice) -> None:
+    if not s.delta.isfinite().all():
+        raise ExportError(
+            f"the delta of {s.parameter_name} has NaN or infinite entries: training diverged; "
+            f"a lower learning rate may help"
+        )
+    block = summed(W, [(s, 1.0)])[2]
+    if not block.isfinite().all():
+        raise ExportError(f"{s.parameter_name}: {_overflow(block)}")
+
+
+def _overflow(block: Tensor) -> str:
+    kind = str(block.dtype).removeprefix("torch.")
+    return (
+        f"the sum of the weight and the delta is not finite in {kind}, whose largest number is "
+        f"{torch.finfo(block.dtype).max:.4g}; a base model in {'bfloat16 or ' if kind == 'float16' else ''}float32 "
+        f"holds more"
+    )
 
 
 def _dtypes(module: nn.Module) -> str:

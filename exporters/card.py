@@ -15,7 +15,8 @@ import s2ft_compile as s2ft
 s2ft.exporters.load_adapter(model, "this-folder")     # in place; W[indices] = cast(W0 + delta), bit for bit
 ```
 
-Without building the model, on a checkpoint on disk: `s2ft merge BASE this-folder OUT`. As a LoRA for PEFT and vLLM:
+Without building the model, on a checkpoint on disk: `s2ft merge BASE this-folder OUT`. As a LoRA for PEFT, vLLM
+and llama.cpp:
 `s2ft export lora --model BASE --adapter this-folder --output OUT`.
 """
 
@@ -31,7 +32,9 @@ model = PeftModel.from_pretrained(base, "this-folder")     # model.merge_and_unl
 LORA = (
     PEFT
     + """\
-vLLM: {vllm}. The LoRA is exact: one factor of each pair is one-hot, and `lora_alpha == r`.
+vLLM: {vllm}. llama.cpp: {llama_cpp}.
+
+The LoRA is exact: one factor of each pair is one-hot, and `lora_alpha == r`.
 """
 )
 

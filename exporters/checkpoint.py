@@ -6,62 +6,28 @@ at its indices are computed and written, and it is unmapped: the peak of memory 
 checkpoint and its shards are.
 """
 
-import json
 import logging
 import math
-import mmap
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from s2ft_compile.adapters.format import Adapter, check_base, check_slice, read_adapter
 from s2ft_compile.errors import AdapterError, ExportError
-from s2ft_compile.fingerprint import sample
 from s2ft_compile.plan import Slice
+from s2ft_compile.stored import Stored, same_bits, sampled, stored_tensors
 
-from .adapter import summed
+from .adapter import check_finite, summed
+from .conversion import Assembled, by_model_names
 from .files import new_directory
 
 log = logging.getLogger(__name__)
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx.data")
 Part = tuple[Adapter, Slice, float]  # a slice, of which adapter, and with which weight
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of a safetensors file. start: its first byte in the file. dtype: None for one that torch lacks."""
-
-    file: Path
-    dtype: torch.dtype | None
-    shape: tuple[int, ...]
-    start: int
-    length: int
-
-    def at(self, folder: Path) -> "Stored":
-        """The tensor of the same place in a copy of its file."""
-        return Stored(folder / self.file.name, self.dtype, self.shape, self.start, self.length)
 
 
 def merge_checkpoint(
@@ -83,15 +49,18 @@ def merge_checkpoint(
     if len(factors) != len(adapters) or not adapters or not all(map(math.isfinite, factors)):
         raise ExportError(f"{len(adapters)} adapters and {len(factors)} weights; each adapter has one finite weight")
     read = [read_adapter(folder) for folder in adapters]
-    found = {name: sampled(tensor) for name, tensor in stored.items()}
+    _refuse_equal(read)
+    tensors = _under_their_names(read, stored, Path(base))
+    parts = _by_parameter(read, factors)
+    found = {n: sampled(t) for n, t in tensors.items() if isinstance(t, Stored) or n in parts}
     for adapter in read:
         check_base(adapter, found, f"the checkpoint {base}")
     files = _other_files(Path(base)) + sorted({tensor.file for tensor in stored.values()})
     with new_directory(out) as folder:
         for path in files:
             shutil.copyfile(path, folder / path.name)  # by the kernel, through the links of a hub cache
-        for name, parts in _by_parameter(read, factors).items():
-            _patch(stored[name].at(folder), parts)
+        for name, some in parts.items():
+            _patch(tensors[name].at(folder), some)
     log.info("%s with %d adapters written to %s", base, len(adapters), out)
     return Path(out)
 
@@ -104,92 +73,48 @@ def _by_parameter(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict
     return parts
 
 
-def _patch(stored: Stored, parts: Sequence[Part]) -> None:
-    with mapped(stored, write=True) as W:
+def _refuse_equal(adapters: Sequence[Adapter]) -> None:
+    for a, b in combinations(adapters, 2):
+        theirs = {s.parameter_name: s for s in b.slices}
+        if theirs.keys() == {s.parameter_name for s in a.slices} and all(
+            s.dim == theirs[s.parameter_name].dim
+            and torch.equal(s.indices, theirs[s.parameter_name].indices)
+            and torch.equal(s.delta, theirs[s.parameter_name].delta)
+            for s in a.slices
+        ):
+            raise ExportError(
+                f"{a.source} and {b.source} are the same adapter, which would be added twice; "
+                f"name it once, with a weight of 2 if that is what you want"
+            )
+
+
+def _under_their_names(
+    adapters: Sequence[Adapter], stored: Mapping[str, Stored], base: Path
+) -> Mapping[str, Stored | Assembled]:
+    """The checkpoint's tensors, by the names that the adapters have for them. Raises `AdapterError`."""
+    if all(s.parameter_name in stored for adapter in adapters for s in adapter.slices):
+        return stored
+    made = by_model_names(stored, base, adapters[0].base.get("class"))
+    for name in (s.parameter_name for adapter in adapters for s in adapter.slices):
+        if why := made.refused.get(name) or (name not in made.tensors and made.why):
+            raise AdapterError(
+                f"{base} does not hold {name} under this name or in this form, and it could not be converted: {why}. "
+                f"Through the model it can: `s2ft export merged --model {base} --adapter {adapters[0].source} ...`"
+            )
+    return made.tensors
+
+
+def _patch(stored: Stored | Assembled, parts: Sequence[Part]) -> None:
+    name = parts[0][1].parameter_name
+    with stored.opened(write=True) as W:
         for adapter, s, _ in parts:
             check_slice(adapter, s, W)
-        W.index_copy_(*summed(W, [(s, weight) for _, s, weight in parts]))
-
-
-# --- safetensors files on disk -----------------------------------------------------------------------------
-
-
-def stored_tensors(directory: str | os.PathLike) -> dict[str, Stored]:
-    """Name -> tensor of every tensor in a checkpoint. Raises `ExportError` for one that is missing or damaged."""
-    folder = Path(directory)
-    names = _shards(folder)
-    found: dict[str, Stored] = {}
-    for name in names:
-        found.update(_header(folder / name))
-    return found
-
-
-def _shards(folder: Path) -> list[str]:
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-            inside = all(name == os.path.basename(name) for name in names)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ExportError(f"{folder / INDEX} is not the index of a checkpoint: {error!r}") from error
-        if not inside or not names:
-            raise ExportError(f"{folder / INDEX} names files outside of its folder, or none")
-        return names
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    raise ExportError(
-        f"{folder} is not a checkpoint: it has neither {SINGLE} nor {INDEX}; weights in other formats "
-        f"are converted by save_pretrained of transformers"
-    )
-
-
-def _header(path: Path) -> dict[str, Stored]:
-    """The tensors of one file. `safe_open` checks the header, and its claims against the file's size."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(size))
-    except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path} is not a complete safetensors file: {error}") from error
-    return {
-        name: Stored(
-            path,
-            DTYPES.get(entry["dtype"]),
-            tuple(entry["shape"]),
-            8 + size + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in entries.items()
-        if name != "__metadata__"
-    }
-
-
-@contextmanager
-def mapped(stored: Stored, write: bool = False) -> Iterator[Tensor]:
-    """The tensor in its file's memory; with `write`, what is written to it is written to the file.
-
-    It must not be used afterwards. Raises `AdapterError` for a type that torch does not have.
-    """
-    if stored.dtype is None:
-        raise AdapterError(f"{stored.file}: a tensor of shape {stored.shape} has a type that torch does not have")
-    if not stored.length:
-        yield torch.empty(stored.shape, dtype=stored.dtype)
-        return
-    before = stored.start % mmap.ALLOCATIONGRANULARITY
-    with open(stored.file, "r+b" if write else "rb") as file:
-        access = mmap.ACCESS_WRITE if write else mmap.ACCESS_COPY
-        memory = mmap.mmap(file.fileno(), before + stored.length, access=access, offset=stored.start - before)
-    yield torch.frombuffer(memory, dtype=stored.dtype, count=math.prod(stored.shape), offset=before).view(stored.shape)
-    # the mapping ends with the last tensor that holds it
-
-
-def sampled(stored: Stored) -> str:
-    """`fingerprint.sample` of a stored tensor, or nothing that equals one."""
-    if stored.dtype is None:
-        return ""
-    with mapped(stored) as tensor:
-        return sample(tensor)
+        dim, indices, block = summed(W, [(s, weight) for _, s, weight in parts])
+        check_finite(name, block)
+        W.index_copy_(dim, indices, block)
+    with stored.opened() as W:
+        if not same_bits(W.index_select(dim, indices), block):
+            raise ExportError(f"{name} was not written correctly: read again, it differs")
 
 
 # --- other files -------------------------------------------------------------------------------------------

@@ -22,10 +22,11 @@ from s2ft_compile.errors import ExportError, StateError
 from s2ft_compile.fingerprint import combined, sample
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.state import is_prepared
+from s2ft_compile.stored import stored_tensors
 
 from .adapter import summed
 from .card import CARD, card
-from .checkpoint import mapped, stored_tensors
+from .conversion import Converted, by_model_names
 from .files import new_directory
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,14 @@ def extract(
 ) -> Path:
     """Writes the adapter that turns `base` into `tuned`, bit for bit, into a new folder, and returns its path.
 
-    Each is a plain model or the folder of a safetensors checkpoint, read one tensor at a time. limit: the largest
-    share of a tensor's rows (or columns) that may have changed. Raises `ExportError`, naming the tensor, where they
-    have other tensors, shapes or types, where the changes are no slice, and where nothing changed.
+    Each is a plain model or the folder of a safetensors checkpoint, read one tensor at a time, under the names that its
+    model has. limit: the largest share of a tensor's rows (or columns) that may have changed. Raises `ExportError`,
+    naming the tensor, where they have other tensors, shapes or types, where the changes are no slice, and where nothing
+    changed.
     """
-    before, after = _tensors(base), _tensors(tuned)
+    described = next((Path(s) for s in (base, tuned) if _has_config(s)), None)
+    refused: dict[str, str] = {}
+    before, after = (_tensors(source, described, refused) for source in (base, tuned))
     odd = sorted(before.keys() ^ after.keys())
     if odd:
         raise ExportError(
@@ -59,6 +63,11 @@ def extract(
                 s = _slice(name, W.detach(), T.detach(), limit)
                 samples[name] = sample(W)
                 dtypes.add(str(W.dtype).removeprefix("torch."))
+                if s is not None and name in refused:
+                    raise ExportError(
+                        f"{name} changed, and the model has it in another form: {refused[name]}. Load both models, "
+                        f"and extract from these"
+                    )
                 if s is not None:
                     slices.append(s)
                     blocks[name] = hash_of_block(W, s)
@@ -74,10 +83,21 @@ def extract(
     return Path(out)
 
 
-def _tensors(source: nn.Module | str | os.PathLike) -> Tensors:
-    """Name -> what opens the tensor of this name. Tied parameters count once, under their first name."""
+def _has_config(source: nn.Module | str | os.PathLike) -> bool:
+    return not isinstance(source, nn.Module) and (Path(source) / "config.json").is_file()
+
+
+def _tensors(source: nn.Module | str | os.PathLike, described: Path | None, refused: dict[str, str]) -> Tensors:
+    """Name -> what opens the tensor of this name. Tied parameters count once, under their first name.
+
+    described: a folder whose configuration says how the model has what a checkpoint holds. refused: gets the names of
+    what it does not say that of, and why.
+    """
     if not isinstance(source, nn.Module):
-        return {name: lambda stored=stored: mapped(stored) for name, stored in stored_tensors(source).items()}
+        stored = stored_tensors(source)
+        made = by_model_names(stored, described) if described else Converted(stored, {})
+        refused |= made.refused
+        return {name: tensor.opened for name, tensor in made.tensors.items()}
     module = unwrap(source)
     if is_prepared(module):
         raise StateError(

@@ -1,17 +1,29 @@
 """Output that is complete or not there.
 
 Everything is written into a fresh folder beside its target, flushed to the disk, and renamed into place at
-the end. Nothing that exists is overwritten.
+the end. Nothing that exists is overwritten. A process holds a lock on its folder, which the system takes back when the
+process ends: one whose lock is free was left by a process that was killed, and the next write there removes it.
 """
 
 import os
+import platform
+import re
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from s2ft_compile.errors import ExportError
+
+try:
+    import fcntl
+except ImportError:  # no such locks: what was left behind stays
+    fcntl = None
+
+# of one machine, since a lock on a network's file system may not be seen from another
+MINE = f".s2ft-{zlib.crc32(platform.node().encode()):08x}-"
 
 
 @contextmanager
@@ -72,19 +84,63 @@ def _refuse_existing(paths: list[Path]) -> None:
 def _staging(path: Path, target) -> Iterator[Path]:
     """A temporary folder beside `path`, gone afterwards; on failure so are the folders above that it made."""
     made = [parent for parent in path.parents if not parent.exists()]
-    folder = path.parent / f".s2ft-{secrets.token_hex(6)}.tmp"  # mkdtemp would make it private to its owner
+    with ExitStack() as undo:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_left_behind(path.parent)
+            folder = _own_folder(path.parent, undo)
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            yield folder
+            _flush_folder(path.parent)
+        except BaseException as error:
+            undo.close()
+            for parent in made:
+                _remove_if_empty(parent)
+            if _of_the_system(error):
+                raise ExportError(f"could not write {target}: {error}") from error
+            raise
+
+
+def _own_folder(parent: Path, undo: ExitStack) -> Path:
+    """A new folder, locked until `undo` closes."""
+    while True:
+        folder = parent / f"{MINE}{secrets.token_hex(6)}.tmp"  # mkdtemp would make it private to its owner
+        folder.mkdir()
+        descriptor = _lock(folder, wait=True)
+        if descriptor is None:
+            return folder
+        undo.callback(os.close, descriptor)
+        if folder.exists():  # and not removed in the moment before it was locked
+            return folder
+
+
+def _remove_left_behind(parent: Path) -> None:
+    """Removes the folders of processes of this machine that were killed while they wrote here."""
+    for folder in parent.glob(f"{MINE}*.tmp"):
+        descriptor = _lock(folder, wait=False)
+        if descriptor is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(descriptor)
+
+
+def _lock(folder: Path, wait: bool) -> int | None:
+    """A descriptor that holds a folder's lock; None where another one does, or there are no locks."""
+    if fcntl is None:
+        return None
+    descriptor = None
     try:
-        folder.mkdir(parents=True)
-        yield folder
-        _flush_folder(path.parent)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            _remove_if_empty(parent)
-        if isinstance(error, OSError):
-            raise ExportError(f"could not write {target}: {error}") from error
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return descriptor
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+
+
+def _of_the_system(error: BaseException) -> bool:
+    """A full disk, for instance. Libraries in Rust raise types of their own, with the system's number in the text."""
+    return isinstance(error, OSError) or re.search(r"\(os error \d+\)", str(error)) is not None
 
 
 def _remove_if_empty(folder: Path) -> None:

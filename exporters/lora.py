@@ -1,4 +1,4 @@
-"""The adapter as an exact LoRA, for PEFT and vLLM.
+"""The adapter as an exact LoRA, for PEFT, vLLM and llama.cpp.
 
 A LoRA adds B A to a weight (out, in). A slice of it is one exactly, with rank r = selected indices and no
 decomposition: B A sums one product with 1 and zeros.
@@ -6,10 +6,19 @@ decomposition: B A sums one product with 1 and zeros.
     columns (what the layer contracts)      A[k, indices[k]] = 1   (r, in)      B = delta       (out, r)
     rows (what it produces)                 A = delta              (r, in)      B[indices[k], k] = 1   (out, r)
 
-`lora_alpha == r`, so the scaling is 1. PEFT's `merge_and_unload` gives the bits of `save_merged` (but for the sign of a
-weight that is -0.0), in bfloat16 and float16 too: it keeps A and B in float32 and rounds the sum once. With
-`safe_merge=True`, or loaded with `autocast_adapter_dtype=False`, it rounds the delta before it adds, and entries differ
-by up to about one unit in the last place.
+A program scales B A by alpha / rank, which is 1 here by each of their rules:
+
+    PEFT            alpha_pattern or lora_alpha, over rank_pattern or r
+    vLLM, Olive     lora_alpha / r
+    llama.cpp       lora_alpha / the rank of the tensor
+
+In the layout "padded" every module has the rank r = `lora_alpha`; in "pattern", which is smaller where ranks differ,
+llama.cpp scales what is below the widest rank by too much.
+
+PEFT's `merge_and_unload` gives the bits of `save_merged` (but for the sign of a weight that is -0.0), in bfloat16 and
+float16 too: it keeps A and B in float32 and rounds the sum once. With `safe_merge=True`, or loaded with
+`autocast_adapter_dtype=False`, it rounds the delta before it adds, and entries differ by up to about one unit in the
+last place.
 """
 
 import json
@@ -17,13 +26,12 @@ import logging
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from s2ft_compile.adapters.format import Adapter, read_adapter
@@ -31,6 +39,7 @@ from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.plan import Slice
 from s2ft_compile.state import is_prepared
+from s2ft_compile.stored import save_tensors
 
 from .adapter import adapter_of, check_fits
 from .card import CARD, LORA, card
@@ -38,7 +47,7 @@ from .files import new_directory
 
 log = logging.getLogger(__name__)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-LAYOUTS = ("pattern", "padded")
+LAYOUTS = ("padded", "pattern")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
 
 
@@ -59,7 +68,7 @@ class Factors:
 def save_lora(
     model: nn.Module,
     directory: str | os.PathLike,
-    layout: str = "pattern",
+    layout: str = LAYOUTS[0],
     ranks: int | str = "exact",
     *,
     adapter: str | os.PathLike | None = None,
@@ -67,10 +76,11 @@ def save_lora(
 ) -> Path:
     """Writes an adapter into a new folder in the format of PEFT, and returns its path.
 
-    model: prepared; or, with `adapter`, the plain base model of that adapter folder. layout: "pattern", every module
-    with the rank it needs (`rank_pattern`), or "padded", all with one rank (zeros added), for `hotswap_adapter`.
-    ranks: "exact"; "vllm", rounded up to the next of `VLLM_RANKS`; or an int, a limit that "padded" pads to. A module
-    that needs more is refused, or with `truncate` cut to the limit by SVD, and the error is logged.
+    model: prepared; or, with `adapter`, the plain base model of that adapter folder. layout: "padded", all modules
+    with one rank (zeros added), right in every program and for `hotswap_adapter`; or "pattern", each with the rank it
+    needs (`rank_pattern`), smaller, for PEFT and vLLM and not for llama.cpp. ranks: "exact"; "vllm", rounded up to the
+    next of `VLLM_RANKS`; or an int, a limit that "padded" pads to. A module that needs more is refused, or with
+    `truncate` cut to the limit by SVD, and the error is logged.
 
     Raises `ExportError` for slices that no LoRA has (embeddings, biases, tied weights, weights that no linear layer
     holds), a rank above the limit, or a folder that exists; `ConfigError` for an option that is unknown.
@@ -85,19 +95,19 @@ def save_lora(
         padded_to = ranks if isinstance(ranks, int) else _rounded(widest, ranks)
         factors = [_padded(f, padded_to if layout == "padded" else _rounded(f.rank, ranks)) for f in factors]
         transposed = any(flip for _, flip in holders.values())
-        save_file(
-            {
-                f"base_model.model.{f.module}.lora_{side}.weight": getattr(f, side).contiguous()
-                for f in factors
-                for side in "AB"
-            },
-            folder / WEIGHTS,
-            metadata={"format": "pt"},
-        )
+        tensors = {
+            f"base_model.model.{f.module}.lora_{side}.weight": getattr(f, side).contiguous()
+            for f in factors
+            for side in "AB"
+        }
+        save_tensors(tensors, folder / WEIGHTS)
         config = _config(module, factors, transposed)
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         errors = {f.module: f.error for f in factors if f.error}
-        (folder / CARD).write_text(card(source, LORA.format(vllm=_for_vllm(config["r"])), errors), encoding="utf-8")
+        (folder / CARD).write_text(
+            card(source, LORA.format(vllm=_for_vllm(config["r"]), llama_cpp=_for_llama_cpp(config)), errors),
+            encoding="utf-8",
+        )
     log.info("LoRA written to %s: %d modules, ranks up to %d", directory, len(factors), config["r"])
     return Path(directory)
 
@@ -129,11 +139,12 @@ def linear_layers(module: nn.Module, adapter: Adapter, form: str = "a LoRA") -> 
     """Parameter -> (the layer that holds it, whether its weight is stored (in, out)). form: what the slices are to
     become. Raises `ExportError` for one of anything else than the weight of a linear layer."""
     names: dict[int, list[str]] = {}
+    weights = dict(module.named_parameters())
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     found = {}
     for s in adapter.slices:
-        held_as = names[id(module.get_parameter(s.parameter_name))]
+        held_as = names[id(weights[s.parameter_name])]
         layer, _, key = s.parameter_name.rpartition(".")
         refused = _why_not(module.get_submodule(layer), key, held_as)
         if refused:
@@ -183,6 +194,13 @@ def _for_vllm(rank: int) -> str:
     if rank > VLLM_RANKS[-1]:
         return f"does not take it, since its rank {rank} is above {VLLM_RANKS[-1]}"
     return f"`--enable-lora --max-lora-rank {_rounded(rank, 'vllm')} --lora-modules name=this-folder`"
+
+
+def _for_llama_cpp(config: Mapping[str, Any]) -> str:
+    """How llama.cpp runs a LoRA of this configuration: it knows one alpha, and divides it by each tensor's rank."""
+    if config["rank_pattern"]:
+        return 'does not take it right, since its modules have several ranks; `save_lora(..., layout="padded")` does'
+    return "`convert_lora_to_gguf.py this-folder --base BASE --outtype f32`, then `--lora` with the file"
 
 
 def _fitted(f: Factors, ranks: int | str, truncate: bool) -> Factors:

@@ -14,12 +14,12 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import ExportError
 from s2ft_compile.plan import Slice
+from s2ft_compile.stored import save_tensors
 
 from .card import CARD, SHIRA, card
 from .files import new_directory
@@ -46,7 +46,7 @@ def save_shira(model: nn.Module, directory: str | os.PathLike, *, adapter: str |
             values, indices = numbers(s, r * sum(s.shape))
             tensors[f"base_model.model.{layer}.shira_weight"] = values
             tensors[f"base_model.model.{layer}.shira_indices"] = indices
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS)
         config = {**peft_config(module, list(layers)), "peft_type": "SHIRA", "r": r, "mask_type": "random"}
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         (folder / CARD).write_text(card(source, SHIRA), encoding="utf-8")

@@ -117,6 +117,8 @@ class S2FTConfig:
         A function's name stays a name, which nothing can be selected with: a plan that someone else wrote must not
         import code.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a configuration is a map of options, got {values!r}")
         known = [f.name for f in fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown:

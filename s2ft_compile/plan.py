@@ -67,18 +67,9 @@ class Plan:
         try:
             if values["version"] != PLAN_VERSION:
                 raise ConfigError(f"plan version {values['version']!r}; this release reads version {PLAN_VERSION}")
-            slices = tuple(
-                Slice(
-                    s["parameter_name"],
-                    int(s["dim"]),
-                    torch.tensor(s["indices"], dtype=torch.int64),
-                    tuple(s["shape"]),
-                    tuple(s["roles"]),
-                )
-                for s in values["slices"]
-            )
+            slices = tuple(map(_slice, values["slices"]))
             return cls(S2FTConfig.from_dict(values["config"]), str(values["fingerprint"]), slices)
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        except (LookupError, TypeError, RuntimeError, ValueError, ArithmeticError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"not a plan: {type(error).__name__}: {error}") from error
@@ -97,3 +88,19 @@ class Plan:
         for s in self.slices:
             lines.append(f"  {s.parameter_name}[{s.dim}]: {len(s.indices)} of {s.shape[s.dim]} ({', '.join(s.roles)})")
         return "\n".join(lines)
+
+
+def _slice(values: Mapping[str, Any]) -> Slice:
+    """Raises `TypeError` for what is only like what `to_dict` writes: 1.7 or "1" for a dim."""
+    dim, indices, shape, roles = (values[key] for key in ("dim", "indices", "shape", "roles"))
+    if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
+        raise TypeError(f"roles are a list of texts, got {roles!r}")
+    for what, numbers in (("a dim", [dim]), ("a shape", shape)):
+        if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
+            raise TypeError(f"{what} is of integers, got {numbers!r}")
+    if not isinstance(indices, list):
+        raise TypeError(f"indices are a list, got {indices!r}")
+    found = torch.tensor(indices)
+    if found.dtype != torch.int64 and indices:
+        raise TypeError(f"indices are integers, got {found.dtype}")
+    return Slice(values["parameter_name"], dim, found.to(torch.int64), tuple(shape), tuple(roles))

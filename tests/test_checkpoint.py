@@ -8,20 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as t
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small import hf, randomize, same_bits, tokens
+from small import LLAMA, hf, randomize, same_bits, tokens
 from torch import nn
 from typer.testing import CliRunner
 
 import s2ft_compile as s2ft
+from s2ft_compile import stored as safetensors_files
 from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.cli.app import app
 from s2ft_compile.errors import AdapterError, ExportError, StateError
-from s2ft_compile.exporters import checkpoint, extract, load_adapter, merge_checkpoint, save_adapter, save_merged
+from s2ft_compile.exporters import extract, load_adapter, merge_checkpoint, save_adapter, save_merged
 from s2ft_compile.fingerprint import fingerprint, samples_of
-from s2ft_compile.state import state_of
+from s2ft_compile.state import merged, state_of
 
 ROLES = {"ffn.out": 3, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -94,7 +96,10 @@ def test_everything_but_the_blocks_is_copied(folders, tmp_path):
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["first", "second"]), st.sampled_from([1.0, -1.0, 0.5, 0.3])), min_size=1, max_size=3
+        st.tuples(st.sampled_from(["first", "second"]), st.sampled_from([1.0, -1.0, 0.5, 0.3])),
+        min_size=1,
+        max_size=2,
+        unique_by=lambda chosen: chosen[0],
     )
 )
 def test_several_adapters_are_summed_and_rounded_once(folders, tmp_path_factory, chosen):
@@ -126,6 +131,85 @@ def test_slices_of_one_weight_along_different_dims_are_summed(tmp_path):
     assert same_bits(stored(tmp_path / "out")[name], expected)
 
 
+# --- where a checkpoint is not as its model is ---------------------------------------------------------------
+
+
+def mixtral() -> tuple[nn.Module, dict, dict]:
+    """Experts: two thirds of each are one tensor of the model, and every expert is tensors of its own on disk."""
+    config = t.MixtralConfig(**{**LLAMA, "num_hidden_layers": 1}, num_local_experts=4)
+    targets = {"moe.out": 3, "moe.in": 2, "attention.out": 1}
+    return t.MixtralForCausalLM(config), {"input_ids": tokens()}, targets
+
+
+def vit() -> tuple[nn.Module, dict, dict]:
+    """Every layer has other names on disk."""
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_labels=3)
+    model = t.ViTForImageClassification(t.ViTConfig(**sizes, image_size=8, patch_size=4))
+    return model, {"pixel_values": torch.randn(1, 3, 8, 8)}, {"ffn.out": 3, "ffn.in": 2, "attention.value": 1}
+
+
+@pytest.mark.parametrize("make", [mixtral, vit])
+def test_a_checkpoint_with_other_names_and_forms_is_merged_and_extracted_from(tmp_path, make):
+    built, inputs, targets = make()
+    built.save_pretrained(tmp_path / "base", max_shard_size="4KB")
+    base = type(built).from_pretrained(tmp_path / "base").eval()
+    model = copy.deepcopy(base)
+    plan = s2ft.prepare(model, inputs, s2ft.S2FTConfig(targets=targets))
+    assert {s.parameter_name for s in plan.slices} - stored(tmp_path / "base").keys()
+    randomize(model)
+    save_adapter(model, tmp_path / "adapter")
+    save_merged(model, tmp_path / "tuned")
+    merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    assert same(stored(tmp_path / "merged"), stored(tmp_path / "tuned"))
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "extracted")
+    load_adapter(receiver := copy.deepcopy(base), tmp_path / "extracted")
+    with merged(model):
+        assert same(dict(receiver.named_parameters()), dict(model.named_parameters()))
+    merge_checkpoint(tmp_path / "base", [tmp_path / "extracted"], tmp_path / "again")
+    assert same(stored(tmp_path / "again"), stored(tmp_path / "tuned"))
+    extract(base, tmp_path / "tuned", tmp_path / "from_both")
+    assert (
+        read_adapter(tmp_path / "from_both").plan.fingerprint == read_adapter(tmp_path / "extracted").plan.fingerprint
+    )
+    with pytest.raises(AdapterError, match="differs in|other values there"):
+        merge_checkpoint(tmp_path / "tuned", [tmp_path / "adapter"], tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_form_that_is_not_understood_is_refused_with_the_reason_and_the_way_out(tmp_path, monkeypatch):
+    built, inputs, targets = mixtral()
+    built.save_pretrained(tmp_path / "base")
+    base = t.MixtralForCausalLM.from_pretrained(tmp_path / "base").eval()
+    save_merged(changed := copy.deepcopy(base), tmp_path / "same")
+    s2ft.prepare(changed, inputs, s2ft.S2FTConfig(targets=targets))
+    randomize(changed)
+    save_adapter(changed, tmp_path / "adapter")
+    save_merged(changed, tmp_path / "tuned")
+    for path in [*tmp_path.glob("*/model.safetensors")]:
+        tensors = load_file(path)
+        lost = next(name for name in tensors if "experts.2" in name)
+        save_file({n: x for n, x in tensors.items() if n != lost}, path, metadata={"format": "pt"})
+    for call in (
+        lambda: merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out"),
+        lambda: extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out"),
+    ):
+        with pytest.raises((AdapterError, ExportError), match="experts.2.*is missing"):
+            call()
+    with pytest.raises(AdapterError, match="s2ft export merged --model .*base --adapter .*adapter"):
+        merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    monkeypatch.delattr("transformers.core_model_loading.revert_weight_conversion")
+    with pytest.raises(AdapterError, match="could not be converted: .*s2ft export merged"):
+        merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "same", "tuned"]
+
+
+def test_an_adapter_is_not_added_to_itself(folders, tmp_path):
+    for weights in (None, [0.5, 0.5]):
+        with pytest.raises(ExportError, match="first and .*first are the same adapter.*weight of 2"):
+            merge_checkpoint(folders / "base", [folders / "first"] * 2, tmp_path / "out", weights)
+    assert not list(tmp_path.iterdir())
+
+
 def damage_shard(base: Path) -> str:
     path = sorted(base.glob("*.safetensors"))[0]
     path.write_bytes(path.read_bytes()[:-1])
@@ -138,17 +222,17 @@ def remove_shard(base: Path) -> str:
 
 
 def lead_outside(base: Path) -> str:
-    (base / checkpoint.INDEX).write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+    (base / safetensors_files.INDEX).write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
     return "outside of its folder"
 
 
 def break_index(base: Path) -> str:
-    (base / checkpoint.INDEX).write_text("[]")
+    (base / safetensors_files.INDEX).write_text("[]")
     return "not the index"
 
 
 def remove_all(base: Path) -> str:
-    for path in [*base.glob("*.safetensors"), base / checkpoint.INDEX]:
+    for path in [*base.glob("*.safetensors"), base / safetensors_files.INDEX]:
         path.unlink()
     return "not a checkpoint"
 
@@ -262,10 +346,10 @@ def test_memory_is_that_of_a_tensor_and_not_of_a_shard(tmp_path):
     tensors = {f"layers.{i}.weight": torch.randn(1024, 2048) for i in range(12)}
     (tmp_path / "base").mkdir()
     (tmp_path / "tuned").mkdir()
-    save_file(tensors, tmp_path / "base" / checkpoint.SINGLE)
+    save_file(tensors, tmp_path / "base" / safetensors_files.SINGLE)
     for name in list(tensors)[::2]:
         tensors[name][:, 5:25] += 1
-    save_file(tensors, tmp_path / "tuned" / checkpoint.SINGLE)
+    save_file(tensors, tmp_path / "tuned" / safetensors_files.SINGLE)
     extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter")
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, *(tmp_path / n for n in ("base", "adapter", "out"))],
@@ -319,7 +403,7 @@ def test_any_change_of_a_few_rows_or_columns_is_recovered_exactly(tmp_path_facto
     T.index_copy_(dim, chosen, (torch.randn(shape, generator=random) * scale).to(dtype))
     for name, tensor in (("base", W), ("tuned", T)):
         (root / name).mkdir()
-        save_file({"w": tensor, "same": torch.ones(3)}, root / name / checkpoint.SINGLE)
+        save_file({"w": tensor, "same": torch.ones(3)}, root / name / safetensors_files.SINGLE)
     extract(root / "base", root / "tuned", root / "adapter")
     (s,) = read_adapter(root / "adapter").slices
     assert s.parameter_name == "w" and s.dim == dim and set(s.indices.tolist()) <= set(chosen.tolist())
@@ -349,7 +433,7 @@ def vector(*values):
 def test_what_is_no_slice_is_refused_by_name(tmp_path, base, tuned, match):
     for name, tensors in (("base", base), ("tuned", tuned)):
         (tmp_path / name).mkdir()
-        save_file(tensors, tmp_path / name / checkpoint.SINGLE)
+        save_file(tensors, tmp_path / name / safetensors_files.SINGLE)
     with pytest.raises(ExportError, match=match):
         extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "tuned"]
@@ -377,6 +461,21 @@ def test_merge_and_extract_on_the_command_line(folders, tmp_path):
     s2ft_command("merge", folders / "base", folders / "first", folders / "second", both)
     merge_checkpoint(folders / "base", [folders / "first", folders / "second"], tmp_path / "expected")
     assert same(stored(both), stored(tmp_path / "expected"))
+    s2ft_command(
+        "merge", folders / "base", folders / "first", folders / "second", tmp_path / "sum", "--weights", "1,0.5"
+    )
+    merge_checkpoint(folders / "base", [folders / "first", folders / "second"], tmp_path / "expected_sum", [1, 0.5])
+    assert same(stored(tmp_path / "sum"), stored(tmp_path / "expected_sum"))
+    for arguments, told in (
+        ((folders / "base", folders / "first", folders / "first", tmp_path / "no"), "the same adapter"),
+        ((folders / "base", folders / "first", tmp_path / "no", "--weights", "1,x"), "numbers by commas"),
+        ((folders / "base", folders / "first", tmp_path / "no", "--weights", "1,2"), "1 adapters and 2 weights"),
+        (("no/such-model", folders / "first", tmp_path / "no"), "no hub id that can be reached"),
+        ((tmp_path / "nowhere", folders / "first", tmp_path / "no"), "nowhere is not a checkpoint"),
+    ):
+        made = CliRunner().invoke(app, ["merge", *map(str, arguments)], env={"COLUMNS": "400"})
+        assert made.exit_code == 1 and told in made.output and len(made.output.splitlines()) == 1, made.output
+    assert not (tmp_path / "no").exists()
     assert "10 slices" in s2ft_command("extract", folders / "base", merged, adapter)
     merge_checkpoint(folders / "base", [adapter], tmp_path / "again")
     assert same(stored(tmp_path / "again"), stored(merged))

@@ -7,6 +7,8 @@ import shutil
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,10 +23,22 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import s2ft_compile as s2ft
 from s2ft_compile.adapters import format
+from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.errors import AdapterError, ExportError, S2FTError, StateError
-from s2ft_compile.exporters import load_adapter, merged, save_adapter, save_merged
+from s2ft_compile.exporters import (
+    export_onnx,
+    extract,
+    load_adapter,
+    merge_checkpoint,
+    merged,
+    save_adapter,
+    save_lora,
+    save_merged,
+    save_onnx_adapter,
+    save_shira,
+)
 from s2ft_compile.exporters.files import new_directory, new_files
-from s2ft_compile.fingerprint import SAMPLES, fingerprint
+from s2ft_compile.fingerprint import SAMPLES, fingerprint, samples_of
 from s2ft_compile.state import merged as merged_weights
 from s2ft_compile.state import state_of
 
@@ -219,6 +233,46 @@ def test_a_process_that_is_killed_leaves_whole_files_only(tmp_path):
     save_merged(Toy(), tmp_path / "again")  # what was left behind is in nobody's way
 
 
+WRITING = """
+import sys, time
+from s2ft_compile.exporters.files import new_directory
+
+with new_directory(sys.argv[1]) as folder:
+    (folder / "large").write_text("x")
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
+    def start(name: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITING, tmp_path / name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+        assert process.stdout.readline() == "writing\n"
+        return process
+
+    def staging() -> set[str]:
+        return {p.name for p in tmp_path.iterdir() if p.name.startswith(".s2ft-")}
+
+    killed = start("killed")
+    left = staging()
+    live = start("live")
+    assert len(left) == 1 and left < staging()  # another process writes there: both live
+    killed.kill()
+    killed.wait()
+    with new_directory(tmp_path / "one") as folder, new_directory(tmp_path / "two"):
+        (folder / "kept").write_text("x")
+        assert len(staging()) == 3 and not left & staging()  # of this process, twice, and of the live one
+    live.communicate("go on\n")
+    assert live.returncode == 0
+    assert tree(tmp_path) == {"one": b"/", "one/kept": b"x", "two": b"/", "live": b"/", "live/large": b"x"}
+
+
 # --- fingerprint ------------------------------------------------------------------------------------------
 
 
@@ -337,18 +391,92 @@ def test_an_output_that_exists_is_refused(tmp_path, save):
     assert tree(tmp_path) == {"out": b"/", "out/mine": b"kept"} and same(bits(model), before)
 
 
-@pytest.mark.parametrize("save, writer", [(save_merged, "merged.save_model"), (save_adapter, "format.save_file")])
+@pytest.mark.parametrize(
+    "save, writer", [(save_merged, "exporters.merged.save_model"), (save_adapter, "adapters.format.save_tensors")]
+)
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch, save, writer):
     def half(tensors, path, **_):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(f"s2ft_compile.exporters.{writer}", half)
+    monkeypatch.setattr(f"s2ft_compile.{writer}", half)
     model = trained(Toy())
     before = bits(model)
     with pytest.raises(ExportError, match="disk full"):
         save(model, tmp_path / "new" / "out")
     assert tree(tmp_path) == {} and same(bits(model), before)
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """As on a disk that is full: the system refuses to write more than this into one file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+SAVES = {
+    "merged": lambda model, out: save_merged(model, out / "made"),
+    "adapter": lambda model, out: save_adapter(model, out / "made"),
+    "lora": lambda model, out: save_lora(model, out / "made"),
+    "shira": lambda model, out: save_shira(model, out / "made"),
+    "onnx": lambda model, out: export_onnx(model, out / "made.onnx", (IDS,)),
+    "onnx adapter": lambda model, out: save_onnx_adapter(model, out / "made.onnx_adapter"),
+    "extract": lambda model, out: extract(Toy(512, 520), out.parent / "tuned", out / "made"),
+    "merge": lambda model, out: merge_checkpoint(out.parent / "base", [out.parent / "adapter"], out / "made"),
+}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model whose every file is over 64 KiB, and folders of what it was and became."""
+    root, model = tmp_path_factory.mktemp("large"), trained(Toy(512, 520), targets={"ffn.out": 40, "ffn.in": 40})
+    save_merged(Toy(512, 520), root / "base")
+    save_merged(model, root / "tuned")
+    save_adapter(model, root / "adapter")
+    (root / "out").mkdir()
+    return model, root / "out"
+
+
+@pytest.mark.parametrize("kind", SAVES)
+def test_a_full_disk_is_one_line_and_leaves_nothing(large, kind):
+    model, out = large
+    with files_of_at_most(60_000), pytest.raises(ExportError, match="could not write .*made") as caught:
+        SAVES[kind](model, out)
+    assert tree(out) == {} and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("save", [save_adapter, save_lora, save_shira, save_merged])
+@pytest.mark.parametrize("how", ["another bit", "a tensor less"])
+def test_what_was_written_wrong_does_not_appear(tmp_path, monkeypatch, save, how):
+    """What the file holds is compared with what it was to hold, whatever the library that wrote it says."""
+    from safetensors import torch as library
+
+    write = library.save_file
+
+    def wrong(tensors, path, metadata=None):
+        tensors = {name: t.clone() for name, t in tensors.items()}
+        name = sorted(tensors)[0]
+        if how == "another bit":
+            tensors[name].view(-1)[-1:].view(torch.uint8)[0] ^= 1
+        else:
+            del tensors[name]
+        write(tensors, path, metadata=metadata)
+
+    for place in ("s2ft_compile.stored.save_file", "transformers.modeling_utils.safe_save_file"):
+        monkeypatch.setattr(place, wrong)
+    monkeypatch.setattr(merged, "save_model", lambda module, path: wrong(dict(module.named_parameters()), path))
+    base = Toy() if save is not save_merged else HF["gpt2"]()
+    model = trained(base, targets=TARGETS if save is not save_merged else {"ffn.out": 3})
+    with pytest.raises(ExportError, match="was not written"):
+        save(model, tmp_path / "out")
+    if save is save_merged:
+        with pytest.raises(ExportError, match="was not written"):
+            save(Toy(), tmp_path / "out")
+    assert tree(tmp_path) == {}
 
 
 # --- adapter: round trips ---------------------------------------------------------------------------------
@@ -439,6 +567,53 @@ def test_only_a_prepared_and_finite_model_has_an_adapter(tmp_path):
     with pytest.raises(ExportError, match="NaN"):
         save_adapter(model, tmp_path / "a")
     assert tree(tmp_path) == {}
+
+
+LARGE = {"ffn.out": 3}
+
+
+def overflowing(dtype=torch.float16) -> nn.Module:
+    """A prepared float16 model whose deltas are finite, and one of whose sums is not: 65504 is the largest number."""
+    model = trained(Toy(dtype=dtype), targets=LARGE)
+    with torch.no_grad():
+        s2ft.parameters(model)[1].view(-1)[5] = 1e6
+    state_of(model).refresh()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter", "lora", "shira", "onnx", "onnx adapter"])
+def test_a_sum_beyond_the_type_is_not_exported(tmp_path, kind):
+    model = overflowing()
+    before = bits(model)
+    with pytest.raises(ExportError, match="blocks.1.down.weight.* not finite.*float16"):
+        SAVES[kind](model, tmp_path)
+    assert tree(tmp_path) == {} and same(bits(model), before)
+
+
+def test_a_sum_beyond_the_type_is_not_loaded(tmp_path):
+    """An adapter that another writer made, for one base and finite in itself."""
+    model = overflowing(torch.float32)
+    save_adapter(model, tmp_path / "wide")
+    base, plan = Toy(dtype=torch.float16), read_adapter(tmp_path / "wide").plan
+    names = {s.parameter_name: dict(base.named_parameters())[s.parameter_name] for s in plan.slices}
+    described = format.describe_base(
+        "Toy",
+        "float16",
+        samples_of(base),
+        {s.parameter_name: format.hash_of_block(names[s.parameter_name], s) for s in plan.slices},
+    )
+    (tmp_path / "a").mkdir()
+    format.write_adapter(tmp_path / "a", format.Adapter(replace(plan, fingerprint=described["fingerprint"]), described))
+    prepared_too = trained(Toy(dtype=torch.float16), targets=LARGE)
+    refused([base, prepared_too], tmp_path / "a", "blocks.1.down.weight.*not finite in float16.*bfloat16 or float32")
+    bank = s2ft.AdapterBank(base)
+    with pytest.raises(AdapterError, match="not finite in float16"):
+        bank.add("a", tmp_path / "a")
+    assert bank.names == ()
+    save_merged(base, tmp_path / "base")
+    with pytest.raises(AdapterError, match="not finite in float16"):
+        merge_checkpoint(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- adapter: refusals, after which the model has the bits it had -----------------------------------------
@@ -608,7 +783,32 @@ FORGERIES = {
     "nameless parameter": (plan_slice(parameter_name=3), "parameter's name"),
     "listed parameter": (plan_slice(parameter_name=["x"]), "parameter's name"),
     "other shape": (plan_slice(shape=[8, 13]), "parameter of shape"),
-    "shape of words": (plan_slice(shape=["a", "b"]), "parameter of shape"),
+    "shape of words": (plan_slice(shape=["a", "b"]), "a shape is of integers"),
+    "shape of a number": (plan_slice(shape=8), "a shape is of integers"),
+    "shape beyond int64": (plan_slice(shape=[8, 2**63]), "parameter of shape"),
+    "shape far beyond int64": (plan_slice(shape=[2**70, 12]), "parameter of shape"),
+    "shape of booleans": (plan_slice(shape=[True, 12]), "a shape is of integers"),
+    "dim as text": (plan_slice(dim="1"), "a dim is of integers"),
+    "dim as a fraction": (plan_slice(dim=1.7), "a dim is of integers"),
+    "dim beyond int64": (plan_slice(dim=2**70), "dim 1180591620717411303424"),
+    "indices as fractions": (plan_slice(indices=[1.5, 2.5, 3.5]), "indices are integers"),
+    "indices as a map": (plan_slice(indices={"0": 1}), "indices are a list"),
+    "roles as numbers": (plan_slice(roles=[1]), "roles are a list of texts"),
+    "roles as a text": (plan_slice(roles="ffn.out"), "roles are a list of texts"),
+    "slices as a map": ({"config": lambda c: c["plan"].update(slices={"a": 1})}, "not a plan"),
+    "slices as a number": ({"config": lambda c: c["plan"].update(slices=3)}, "not a plan"),
+    "configuration as a list": ({"config": lambda c: c["plan"].update(config=[])}, "a map of options"),
+    "types as a list": ({"config": lambda c: c.update(delta_dtypes=["float64"])}, "not an adapter: AttributeError"),
+    "types as a text": ({"config": lambda c: c.update(delta_dtypes="float64")}, "not an adapter: AttributeError"),
+    "blocks as numbers": (
+        {"config": lambda c: c["base"].update(blocks=dict.fromkeys(c["base"]["blocks"], 1))},
+        "other",
+    ),
+    "half a surrogate pair": (
+        {"config": lambda c: c["base"]["samples"].update({"\ud800": "0"})},
+        "not an adapter: UnicodeEncodeError",
+    ),
+    "a parameter's name of half a pair": (plan_slice(parameter_name="\ud800"), "same tensors"),
     "dim above": (plan_slice(dim=2), "dim 2"),
     "dim below": (plan_slice(dim=-1), "dim -1"),
     "no plan": ({"config": lambda c: c.pop("plan")}, "not a plan"),
@@ -650,6 +850,20 @@ def test_forged_files_are_refused(saved, receivers, tmp_path_factory, forgery):
     folder = copied(saved, tmp_path_factory)
     forge(folder, **edits)
     refused(receivers, folder, match)
+
+
+def test_a_configuration_that_no_adapter_has_is_refused_before_it_is_read(saved, receivers, tmp_path_factory):
+    folder = copied(saved, tmp_path_factory)
+    os.truncate(folder / CONFIG, 1 << 36)  # a hole: no space on the disk, 64 GiB to whoever reads it
+    with pytest.raises(AdapterError, match="has 68,719,476,736 bytes"):
+        load_adapter(receivers[0], folder)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "\ud800"])
+def test_a_path_that_no_file_has_is_refused_in_a_line(receivers, path):
+    with pytest.raises(AdapterError, match="not an adapter") as caught:
+        load_adapter(receivers[0], path)
+    assert len(str(caught.value)) < 1000
 
 
 NO_CONFIGURATION = ["", "[]", "null", "3", "{", '{"format": NaN', "[" * 100_000, "\ud800", "9" * 5000]

@@ -108,6 +108,31 @@ def test_the_factors_are_the_delta(n, other, size, dim, transposed, more, seed):
     assert torch.equal(f.B @ f.A, expected.T if transposed else expected)
 
 
+def test_every_program_scales_what_is_written_by_one(tmp_path):
+    """PEFT scales by a module's own alpha / rank, vLLM and Olive by lora_alpha / r, llama.cpp by lora_alpha / the
+    tensor's rank. Oracle: the delta, in float64."""
+    base, model = tuned("llama", targets={**ROLES, "ffn.out": 9})
+    save_lora(model, tmp_path / "default")
+    save_lora(model, tmp_path / "pattern", layout="pattern")
+    trained = weights(model)
+    for folder, right in (("default", True), ("pattern", False)):
+        config, tensors = json.loads((tmp_path / folder / lora.CONFIG).read_text()), factors(tmp_path / folder)
+        assert config["lora_alpha"] == config["r"]
+        scales = set()
+        for name in (n for n in tensors if ".lora_B." in n):
+            layer = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+            B, A = tensors[name].double(), tensors[name.replace("lora_B", "lora_A")].double()
+            scales.add(config["lora_alpha"] / B.shape[1])
+            if right:
+                delta = trained[f"{layer}.weight"].double() - base.get_parameter(f"{layer}.weight").double()
+                made = config["lora_alpha"] / B.shape[1] * (B @ A)
+                # the trained weight is a rounded sum
+                assert ((made - delta).abs() <= U32 * trained[f"{layer}.weight"].abs()).all()
+        assert (scales == {1.0}) == right
+        text = (tmp_path / folder / "README.md").read_text()
+        assert ("convert_lora_to_gguf.py" in text) == right and ("several ranks" in text) != right
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("save", [save_lora, save_shira])
 def test_in_half_precision_peft_rounds_once_too(tmp_path, save, dtype):
@@ -258,7 +283,7 @@ def test_what_is_no_lora_is_refused(tmp_path, target, tied, match):
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"layout": "flat"}, "pattern, padded"),
+        ({"layout": "flat"}, "padded, pattern"),
         ({"ranks": 0}, "positive"),
         ({"ranks": True}, "positive"),
         ({"ranks": "all"}, "'exact', 'vllm'"),

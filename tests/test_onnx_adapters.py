@@ -17,14 +17,14 @@ from s2ft_compile.errors import AdapterError, ConfigError, ExportError
 from s2ft_compile.exporters import export_onnx, save_adapter, save_onnx_adapter
 from s2ft_compile.exporters.onnx.adapter import places_of
 from s2ft_compile.exporters.onnx.export import OPSETS
-from s2ft_compile.exporters.onnx.places import add_places
+from s2ft_compile.exporters.onnx.places import NAMES, add_places
 from s2ft_compile.state import state_of
 
 TARGETS = {"ffn.out": 5, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
 
 
-def tuned(kind: str, seed: int, targets=TARGETS, **changes):
-    model = hf(kind, **changes)
+def tuned(kind: str, seed: int, targets=TARGETS, dtype=torch.float32, **changes):
+    model = hf(kind, **changes).to(dtype)
     s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets=targets, seed=seed))
     randomize(model, seed)
     state_of(model).refresh()
@@ -90,6 +90,139 @@ def test_room_for_the_adapters_of_several_folders(tmp_path):
         with torch.no_grad():
             close(run(session, inputs, file), model(inputs).logits)
     close(run(session, inputs), base(inputs).logits.detach())
+
+
+# --- what is written is what was meant ----------------------------------------------------------------------
+
+WIDE = {"hidden_size": 256, "intermediate_size": 288, "head_dim": 64, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_large_deltas_are_in_the_file_bit_for_bit(tmp_path, names):
+    """Deltas of up to 192 KiB: memory that is freed too early is used again at once at such sizes."""
+    model = tuned("llama", 0, {"ffn.out": 96, "attention.out": 1, "ffn.in": 72, "attention.value": 1}, **WIDE)
+    file = save_onnx_adapter(model, tmp_path / "a.onnx_adapter", names=names)
+    read = onnxruntime.AdapterFormat.read_adapter(str(file))
+    held = {name: value.numpy() for name, value in read.get_parameters().items()}
+    slices = state_of(model).plan.slices
+    assert len(held) == 2 * len(slices)
+    assert max(s.delta.numel() * 4 for s in slices) >= 96 << 10
+    for s in slices:
+        delta, columns = s.delta.detach().T.numpy(), s.dim == 1
+        if names == "genai":
+            layer = s.parameter_name.removesuffix(".weight")
+            A, B = held[f"{layer}.lora_A.weight"], held[f"{layer}.lora_B.weight"]
+            one_hot = np.eye(s.shape[s.dim], dtype=np.float32)[s.indices]
+            order = s.indices.numpy().argsort()
+            A_of, B_of = (one_hot[order].T, delta[order]) if columns else (delta[:, order], one_hot[order])
+            assert np.array_equal(A, A_of) and np.array_equal(B, B_of)
+        else:
+            side, order = ("columns" if columns else "rows"), s.indices.numpy().argsort()
+            assert np.array_equal(held[f"{s.parameter_name}.{side}.indices"], s.indices.numpy()[order])
+            found = held[f"{s.parameter_name}.{side}.delta"]
+            assert np.array_equal(found, delta[order] if columns else delta[:, order])
+
+
+def test_an_adapter_that_is_read_back_otherwise_is_refused(tmp_path, monkeypatch):
+    model, ascontiguous = tuned("llama", 0, num_hidden_layers=1), np.ascontiguousarray
+    held = []
+
+    def overwritten_while_it_is_written(values):
+        held.append(ascontiguous(values))
+        return held[-1]
+
+    export = onnxruntime.AdapterFormat.export_adapter
+
+    def export_adapter(self, path):
+        held[1].flat[0] += 1
+        export(self, path)
+        held[1].flat[0] -= 1
+
+    monkeypatch.setattr(np, "ascontiguousarray", overwritten_while_it_is_written)
+    monkeypatch.setattr(onnxruntime.AdapterFormat, "export_adapter", export_adapter)
+    with pytest.raises(ExportError, match="read again, it differs in model.layers.0.*delta"):
+        save_onnx_adapter(model, tmp_path / "a.onnx_adapter")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.bfloat16))]
+)
+def test_a_session_with_an_adapter_gives_the_merged_model_in_each_type(tmp_path, names, dtype):
+    """Float16 has 11 bits, and sums of at most 64 terms; bfloat16 is written as float32, the model's own has 8."""
+    layers, example = {"num_hidden_layers": 1, "eos_token_id": 7}, {"input_ids": tokens()}
+    base, model = hf("llama", **layers).to(dtype), tuned("llama", 0, dtype=dtype, **layers)
+    path = export_onnx(model, tmp_path / "base.onnx", example, "separate", cache=names == "genai", names=names)
+    file = save_onnx_adapter(model, tmp_path / "a.onnx_adapter", names=names)
+    session, ids = onnxruntime.InferenceSession(str(path)), tokens(3, 11, seed=5)
+    feeds = {"input_ids": ids.numpy()}
+    if names == "genai":
+        empty = np.zeros((3, 2, 0, 4), np.float16 if dtype == torch.float16 else np.float32)
+        feeds |= {"attention_mask": np.ones((3, 11), np.int64), "position_ids": np.arange(11)[None].repeat(3, 0)}
+        feeds |= {f"past_key_values.0.{part}": empty for part in ("key", "value")}
+    eps = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}[dtype]
+    for expected, files in ((base, ()), (model, (file,))):
+        with torch.no_grad():
+            want = expected(ids).logits.float()
+        found = run(session, feeds, *files).float()
+        torch.testing.assert_close(found, want, rtol=0, atol=64 * eps * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "broken, names, dtype, match",
+    [
+        ("Add", "model", torch.float32, "differs from the model with an adapter in output 'logits'"),
+        ("Add", "genai", torch.float32, "differs from the model with an adapter in output 'logits'"),
+        ("ScatterElements", "model", torch.float16, "cannot run the exported graph with an adapter"),
+    ],
+)
+def test_a_graph_that_is_right_without_an_adapter_only_is_refused(tmp_path, monkeypatch, broken, names, dtype, match):
+    """Sums that are left out, and a reduction that ONNX Runtime has no float16 kernel of: the check runs an adapter."""
+    model = tuned("llama", 0, dtype=dtype, num_hidden_layers=1)
+    before, make = {n: p.detach().clone() for n, p in model.named_parameters()}, ir.node
+
+    def node(kind, inputs, attributes=None):
+        if kind == broken == "Add":
+            return make("Identity", inputs[:1])
+        return make(kind, inputs, {**(attributes or {}), "reduction": "add"} if kind == broken else attributes)
+
+    monkeypatch.setattr(ir, "node", node)
+    with pytest.raises(ExportError, match=match):
+        options = {"cache": names == "genai", "names": names}
+        export_onnx(model, tmp_path / "m.onnx", {"input_ids": tokens()}, "separate", **options)
+    assert not list(tmp_path.iterdir())
+    assert_weights(model, before)
+
+
+@pytest.mark.parametrize("names", ["model", pytest.param("genai", marks=pytest.mark.slow)])
+def test_onnx_runtime_quantizes_the_weights_and_not_the_adapters(tmp_path, names):
+    """Its tools, as the README calls them: each product of a weight is in int8, and each of an adapter is not."""
+    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 1, "eos_token_id": 7}
+    base, model = hf("llama", **sizes), tuned("llama", 0, **sizes)
+    example, ids = {"input_ids": tokens()}, tokens(3, 11, seed=5)
+    path = export_onnx(model, tmp_path / "m.onnx", example, "separate", cache=names == "genai", names=names)
+    file, made = save_onnx_adapter(model, tmp_path / "a.onnx_adapter", names=names), tmp_path / "int8.onnx"
+    quant_pre_process(str(path), str(tmp_path / "pre.onnx"), skip_symbolic_shape=True)
+    quantize_dynamic(str(tmp_path / "pre.onnx"), str(made))
+    kinds = [node.op_type for node in onnx.load(made).graph.node]
+    slices = len(state_of(model).plan.slices)
+    assert kinds.count("MatMulInteger") == 8  # seven of the layer, and the head
+    assert kinds.count("MatMul") == 2 + slices * (2 if names == "genai" else 1)  # of the attention, and the adapter's
+    feeds = {"input_ids": ids.numpy()}
+    if names == "genai":
+        feeds |= {"attention_mask": np.ones((3, 11), np.int64), "position_ids": np.arange(11)[None].repeat(3, 0)}
+        feeds |= {f"past_key_values.0.{part}": np.zeros((3, 2, 0, 16), np.float32) for part in ("key", "value")}
+    with torch.no_grad():
+        plain, trained = base(ids).logits, model(ids).logits
+    session = onnxruntime.InferenceSession(str(made))
+    for files, want, other in (((), plain, trained), ((file,), trained, plain)):
+        found = run(session, feeds, *files)
+        error, apart = (found - want).norm() / want.norm(), (found - other).norm() / want.norm()
+        assert error < 0.06 and apart > 3 * error, (error, apart)
 
 
 # --- opsets -----------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_each_adapter_of_one_graph_generates_what_its_model_does(tmp_path, kind,
 def test_genai_adapters_are_what_olive_makes_of_the_lora(tmp_path):
     """`olive convert-adapters` renames, transposes, and scales B by lora_alpha / r."""
     model = tuned("llama", 0)
-    save_lora(model, tmp_path / "lora")
+    save_lora(model, tmp_path / "lora", layout="pattern")
     file = save_onnx_adapter(model, tmp_path / "a.onnx_adapter", names="genai")
     held = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())

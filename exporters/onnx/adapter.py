@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,16 +13,20 @@ from torch import nn
 
 from s2ft_compile.adapters.format import Adapter, read_adapter
 from s2ft_compile.capture import unwrap
+from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError, ExportError
-from s2ft_compile.exporters.adapter import check_fits
+from s2ft_compile.exporters.adapter import check_fits, summed, untrained
 from s2ft_compile.exporters.files import new_files
 from s2ft_compile.exporters.lora import adapter_source, linear_layers
-from s2ft_compile.state import disabled, is_prepared, state_of
+from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.state import is_prepared, state_of
 
+from .check import first_line
 from .places import GENAI, NAMES, check_names, lora_names, slice_names
 
 log = logging.getLogger(__name__)
 SUFFIX = ".onnx_adapter"
+PROBED = 16  # indices of each weight that a graph is checked with
 
 
 def save_onnx_adapter(
@@ -50,18 +54,34 @@ def save_onnx_adapter(
 
 
 def _write(parameters: Mapping[str, np.ndarray], file: Path) -> None:
+    """Raises `ExportError` where the file cannot be written or, read again, does not hold these bits."""
     import onnxruntime
 
+    arrays = {name: np.ascontiguousarray(values) for name, values in parameters.items()}
     written = onnxruntime.AdapterFormat()
     written.set_adapter_version(1)
     written.set_model_version(1)
-    written.set_parameters(
-        {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values))
-            for name, values in parameters.items()
-        }
-    )
-    written.export_adapter(str(file))
+    # an OrtValue on a CPU points into its array, which has to live until the file is written
+    written.set_parameters({n: onnxruntime.OrtValue.ortvalue_from_numpy(values) for n, values in arrays.items()})
+    try:
+        written.export_adapter(str(file))
+    except RuntimeError as error:  # ONNX Runtime's, of a full disk too
+        raise ExportError(f"could not write {file.name}: {first_line(error)}") from error
+    _read_back(arrays, file)
+
+
+def _read_back(arrays: Mapping[str, np.ndarray], file: Path) -> None:
+    import onnxruntime
+
+    read = onnxruntime.AdapterFormat.read_adapter(str(file))  # its values point into it
+    held = {name: value.numpy() for name, value in read.get_parameters().items()}
+    if odd := sorted(held.keys() ^ arrays.keys()) or [n for n, a in arrays.items() if not _same(a, held[n])]:
+        raise ExportError(f"{file.name} was not written correctly: read again, it differs in {', '.join(odd[:3])}")
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Bit for bit."""
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
 class Part(NamedTuple):
@@ -77,8 +97,9 @@ class Part(NamedTuple):
 
 def _oriented(module: nn.Module, source: Adapter) -> list[Part]:
     layers, made = linear_layers(module, source, "an adapter beside an ONNX graph"), []
+    weights = dict(module.named_parameters())
     for s in source.slices:
-        transposed, dtype = layers[s.parameter_name][1], module.get_parameter(s.parameter_name).dtype
+        transposed, dtype = layers[s.parameter_name][1], weights[s.parameter_name].dtype
         delta = (s.delta if transposed else s.delta.T).to(torch.float32 if dtype == torch.bfloat16 else dtype)
         columns = (s.dim == 1) != transposed
         made.append(Part(s.parameter_name, columns, s.indices.numpy(), delta.numpy(), s.shape[s.dim]))
@@ -106,22 +127,56 @@ def _loras(parts: Sequence[Part]) -> dict[str, np.ndarray]:
     return made
 
 
-# --- the graph ---------------------------------------------------------------------------------------------
+# --- a graph's check ---------------------------------------------------------------------------------------
 
 
 @contextmanager
-def untrained(model: nn.Module) -> Iterator[None]:
-    """Context in which `model` is the plain base model, whatever it has trained."""
-    if not is_prepared(model):
-        yield
-        return
-    state, module = state_of(model), unwrap(model)
-    with disabled(model):
-        state.uninstall(module)
+def probe(module: nn.Module, places: Sequence[tuple[str, int]], names: str, folder: Path) -> Iterator[Any]:
+    """Context in which a plain module has an adapter of random numbers at all of these (weight, dim), and yields the
+    `RunOptions` of ONNX Runtime with that adapter, written into `folder`, active."""
+    import onnxruntime
+
+    adapter = _random_adapter(module, places)
+    parts, file = _oriented(module, adapter), folder / f"probe{SUFFIX}"
+    _write(_loras(parts) if names == GENAI else _slices(parts), file)
+    loaded, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+    loaded.Load(str(file))
+    options.add_active_adapter(loaded)
+    with added(module, adapter):
+        yield options
+
+
+def _random_adapter(module: nn.Module, places: Sequence[tuple[str, int]]) -> Adapter:
+    """Up to `PROBED` indices each, with numbers that change a layer's outputs by much of what they are."""
+    random, slices = torch.Generator().manual_seed(0), []
+    for name, dim in places:
+        W = module.get_parameter(name).detach()
+        indices = torch.randperm(W.shape[dim], generator=random)[:PROBED].sort().values
+        shape = [len(indices) if d == dim else size for d, size in enumerate(W.shape)]
+        scale = min(4.0, (W.shape[dim] / len(indices)) ** 0.5) * float(W.float().square().mean().sqrt())
+        delta = (scale * torch.randn(shape, generator=random)).to(torch.promote_types(W.dtype, torch.float32))
+        slices.append(Slice(name, dim, indices, tuple(W.shape), (), delta))
+    return Adapter(Plan(S2FTConfig(), "", tuple(slices)), {})
+
+
+@contextmanager
+def added(module: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """Context in which the weights of a plain module have the slices of an adapter added."""
+    undo: list[tuple[nn.Parameter, int, torch.Tensor, torch.Tensor]] = []
+    with torch.no_grad():
         try:
+            for s in adapter.slices:
+                W = module.get_parameter(s.parameter_name)
+                dim, indices, block = summed(W, [(s, 1.0)])
+                undo.append((W, dim, indices, W.index_select(dim, indices)))
+                W.index_copy_(dim, indices, block)
             yield
         finally:
-            state.install(module)
+            for W, dim, indices, block in reversed(undo):
+                W.index_copy_(dim, indices, block)
+
+
+# --- the graph ---------------------------------------------------------------------------------------------
 
 
 def places_of(model: nn.Module, adapters: str | Sequence[str | os.PathLike]) -> list[tuple[str, int]]:

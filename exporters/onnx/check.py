@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,37 @@ from s2ft_compile.errors import ExportError
 log = logging.getLogger(__name__)
 
 
-def check(module: nn.Module, file: Path, inputs: tuple[tuple, dict], others: Sequence[tuple[tuple, dict]] = ()) -> None:
+def check(
+    module: nn.Module,
+    file: Path,
+    inputs: tuple[tuple, dict],
+    others: Sequence[tuple[tuple, dict]] = (),
+    adapted: AbstractContextManager[Any] | None = None,
+) -> None:
     """The file is valid ONNX, and gives the module's outputs for the example and for inputs of other sizes.
 
-    others: these inputs; none: the example with a row more and a token less, if the module takes it. Raises
-    `ExportError`. What ONNX Runtime has no CPU kernel for is not run, with a warning.
+    others: these inputs; none: the example with a row more and a token less, if the module takes it. adapted: a context
+    in which the module has an adapter, and which yields the `RunOptions` of a run with it; the file has to give the
+    module's outputs then too. Raises `ExportError`. What ONNX Runtime has no CPU kernel for is not run, with a warning.
     """
+    session = _session(file)
+    if session is None:
+        return
+    cases = [inputs, *(others or _resized_for(module, session, inputs))]
+    for given in cases:
+        _compare(module, session, given)
+    if adapted is None:
+        return
+    before = _outputs(module, inputs)
+    with adapted as options:
+        if all(close(before[name], value) for name, value in _outputs(module, inputs).items()):
+            log.warning("what the adapters change has no effect on the example's outputs, so it was not checked")
+        for given in cases:
+            _compare(module, session, given, options)
+
+
+def _session(file: Path) -> Any | None:
+    """None, with a warning, where ONNX Runtime has no kernels."""
     import onnx
     import onnxruntime
 
@@ -27,39 +53,43 @@ def check(module: nn.Module, file: Path, inputs: tuple[tuple, dict], others: Seq
         onnx.checker.check_model(str(file))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
         log.warning("the ONNX file was not run: ONNX Runtime has no CPU kernel for it (%s)", first_line(error))
-        return
+        return None
     except Exception as error:  # neither library has a base class for its errors
         raise ExportError(f"the exported graph is not valid: {first_line(error)}") from error
-    for given in (inputs, *others):
-        _compare(module, session, given)
-    if others:
-        return
+
+
+def _resized_for(module: nn.Module, session: Any, inputs: tuple[tuple, dict]) -> list[tuple[tuple, dict]]:
     resized = _resized(session, inputs)
     try:
-        with torch.no_grad():
-            module(*resized[0], **resized[1])
+        _outputs(module, resized)
     except Exception as error:  # whatever a model raises on sizes that it does not take
         log.info("the model itself does not take inputs of another size: %s", first_line(error))
-    else:
-        _compare(module, session, resized)
+        return []
+    return [resized]
 
 
-def _compare(module: nn.Module, session: Any, inputs: tuple[tuple, dict]) -> None:
+def _outputs(module: nn.Module, inputs: tuple[tuple, dict]) -> dict[str, Tensor]:
     args, kwargs = inputs
     with torch.no_grad():
-        expected = dict(named_tensors(module(*args, **kwargs)))
+        return {name: value.detach().cpu() for name, value in named_tensors(module(*args, **kwargs))}
+
+
+def _compare(module: nn.Module, session: Any, inputs: tuple[tuple, dict], options: Any = None) -> None:
+    expected = _outputs(module, inputs)
     feeds = {i.name: t.detach().cpu().numpy() for i, t in zip(session.get_inputs(), tensors(inputs), strict=True)}
+    active = "" if options is None else " with an adapter"
     try:
-        found = session.run(None, feeds)
+        found = session.run(None, feeds, options)
     except Exception as error:
         shapes = {name: value.shape for name, value in feeds.items()}
-        raise ExportError(f"ONNX Runtime cannot run the exported graph on {shapes}: {first_line(error)}") from error
-    for (name, want), got in zip(expected.items(), found, strict=True):
-        want, got = want.detach().cpu(), torch.from_numpy(got)
-        where = f"ONNX Runtime differs from the model in output {name!r}"
+        raise ExportError(
+            f"ONNX Runtime cannot run the exported graph{active} on {shapes}: {first_line(error)}"
+        ) from error
+    for (name, want), got in zip(expected.items(), map(torch.from_numpy, found), strict=True):
+        where = f"ONNX Runtime differs from the model{active} in output {name!r}"
         if want.shape != got.shape:
             raise ExportError(f"{where}: shape {tuple(got.shape)} instead of {tuple(want.shape)}")
         if not close(want, got):

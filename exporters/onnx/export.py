@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 
 from s2ft_compile.capture import Inputs, arguments, configs_of, inference_mode_of, tied_names, unwrap
 from s2ft_compile.errors import CaptureError, ConfigError, ExportError
+from s2ft_compile.exporters.adapter import untrained
 from s2ft_compile.exporters.files import new_files
 from s2ft_compile.exporters.merged import plain
 
-from .adapter import places_of, untrained
+from .adapter import places_of, probe
 from .cache import stepping
 from .check import check, first_line, tensors
 from .genai import FILE, tokens_of, write_genai_config
@@ -87,7 +88,7 @@ def export_onnx(
         name_values(onnx_model.graph, module, program, call)
         add_places(onnx_model.graph, places, lora=names == GENAI)
         _write(onnx_model, file)
-        check(module, file, call.inputs, call.checks)
+        check(module, file, call.inputs, call.checks, probe(module, places, names, folder) if places else None)
         if beside:
             write_genai_config(module, onnx_model.graph, folder / FILE, target.name)
     log.info("ONNX model written to %s", target)

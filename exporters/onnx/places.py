@@ -3,7 +3,7 @@
 As slices, the least work:
 
     columns (what is contracted)    y + Gather(x, indices) @ delta                          delta: (n, out)
-    rows (what is produced)         ScatterElements-add(y, indices, x @ delta)              delta: (in, n)
+    rows (what is produced)         y with y[indices] + x @ delta at indices                delta: (in, n)
 
 As a LoRA, which takes the adapters of others too:
 
@@ -23,6 +23,7 @@ from s2ft_compile.errors import ConfigError, ExportError
 
 NAMES = ("model", "genai")  # how values are named: as the model names them, or as onnxruntime-genai and Olive do
 GENAI = NAMES[1]
+SAME_SHAPE = "adapter.shape"  # zeros: to Reshape, a dimension of 0 is one that stays
 
 
 class Product(NamedTuple):
@@ -95,14 +96,19 @@ def _add_slices(graph: Any, name: str, product: Product, columns: bool) -> None:
     if columns:
         delta = _empty(graph, second, (0, size_out), first, dtype)
         picked = ir.node("Gather", [x, indices], {"axis": -1})
-        more = ir.node("MatMul", [picked.outputs[0], delta])
-        nodes = [picked, more, ir.node("Add", [y, more.outputs[0]])]
+        kept = _kept(graph, delta)
+        more = ir.node("MatMul", [picked.outputs[0], kept.outputs[0]])
+        nodes = [picked, kept, more, ir.node("Add", [y, more.outputs[0]])]
     else:
-        made = ir.node("MatMul", [x, _empty(graph, second, (size_in, 0), first, dtype)])
-        sizes = ir.node("Shape", [made.outputs[0]])
+        # not ScatterElements with reduction "add", for which ONNX Runtime has no float16 kernel on a CPU
+        kept = _kept(graph, _empty(graph, second, (size_in, 0), first, dtype))
+        made = ir.node("MatMul", [x, kept.outputs[0]])
+        picked = ir.node("Gather", [y, indices], {"axis": -1})
+        summed = ir.node("Add", [picked.outputs[0], made.outputs[0]])
+        sizes = ir.node("Shape", [summed.outputs[0]])
         places = ir.node("Expand", [indices, sizes.outputs[0]])
-        scattered = [y, places.outputs[0], made.outputs[0]]
-        nodes = [made, sizes, places, ir.node("ScatterElements", scattered, {"axis": -1, "reduction": "add"})]
+        scattered = ir.node("ScatterElements", [y, places.outputs[0], summed.outputs[0]], {"axis": -1})
+        nodes = [kept, made, picked, summed, sizes, places, scattered]
     _insert(graph, product, nodes)
 
 
@@ -113,9 +119,23 @@ def _add_lora(graph: Any, name: str, product: Product) -> None:
     x, y = product.node.inputs[0], product.node.outputs[0]
     size_in, size_out, dtype = _sizes(graph, name, product)
     first, second = lora_names(name)
-    down = ir.node("MatMul", [x, _empty(graph, first, (size_in, 0), first, dtype)])
-    up = ir.node("MatMul", [down.outputs[0], _empty(graph, second, (0, size_out), first, dtype)])
-    _insert(graph, product, [down, up, ir.node("Add", [y, up.outputs[0]])])
+    A, B = (_empty(graph, n, s, first, dtype) for n, s in ((first, (size_in, 0)), (second, (0, size_out))))
+    kept_A, kept_B = _kept(graph, A), _kept(graph, B)
+    down = ir.node("MatMul", [x, kept_A.outputs[0]])
+    up = ir.node("MatMul", [down.outputs[0], kept_B.outputs[0]])
+    _insert(graph, product, [kept_A, down, kept_B, up, ir.node("Add", [y, up.outputs[0]])])
+
+
+def _kept(graph: Any, value: Any) -> Any:
+    """A node that gives the value as it is, without a copy: what quantizes a graph takes the initializer that a product
+    reads for a weight, and would replace it by integers of no numbers. Optimizers remove an Identity, not this."""
+    import onnx_ir as ir
+
+    if SAME_SHAPE not in graph.initializers:
+        tensor = ir.tensor(np.zeros(2, np.int64), name=SAME_SHAPE)
+        made = ir.Value(name=SAME_SHAPE, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        graph.initializers.add(made)
+    return ir.node("Reshape", [value, graph.initializers[SAME_SHAPE]])
 
 
 def _sizes(graph: Any, name: str, product: Product) -> tuple[int, int, Any]:

@@ -21,15 +21,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from s2ft_compile.errors import AdapterError, ConfigError, ExportError
+from s2ft_compile.errors import AdapterError, ConfigError
 from s2ft_compile.fingerprint import combined
 from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.stored import save_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMAT, FORMAT_VERSION = "s2ft", 1
+CONFIG_BYTES = (
+    32 << 20
+)  # samples of a hundred thousand tensors; an index takes less than 4 times its bytes in the weights
 WIDE = "float64"  # the type of a delta that no float32 number can be
 
 
@@ -71,17 +74,12 @@ def describe_base(kind: str, dtype: str, samples: Mapping[str, str], blocks: Map
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
-    """Raises `ExportError` for a delta that is not finite."""
+    """Raises `ExportError` for files that cannot be written."""
     tensors = {}
     for s in adapter.slices:
-        if not s.delta.isfinite().all():
-            raise ExportError(
-                f"the delta of {s.parameter_name} has NaN or infinite entries: training diverged; "
-                f"a lower learning rate may help"
-            )
         tensors[f"{s.parameter_name}.delta"] = s.delta.contiguous()
         tensors[f"{s.parameter_name}.indices"] = s.indices.to(torch.int32)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS)
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -100,14 +98,28 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
 
 def read_adapter(directory: str | os.PathLike) -> Adapter:
     """An adapter folder's content, checked as far as it can be without the base model. Raises `AdapterError`."""
-    folder = Path(directory)
+    try:
+        return _read(Path(directory))
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, OSError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{_cut(directory)} is not an adapter: {type(error).__name__}: {_cut(error)}") from error
+
+
+def _cut(text: object) -> str:
+    """Printable, and short enough for a line."""
+    printable = str(text).encode("utf-8", "backslashreplace").decode()
+    return printable if len(printable) <= 300 else f"{printable[:300]}..."
+
+
+def _read(folder: Path) -> Adapter:
     config = _read_config(folder)
     plan = _read_plan(folder, config)
     deltas = _read_deltas(folder, config, plan)
     slices = tuple(replace(s, delta=deltas[s.parameter_name]) for s in plan.slices)
     for s in slices:
         _check_delta(s, config.get("delta_dtypes") or {})
-    return Adapter(replace(plan, slices=slices), config["base"], str(directory))
+    return Adapter(replace(plan, slices=slices), config["base"], str(folder))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -116,6 +128,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise AdapterError(
                 f"{folder} is not an adapter: it has no file {name}; save_adapter writes {CONFIG} and {WEIGHTS}"
             )
+    size, most = (folder / CONFIG).stat().st_size, CONFIG_BYTES + 4 * (folder / WEIGHTS).stat().st_size
+    if size > most:
+        raise AdapterError(
+            f"{folder / CONFIG} has {size:,} bytes; that of an adapter with such weights has {most:,} at most"
+        )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -181,7 +198,7 @@ def _read_deltas(folder: Path, config: Mapping[str, Any], plan: Plan) -> dict[st
 def _check_delta(s: Slice, dtypes: Mapping[str, str]) -> None:
     """That the slice lies inside the shape that it states, and its delta is finite and of that block's shape."""
     where = f"adapter slice {s.parameter_name!r}"
-    if not all(isinstance(size, int) and size > 0 for size in s.shape):
+    if not all(isinstance(size, int) and 0 < size < 1 << 63 for size in s.shape):
         raise AdapterError(f"{where}: a parameter of shape {s.shape}, which is none")
     if not 0 <= s.dim < len(s.shape):
         raise AdapterError(f"{where}: dim {s.dim} of a parameter with {len(s.shape)} dimensions")

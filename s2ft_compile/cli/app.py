@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -208,13 +209,14 @@ def train(
 def export_merged(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
     """Write base + adapter as an ordinary Hugging Face folder, with the tokenizer."""
     with reported(err, debug):
-        from s2ft_compile.exporters import save_merged
+        from s2ft_compile.exporters.files import new_directory
+        from s2ft_compile.exporters.merged import write_merged
 
-        with err.status("merging"):
+        with err.status("merging"), new_directory(output) as work:
             tokenizer = _tokenizer(model)
-            save_merged(_adapted(model, adapter, dtype), output)
+            write_merged(_adapted(model, adapter, dtype), work)
             if tokenizer:
-                tokenizer.save_pretrained(output)
+                tokenizer.save_pretrained(work)
         out.print(f"merged model: {output}")
 
 
@@ -222,6 +224,7 @@ def export_merged(model: Model, adapter: Adapter, output: Output, dtype: Dtype =
 def export_adapter(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
     """Check an adapter against its base model, and copy it to a folder of its own to hand on."""
     with reported(err, debug):
+        from s2ft_compile.adapters.format import read_adapter
         from s2ft_compile.exporters import load_adapter
         from s2ft_compile.exporters.files import new_directory
 
@@ -230,7 +233,9 @@ def export_adapter(model: Model, adapter: Adapter, output: Output, dtype: Dtype 
         with err.status("checking"), new_directory(output) as work:
             folder = _adapter_folder(adapter)
             plan = load_adapter(load_model(model, dtype or _trained_dtype(adapter)), folder)
-            shutil.copytree(folder, work, dirs_exist_ok=True)
+            for file in (f for f in folder.iterdir() if f.is_file()):
+                shutil.copyfile(file, work / file.name)
+            read_adapter(work)  # whose checksums tell whether the copy is whole
         out.print(str(plan))
         out.print(f"adapter: {output}")
 
@@ -275,7 +280,7 @@ def export_onnx(
             out.print(f"ONNX model: {output}")
         tokenizer = _tokenizer(model) if genai else None
         if tokenizer and not (output.parent / "tokenizer_config.json").exists():
-            tokenizer.save_pretrained(output.parent)
+            _save_beside(tokenizer, output.parent)
 
 
 @export_app.command("lora")
@@ -283,13 +288,16 @@ def export_lora(
     model: Model,
     adapter: Adapter,
     output: Output,
-    layout: Annotated[str, typer.Option(help="pattern (each module its rank) or padded (one rank).")] = "pattern",
+    layout: Annotated[
+        str,
+        typer.Option(help="padded (one rank: right everywhere) or pattern (each its own: smaller, not for llama.cpp)."),
+    ] = "padded",
     ranks: Annotated[str, typer.Option(help="exact, vllm (rounded up to what vLLM takes), or a number.")] = "exact",
     truncate: Annotated[bool, typer.Option(help="Cut ranks above the limit by SVD, and report the error.")] = False,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
-    """Write an adapter as a LoRA of PEFT's format, exactly; PEFT and vLLM load it."""
+    """Write an adapter as a LoRA of PEFT's format, exactly; PEFT, vLLM and llama.cpp load it."""
     with reported(err, debug):
         from s2ft_compile.exporters import save_lora
 
@@ -317,9 +325,12 @@ def export_shira(model: Model, adapter: Adapter, output: Output, dtype: Dtype = 
 
 @app.command()
 def merge(
-    base: Annotated[Path, typer.Argument(help="A folder of safetensors: the base model.")],
+    base: Annotated[str, typer.Argument(help="The base model: a folder of safetensors, or a hub id.")],
     adapters: Annotated[list[Path], typer.Argument(help=ADAPTER)],
     output: Annotated[Path, typer.Argument(help="The folder to write; must not exist yet.")],
+    weights: Annotated[
+        str | None, typer.Option(help="A factor for each adapter, by commas: 1,0.5. Without: 1 for each.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Add adapters to a checkpoint on disk, tensor by tensor, without building the model."""
@@ -327,7 +338,8 @@ def merge(
         from s2ft_compile.exporters import merge_checkpoint
 
         with err.status("merging"):
-            merge_checkpoint(base, [_adapter_folder(path) for path in adapters], output)
+            folders = [_adapter_folder(path) for path in adapters]
+            merge_checkpoint(_checkpoint_folder(base), folders, output, _numbers(weights))
         out.print(f"merged checkpoint: {output}")
 
 
@@ -408,12 +420,45 @@ def _adapter_folder(path: Path) -> Path:
     return folder
 
 
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--weights are numbers by commas, such as 1,0.5; got {text!r}") from None
+
+
+def _checkpoint_folder(model: str) -> Path:
+    """The folder of a checkpoint; that of a hub id is the one in the hub's cache, loaded where it is not there yet."""
+    if Path(model).exists() or model.count("/") > 1 or model.startswith((".", "/")):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    from s2ft_compile.exporters.onnx.check import first_line
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+    except (OSError, ValueError) as error:  # its errors are these too: no such model, no connection, no such name
+        raise ConfigError(f"{model} is no folder, and no hub id that can be reached: {first_line(error)}") from error
+
+
 def _trained_dtype(run: Path) -> str:
     """The type that a training run loaded its base model in: an adapter fits those weights only."""
     try:
         return json.loads((run / "metrics.json").read_text())["options"]["dtype"]
     except (OSError, ValueError, KeyError, TypeError):
         return "auto"  # an adapter by itself does not say
+
+
+def _save_beside(tokenizer, folder: Path) -> None:
+    """Writes the tokenizer's files into a folder that holds others; what is there stays as it is."""
+    from s2ft_compile.exporters.files import new_files
+
+    with TemporaryDirectory() as made:
+        tokenizer.save_pretrained(made)
+        names = [file.name for file in Path(made).iterdir() if not (folder / file.name).exists()]
+        with new_files(*(folder / name for name in names)) as work:
+            for name in names:
+                shutil.copyfile(Path(made) / name, work / name)
 
 
 def _tokenizer(model: str):

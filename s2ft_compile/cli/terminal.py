@@ -18,16 +18,17 @@ from s2ft_compile.errors import S2FTError
 
 @contextmanager
 def reported(console: Console, debug: bool) -> Iterator[None]:
-    """An error of this package becomes one red line and exit code 1; `debug` lets it through as it is."""
+    """An error of this package, or of the system, becomes one red line and exit code 1; `debug` lets it through."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # those of single files; the commands show their own
     try:
         yield
-    except S2FTError as error:
+    except (S2FTError, OSError) as error:
         if debug:
             raise
-        console.print(f"[bold red]error:[/] [red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
+        text = str(error).encode("utf-8", "backslashreplace").decode()  # a damaged file may hold half of a character
+        console.print(f"[bold red]error:[/] [red]{escape(text)}[/]", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 
