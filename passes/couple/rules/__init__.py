@@ -230,7 +230,13 @@ RULES: dict[Any, Callable] = {
         "upsample_bicubic2d",
         "upsample_nearest2d",
     ),
-    **family(batch_norm_rule, "batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"),
+    **family(
+        batch_norm_rule,
+        "batch_norm",
+        "_native_batch_norm_legit_no_training",
+        "_native_batch_norm_legit_functional",
+        "_batch_norm_no_update",
+    ),
     **family(weight_norm_rule, "_weight_norm_interface"),
     **family(conv_transpose_rule, "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
 }
