@@ -69,9 +69,7 @@ def capture(
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     log.info("captured %s: %d nodes, %d parameters", type(model).__name__, len(program.graph.nodes), len(names))
     overlapping = overlapping_names(model, program.constants)
-    return Captured(
-        program.graph_module, names, shapes, tied, overlapping, _small_constants(program), trace, resized
-    )
+    return Captured(program.graph_module, names, shapes, tied, overlapping, _small_constants(program), trace, resized)
 
 
 def captures(model: nn.Module, example_inputs: Any, train: bool = True) -> list[Captured]:
@@ -193,7 +191,9 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Any]]:
         for key, value in {**module._buffers, **vars(module)}.items():
             if key in ("_parameters", "_buffers", "_modules"):
                 continue
-            below = value.items() if isinstance(value, dict) else enumerate(value) if type(value) in (list, tuple) else ()
+            below = (
+                value.items() if isinstance(value, dict) else enumerate(value) if type(value) in (list, tuple) else ()
+            )
             for name, t in [(key, value), *((f"{key}[{k!r}]", v) for k, v in below)]:
                 if isinstance(t, torch.Tensor):
                     yield f"{path}.{name}" if path else name, t

@@ -16,7 +16,22 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import ConfigError
 
-PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)  # small, to fall short of tables that are cut at a length
+PRIMES = (
+    3,
+    5,
+    7,
+    11,
+    13,
+    17,
+    19,
+    23,
+    29,
+    31,
+    37,
+    41,
+    43,
+    47,
+)  # small, to fall short of tables that are cut at a length
 
 
 class Inputs(NamedTuple):
@@ -63,12 +78,10 @@ def resized(model: nn.Module, inputs: Inputs) -> list[Resized]:
     batch, lengths = _batch(inputs), _lengths(inputs)
     taken = {n for p in model.parameters() for n in p.shape} | {n for t in _tensors(inputs) for n in t.shape}
     new = _primes(taken)
-    batches = {} if batch is None else {batch: next(new)}
     others = dict(zip(lengths, new))
+    batches = {} if batch is None else {batch: next(new)}
     choices = [(batches, others), (batches, {}), ({}, others)] if batches and others else [(batches, others)]
-    return [
-        Resized(_at(inputs, b, n), _label(b, n), (b, n) == (batches, others)) for b, n in choices if b or n
-    ]
+    return [Resized(_at(inputs, b, n), _label(b, n), (b, n) == (batches, others)) for b, n in choices if b or n]
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:

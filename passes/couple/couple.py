@@ -83,14 +83,25 @@ def _infer(traces: Sequence[Captured]) -> tuple[list["_Inference"], dict[int, tu
         inference = _Inference(captured, inferences[0].parameters if inferences else None)
         before = {a: _division(a) for v in inference.parameters.values() for a in v.dims} if captured.resized else {}
         inference.run(captured.graph_module, None)
-        for axis, division in before.items():
-            if not _is_divided(axis, division):
-                pin(axis, Pin("where it is cut depends on the inputs' sizes"))
+        if captured.resized:
+            _pin_moved(before, base, inference)
+        else:
+            base = inference
         for atom in _atoms_of(axis for value in inference.parameters.values() for axis in value.dims):
             if atom.pin is not None:
                 origins.setdefault(id(atom.pin), (atom.pin, captured.trace))
         inferences.append(inference)
     return inferences, origins
+
+
+def _pin_moved(before: Mapping[Axis, Any], base: "_Inference", other: "_Inference") -> None:
+    """What is divided, or read in part, otherwise at other sizes of the inputs has an order: any size may come."""
+    read, base_read = _atoms_of(other.cx.consumed), _atoms_of(base.cx.consumed)
+    for axis, division in before.items():
+        inside = _atoms_of([axis])
+        parts, base_parts = inside & read, inside & base_read
+        if not _is_divided(axis, division) or (parts and base_parts and parts != base_parts):
+            pin(axis, Pin("where it is cut depends on the inputs' sizes"))
 
 
 def _division(axis: Axis) -> Any:
