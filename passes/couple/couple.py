@@ -27,6 +27,7 @@ from .rules import rule_for
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph")
 MIXES = {aten.matmul.default, aten.bmm.default, aten.einsum.default}
 
 
@@ -147,8 +148,11 @@ class _Inference:
             elif node.op == "output":
                 result = fx.node.map_arg(node.args[0], lambda n: self.env[n])
                 if inputs is None:
-                    _pin_all(result, Pin("it is an output of the model"))
+                    self._returned(result)
                 return result
+
+    def _returned(self, result: Any) -> None:
+        _pin_all(result, Pin("it is an output of the model"))
 
     def _source(self, node: fx.Node) -> Any:
         if node.name in self.names:
@@ -171,7 +175,7 @@ class _Inference:
             return args[0][args[1]] if isinstance(args[0], (list, tuple)) else None
         graphs = [i for i, a in enumerate(args) if isinstance(a, fx.GraphModule)]
         if len(graphs) == 1 and isinstance(node.target, torch._ops.HigherOrderOperator) and _inlines(node):
-            return self.run(args[graphs[0]], list(args[graphs[0] + 1 :]))
+            return self.run(args[graphs[0]], [a for a in args[graphs[0] + 1 :] if not isinstance(a, str)])
         if not _has_tensor(node.meta.get("val")):
             return None
         made = self._apply(node, args, kwargs)
@@ -200,8 +204,8 @@ class _Inference:
 
 
 def _inlines(node: fx.Node) -> bool:
-    """Whether a higher-order operator runs its graph once, on the arguments that follow it (no_grad, autocast)."""
-    return node.target.name().startswith(("wrap_with_set_grad_enabled", "wrap_with_autocast"))
+    """Whether a higher-order operator runs its graph once, on the arguments that follow it (no_grad, autocast, regions)."""
+    return node.target.name().startswith(INLINED)
 
 
 def _values(tree: Any) -> Iterator[Value]:

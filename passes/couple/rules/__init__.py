@@ -243,7 +243,10 @@ RULES: dict[Any, Callable] = {
 
 
 # operators of other libraries, which exist only once those are imported
-NAMED_RULES: dict[str, Callable] = {"transformers::grouped_mm_fallback": grouped_mm_rule}
+NAMED_RULES: dict[str, Callable] = {
+    "transformers::grouped_mm_fallback": grouped_mm_rule,
+    "s2ft::attach": lambda cx, node, weight, *delta: weight,
+}
 
 
 def rule_for(target: Any) -> Callable:
