@@ -59,10 +59,42 @@ def test_hugging_face(name):
     model = hf(name)
     permuted = of(s2ft.analyze(model, {"input_ids": tokens()}))
     crossed = checked(model.train(), permuted, lambda m: m(tokens(), labels=tokens()).loss.backward())
-    if name != "llama":
-        return
-    ways = {name.rsplit(".", 2)[-2] for (name, _), layout in permuted.layouts.items() for c in crossed[0]}
-    assert crossed[0] and ways, "its cache of keys and values leaves"
+    assert crossed and not any(crossed)
+
+
+def test_a_cache_leaves_and_enters_by_head():
+    model = hf("llama")
+    permuted = of(s2ft.analyze(model, {"input_ids": tokens()}))
+
+    def generate(m):
+        held = m(tokens(), use_cache=True).past_key_values
+        m(tokens(length=1), past_key_values=held, use_cache=True)
+
+    crossed = checked(model, permuted, generate)
+    assert len(crossed) == 2 and len(crossed[0]) == 2, "kv heads of two layers"
+    torch._dynamo.reset()
+    held = model(tokens(), use_cache=True).past_key_values
+    with pytest.raises(Exception, match="an argument in the base order"):
+        checked(model, permuted, lambda m: m(tokens(length=1), past_key_values=held))
+
+
+class InPlace(Feed):
+    def forward(self, x, order=False):
+        h = self.up(x)
+        h.relu_()
+        h.mul_(2).clamp_(max=3.0)
+        if order:
+            h[..., :4] = h[..., 4:8]
+        h.masked_fill_(h > 2, 0.0)
+        return x + self.down(h) @ torch.eye(6).T
+
+
+def test_operators_in_place():
+    model = InPlace()
+    permuted = of(one_trace(model, (x(),)))
+    assert permuted.axes and checked(model, permuted, lambda m: m(x())) == [set()]
+    with pytest.raises(Exception, match="divided.*test_recheck.py"):
+        checked(model, permuted, lambda m: m(x(), order=True))
 
 
 REFUSED = {

@@ -4,6 +4,7 @@ Each model below has a coupling in the trace of its example that is none elsewhe
 """
 
 import copy
+import re
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from symmetry import outputs_of
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.capture import captures
+from s2ft_compile.capture import capture, captures
 from s2ft_compile.examples import arguments, resized, several
+from s2ft_compile.passes.couple.couple import couple
 
 
 class Feed(nn.Module):
@@ -158,8 +160,6 @@ def tuple_or_dict(call):
     ],
 )
 def test_a_refusal_says_which_trace_pinned_it(make, example, said):
-    import re
-
     refusals = [str(r) for r in s2ft.analyze(make(), example).refusals]
     assert any(re.search(said, r) for r in refusals), refusals
     assert not any("train mode" in r for r in refusals if "it is an output of the model" in r)
@@ -253,6 +253,23 @@ def test_layers_that_are_dropped_at_random_trace():
     state = random.getstate()
     assert [c.role for c in s2ft.analyze(LayerDrop(), (x(),)).couplings] == ["ffn"]
     assert random.getstate() == state
+
+
+def test_verify_compares_at_other_sizes_and_all_examples():
+    """What one trace finds wrongly is wrong elsewhere, and verify says where."""
+    for make, example, said in (
+        (Untransposed, (x(2, 4, 8),), "differ with a batch of .* and a length of"),
+        (Task, [(x(),), (x(), "b")], "differ with example 2"),
+    ):
+        model = make()
+        first = example[0] if isinstance(example, list) else example
+        one = couple(capture(model, first))
+        assert one.couplings
+        made = s2ft.verify(model, example, one)
+        assert not made.ok and made.wrong and re.search(said, str(made)), str(made)
+        assert s2ft.verify(model, example, s2ft.analyze(model, example)).ok
+    made = s2ft.verify(FixedLength(), (x(),), s2ft.analyze(FixedLength(), (x(),)))
+    assert made.ok and made.sharp and made.calls == 2
 
 
 # --- examples ----------------------------------------------------------------------------------------------------

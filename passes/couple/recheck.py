@@ -9,22 +9,30 @@ be in the base order. An axis may *leave* a piece in permuted order: an output o
 It may *enter* one only if it left another before; what else a permuted axis meets is an argument in the base order.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx
+from torch._dynamo.utils import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from s2ft_compile.errors import CompileError
 from s2ft_compile.layout import Layout, Leaf, Product, leaves
 from s2ft_compile.structure import Analysis
 
-from .axes import ATOM, PRODUCT, SUM, Axis, Pin, atoms, find
+from .axes import ATOM, PRODUCT, SUM, Axis, Pin, atoms, find, unify
 from .couple import _Inference, _source_line, _values
 from .normalize import concretize, normalize
-from .rules.context import Context, Value
+from .rules import rule_for
+from .rules.context import Context, Value, unknown_rule
+
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +86,9 @@ def _aten(graph: fx.GraphModule, weights: Weights) -> tuple[fx.GraphModule, Weig
     """The graph in the operators that the rules know, normalized, and its placeholders that are weights."""
     places = [n for n in graph.graph.nodes if n.op == "placeholder"]
     if any("example_value" in n.meta for n in places):
-        interpreter = fx.Interpreter(graph)
-        with torch.fx.traceback.preserve_node_meta(), torch.enable_grad():
-            traced = make_fx(interpreter.run, pre_dispatch=True)(*(_value(n) for n in places))
+        with _fake(places), torch.fx.traceback.preserve_node_meta(), torch.enable_grad():
+            make = make_fx(fx.Interpreter(graph).run, decomposition_table=composites(), pre_dispatch=True)
+            traced = make(*(_value(n) for n in places))
     else:
         traced = fx.GraphModule(graph, fx.Graph(tracer_cls=graph.graph._tracer_cls))
         copied: dict[fx.Node, fx.Node] = {}
@@ -93,6 +101,34 @@ def _aten(graph: fx.GraphModule, weights: Weights) -> tuple[fx.GraphModule, Weig
             concretize(module.graph)
             normalize(module.graph, {})
     return traced, known
+
+
+@cache
+def composites() -> dict[Any, Callable]:
+    """The operators without a rule that torch defines by others: those are traced instead."""
+    packets = (getattr(aten, name) for name in dir(aten) if not name.startswith("__"))
+    overloads = (getattr(p, o) for p in packets if isinstance(p, torch._ops.OpOverloadPacket) for o in p.overloads())
+    return {
+        op: op.decompose
+        for op in overloads
+        if rule_for(op) is unknown_rule
+        and "hacked_twin" not in op.name()  # TorchScript's own
+        and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    }
+
+
+@contextmanager
+def _fake(places: Sequence[fx.Node]):
+    """The mode of the graph's fake values, in which constants and fresh sizes make no trouble."""
+    mode = detect_fake_mode([_value(n) for n in places])
+    if mode is None:
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(mode, "allow_non_fake_inputs", True))
+        if mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        yield stack.enter_context(mode)
 
 
 class _Piece(_Inference):
@@ -139,6 +175,18 @@ class _Piece(_Inference):
         kind = PRODUCT if isinstance(layout, Product) else SUM
         return Axis(layout.size, kind, [self._thaw(part, permuted, fixed) for part in parts])
 
+    def _apply(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        """An operator in place has the rule of the one that is not, and its result is its operand from then on."""
+        plain = _out_of_place(node.target)
+        if plain is None:
+            return super()._apply(node, args, kwargs)
+        node.target = plain
+        made = super()._apply(node, args, kwargs)
+        dims = made.dims if isinstance(made, Value) else made
+        for before, after in zip(args[0].dims, dims):
+            unify(before, after, Pin(f"{plain} in place of two axes that cannot be aligned", node))
+        return made
+
     def _returned(self, made: Any) -> None:
         """What the graph returns: the permuted axes in it leave."""
         roots = {find(axis): key for key, axis in self.permuted.items()}
@@ -162,6 +210,13 @@ class _Piece(_Inference):
                 if atom in roots and roots[atom] not in left:
                     return atom, f"it meets {node.name}, an argument in the base order"
         return None
+
+
+def _out_of_place(target: Any) -> Any:
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return None
+    plain = getattr(aten, target._opname.removesuffix("_"), None) if target.namespace == "aten" else None
+    return getattr(plain, target._overloadname, None)
 
 
 class _Stepped(_Piece):
