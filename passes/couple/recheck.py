@@ -11,7 +11,7 @@ It may *enter* one only if it left another before; what else a permuted axis mee
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -42,7 +42,7 @@ class Permuted:
     unread: the parameters that no example given to `prepare` reads.
     """
 
-    layouts: Mapping[tuple[str, int], Layout]
+    layouts: Mapping[tuple[str, int], Layout] = field(repr=False)
     axes: frozenset[int]
     unread: frozenset[str] = frozenset()
 
@@ -50,7 +50,9 @@ class Permuted:
     def of(cls, analysis: Analysis, axes: Collection[int]) -> "Permuted":
         """axes: those that were reordered, such as the keys of `dense_orders(analysis, selections)`."""
         layouts = {
-            place: layout for place, layout in analysis.layouts.items() if any(leaf.axis in axes for leaf in leaves(layout))
+            place: layout
+            for place, layout in analysis.layouts.items()
+            if any(leaf.axis in axes for leaf in leaves(layout))
         }
         return cls(layouts, frozenset(axes), analysis.unread)
 
@@ -86,7 +88,7 @@ def _aten(graph: fx.GraphModule, weights: Weights) -> tuple[fx.GraphModule, Weig
     """The graph in the operators that the rules know, normalized, and its placeholders that are weights."""
     places = [n for n in graph.graph.nodes if n.op == "placeholder"]
     if any("example_value" in n.meta for n in places):
-        with _fake(places), torch.fx.traceback.preserve_node_meta(), torch.enable_grad():
+        with _fake(places), torch.fx.traceback.preserve_node_meta(), torch.no_grad():
             make = make_fx(fx.Interpreter(graph).run, decomposition_table=composites(), pre_dispatch=True)
             traced = make(*(_value(n) for n in places))
     else:
@@ -108,13 +110,14 @@ def composites() -> dict[Any, Callable]:
     """The operators without a rule that torch defines by others: those are traced instead."""
     packets = (getattr(aten, name) for name in dir(aten) if not name.startswith("__"))
     overloads = (getattr(p, o) for p in packets if isinstance(p, torch._ops.OpOverloadPacket) for o in p.overloads())
-    return {
-        op: op.decompose
-        for op in overloads
-        if rule_for(op) is unknown_rule
-        and "hacked_twin" not in op.name()  # TorchScript's own
-        and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
-    }
+    return {op: op.decompose for op in overloads if rule_for(op) is unknown_rule and _is_composite(op)}
+
+
+def _is_composite(op: torch._ops.OpOverload) -> bool:
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    except RuntimeError:  # TorchScript's own
+        return False
 
 
 @contextmanager
@@ -153,7 +156,9 @@ class _Piece(_Inference):
 
     def _weight(self, node: fx.Node, shape: Sequence[int], name: str, permuted: Permuted) -> Value:
         unread = name in permuted.unread
-        fixed = Pin(f"it meets {name}, " + ("which no example given to prepare reads" if unread else "whose order is fixed"))
+        fixed = Pin(
+            f"it meets {name}, " + ("which no example given to prepare reads" if unread else "whose order is fixed")
+        )
         layouts = [permuted.layouts.get((name, d)) for d in range(len(shape))]
         dims = [
             Axis(n, pin=fixed) if layout is None else self._thaw(layout, permuted, fixed)
