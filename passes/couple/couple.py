@@ -73,8 +73,9 @@ def couple(captured: Captured, *others: Captured) -> Analysis:
 
 
 def _infer(traces: Sequence[Captured]) -> tuple[list["_Inference"], dict[int, tuple[Pin, str]]]:
-    """Applies the rules to every trace, all over the same parameters; also id(pin) -> the pin and what trace made it."""
+    """Applies the rules to every trace, over the same parameters; also id(pin) -> the pin and which trace made it."""
     inferences: list[_Inference] = []
+    base: _Inference | None = None  # of which a resized trace is another size
     origins: dict[int, tuple[Pin, str]] = {}
     for captured in traces:
         for module in captured.graph_module.modules():
@@ -204,7 +205,7 @@ class _Inference:
 
 
 def _inlines(node: fx.Node) -> bool:
-    """Whether a higher-order operator runs its graph once, on the arguments that follow it (no_grad, autocast, regions)."""
+    """Whether a higher-order operator runs its graph once, on the arguments after it (no_grad, autocast, regions)."""
     return node.target.name().startswith(INLINED)
 
 

@@ -1,8 +1,8 @@
 """Recheck: a graph that is about to run, inferred again in its own shapes and mode, over weights that are permuted.
 
 The analysis proves couplings for the traces it saw. A graph that is compiled later may be another one: another branch,
-an argument, a size. Here the permuted axes are the only unknowns. Whatever else a weight has is in the base order, and so
-pinned, and the graph is right if afterwards every permuted axis is whole, unpinned and one with no other.
+an argument, a size. Here the permuted axes are the only unknowns. Whatever else a weight has is in the base order, and
+so pinned, and the graph is right if afterwards every permuted axis is whole, unpinned and one with no other.
 
 A graph may be a piece of the model (one layer, what lies between two graph breaks), so its inputs and outputs need not
 be in the base order. An axis may *leave* a piece in permuted order: an output of hidden units, a cache of keys by head.
@@ -30,7 +30,6 @@ from .couple import _Inference, _source_line, _values
 from .normalize import concretize, normalize
 from .rules import rule_for
 from .rules.context import Context, Value, unknown_rule
-
 
 aten = torch.ops.aten
 
@@ -65,8 +64,8 @@ def recheck(graph: fx.GraphModule, weights: Weights, left: Collection[Crossing] 
     """Proves that a graph is the same function of permuted weights as of those in base order.
 
     graph: dynamo's (with `example_value`s, it is traced to aten) or aten (with `val`s); it is not changed. weights: of
-    its placeholders, those that are parameters or buffers of a prepared model, by (first) name; a name without a layout is
-    in base order. left: the permuted axes that graphs of the same model returned before, None: take any for returned.
+    its placeholders, those that are parameters or buffers of a prepared model, by (first) name; a name without a layout
+    is in base order. left: the permuted axes that graphs of the same model returned before, None: take any for returned.
     Returns those that this one returns. Raises `CompileError`, with the model's line, where a permuted axis is pinned,
     divided, joined with another, or meets an input in base order.
     """
@@ -248,9 +247,9 @@ class _Stepped(_Piece):
             ]
             line = _source_line(node)
             raise CompileError(
-                f"this graph is not the one that was prepared: {', '.join(dict.fromkeys(places[:4]))} is in training order, "
-                f"and {why}: {node.target}{f' at {line}' if line else ''}. Give prepare an example that takes this path "
-                "(a list of examples is taken too: prepare(model, [a, b], ...)), or leave this structure out of the targets"
+                f"this graph is not the one that was prepared: {', '.join(dict.fromkeys(places[:4]))} is in training "
+                f"order, and {why}: {node.target}{f' at {line}' if line else ''}. Give prepare an example that takes this "
+                "path (it takes several: prepare(model, [a, b], ...)), or leave this structure out of the targets"
             )
 
 
