@@ -65,7 +65,7 @@ def recheck(graph: fx.GraphModule, weights: Weights, left: Collection[Crossing] 
 
     graph: dynamo's (with `example_value`s, it is traced to aten) or aten (with `val`s); it is not changed. weights: of
     its placeholders, those that are parameters or buffers of a prepared model, by (first) name; a name without a layout
-    is in base order. left: the permuted axes that graphs of the same model returned before, None: take any for returned.
+    is in base order. left: the permuted axes that graphs of the same model returned, None: take all for returned.
     Returns those that this one returns. Raises `CompileError`, with the model's line, where a permuted axis is pinned,
     divided, joined with another, or meets an input in base order.
     """
@@ -247,8 +247,8 @@ class _Stepped(_Piece):
             ]
             line = _source_line(node)
             raise CompileError(
-                f"this graph is not the one that was prepared: {', '.join(dict.fromkeys(places[:4]))} is in training "
-                f"order, and {why}: {node.target}{f' at {line}' if line else ''}. Give prepare an example that takes this "
+                f"this graph is not the one that was prepared: {', '.join(dict.fromkeys(places[:4]))} is in "
+                f"training order, and {why}: {node.target}{f' at {line}' if line else ''}. Give prepare an example that takes this "
                 "path (it takes several: prepare(model, [a, b], ...)), or leave this structure out of the targets"
             )
 
