@@ -247,9 +247,9 @@ class _Stepped(_Piece):
             ]
             line = _source_line(node)
             raise CompileError(
-                f"this graph is not the one that was prepared: {', '.join(dict.fromkeys(places[:4]))} is in "
-                f"training order, and {why}: {node.target}{f' at {line}' if line else ''}. Give prepare an example that takes this "
-                "path (it takes several: prepare(model, [a, b], ...)), or leave this structure out of the targets"
+                f"this graph is not the one that was prepared: {', '.join(dict.fromkeys(places[:4]))} is in training "
+                f"order, and {why}: {node.target}{f' at {line}' if line else ''}. Give prepare an example that takes "
+                "this path (it takes several: prepare(model, [a, b], ...)), or leave this structure out of the targets"
             )
 
 
