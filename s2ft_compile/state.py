@@ -7,13 +7,14 @@ W[block] == cast(W0 + delta) for every block.
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from s2ft_compile.passes.couple.recheck import Crossing, Permuted
 from s2ft_compile.passes.permute import move
 
 from .capture import unwrap
@@ -27,13 +28,25 @@ _live: "weakref.WeakSet[State]" = weakref.WeakSet()
 
 class State:
     """blocks: what trains. moves: (parameter, dim, gather index) that made the blocks dense. frozen: the parameters
-    that `prepare` froze. `active` is False while the weights are not the trained ones in training order."""
+    that `prepare` froze. tensors: all parameters and buffers. permuted: the axes that are not in the base's order, and
+    left: those that a graph returned to others so. `active` is False while the weights are not the trained ones in training order."""
 
-    def __init__(self, plan: Plan, blocks: list[Block], moves: list, frozen: list[nn.Parameter]):
+    def __init__(
+        self,
+        plan: Plan,
+        blocks: list[Block],
+        moves: list,
+        frozen: list[nn.Parameter],
+        tensors: Mapping[str, Tensor],
+        permuted: Permuted,
+    ):
         self.plan = plan
         self.blocks = blocks
         self.moves = moves
         self.frozen = frozen
+        self.tensors = list(tensors.items())
+        self.permuted = permuted
+        self.left: set[Crossing] = set()
         self.active = True
         self.warned = False  # of slices without a gradient
         self._hook = None  # of loading
