@@ -3,7 +3,7 @@
 The model is never written to: the permuted weights are copies, which `torch.func.functional_call` puts in the place of
 the model's for one forward. They are float64, and so is everything the forward casts to float32 (norms, softmax, RoPE).
 
-The tolerance. A reordered sum of n terms in arithmetic of unit roundoff u is the exact sum of terms that are each off by
+The tolerance. A reordered sum of n terms in arithmetic of unit roundoff u is the exact sum of terms each off by
 a factor of at most 1 ± 2 n u (backward error of summation), so a permuted model is the model with its weights
 multiplied by such factors. What factors of 1 ± ε at random do to the outputs is measured, Δ(ε), and scaled:
 tolerance = SAFETY · 2 n u · (Δ(ε) / ε + max|y|), n the longest sum (the largest dimension of a parameter or an input).
@@ -67,8 +67,9 @@ class Verification:
     def __str__(self) -> str:
         found = "unchanged" if self.ok else "CHANGED"
         lines = [
-            f"{self.couplings} couplings permuted at once in {self.parameters} parameters ({self.dtype}): outputs {found}, "
-            f"difference {self.difference:.2g}, allowed {self.tolerance:.2g}; control {self.control:.2g}"
+            f"{self.couplings} couplings permuted at once in {self.parameters} parameters ({self.dtype}): "
+            f"outputs {found}, difference {self.difference:.2g}, allowed {self.tolerance:.2g}; "
+            f"control {self.control:.2g}"
         ]
         if self.alike:
             lines.append(f"says nothing about {len(self.alike)} parameters that are constant, such as {self.alike[0]}")

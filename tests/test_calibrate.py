@@ -44,7 +44,7 @@ def oracle(model, batches, call):
         found[selection][place] = found[selection].get(place, 0) + values
 
     def hook(module, args, kwargs, output):
-        name, (made, read) = places[module], dims_of(module)
+        name, (_, read) = places[module], dims_of(module)
         W, y = module.weight.detach().double(), output.double()
         if isinstance(module, nn.Embedding):
             x = F.one_hot(args[0], W.shape[0]).double()
@@ -351,12 +351,12 @@ def test_without_a_loss_the_error_says_what_to_pass():
     model, batches = one_layer(), [{"input_ids": tokens()}]
     before = snapshot(model)
     places = [("model.layers.0.mlp.down_proj.weight", 1)]
-    for given, message in (
+    for loss, message in (
         (None, "LlamaForCausalLM returned NoneType; give the batches labels .* or pass loss="),
         (lambda out, batch: out.logits, r"loss= returned a tensor of shape \(2, 8, 50\)"),
     ):
         with pytest.raises(ConfigError, match=message):
-            calibrate(model, places, "gradient", batches, given)
+            calibrate(model, places, "gradient", batches, loss)
     assert_unchanged(model, before)
 
 
