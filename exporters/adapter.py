@@ -7,28 +7,17 @@ Saving and loading are inverse of each other, bit for bit:
 
 import logging
 import os
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from s2ft_compile.adapters.format import (
-    CONFIG,
-    WEIGHTS,
-    Adapter,
-    ascending,
-    check_base,
-    check_slice,
-    describe_base,
-    hash_of_block,
-    read_adapter,
-    write_adapter,
-)
+from s2ft_compile.adapters.apply import check_fits, dtypes_of, summed
+from s2ft_compile.adapters.format import Adapter, ascending, describe_base, hash_of_block, read_adapter, write_adapter
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import AdapterError
-from s2ft_compile.fingerprint import OWN, samples_of
+from s2ft_compile.fingerprint import samples_of
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.state import State, disabled, is_prepared, state_of
 
@@ -36,7 +25,6 @@ from .card import CARD, card
 from .files import new_directory
 
 log = logging.getLogger(__name__)
-__all__ = ["CONFIG", "WEIGHTS", "adapter_of", "check_fits", "load_adapter", "save_adapter", "summed"]
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
@@ -60,7 +48,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     with disabled(model):
         weights = dict(module.named_parameters())
         blocks = {s.parameter_name: hash_of_block(weights[s.parameter_name], s) for s in plan.slices}
-        base = describe_base(type(module).__name__, _dtypes(module), samples_of(module), blocks)
+        base = describe_base(type(module).__name__, dtypes_of(module), samples_of(module), blocks)
     return Adapter(plan, base)
 
 
@@ -83,44 +71,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> Plan:
     return adapter.plan
 
 
-def check_fits(module: nn.Module, adapter: Adapter) -> None:
-    """That a plain model is the adapter's base, its blocks untouched. Raises `AdapterError`."""
-    check_base(adapter, samples_of(module), f"a {type(module).__name__} in {_dtypes(module)}")
-    weights = dict(module.named_parameters())
-    for s in adapter.slices:
-        check_slice(adapter, s, weights[s.parameter_name])
-
-
-def _dtypes(module: nn.Module) -> str:
-    own = {str(p.dtype) for name, p in module.named_parameters() if not name.startswith(OWN)}
-    return " and ".join(sorted(own)).replace("torch.", "")
-
-
 # --- into the model: computed first, then written ----------------------------------------------------------
-
-
-@torch.no_grad()
-def summed(W: Tensor, parts: Sequence[tuple[Slice, float]]) -> tuple[int, Tensor, Tensor]:
-    """(dim, indices, block): what W[indices] along dim becomes with every slice's weight * delta added to it.
-
-    The sum is made in the widest of the types and rounded once, in the order of `parts`, so one slice with
-    weight 1 gives cast(W0 + delta). The indices are the union; slices of different dims give all of dim 0.
-    """
-    dims = {s.dim for s, _ in parts}
-    dim = dims.pop() if len(dims) == 1 else 0
-    if dims:
-        indices = torch.arange(W.shape[0])
-    else:
-        indices = torch.cat([s.indices for s, _ in parts]).unique()
-    wide = W.dtype
-    for s, _ in parts:
-        wide = torch.promote_types(wide, s.delta.dtype)
-    block = W.index_select(dim, indices.to(W.device)).to(wide)
-    for s, weight in parts:
-        delta = s.delta.to(W.device, wide)
-        place = torch.searchsorted(indices, s.indices) if s.dim == dim else s.indices
-        block.index_add_(s.dim, place.to(W.device), delta if weight == 1 else delta * weight)
-    return dim, indices.to(W.device), block.to(W.dtype)
 
 
 @torch.no_grad()

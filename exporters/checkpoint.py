@@ -21,12 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from s2ft_compile.adapters.apply import summed
 from s2ft_compile.adapters.format import Adapter, check_base, check_slice, read_adapter
 from s2ft_compile.errors import AdapterError, ExportError
 from s2ft_compile.fingerprint import sample
 from s2ft_compile.plan import Slice
 
-from .adapter import summed
 from .files import new_directory
 
 log = logging.getLogger(__name__)

@@ -17,13 +17,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from s2ft_compile.adapters.format import CONFIG, WEIGHTS
+from s2ft_compile.adapters.layers import linear_layers
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import ExportError
 from s2ft_compile.plan import Slice
 
 from .card import CARD, SHIRA, card
 from .files import new_directory
-from .lora import CONFIG, WEIGHTS, adapter_source, linear_layers, peft_config
+from .lora import adapter_source, peft_config
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2ft_compile.adapters.apply import check_fits
 from s2ft_compile.adapters.format import read_adapter
-from s2ft_compile.exporters.adapter import check_fits
 from s2ft_compile.passes.couple.couple import couple
 from s2ft_compile.passes.permute import dense_orders, move, moves_for, ranges
 from s2ft_compile.passes.select.calibrate import Loss, calibrate
