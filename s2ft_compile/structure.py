@@ -77,7 +77,7 @@ class Analysis:
     tied: Mapping[str, str] = field(repr=False)
     depths: Mapping[str, int] = field(repr=False, default_factory=dict)
 
-    def roles(self) -> Counter:
+    def roles(self) -> Counter[str]:
         """How many members each role has."""
         return Counter(m.role for c in self.couplings for m in c.members)
 
