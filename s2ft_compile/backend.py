@@ -97,8 +97,8 @@ ATTACHES = (torch.ops.s2ft.attach, attach_pass.ATTACH)
 def _refreshed(compiled: Callable, pairs: Sequence[tuple[int, int]], weights: Sequence[int], replays: bool) -> Callable:
     """Writes the deltas into the weights first, in one launch on a GPU.
 
-    The blocks are those of the tensors at hand: dynamo runs one graph for all modules that its guards cannot tell apart,
-    such as the layers of a model that it compiles piece by piece. Tensors that belong to no block are unsharded by
+    The blocks are those of the tensors at hand: dynamo runs one graph for all modules that its guards cannot tell
+    apart, such as the layers of a model that it compiles piece by piece. Tensors that belong to no block are unsharded by
     FSDP, which gathers what the optimizer's step has written. replays: whether CUDA graphs write every micro-batch's
     gradients to the same memory, so that none may stay there.
     """
@@ -108,7 +108,7 @@ def _refreshed(compiled: Callable, pairs: Sequence[tuple[int, int]], weights: Se
             block = block_of(args[delta])
             if block is not block_of(args[weight]):
                 raise StateError(
-                    f"{(block or block_of(args[weight])).name} was called with another weight or another delta than the "
+                    f"{(block or block_of(args[weight])).name} was called with another weight or delta than the "
                     f"model's own (torch.func.functional_call); that works without torch.compile"
                 )
             if block is not None:

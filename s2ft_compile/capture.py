@@ -268,8 +268,8 @@ def _explain(model: nn.Module, error: Exception, trace: str) -> str:
 
 # what an error of torch.export says -> what would make the model trace
 ADVICE = {
-    "data-dependent": "A branch or a size there depends on the values of a tensor; it traces once that is computed without "
-    "Python control flow (torch.where, masks), or with example inputs and settings that avoid it.",
+    "data-dependent": "A branch or a size there depends on the values of a tensor; it traces once that is computed "
+    "without Python control flow (torch.where, masks), or with example inputs and settings that avoid it.",
     "not on the expected device": "Tensors of two devices meet: make the example inputs on the model's device.",
     "same device": "Tensors of two devices meet: make the example inputs on the model's device.",
     "unexpected keyword argument": "The example inputs are the forward's arguments by name; one of them is not.",

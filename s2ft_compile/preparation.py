@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from s2ft_compile.adapters.apply import check_fits
 from s2ft_compile.adapters.format import read_adapter
-from s2ft_compile.exporters.adapter import check_fits
 from s2ft_compile.passes.couple.couple import couple
 from s2ft_compile.passes.couple.recheck import Permuted
 from s2ft_compile.passes.permute import dense_orders, move, moves_for, ranges

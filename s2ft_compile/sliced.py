@@ -35,8 +35,8 @@ _writing = threading.Lock()  # one thread sees that a delta changed, and writes 
 class Block:
     """A slice while it trains.
 
-    ranges: the (start, length) it occupies along `dim` of the permuted weight. delta: float32, of the weight's shape but
-    for `dim`. backup: W0 of the block, the weight's dtype. places: the modules that hold the weight, each with the name
+    ranges: the (start, length) it occupies along `dim` of the permuted weight. delta: float32, of the weight's shape
+    but for `dim`. backup: W0 of the block, the weight's dtype. places: the modules that hold the weight, each with the name
     it has there. delta_key: what the delta is called beside it.
     """
 
@@ -126,7 +126,7 @@ class Block:
 
     @property
     def edited(self) -> bool:
-        """Whether something else wrote the weight, and left in it what is neither the last block nor the present one."""
+        """Whether something else wrote the weight, and left another block in it than the present one."""
         return (
             self.versions is not None
             and self.weight._version != self.versions[0]
@@ -177,8 +177,8 @@ def refresh(blocks: Iterable[Block]) -> None:
             if block.edited:
                 raise StateError(
                     f"{block.name} was changed in place, and the next write of its slice would undo a part of that. "
-                    f"Change weights before s2ft.prepare, or by load_state_dict; s2ft.release(model) keeps them as they "
-                    f"are now"
+                    f"Change weights before s2ft.prepare, or by load_state_dict; s2ft.release(model) keeps them as they"
+                    f" are now"
                 )
             quietly = block.versions is not None and block.versions[1] == block.delta._version
             if kernel.fits(block.weight, block.backup, block.delta):

@@ -29,7 +29,8 @@ _live: "weakref.WeakSet[State]" = weakref.WeakSet()
 class State:
     """blocks: what trains. moves: (parameter, dim, gather index) that made the blocks dense. frozen: the parameters
     that `prepare` froze. tensors: all parameters and buffers. permuted: the axes that are not in the base's order, and
-    left: those that a graph returned to others so. `active` is False while the weights are not the trained ones in training order."""
+    left: those that a graph returned to others so. `active` is False while the weights are not the trained ones in
+    training order."""
 
     def __init__(
         self,

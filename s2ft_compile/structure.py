@@ -79,7 +79,7 @@ class Analysis:
     depths: Mapping[str, int] = field(repr=False, default_factory=dict)
     unread: frozenset[str] = field(repr=False, default=frozenset())
 
-    def roles(self) -> Counter:
+    def roles(self) -> Counter[str]:
         """How many members each role has."""
         return Counter(m.role for c in self.couplings for m in c.members)
 

@@ -3,7 +3,7 @@
 The model is never written to: the permuted weights are copies, which `torch.func.functional_call` puts in the place of
 the model's for one forward. They are float64, and so is everything the forward casts to float32 (norms, softmax, RoPE).
 
-The tolerance. A reordered sum of n terms in arithmetic of unit roundoff u is the exact sum of terms that are each off by
+The tolerance. A reordered sum of n terms in arithmetic of unit roundoff u is the exact sum of terms each off by
 a factor of at most 1 ± 2 n u (backward error of summation), so a permuted model is the model with its weights
 multiplied by such factors. What factors of 1 ± ε at random do to the outputs is measured, Δ(ε), and scaled:
 tolerance = SAFETY · 2 n u · (Δ(ε) / ε + max|y|), n the longest sum (the largest dimension of a parameter or an input).
@@ -45,7 +45,7 @@ class Verification:
     difference: the largest change of an output. tolerance: what reordered sums explain. control: the change when half
     of the parameters stay behind; not above the tolerance, the weights cannot tell a right permutation from a wrong
     one. parameters: how many were permuted. alike: those whose values their permutation did not change (constants).
-    wrong: the couplings that change the outputs by themselves. calls: how many examples and sizes of them were compared;
+    wrong: the couplings that change the outputs by themselves. calls: how many examples and sizes were compared;
     the figures are of the first, or of the first that differs, which `where` then names.
     """
 
@@ -72,8 +72,9 @@ class Verification:
     def __str__(self) -> str:
         found = "unchanged" if self.ok else "CHANGED"
         lines = [
-            f"{self.couplings} couplings permuted at once in {self.parameters} parameters ({self.dtype}): outputs {found}, "
-            f"difference {self.difference:.2g}, allowed {self.tolerance:.2g}; control {self.control:.2g}"
+            f"{self.couplings} couplings permuted at once in {self.parameters} parameters ({self.dtype}): "
+            f"outputs {found}, difference {self.difference:.2g}, allowed {self.tolerance:.2g}; "
+            f"control {self.control:.2g}"
         ]
         if self.calls > 1:
             lines.append(f"{self.calls} calls compared, at other batch sizes and lengths too")

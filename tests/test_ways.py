@@ -330,7 +330,7 @@ def test_functional_call_in_a_graph_is_refused():
     def of(weight, x):
         return functional_call(model, {name: weight}, (x,)).logits.sum()
 
-    with pytest.raises(StateError, match="another weight or another delta"):
+    with pytest.raises(StateError, match="another weight or delta"):
         of(torch.zeros_like(model.get_parameter(name)), tokens())
 
 

@@ -103,7 +103,7 @@ def _pushed(editor: Editor, node: fx.Node) -> fx.Node:
     """What computes `node` (a take of a gradient) without its full-size input."""
     editor.at = node
     x, dim = node.args[:2]
-    rule = _rule_for(x.target) if x.op == "call_function" else None
+    rule = rule_for(x.target) if x.op == "call_function" else None
     made = rule(editor, node, x, dim) if rule else None
     if made is None:
         maker = x.args[0] if x.target is operator.getitem else x
@@ -293,9 +293,14 @@ RULES: dict[Any, Callable] = {
 }
 
 
-def _rule_for(target: Any) -> Callable | None:
+NAMED_RULES: dict[str, Callable] = {}  # of other libraries' operators, by name (`s2ft_compile.rules`)
+
+
+def rule_for(target: Any) -> Callable | None:
     if target in RULES:
         return RULES[target]
+    if isinstance(target, torch._ops.OpOverload) and target._schema.name in NAMED_RULES:
+        return NAMED_RULES[target._schema.name]
     return elementwise_rule if torch.Tag.pointwise in getattr(target, "tags", ()) else None
 
 
