@@ -13,7 +13,7 @@ test test-slow demo bench-cpu bench-adapters: export TOKENIZERS_PARALLELISM = fa
 demo: export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow gpu-test gpu-sanitize gpu-bench demo bench-cpu bench-adapters sweep clean
+.PHONY: help setup lint types wheel test test-slow gpu-test gpu-sanitize gpu-bench demo bench-cpu bench-adapters sweep clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -24,6 +24,20 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
 	$(PY) -m pip install --quiet --no-compile -c constraints.txt -e ".[test,bench]"
 	touch $@
+
+lint: $(STAMP)  ## rules and format of the source (ruff)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)  ## types of the values and the public names (mypy)
+	$(VENV)/bin/mypy
+
+# From another folder, so that it is the wheel's files that are imported.
+wheel: $(STAMP)  ## build the wheel, and import every module of it from a folder of its own
+	rm -rf build dist
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PY) -m pip install --quiet --no-deps --no-compile --target build/installed dist/*.whl
+	cd build && PYTHONPATH=installed "$(CURDIR)/$(PY)" ../.ci/import_all.py installed
 
 test: $(STAMP)  ## the test suite, on two cores
 	$(PY) -m pytest -n 2 --dist loadfile

@@ -27,6 +27,9 @@ from tiny import build
 from torch import nn
 from turns import RESULTS, versions
 
+from s2ft_compile.capture import capture
+from s2ft_compile.passes.couple.couple import couple
+
 MAPPINGS = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
@@ -136,11 +139,11 @@ def examine(model_type: str, names) -> dict:
     result["parameters"] = sum(p.numel() for p in model.parameters())
     start = time.perf_counter()
     try:
-        captured = s2ft.capture.capture(model, inputs)
+        captured = capture(model, inputs)
     except s2ft.CaptureError as error:
         return {**result, "status": "not traced", "reason": str(error)[:600]}
     traced = time.perf_counter()
-    analysis = s2ft.passes.couple.couple.couple(captured)
+    analysis = couple(captured)
     done = time.perf_counter()
     operators = Counter(r.operator for r in analysis.refusals if "no rule" in r.reason)
     result |= {
@@ -268,8 +271,6 @@ def cost(layers: int) -> dict:
     garbage collector, whose pauses grow with all that torch holds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import s2ft_compile as s2ft
-
     config = LlamaConfig(
         vocab_size=97,
         hidden_size=64,
@@ -281,10 +282,10 @@ def cost(layers: int) -> dict:
     with torch.device("meta"):
         model, inputs = LlamaForCausalLM(config).eval(), {"input_ids": torch.zeros(2, 16, dtype=torch.long)}
     start = time.process_time()
-    captured = s2ft.capture.capture(model, inputs)
+    captured = capture(model, inputs)
     gc.disable()
     traced = time.process_time()
-    analysis = s2ft.passes.couple.couple.couple(captured)
+    analysis = couple(captured)
     done = time.process_time()
     nodes = len(captured.graph_module.graph.nodes)
     return {

@@ -74,7 +74,8 @@ def tiny(config_class, rules, depth: int = 0):
             if value is not None and hasattr(value, "to_dict") and depth < 3:
                 made[name] = tiny(type(value), rules, depth + 1).to_dict()
         elif value is None and name in ("head_dim", "num_experts_per_tok", "topk_group", "n_group"):
-            made.update({name: n for pattern, n in rules if re.fullmatch(pattern, name)})
+            for size in (n for pattern, n in rules if re.fullmatch(pattern, name)):
+                made[name] = size  # the last rule that matches
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((n for pattern, n in rules if re.fullmatch(pattern, name)), None)
             if "key_value" in name and value == vars(default).get("num_attention_heads"):

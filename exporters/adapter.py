@@ -7,25 +7,15 @@ Saving and loading are inverse of each other, bit for bit:
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from s2ft_compile.adapters.format import (
-    CONFIG,
-    WEIGHTS,
-    Adapter,
-    ascending,
-    check_base,
-    check_slice,
-    describe_base,
-    hash_of_block,
-    read_adapter,
-    write_adapter,
-)
+from s2ft_compile.adapters.apply import check_fits, dtypes_of, overflow_of, summed
+from s2ft_compile.adapters.format import Adapter, ascending, describe_base, hash_of_block, read_adapter, write_adapter
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import AdapterError, ExportError
 from s2ft_compile.fingerprint import samples_of
@@ -36,7 +26,6 @@ from .card import CARD, card
 from .files import new_directory
 
 log = logging.getLogger(__name__)
-__all__ = ["CONFIG", "WEIGHTS", "adapter_of", "check_fits", "load_adapter", "save_adapter", "summed"]
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
@@ -63,7 +52,7 @@ def adapter_of(model: nn.Module) -> Adapter:
         for s in plan.slices:
             _check_trained(weights[s.parameter_name], s)
         blocks = {s.parameter_name: hash_of_block(weights[s.parameter_name], s) for s in plan.slices}
-        base = describe_base(type(module).__name__, _dtypes(module), samples_of(module), blocks)
+        base = describe_base(type(module).__name__, dtypes_of(module), samples_of(module), blocks)
     return Adapter(plan, base)
 
 
@@ -101,22 +90,6 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> Plan:
     return adapter.plan
 
 
-def check_fits(module: nn.Module, adapter: Adapter) -> None:
-    """That a plain model is the adapter's base, its blocks untouched, and can hold the sums. Raises `AdapterError`."""
-    check_base(adapter, samples_of(module), f"a {type(module).__name__} in {_dtypes(module)}")
-    weights = dict(module.named_parameters())
-    for s in adapter.slices:
-        W = weights[s.parameter_name]
-        check_slice(adapter, s, W)
-        check_finite(s.parameter_name, summed(W, [(s, 1.0)])[2])
-
-
-def check_finite(name: str, block: Tensor) -> None:
-    """That a sum of a weight and deltas is in the range of its type. Raises `AdapterError`."""
-    if not block.isfinite().all():
-        raise AdapterError(f"{name}: {_overflow(block)}")
-
-
 def _check_trained(W: Tensor, s: Slice) -> None:
     if not s.delta.isfinite().all():
         raise ExportError(
@@ -125,47 +98,10 @@ def _check_trained(W: Tensor, s: Slice) -> None:
         )
     block = summed(W, [(s, 1.0)])[2]
     if not block.isfinite().all():
-        raise ExportError(f"{s.parameter_name}: {_overflow(block)}")
-
-
-def _overflow(block: Tensor) -> str:
-    kind = str(block.dtype).removeprefix("torch.")
-    return (
-        f"the sum of the weight and the delta is not finite in {kind}, whose largest number is "
-        f"{torch.finfo(block.dtype).max:.4g}; a base model in {'bfloat16 or ' if kind == 'float16' else ''}float32 "
-        f"holds more"
-    )
-
-
-def _dtypes(module: nn.Module) -> str:
-    return " and ".join(sorted({str(p.dtype) for p in module.parameters()})).replace("torch.", "")
+        raise ExportError(f"{s.parameter_name}: {overflow_of(block)}")
 
 
 # --- into the model: computed first, then written ----------------------------------------------------------
-
-
-@torch.no_grad()
-def summed(W: Tensor, parts: Sequence[tuple[Slice, float]]) -> tuple[int, Tensor, Tensor]:
-    """(dim, indices, block): what W[indices] along dim becomes with every slice's weight * delta added to it.
-
-    The sum is made in the widest of the types and rounded once, in the order of `parts`, so one slice with
-    weight 1 gives cast(W0 + delta). The indices are the union; slices of different dims give all of dim 0.
-    """
-    dims = {s.dim for s, _ in parts}
-    dim = dims.pop() if len(dims) == 1 else 0
-    if dims:
-        indices = torch.arange(W.shape[0])
-    else:
-        indices = torch.cat([s.indices for s, _ in parts]).unique()
-    wide = W.dtype
-    for s, _ in parts:
-        wide = torch.promote_types(wide, s.delta.dtype)
-    block = W.index_select(dim, indices.to(W.device)).to(wide)
-    for s, weight in parts:
-        delta = s.delta.to(W.device, wide)
-        place = torch.searchsorted(indices, s.indices) if s.dim == dim else s.indices
-        block.index_add_(s.dim, place.to(W.device), delta if weight == 1 else delta * weight)
-    return dim, indices.to(W.device), block.to(W.dtype)
 
 
 @torch.no_grad()

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
+from s2ft_compile.adapters.apply import check_finite, summed
 from s2ft_compile.adapters.format import Adapter, check_base, check_slice, read_adapter
 from s2ft_compile.errors import AdapterError, ExportError
 from s2ft_compile.plan import Slice
 from s2ft_compile.stored import Stored, same_bits, sampled, stored_tensors
 
-from .adapter import check_finite, summed
 from .conversion import Assembled, by_model_names
 from .files import new_directory
 

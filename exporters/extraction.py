@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from s2ft_compile.adapters.apply import summed
 from s2ft_compile.adapters.format import Adapter, describe_base, hash_of_block, write_adapter
 from s2ft_compile.capture import unwrap
 from s2ft_compile.config import S2FTConfig
@@ -24,7 +25,6 @@ from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.state import is_prepared
 from s2ft_compile.stored import stored_tensors
 
-from .adapter import summed
 from .card import CARD, card
 from .conversion import Converted, by_model_names
 from .files import new_directory

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from s2ft_compile.adapters.format import CONFIG, WEIGHTS
+from s2ft_compile.adapters.layers import linear_layers
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import ExportError
 from s2ft_compile.plan import Slice
@@ -23,7 +25,7 @@ from s2ft_compile.stored import save_tensors
 
 from .card import CARD, SHIRA, card
 from .files import new_directory
-from .lora import CONFIG, WEIGHTS, adapter_source, linear_layers, peft_config
+from .lora import adapter_source, peft_config
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,10 @@ try:
 except ImportError:  # not Linux: the references are what is left
     triton, tl = None, SimpleNamespace(constexpr=object)
 
+# Here, since a `kernels/__init__.py` would hide the package of that name from transformers.
+if __name__ != "s2ft_compile.kernels.support":  # a second copy would define every operator again
+    raise ImportError(f"{__name__} is a part of s2ft_compile: import s2ft_compile.kernels instead")
+
 log = logging.getLogger(__name__)
 AMPERE = (8, 0)  # the first with bf16 in its matrix units and in Triton
 

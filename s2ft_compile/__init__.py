@@ -1,27 +1,71 @@
 """S²FT as a compiler: train a few dense slices of a transformer's coupled weights, get an ordinary model back."""
 
-from s2ft_compile.adapters.bank import AdapterBank
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from . import exporters
-from .config import CompileOptions, S2FTConfig
-from .errors import (
-    AdapterError,
-    CaptureError,
-    CompileError,
-    ConfigError,
-    ExportError,
-    S2FTError,
-    StateError,
-    VerificationError,
-)
-from .estimation import Estimate, estimate
-from .plan import Plan, Slice
-from .preparation import analyze, permute, prepare
-from .state import disabled, is_prepared, parameters, release
-from .structure import Analysis, Coupling, Member, Refusal
-from .verification import Verification, verify
+for _link in (Path(__file__).with_name(name) for name in ("passes", "kernels", "exporters")):
+    if _link.is_file():  # what Git writes where it may not make a link
+        how = "git config core.symlinks true && git checkout -f HEAD -- s2ft_compile"
+        raise ImportError(f"{_link} was checked out as a file, and has to be a symbolic link: {how}")
+
+from .lazy import attributes  # noqa: E402
+
+if TYPE_CHECKING:
+    from . import exporters
+    from .adapters.bank import AdapterBank
+    from .config import CompileOptions, S2FTConfig
+    from .errors import (
+        AdapterError,
+        CaptureError,
+        CompileError,
+        ConfigError,
+        ExportError,
+        S2FTError,
+        StateError,
+        VerificationError,
+    )
+    from .estimation import Estimate, estimate
+    from .plan import Plan, Slice
+    from .preparation import analyze, permute, prepare
+    from .state import disabled, is_prepared, parameters, release
+    from .structure import Analysis, Coupling, Member, Refusal
+    from .verification import Verification, verify
 
 __version__ = "0.1.0"
+
+__getattr__, __dir__ = attributes(
+    __name__,
+    {
+        "AdapterBank": "adapters.bank",
+        "CompileOptions": "config",
+        "S2FTConfig": "config",
+        "AdapterError": "errors",
+        "CaptureError": "errors",
+        "CompileError": "errors",
+        "ConfigError": "errors",
+        "ExportError": "errors",
+        "S2FTError": "errors",
+        "StateError": "errors",
+        "VerificationError": "errors",
+        "Estimate": "estimation",
+        "estimate": "estimation",
+        "Plan": "plan",
+        "Slice": "plan",
+        "analyze": "preparation",
+        "permute": "preparation",
+        "prepare": "preparation",
+        "disabled": "state",
+        "is_prepared": "state",
+        "parameters": "state",
+        "release": "state",
+        "Analysis": "structure",
+        "Coupling": "structure",
+        "Member": "structure",
+        "Refusal": "structure",
+        "Verification": "verification",
+        "verify": "verification",
+    },
+)
 
 __all__ = [
     "S2FTConfig",

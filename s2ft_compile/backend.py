@@ -26,6 +26,7 @@ from s2ft_compile.passes.backward import chunk_loss as chunk_loss_pass
 from s2ft_compile.passes.backward import grouped as grouped_pass
 from s2ft_compile.passes.backward import lower as lower_pass
 from s2ft_compile.passes.backward import slice_pushdown as pushdown_pass
+from s2ft_compile.passes.couple.recheck import recheck
 
 from .capture import Inputs, unwrap
 from .config import CompileOptions, S2FTConfig
@@ -60,6 +61,7 @@ def s2ft(
         _prepare_or_check(example_inputs, config)
     weights = [i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter) and block_of(x) is not None]
     _check_config(example_inputs, weights, config)
+    _prove(gm.graph, example_inputs)
     graph, dropped = gm, []
     if pairs and not how.logits:
         graph = _copy(gm)
@@ -69,6 +71,17 @@ def s2ft(
     if pairs or weights:
         compiled = _refreshed(compiled, pairs, weights, _replays(how))
     return _with_none(compiled, dropped)
+
+
+def _prove(graph: fx.Graph, inputs: Sequence[Any]) -> None:
+    """The analysis held for the traces that it saw; here is the graph that runs, perhaps another. Raises `CompileError`
+    where the order of a permuted axis matters in it."""
+    given = dict(zip(map(id, inputs), graph.find_nodes(op="placeholder")))
+    for state in live_states():
+        if state.active and state.permuted.axes:
+            weights = {given[id(t)]: (name, state.permuted) for name, t in state.tensors if id(t) in given}
+            if weights:
+                state.left |= recheck(graph, weights, frozenset(state.left))
 
 
 def attached_inputs(graph: fx.Graph) -> list[tuple[int, int]]:
@@ -84,8 +97,8 @@ ATTACHES = (torch.ops.s2ft.attach, attach_pass.ATTACH)
 def _refreshed(compiled: Callable, pairs: Sequence[tuple[int, int]], weights: Sequence[int], replays: bool) -> Callable:
     """Writes the deltas into the weights first, in one launch on a GPU.
 
-    The blocks are those of the tensors at hand: dynamo runs one graph for all modules that its guards cannot tell apart,
-    such as the layers of a model that it compiles piece by piece. Tensors that belong to no block are unsharded by
+    The blocks are those of the tensors at hand: dynamo runs one graph for all modules that its guards cannot tell
+    apart, such as the layers of a model that it compiles piece by piece. Tensors that belong to no block are unsharded by
     FSDP, which gathers what the optimizer's step has written. replays: whether CUDA graphs write every micro-batch's
     gradients to the same memory, so that none may stay there.
     """
@@ -95,7 +108,7 @@ def _refreshed(compiled: Callable, pairs: Sequence[tuple[int, int]], weights: Se
             block = block_of(args[delta])
             if block is not block_of(args[weight]):
                 raise StateError(
-                    f"{(block or block_of(args[weight])).name} was called with another weight or another delta than the "
+                    f"{(block or block_of(args[weight])).name} was called with another weight or delta than the "
                     f"model's own (torch.func.functional_call); that works without torch.compile"
                 )
             if block is not None:

@@ -1,18 +1,22 @@
 """Stage 1, capture: a model and example inputs -> an aten graph whose parameters carry their names."""
 
 import logging
+import random
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from .errors import CaptureError, ConfigError
+from .errors import CaptureError
+from .examples import Inputs, arguments, resized, several
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +25,9 @@ log = logging.getLogger(__name__)
 class Captured:
     """graph_module: aten. parameters: placeholder name -> the parameter's (first) name. tied: other name -> first.
 
-    overlapping: a parameter -> another parameter that it shares memory with. constants: placeholder name -> the value
-    of a small tensor of integers that the forward made from Python numbers.
+    overlapping: a parameter -> another tensor of the model that it shares memory with, in words. constants: placeholder
+    name -> the value of a small tensor of integers that the forward made from Python numbers. trace: what sets this one
+    apart from the first, in words. resized: it is the one before it, at other sizes of the inputs.
     """
 
     graph_module: torch.fx.GraphModule
@@ -31,6 +36,8 @@ class Captured:
     tied: Mapping[str, str]
     overlapping: Mapping[str, str]
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    trace: str = ""
+    resized: bool = False
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -44,44 +51,83 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-class Inputs(NamedTuple):
-    """A call's arguments."""
-
-    args: tuple
-    kwargs: dict
-
-
-def arguments(example_inputs: Any) -> Inputs:
-    """`example_inputs`, a tuple or a dict of the forward's arguments, as (args, kwargs)."""
-    if isinstance(example_inputs, Inputs):
-        return example_inputs
-    if isinstance(example_inputs, torch.Tensor):
-        return Inputs((example_inputs,), {})
-    if isinstance(example_inputs, Mapping):
-        return Inputs((), dict(example_inputs))
-    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        return Inputs(tuple(example_inputs), {})
-    raise ConfigError(
-        f"example_inputs is a tuple or a dict of the forward's arguments, got {type(example_inputs).__name__}"
-    )
-
-
-def capture(model: nn.Module, example_inputs: Any) -> Captured:
-    """Traces `model` (in eval mode, without a KV cache; both are put back). Raises `CaptureError`."""
+def capture(
+    model: nn.Module, example_inputs: Any, training: bool = False, trace: str = "", resized: bool = False
+) -> Captured:
+    """Traces `model` in one mode, without a KV cache (both are put back). Raises `CaptureError`."""
     args, kwargs = arguments(example_inputs)
     if any(p.is_meta for p in model.parameters()):  # structure without weights takes inputs without values
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
-    with inference_mode_of(model), warnings.catch_warnings():
+    with mode_of(model, training), one_draw(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, args, kwargs, strict=False).run_decompositions({})
         except Exception as error:  # export raises many unrelated types
-            raise CaptureError(_explain(model, error)) from error
+            raise CaptureError(_explain(model, error, trace)) from error
     tied = tied_names(model)
     names = {p: tied.get(n, n) for p, n in program.graph_signature.inputs_to_parameters.items()}
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     log.info("captured %s: %d nodes, %d parameters", type(model).__name__, len(program.graph.nodes), len(names))
-    return Captured(program.graph_module, names, shapes, tied, overlapping_names(model), _small_constants(program))
+    overlapping = overlapping_names(model, program.constants)
+    return Captured(program.graph_module, names, shapes, tied, overlapping, _small_constants(program), trace, resized)
+
+
+def captures(model: nn.Module, example_inputs: Any, train: bool = True) -> list[Captured]:
+    """Traces `model` on each example in eval mode and in train mode, at the example's sizes and at others.
+
+    Two traces see both where train mode runs the same operators: eval mode at the example's sizes, train mode at
+    others. Otherwise all four are made. A size that the model's code fixes stays as it is. Raises `CaptureError` where
+    an example does not trace in a mode.
+    """
+    examples = several(example_inputs)
+    return [
+        captured
+        for i, inputs in enumerate(examples)
+        for captured in _traces(model, inputs, train, f"with example {i + 1}" if i else "")
+    ]
+
+
+def _traces(model: nn.Module, inputs: Inputs, train: bool, which: str) -> list[Captured]:
+    first = capture(model, inputs, trace=which)
+    in_train_mode = _words("in train mode", which)
+    other = _resized(model, inputs, train, which)
+    if not train:
+        return [first, *other]
+    if other and all(_steps(c) == _steps(first) for c in other):
+        return [first, *other]
+    trained = capture(model, inputs, True, in_train_mode)
+    if not other:
+        return [first, trained]
+    other = [replace(c, trace=_words("in train mode", c.trace)) for c in other]
+    return [first, *_resized(model, inputs, False, which), trained, *other]
+
+
+def _resized(model: nn.Module, inputs: Inputs, training: bool, which: str) -> list[Captured]:
+    """The traces at other sizes that the model runs at: at all of them at once, or at each alone."""
+    made = []
+    for choice in resized(model, inputs):
+        try:
+            made.append(capture(model, choice.inputs, training, _words(choice.label, which), True))
+        except CaptureError as error:
+            log.debug("a size is fixed: %s", error)
+            continue
+        if choice.whole:
+            break
+    return made
+
+
+def _words(*parts: str) -> str:
+    return " ".join(part for part in parts if part)
+
+
+# operators that train and eval mode spell differently, or that one of them lacks
+ALIKE = re.compile(r"native_dropout|dropout|clone|getitem|detach|alias")
+
+
+def _steps(captured: Captured) -> list[str]:
+    """The operators in order, without those that are the same function of axes whatever the mode."""
+    called = [str(n.target) for n in captured.graph_module.graph.nodes if n.op == "call_function"]
+    return [name for name in called if not ALIKE.search(name)]
 
 
 def _small_constants(program) -> dict[str, torch.Tensor]:
@@ -104,40 +150,97 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-def overlapping_names(model: nn.Module) -> dict[str, str]:
-    """A parameter -> another one that lies partly or wholly in the same memory, for each that has such another."""
+def overlapping_names(model: nn.Module, constants: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """A parameter -> another tensor that lies partly or wholly in the same memory, for each that has such another.
+
+    The other may be a parameter, a buffer, an attribute of a module (or held by a list, tuple or dict that is one), or
+    one of `constants`, tensors that a trace met anywhere else.
+    """
+    parameters = dict(model.named_parameters())
     spans: dict[int, list[tuple[int, int, str]]] = {}
-    for name, p in model.named_parameters():
-        if p.numel():
-            end = p.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride()))
-            spans.setdefault(p.untyped_storage()._cdata, []).append((p.storage_offset(), end, name))
+    for name, t in [*parameters.items(), *_held(model), *(constants or {}).items()]:
+        if isinstance(t, torch.Tensor) and (span := _span(t)) is not None:
+            spans.setdefault(span[0], []).append((*span[1:], name))
     found = {}
     for held in spans.values():
         last_end, last_name = 0, ""
-        for start, end, name in sorted(held):
+        for start, end, name in sorted(set(held)):
             if start < last_end:
                 found[name] = last_name
                 found.setdefault(last_name, name)
             if end > last_end:
                 last_end, last_name = end, name
-    return found
+    return {name: other for name, other in found.items() if name in parameters}
+
+
+def _span(t: torch.Tensor) -> tuple[int, int, int] | None:
+    """(storage, first element, end) of what a tensor reads; None of what has no memory of its own."""
+    try:
+        storage = t.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # a subclass that wraps others
+        return None
+    if not t.numel() or t.layout != torch.strided:
+        return None
+    end = t.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    return storage, t.storage_offset() * t.itemsize, end * t.itemsize
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Buffers, and tensors among a module's attributes, or one level below: what a weight may be known by besides."""
+    for path, module in model.named_modules():
+        for key, value in {**module._buffers, **vars(module)}.items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            below = (
+                value.items() if isinstance(value, dict) else enumerate(value) if type(value) in (list, tuple) else ()
+            )
+            for name, t in [(key, value), *((f"{key}[{k!r}]", v) for k, v in below)]:
+                if isinstance(t, torch.Tensor):
+                    yield f"{path}.{name}" if path else name, t
+
+
+def inference_mode_of(model: nn.Module):
+    """Eval mode, no KV cache and no fused encoder layers; afterwards whatever it was before, module by module."""
+    return mode_of(model, training=False)
 
 
 @contextmanager
-def inference_mode_of(model: nn.Module):
-    """Eval mode, no KV cache and no fused encoder layers; afterwards whatever it was before, module by module."""
-    training = {m: m.training for m in model.modules()}
+def mode_of(model: nn.Module, training: bool):
+    """Train or eval mode, no KV cache and no fused encoder layers; afterwards whatever it was before."""
+    before = {m: m.training for m in model.modules()}
     configs = [c for c in configs_of(model) if getattr(c, "use_cache", None)]
     with ExitStack() as stack:
-        for module, was in training.items():
+        for module, was in before.items():
             stack.callback(setattr, module, "training", was)
         for config in configs:
             stack.callback(setattr, config, "use_cache", config.use_cache)
             config.use_cache = False
-        model.eval()
+        model.train(training)
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # one opaque operator for a whole encoder layer
         yield
+
+
+@contextmanager
+def one_draw():
+    """One fixed draw for Python's random numbers, and for single ones of torch: what layers are dropped by."""
+    state = random.getstate()
+    random.seed(0)
+    try:
+        with _SingleDraws():
+            yield
+    finally:
+        random.setstate(state)
+
+
+class _SingleDraws(TorchFunctionMode):
+    """`torch.rand` of one number as a constant, which a trace can branch on."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func is not torch.rand or made.shape not in ((), (1,)):
+            return made
+        return torch.tensor([0.5] if made.dim() else 0.5, dtype=made.dtype, device=made.device)
 
 
 def configs_of(model: nn.Module) -> list[Any]:
@@ -152,25 +255,32 @@ def _configs(config: Any):
             yield from _configs(value)
 
 
-def _explain(model: nn.Module, error: Exception) -> str:
+def _explain(model: nn.Module, error: Exception, trace: str) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     where = [line.strip() for line in lines if line.strip().startswith('File "') and "/torch/" not in line]
     place = f" ({where[-1]})" if where else ""
     return (
-        f"{type(model).__name__} could not be traced by torch.export: {type(error).__name__}: "
-        f"{lines[0] if lines else 'no message'}{place}. {_advice(str(error))}"
+        f"{type(model).__name__} could not be traced by torch.export{f' {trace}' if trace else ''}: "
+        f"{type(error).__name__}: {lines[0] if lines else 'no message'}{place}. {_advice(str(error))}"
+        f"{TRAIN_MODE if 'train mode' in trace else ''}"
     )
 
 
 # what an error of torch.export says -> what would make the model trace
 ADVICE = {
-    "data-dependent": "A branch or a size there depends on the values of a tensor; it traces once that is computed without "
-    "Python control flow (torch.where, masks), or with example inputs and settings that avoid it.",
+    "data-dependent": "A branch or a size there depends on the values of a tensor; it traces once that is computed "
+    "without Python control flow (torch.where, masks), or with example inputs and settings that avoid it.",
     "not on the expected device": "Tensors of two devices meet: make the example inputs on the model's device.",
     "same device": "Tensors of two devices meet: make the example inputs on the model's device.",
     "unexpected keyword argument": "The example inputs are the forward's arguments by name; one of them is not.",
     "missing": "The example inputs have to hold every argument that the forward needs.",
 }
+
+
+TRAIN_MODE = (
+    " It does trace in eval mode: where it is only ever trained so, or its train mode differs by dropout alone, "
+    "`train=False` leaves train mode out of the proof."
+)
 
 
 def _advice(message: str) -> str:

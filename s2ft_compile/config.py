@@ -70,14 +70,14 @@ class S2FTConfig:
     """
 
     targets: Mapping[str, int | float] = field(default_factory=lambda: {"ffn.out": 0.03})
-    selection: str | Callable = "random"
+    selection: str | Callable[..., Any] = "random"
     largest: bool = True
     budget: str = "layer"
     seed: int = 0
     top_layers: int | None = None
-    exclude: Sequence[str | os.PathLike] = ()
+    exclude: Sequence[str | os.PathLike[str]] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.targets, Mapping) or not self.targets:
             raise ConfigError(
                 f"targets must map roles or globs to amounts, got {self.targets!r}; for example {{'ffn.out': 0.03}}"
@@ -146,11 +146,11 @@ class CompileOptions:
     mode: str | None = None
     kernels: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.inner not in INNER:
             raise ConfigError(f"unknown inner backend {self.inner!r}; valid: {', '.join(INNER)}")
         budget = self.activation_budget
-        if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 <= budget <= 1:
+        if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 <= float(budget) <= 1:
             raise ConfigError(f"activation_budget is a number from 0 (recompute all that can be) to 1, got {budget!r}")
         for name in ("logits", "kernels"):
             if not isinstance(getattr(self, name), bool):
@@ -159,7 +159,7 @@ class CompileOptions:
             check_choice("mode", self.mode, MODES)
 
 
-def qualified_name(selection: str | Callable) -> str:
+def qualified_name(selection: str | Callable[..., Any]) -> str:
     """What stands for a selection in a file: its name, or "module:function"."""
     if isinstance(selection, str):
         return selection
@@ -176,40 +176,40 @@ def matches(target: str, parameter_name: str) -> bool:
     return fnmatchcase(parameter_name, target)
 
 
-def _check_target(target):
+def _check_target(target: object) -> None:
     if not isinstance(target, str) or not target:
         raise ConfigError(f"a target is a role ({', '.join(ROLES)}) or a glob on parameter names, got {target!r}")
 
 
-def _check_amount(target, amount):
+def _check_amount(target: str, amount: object) -> None:
     if isinstance(amount, bool) or not isinstance(amount, Real):
         raise ConfigError(f"target {target!r}: expected a ratio in (0, 1] or a number of units, got {amount!r}")
     if isinstance(amount, Integral):
         if amount < 1:
             raise ConfigError(f"target {target!r}: a number of units is at least 1, got {amount}")
-    elif not 0 < amount <= 1:
+    elif not 0 < float(amount) <= 1:
         raise ConfigError(
             f"target {target!r}: a ratio lies in (0, 1], got {amount}; a number of units is written as an integer"
         )
 
 
-def _check_selection(selection):
+def _check_selection(selection: object) -> None:
     if not callable(selection) and not (isinstance(selection, str) and ":" in selection):
         check_choice("selection", selection, (*SELECTIONS, "a function of (bands, scores)"))
 
 
-def _check_top_layers(value):
+def _check_top_layers(value: object) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
         raise ConfigError(f"top_layers is a number of layers from 1, or None for all of them, got {value!r}")
 
 
-def _folders(values) -> tuple[str, ...]:
+def _folders(values: Any) -> tuple[str, ...]:
     listed = isinstance(values, Sequence) and not isinstance(values, str)
     if not listed or not all(isinstance(v, (str, os.PathLike)) and os.fspath(v) for v in values):
         raise ConfigError(f"exclude is a list of adapter folders, got {values!r}; for example ['adapters/law']")
     return tuple(os.fspath(v) for v in values)
 
 
-def check_choice(name, value, valid):
+def check_choice(name: str, value: object, valid: Sequence[str]) -> None:
     if value not in valid:
         raise ConfigError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")

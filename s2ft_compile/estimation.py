@@ -12,17 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from s2ft_compile.cli.data import DTYPES, example_inputs, load_structure, takes_labels
-
 from .backend import boxed, s2ft
 from .capture import Inputs, arguments
-from .config import CompileOptions, S2FTConfig, check_choice
+from .config import CompileOptions, S2FTConfig
 from .errors import ConfigError
 from .preparation import prepare
 from .state import parameters, state_of
@@ -84,56 +81,6 @@ def estimate(
     fake = _with_fake_storage(model.train(), mode)
     graphs = _graphs(fake, *pytree.tree_map_only(Tensor, partial(_fake, mode), (args, kwargs)), options, mode)
     return _summed(fake, graphs, (args, kwargs))
-
-
-def estimate_folder(
-    model: str, batch: int, length: int, dtype: str, config: S2FTConfig, options: CompileOptions
-) -> Estimate:
-    """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels."""
-    check_choice("dtype", dtype, DTYPES)
-    if batch < 1 or length < 2:
-        raise ConfigError(f"a step has at least 1 sequence of 2 tokens, got {batch} of {length}")
-    loaded = load_structure(model, dtype)
-    if hasattr(loaded.config, "use_cache"):
-        loaded.config.use_cache = False
-    inputs = example_inputs(loaded, batch, length)
-    if takes_labels(loaded):
-        inputs |= _labels(loaded, inputs)
-    return estimate(loaded, inputs, config, options)
-
-
-def _labels(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A label for each token of a language model, for each row of logits of another: a number for a single logit."""
-    tokens = inputs.get("decoder_input_ids", inputs.get("input_ids"))
-    if tokens is not None and model.get_output_embeddings() is not None:
-        return {"labels": tokens}
-    with torch.no_grad():
-        logits = getattr(model(**inputs), "logits", None)
-    if logits is None:
-        return {}
-    kind = logits.dtype if logits.shape[-1] == 1 else torch.int64
-    return {"labels": torch.zeros_like(logits[..., 0], dtype=kind)}
-
-
-def table(made: Estimate) -> Table:
-    """What a person reads, in MiB."""
-    rows = {
-        "weights": made.weights,
-        f"slices ({made.trainable:,} numbers): deltas, gradients, backups": made.slices,
-        "optimizer (AdamW)": made.optimizer,
-        f"activations saved for the backward ({_amount(made)})": made.activations,
-        "working memory at the peak": made.working,
-        "total": made.total,
-    }
-    shown = Table("memory of a training step", "MiB")
-    shown.columns[1].justify = "right"
-    for name, size in rows.items():
-        shown.add_row(name, f"{size / 2**20:,.1f}", end_section=name.startswith("working"))
-    return shown
-
-
-def _amount(made: Estimate) -> str:
-    return f"{made.tokens:,} tokens" if made.tokens else f"a batch of {made.batch:,}"
 
 
 def _plain(budget: str) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import unwrap
-from .state import find_state
+from .sliced import base_parameters
 
 SAMPLES = 4096  # elements read of each parameter: 300 parameters of an 8B model are 2.4 MB, milliseconds
 
@@ -26,9 +26,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def samples_of(model: nn.Module) -> dict[str, str]:
     """Parameter name -> `sample` of it: what the fingerprint is made of."""
-    state = find_state(model)
-    deltas = set() if state is None else {id(block.delta) for block in state.blocks}
-    return samples((n, p) for n, p in unwrap(model).named_parameters() if id(p) not in deltas)
+    return samples(base_parameters(unwrap(model)).items())
 
 
 def samples(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:

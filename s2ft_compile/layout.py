@@ -7,7 +7,6 @@ the row-major flattening of its factors (heads × head_dim) and a `Sum` their co
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ class Sum:
         return sum(t.size for t in self.terms)
 
 
-Layout = Union[Leaf, Product, Sum]
+Layout = Leaf | Product | Sum
 
 
 def leaves(layout: Layout) -> Iterator[Leaf]:

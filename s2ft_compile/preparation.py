@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from s2ft_compile.adapters.apply import check_fits
 from s2ft_compile.adapters.format import read_adapter
-from s2ft_compile.exporters.adapter import check_fits
 from s2ft_compile.passes.couple.couple import couple
+from s2ft_compile.passes.couple.recheck import Permuted
 from s2ft_compile.passes.permute import dense_orders, move, moves_for, ranges
 from s2ft_compile.passes.select.calibrate import Loss, calibrate
 from s2ft_compile.passes.select.calibrate import check as check_calibration
 from s2ft_compile.passes.select.select import Selection, Taken, select, targeted_bands
 
-from .capture import capture, unwrap
+from .capture import captures, unwrap
 from .config import CALIBRATED, S2FTConfig
 from .errors import ConfigError, StateError, VerificationError
 from .fingerprint import fingerprint
@@ -30,14 +31,16 @@ from .verification import verify as verify_couplings
 log = logging.getLogger(__name__)
 
 
-def analyze(model: nn.Module, example_inputs: Any, verify: bool = False) -> Analysis:
+def analyze(model: nn.Module, example_inputs: Any, verify: bool = False, train: bool = True) -> Analysis:
     """Finds every coupled structure of a model; changes nothing. A model on the `meta` device will do.
 
-    example_inputs: a tuple or a dict of the forward's arguments. verify: also permute all couplings at random and
-    compare outputs (`s2ft.verify`). Raises `CaptureError` if the model cannot be traced, `VerificationError` if verify
-    finds a difference.
+    example_inputs: a tuple or a dict of the forward's arguments; a list of those for a model that takes different ones.
+    What is found holds in eval and in train mode, and at another batch size and length where the inputs have such.
+    verify: also permute all couplings at random and compare outputs (`s2ft.verify`). train: whether train mode is
+    looked at. Raises `CaptureError` if the model cannot be traced in a mode, `VerificationError` if verify finds a
+    difference.
     """
-    analysis = couple(capture(unwrap(model), example_inputs))
+    analysis = couple(*captures(unwrap(model), example_inputs, train))
     if verify and not (made := verify_couplings(model, example_inputs, analysis)).ok:
         raise VerificationError(str(made))
     return analysis
@@ -72,9 +75,11 @@ def prepare(
     config: S2FTConfig | None = None,
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    train: bool = True,
 ) -> Plan:
     """Selects slices, permutes the weights so that they are dense, freezes the rest and registers the deltas.
 
+    example_inputs, train: as for `analyze`.
     calibration: batches, each a tuple or a dict of the forward's arguments, for the selections that look at data. loss:
     (output, batch) -> scalar, for the selection "gradient" of a model whose output is neither a loss nor has one.
     The model stays the user's: same class, same `state_dict()` keys, same outputs (up to the rounding of reordered
@@ -94,10 +99,11 @@ def prepare(
     check_calibration(config.selection, calibration)
     parameters, taken = dict(model.named_parameters()), _taken(model, config)
     _check_not_shared(model, parameters)
-    analysis = analyze(model, example_inputs)
+    analysis = analyze(model, example_inputs, train=train)
     selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss), taken)
     _check_trainable(selections, parameters)
-    base, index = fingerprint(model), moves_for(dense_orders(analysis, selections), analysis.layouts)
+    orders = dense_orders(analysis, selections)
+    base, index = fingerprint(model), moves_for(orders, analysis.layouts)
     moves = [(parameters[name], dim, order) for (name, dim), order in index.items()]
     frozen = [p for p in parameters.values() if p.requires_grad]
     with ExitStack() as undo:
@@ -109,7 +115,10 @@ def prepare(
             parameter.requires_grad_(False)
             undo.callback(parameter.requires_grad_, True)
         plan = Plan(config, base, tuple(piece for _, piece in made))
-        state = State(plan, [block for block, _ in made], moves, frozen)
+        permuted = Permuted.of(analysis, orders)
+        state = State(
+            plan, [block for block, _ in made], moves, frozen, {**parameters, **dict(model.named_buffers())}, permuted
+        )
         undo.callback(state.uninstall, model)
         state.install(model)
         undo.pop_all()

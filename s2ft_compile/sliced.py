@@ -1,4 +1,4 @@
-"""A slice belongs to its weight: the module that holds a weight holds the delta, and *reading the weight attaches it*.
+"""A slice belongs to its weight: the module that holds a weight holds the delta, and reading the weight attaches it.
 
 `Sliced` is mixed into a class derived for that module, in which the weight's name is a property (as in
 `torch.nn.utils.parametrize`); the weight itself keeps its place and name in `_parameters`, the delta lies beside it.
@@ -10,14 +10,13 @@ of one layer, a frame that a compiler gave up. Compiled, the read is the operato
 """
 
 import copyreg
+import threading
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import _unsafe_preserve_version_counter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from s2ft_compile.kernels import refresh as kernel
@@ -29,14 +28,15 @@ from .errors import StateError
 HELD = "_s2ft"  # a sliced module's attribute: name of a weight -> its block
 Ranges = tuple[tuple[int, int], ...]
 _blocks = WeakIdKeyDictionary()  # a weight or a delta -> its block
+_writing = threading.Lock()  # one thread sees that a delta changed, and writes it
 
 
 @dataclass(eq=False)
 class Block:
     """A slice while it trains.
 
-    ranges: the (start, length) it occupies along `dim` of the permuted weight. delta: float32, of the weight's shape but
-    for `dim`. backup: W0 of the block, the weight's dtype. places: the modules that hold the weight, each with the name
+    ranges: the (start, length) it occupies along `dim` of the permuted weight. delta: float32, of the weight's shape
+    but for `dim`. backup: W0 of the block, the weight's dtype. places: the modules that hold the weight, each with the name
     it has there. delta_key: what the delta is called beside it.
     """
 
@@ -78,8 +78,9 @@ class Block:
     def uninstall(self) -> None:
         self.active = False
         for module, key in self.places:
-            del module.__dict__[HELD][key], module._parameters[self.delta_key]
-            _reclass(module)
+            if module.__dict__.get(HELD, {}).pop(key, None) is self:  # not where `install` did not get to
+                del module._parameters[self.delta_key]
+                _reclass(module)
 
     def adopt(self) -> None:
         """Takes the tensors that the module holds now, after `_apply` or a load that may have replaced them."""
@@ -91,11 +92,11 @@ class Block:
     # --- the weight's values -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def write(self, values: Tensor) -> None:
-        """Copies a block of the delta's shape into the weight."""
-        offset = 0
+    def write(self, values: Tensor, quietly: bool = False) -> None:
+        """Copies a block of the delta's shape into the weight; quietly, without its version counter."""
+        weight, offset = self.weight.data if quietly else self.weight, 0
         for start, length in self.ranges:
-            self.weight.narrow(self.dim, start, length).copy_(values.narrow(self.dim, offset, length))
+            weight.narrow(self.dim, start, length).copy_(values.narrow(self.dim, offset, length))
             offset += length
 
     @torch.no_grad()
@@ -125,7 +126,7 @@ class Block:
 
     @property
     def edited(self) -> bool:
-        """Whether something else wrote the weight, and left in it what is neither the last block nor the present one."""
+        """Whether something else wrote the weight, and left another block in it than the present one."""
         return (
             self.versions is not None
             and self.weight._version != self.versions[0]
@@ -168,30 +169,29 @@ def refresh(blocks: Iterable[Block]) -> None:
     Where no delta has changed the same values are written, in case one did change behind its version counter (`.data`);
     autograd need not know of that, or a checkpoint's recomputation would spoil what the forward saved.
     """
-    blocks = [b for b in blocks if b.active and not b.weight.is_meta]
-    for block in blocks:
-        if block.edited:
-            raise StateError(
-                f"{block.name} was changed in place, and the next write of its slice would undo a part of that. Change "
-                f"weights before s2ft.prepare, or by load_state_dict; s2ft.release(model) keeps them as they are now"
+    with _writing:
+        together = []
+        for block in blocks:
+            if not block.active or block.weight.is_meta:
+                continue
+            if block.edited:
+                raise StateError(
+                    f"{block.name} was changed in place, and the next write of its slice would undo a part of that. "
+                    f"Change weights before s2ft.prepare, or by load_state_dict; s2ft.release(model) keeps them as they"
+                    f" are now"
+                )
+            quietly = block.versions is not None and block.versions[1] == block.delta._version
+            if kernel.fits(block.weight, block.backup, block.delta):
+                together.append((block, quietly))
+            else:
+                block.write(block.trained(), quietly)
+                block.versions = block.weight._version, block.delta._version
+        if together:
+            kernel.refresh(
+                [(b.weight.data if q else b.weight, b.backup, b.delta, b.dim, b.ranges) for b, q in together]
             )
-    same = [b for b in blocks if b.versions is not None and b.versions[1] == b.delta._version]
-    known = set(map(id, same))
-    for some, quiet in ((same, True), ([b for b in blocks if id(b) not in known], False)):
-        if some:
-            with _unsafe_preserve_version_counter(tuple(b.weight for b in some)) if quiet else nullcontext():
-                _write(some)
-    for block in blocks:
-        block.versions = block.weight._version, block.delta._version
-
-
-def _write(blocks: list[Block]) -> None:
-    together = [b for b in blocks if kernel.fits(b.weight, b.backup, b.delta)]
-    if together:
-        kernel.refresh([(b.weight, b.backup, b.delta, b.dim, b.ranges) for b in together])
-    for block in blocks:
-        if block not in together:
-            block.write(block.trained())
+        for block, _ in together:
+            block.versions = block.weight._version, block.delta._version
 
 
 # --- the class that reads --------------------------------------------------------------------------------------------
@@ -314,6 +314,12 @@ def blocks_in(module: nn.Module) -> list[Block]:
     """The blocks of a module and of all below it, each once."""
     held = (m.__dict__.get(HELD) for m in module.modules())
     return list({id(block): block for blocks in held if blocks for block in blocks.values()}.values())
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The named parameters that the model has itself: all but the deltas."""
+    deltas = {id(block.delta) for block in blocks_in(model)}
+    return {name: p for name, p in model.named_parameters() if id(p) not in deltas}
 
 
 def free_key(places: list[tuple[nn.Module, str]]) -> str:

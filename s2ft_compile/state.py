@@ -7,13 +7,14 @@ W[block] == cast(W0 + delta) for every block.
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from s2ft_compile.passes.couple.recheck import Crossing, Permuted
 from s2ft_compile.passes.permute import move
 
 from .capture import unwrap
@@ -27,15 +28,29 @@ _live: "weakref.WeakSet[State]" = weakref.WeakSet()
 
 class State:
     """blocks: what trains. moves: (parameter, dim, gather index) that made the blocks dense. frozen: the parameters
-    that `prepare` froze. `active` is False while the weights are not the trained ones in training order."""
+    that `prepare` froze. tensors: all parameters and buffers. permuted: the axes that are not in the base's order, and
+    left: those that a graph returned to others so. `active` is False while the weights are not the trained ones in
+    training order."""
 
-    def __init__(self, plan: Plan, blocks: list[Block], moves: list, frozen: list[nn.Parameter]):
+    def __init__(
+        self,
+        plan: Plan,
+        blocks: list[Block],
+        moves: list,
+        frozen: list[nn.Parameter],
+        tensors: Mapping[str, Tensor],
+        permuted: Permuted,
+    ):
         self.plan = plan
         self.blocks = blocks
         self.moves = moves
         self.frozen = frozen
+        self.tensors = list(tensors.items())
+        self.permuted = permuted
+        self.left: set[Crossing] = set()
         self.active = True
         self.warned = False  # of slices without a gradient
+        self._hook = None  # of loading
         _live.add(self)
 
     def __setstate__(self, values):  # copy.deepcopy and pickle arrive here
@@ -44,12 +59,7 @@ class State:
 
     def holds(self, parameters: list[Tensor]) -> bool:
         """Whether one of these parameters is trained, frozen or permuted here."""
-        held = [
-            *self.frozen,
-            *(b.weight for b in self.blocks),
-            *(b.delta for b in self.blocks),
-            *(m[0] for m in self.moves),
-        ]
+        held = [*self.frozen, *(m[0] for m in self.moves), *(p for b in self.blocks for p in (b.weight, b.delta))]
         return not {id(p) for p in held}.isdisjoint(map(id, parameters))
 
     @torch._dynamo.disable
@@ -67,10 +77,11 @@ class State:
 
     def uninstall(self, model: nn.Module) -> None:
         """The inverse: no delta is among the model's parameters, and its modules have the classes they had."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         for block in self.blocks:
             block.uninstall()
-        delattr(model, NAME)
+        model.__dict__.pop(NAME, None)
 
     def _set_active(self, active: bool) -> None:
         self.active = active

@@ -67,6 +67,7 @@ class Analysis:
     heads: the axes that attention products run over in parallel (heads, kv groups, queries per group).
     free: the axes that may be permuted. tied: other names of a parameter -> the name it is listed under.
     depths: parameter -> how far down the model it is first used; layers are told apart and ordered by it.
+    unread: the parameters that no trace reads.
     """
 
     couplings: tuple[Coupling, ...]
@@ -76,8 +77,9 @@ class Analysis:
     free: frozenset[int] = field(repr=False)
     tied: Mapping[str, str] = field(repr=False)
     depths: Mapping[str, int] = field(repr=False, default_factory=dict)
+    unread: frozenset[str] = field(repr=False, default=frozenset())
 
-    def roles(self) -> Counter:
+    def roles(self) -> Counter[str]:
         """How many members each role has."""
         return Counter(m.role for c in self.couplings for m in c.members)
 

@@ -3,7 +3,7 @@
 The model is never written to: the permuted weights are copies, which `torch.func.functional_call` puts in the place of
 the model's for one forward. They are float64, and so is everything the forward casts to float32 (norms, softmax, RoPE).
 
-The tolerance. A reordered sum of n terms in arithmetic of unit roundoff u is the exact sum of terms that are each off by
+The tolerance. A reordered sum of n terms in arithmetic of unit roundoff u is the exact sum of terms each off by
 a factor of at most 1 ± 2 n u (backward error of summation), so a permuted model is the model with its weights
 multiplied by such factors. What factors of 1 ± ε at random do to the outputs is measured, Δ(ε), and scaled:
 tolerance = SAFETY · 2 n u · (Δ(ε) / ε + max|y|), n the longest sum (the largest dimension of a parameter or an input).
@@ -13,7 +13,7 @@ A control shows that the comparison could have failed: the same permutations wit
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from s2ft_compile.passes.permute import moves_for
 
-from .capture import arguments, inference_mode_of, unwrap
+from .capture import inference_mode_of, unwrap
 from .errors import ConfigError, StateError, VerificationError
+from .examples import Inputs, resized, several
 from .state import find_state
 from .structure import Analysis, Coupling
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 SAFETY = 8.0  # worst signs of the factors against random ones
 EPSILON = {torch.float64: 2.0**-30, torch.float32: 2.0**-12}  # far above roundoff, far below what changes a decision
+FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AssertionError)
 NARROW = {torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -43,7 +45,8 @@ class Verification:
     difference: the largest change of an output. tolerance: what reordered sums explain. control: the change when half
     of the parameters stay behind; not above the tolerance, the weights cannot tell a right permutation from a wrong
     one. parameters: how many were permuted. alike: those whose values their permutation did not change (constants).
-    wrong: the couplings that change the outputs by themselves.
+    wrong: the couplings that change the outputs by themselves. calls: how many examples and sizes were compared;
+    the figures are of the first, or of the first that differs, which `where` then names.
     """
 
     couplings: int
@@ -54,6 +57,8 @@ class Verification:
     tolerance: float
     control: float
     wrong: tuple[Coupling, ...] = ()
+    calls: int = 1
+    where: str = ""
 
     @property
     def ok(self) -> bool:
@@ -67,9 +72,14 @@ class Verification:
     def __str__(self) -> str:
         found = "unchanged" if self.ok else "CHANGED"
         lines = [
-            f"{self.couplings} couplings permuted at once in {self.parameters} parameters ({self.dtype}): outputs {found}, "
-            f"difference {self.difference:.2g}, allowed {self.tolerance:.2g}; control {self.control:.2g}"
+            f"{self.couplings} couplings permuted at once in {self.parameters} parameters ({self.dtype}): "
+            f"outputs {found}, difference {self.difference:.2g}, allowed {self.tolerance:.2g}; "
+            f"control {self.control:.2g}"
         ]
+        if self.calls > 1:
+            lines.append(f"{self.calls} calls compared, at other batch sizes and lengths too")
+        if self.where and not self.ok:
+            lines.append(f"the outputs differ {self.where}")
         if self.alike:
             lines.append(f"says nothing about {len(self.alike)} parameters that are constant, such as {self.alike[0]}")
         if not self.sharp:
@@ -91,24 +101,48 @@ def verify(model: nn.Module, example_inputs: Any, analysis: Analysis, seed: int 
             "a model on the meta device has no weights to verify; load them, or call analyze without verify"
         )
     with inference_mode_of(model), torch.no_grad():
+        made = [
+            replace(verification, where=where)
+            for i, inputs in enumerate(several(example_inputs))
+            for verification, where in _verified(model, inputs, f"with example {i + 1}" if i else "", analysis, seed)
+        ]
+    return replace(next((v for v in made if not v.ok), made[0]), calls=len(made))
+
+
+def _verified(
+    model: nn.Module, inputs: Inputs, which: str, analysis: Analysis, seed: int
+) -> Iterator[tuple[Verification, str]]:
+    """The comparison on an example, and on the same at the other sizes that the model runs at; with words for each."""
+    yield _compared(model, inputs, analysis, seed), which
+    for choice in resized(model, inputs):
         try:
-            return _Trial(model, example_inputs, torch.float64, seed).verification(analysis)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            log.info("%s does not run in float64 (%s); float32 instead", type(model).__name__, error)
-        try:
-            return _Trial(model, example_inputs, torch.float32, seed).verification(analysis)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            raise VerificationError(
-                f"{type(model).__name__} runs neither in float64 nor in float32, so nothing can be compared: {error}"
-            ) from error
+            yield _compared(model, choice.inputs, analysis, seed), f"{choice.label} {which}".strip()
+        except VerificationError as error:
+            log.debug("a size is fixed: %s", error)
+            continue
+        if choice.whole:
+            return
+
+
+def _compared(model: nn.Module, inputs: Inputs, analysis: Analysis, seed: int) -> Verification:
+    try:
+        return _Trial(model, inputs, torch.float64, seed).verification(analysis)
+    except FAILURES as error:
+        log.info("%s does not run in float64 (%s); float32 instead", type(model).__name__, error)
+    try:
+        return _Trial(model, inputs, torch.float32, seed).verification(analysis)
+    except FAILURES as error:
+        raise VerificationError(
+            f"{type(model).__name__} runs neither in float64 nor in float32, so nothing can be compared: {error}"
+        ) from error
 
 
 class _Trial:
     """Forwards of a model with other weights in its place, all in one type and from one random state."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, dtype: torch.dtype, seed: int):
+    def __init__(self, model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int):
         self.model, self.dtype, self.seed = model, dtype, seed
-        self.args, self.kwargs = tree_map(self._cast, tuple(arguments(example_inputs)))
+        self.args, self.kwargs = tree_map(self._cast, tuple(inputs))
         self.weights = {name: self._cast(p.detach()) for name, p in model.named_parameters()}
         self.buffers = {name: self._cast(b) for name, b in model.named_buffers()}
         self.before = self.outputs(self.weights)

@@ -13,6 +13,7 @@ from torch import nn
 import s2ft_compile as s2ft
 from s2ft_compile.adapters.bank import AdapterBank
 from s2ft_compile.adapters.batched import Stack, products_by_id
+from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.exporters import load_adapter, save_adapter
 
@@ -99,7 +100,7 @@ def test_fusing_adds_every_delta_and_reports_what_they_share(folder, chosen):
     expected, touched = {n: W.clone() for n, W in before.items()}, {}
     for name, weight in chosen.items():
         touched[name] = {n: torch.zeros_like(W, dtype=torch.bool) for n, W in before.items()}
-        for s in s2ft.adapters.format.read_adapter(folder / name).slices:
+        for s in read_adapter(folder / name).slices:
             expected[s.parameter_name].index_add_(s.dim, s.indices, s.delta * weight)
             touched[name][s.parameter_name].index_fill_(s.dim, s.indices, True)
     assert same(weights(bank.model), expected)

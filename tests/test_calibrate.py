@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import s2ft_compile as s2ft
 from s2ft_compile.config import CALIBRATED
 from s2ft_compile.errors import ConfigError
+from s2ft_compile.passes.select import calibrate as calibrate_module
 from s2ft_compile.passes.select.calibrate import calibrate
 from s2ft_compile.passes.select.scores import squares
 
@@ -44,7 +45,7 @@ def oracle(model, batches, call):
         found[selection][place] = found[selection].get(place, 0) + values
 
     def hook(module, args, kwargs, output):
-        name, (made, read) = places[module], dims_of(module)
+        name, (_, read) = places[module], dims_of(module)
         W, y = module.weight.detach().double(), output.double()
         if isinstance(module, nn.Embedding):
             x = F.one_hot(args[0], W.shape[0]).double()
@@ -351,12 +352,12 @@ def test_without_a_loss_the_error_says_what_to_pass():
     model, batches = one_layer(), [{"input_ids": tokens()}]
     before = snapshot(model)
     places = [("model.layers.0.mlp.down_proj.weight", 1)]
-    for given, message in (
+    for loss, message in (
         (None, "LlamaForCausalLM returned NoneType; give the batches labels .* or pass loss="),
         (lambda out, batch: out.logits, r"loss= returned a tensor of shape \(2, 8, 50\)"),
     ):
         with pytest.raises(ConfigError, match=message):
-            calibrate(model, places, "gradient", batches, given)
+            calibrate(model, places, "gradient", batches, loss)
     assert_unchanged(model, before)
 
 
@@ -458,7 +459,7 @@ def test_no_two_gradients_are_alive_at_once(monkeypatch):
         refs.append(StorageWeakRef(x.untyped_storage()))
         return squares(x, dim)
 
-    monkeypatch.setattr(s2ft.calibrate, "squares", watched)
+    monkeypatch.setattr(calibrate_module, "squares", watched)
     places = [(n, 0) for n, p in model.named_parameters() if p.ndim == 2]
     calibrate(model, places, "gradient", hf_batches("llama"))
     assert len(alive) == 3 * len(places) and max(alive) == 0

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 import s2ft_compile as s2ft
 from s2ft_compile import CompileOptions, S2FTConfig
 from s2ft_compile.cli.app import app
+from s2ft_compile.cli.estimate import table
 from s2ft_compile.errors import ConfigError
-from s2ft_compile.estimation import Estimate, table
+from s2ft_compile.estimation import Estimate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from methods import QUICK_SIZE, build  # noqa: E402
@@ -91,8 +92,8 @@ def test_each_layer_adds_what_it_saves_and_nothing_else():
     assert per_layer == pytest.approx(SAVED_UNITS, rel=1e-3)
 
 
-# Per token and layer, in units of d: two residual streams and their norms' inverse roots, q, the keys and values of one
-# of four heads, the attention's output and its logsumexp, gate and up of 3.5 d. What the slices read is a part of these.
+# Per token and layer, in units of d: two residual streams and their norms' inverse roots, q, the keys and values of
+# one of four heads, the attention's output and its logsumexp, gate and up of 3.5 d. The slices read a part of these.
 D, HEADS = WIDE.hidden, WIDE.heads
 SAVED_UNITS = (2 * D + 2 + D + 2 * D / HEADS + D + HEADS + 2 * 3.5 * D) / D
 

@@ -1,4 +1,4 @@
-"""On a CUDA GPU: the same gradients, and what only a GPU has. `make gpu-test` runs these; elsewhere they are left out."""
+"""On a CUDA GPU: the same gradients, and what only a GPU has. `make gpu-test` runs these, nothing else does."""
 
 import copy
 

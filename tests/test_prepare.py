@@ -1,4 +1,4 @@
-"""Preparing: outputs stay, names stay, only the deltas train; a refusal changes nothing; release gives the model back."""
+"""Preparing: outputs stay, names stay, only the deltas train; a refusal changes nothing; release undoes it."""
 
 import json
 

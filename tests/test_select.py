@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import Drawn, Spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import QUICK, cases, configs, hf, tokens
@@ -286,6 +287,17 @@ def test_selections_of_drawn_models(case, config):
     for s in found:
         size = dict(case.model.named_parameters())[s.parameter_name].shape[s.dim]
         assert (s.indices.diff() > 0).all() and s.indices[0] >= 0 and s.indices[-1] < size
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("role", ["attention.query", "attention.out"])
+def test_a_query_that_shares_a_broadcast_key_is_a_unit_of_its_own(kv_heads, role):
+    """Products of (batch, kv heads, queries, ...) with (batch, kv heads, 1, ...): a unit is one query head."""
+    spec = Spec(kv_heads=kv_heads, groups=2, head_dim=4, qkv="separate", attention="eager", share="grouped")
+    case = Drawn(spec)
+    found = chosen((case.model, s2ft.analyze(case.model, case.inputs)), targets={role: 1})
+    (selection,) = found.values()
+    assert len(heads_of(selection.indices)) == 1
 
 
 # --- lowrank, budgets by score, the top layers, a user's own function ----------------------------------------------

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from test_lora import assert_peft_gives, no_warnings, tuned  # noqa: F401
 
 import s2ft_compile as s2ft
+from s2ft_compile.adapters.format import CONFIG, WEIGHTS
 from s2ft_compile.errors import ExportError
 from s2ft_compile.exporters import save_adapter, save_shira
-from s2ft_compile.exporters.lora import CONFIG, WEIGHTS
 from s2ft_compile.exporters.shira import common_r, numbers
 
 ROLES = {"ffn.out": 0.3, "attention.out": 1, "ffn.in": 3, "attention.value": 1}

@@ -35,7 +35,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(same_bits(a[n], b[n]) for n in a)
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names -------------------------------------------------------------------------------------------------------
 
 
 def test_deltas_are_parameters_of_the_model_but_not_of_its_state():
@@ -128,7 +128,7 @@ def test_a_model_that_is_gone_leaves_nothing_behind():
     assert len(live_states()) == before
 
 
-# --- disabled, merged ---------------------------------------------------------------------------------------------------
+# --- disabled, merged --------------------------------------------------------------------------------------------
 
 
 def test_disabled_is_the_base_model_and_the_trained_one_returns():
@@ -152,7 +152,7 @@ def test_an_error_inside_brings_the_prepared_model_back(context):
     before, hooks = weights(model), snapshot(model)["hooks"]
     with pytest.raises(ZeroDivisionError):
         with context(model):
-            1 / 0
+            raise ZeroDivisionError
     assert same(weights(model), before) and s2ft.is_prepared(model)
     assert {n: tuple(map(len, h)) for n, h in snapshot(model)["hooks"].items()} == {
         n: tuple(map(len, h)) for n, h in hooks.items()
@@ -213,7 +213,7 @@ def test_training_goes_on_after_disabled_and_merged():
     for look in (False, True):
         case, model = prepared()
         optimizer = torch.optim.AdamW(s2ft.parameters(model), lr=1e-2)
-        for step in range(3):
+        for _ in range(3):
             optimizer.zero_grad()
             case.loss(model).backward()
             optimizer.step()
@@ -252,7 +252,7 @@ def assert_unchanged_names(model, plain):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-# --- copies, pickles, types ---------------------------------------------------------------------------------------------
+# --- copies, pickles, types --------------------------------------------------------------------------------------
 
 
 def saved_and_loaded(model):
@@ -311,7 +311,7 @@ def test_a_conversion_keeps_the_deltas_in_float32(convert, dtype):
     assert_weights(model, expected)
 
 
-# --- manual updates -----------------------------------------------------------------------------------------------------
+# --- manual updates ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["none", "aot_eager", "eager"])
@@ -367,7 +367,7 @@ def test_one_optimizer_for_two_models():
 def test_eager_forwards_that_fail_leave_the_weights_in_place():
     case, model = prepared()
     before = snapshot(model)["identities"]
-    with pytest.raises(Exception):
+    with pytest.raises((RuntimeError, ValueError, TypeError, IndexError)):
         model(torch.zeros(1, 2, 3, 4))
     assert snapshot(model)["identities"] == before
     case.loss(model).backward()

@@ -1,4 +1,4 @@
-"""Training: gradients are the slices of eager full gradients, and steps those of full training with masked gradients."""
+"""Training: gradients are the slices of eager full gradients, and steps those of full training with masks."""
 
 import copy
 
@@ -91,7 +91,7 @@ def test_gradients_of_tied_weights_add_up(how):
 
 @pytest.mark.parametrize("how", ["aot_eager", "none"])
 def test_gradients_in_train_mode_with_dropout(how):
-    """The compiled graph draws its masks elsewhere, so only what does not depend on them is compared: p = 0 in train mode."""
+    """The compiled graph draws its masks elsewhere, so what does not depend on them is compared: p = 0 there."""
     case, model = prepared()
     model.train()
     case.loss(run(model, how)).backward()

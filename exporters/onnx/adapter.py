@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from s2ft_compile.adapters.apply import check_fits, summed
 from s2ft_compile.adapters.format import Adapter, read_adapter
+from s2ft_compile.adapters.layers import linear_layers
 from s2ft_compile.capture import unwrap
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError, ExportError
-from s2ft_compile.exporters.adapter import check_fits, summed, untrained
+from s2ft_compile.exporters.adapter import untrained
 from s2ft_compile.exporters.files import new_files
-from s2ft_compile.exporters.lora import adapter_source, linear_layers
+from s2ft_compile.exporters.lora import adapter_source
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.state import is_prepared, state_of
 

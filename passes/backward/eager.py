@@ -1,7 +1,7 @@
 """Partial backpropagation without a compiler: a weight that was read in eager mode carries its slice along.
 
-`attached(W, D)` is a tensor with W's values. A product that it takes part in gets a backward of its own, which makes the
-slice of dW and nothing else:
+`attached(W, D)` is a tensor with W's values. A product that it takes part in gets a backward of its own, which makes
+the slice of dW and no more:
 
     y = x Wᵀ        rows of W:     dD = dY[:, block]ᵀ x          columns of W:  dD = dYᵀ x[:, block]
 
@@ -50,6 +50,7 @@ def attached(weight: Tensor, delta: Tensor, dim: int, ranges: Ranges, name: str)
         return made  # somebody trains all of it: there is nothing to leave out
     made = made.as_subclass(AttachedWeight)
     made.parts = weight, delta, Where(dim, ranges, name)
+    made._is_param = True  # `isinstance(module.weight, nn.Parameter)` as before, which `get_parameter` asks
     return made
 
 
@@ -178,7 +179,7 @@ def _addmm(bias, x, weight, *, beta=1, alpha=1, out=None):
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """product(x, W, offs): rows of x (tokens, in) in groups that end at `offs`, each with a matrix of W (E, in, out)."""
+    """product(x, W, offs): rows of x (tokens, in) in groups that end at `offs`, each with one of W (E, in, out)."""
 
     @staticmethod
     def forward(x, weight, delta, offs, where, product):

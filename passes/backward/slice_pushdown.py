@@ -41,10 +41,10 @@ def slice_pushdown(graph: fx.Graph) -> int:
         _check_none_left(graph)
         return 0
     editor = Editor(graph)
-    for node in taken:
-        node.replace_all_uses_with(_pushed(editor, node))
     for node in attached:
         node.replace_all_uses_with(node.args[0])
+    for node in taken:
+        node.replace_all_uses_with(_pushed(editor, node))
     graph.eliminate_dead_code()
     without_weight_gradients(editor, graph)
     for node in graph.find_nodes(op="call_function", target=TAKE):
@@ -103,7 +103,7 @@ def _pushed(editor: Editor, node: fx.Node) -> fx.Node:
     """What computes `node` (a take of a gradient) without its full-size input."""
     editor.at = node
     x, dim = node.args[:2]
-    rule = _rule_for(x.target) if x.op == "call_function" else None
+    rule = rule_for(x.target) if x.op == "call_function" else None
     made = rule(editor, node, x, dim) if rule else None
     if made is None:
         maker = x.args[0] if x.target is operator.getitem else x
@@ -244,6 +244,15 @@ def elementwise_rule(editor, node, x, dim):
     return editor.call(x.target, *[sliced(a) for a in x.args], like=x, **x.kwargs)
 
 
+def expand_rule(editor, node, x, dim):
+    """What is repeated along the dimension is repeated less often; the rest is sliced before it is repeated."""
+    source, size = x.args[0], list(node.meta["val"].shape)
+    inner = dim - len(size) + source.meta["val"].ndim
+    if inner >= 0 and source.meta["val"].shape[inner] != 1:
+        source = _recurse(editor, source, inner, node)
+    return editor.call(aten.expand.default, source, size, like=x)
+
+
 def take_rule(editor, node, x, dim):
     """A slice of a slice along another dimension: they commute."""
     if x.args[1] == dim:
@@ -274,6 +283,7 @@ RULES: dict[Any, Callable] = {
     aten.slice_backward.default: slice_backward_rule,
     aten.full.default: constant_rule,
     aten.new_zeros.default: constant_rule,
+    aten.expand.default: expand_rule,
     aten._to_copy.default: elementwise_rule,
     aten.clone.default: elementwise_rule,
     aten.alias.default: elementwise_rule,
@@ -283,9 +293,14 @@ RULES: dict[Any, Callable] = {
 }
 
 
-def _rule_for(target: Any) -> Callable | None:
+NAMED_RULES: dict[str, Callable] = {}  # of other libraries' operators, by name (`s2ft_compile.rules`)
+
+
+def rule_for(target: Any) -> Callable | None:
     if target in RULES:
         return RULES[target]
+    if isinstance(target, torch._ops.OpOverload) and target._schema.name in NAMED_RULES:
+        return NAMED_RULES[target._schema.name]
     return elementwise_rule if torch.Tag.pointwise in getattr(target, "tags", ()) else None
 
 

@@ -208,11 +208,15 @@ def unify(a: Axis, b: Axis, why: Pin = Pin("two axes that cannot be aligned")) -
 def _bind(atom: Axis, other: Axis, why: Pin) -> None:
     if other.kind != ATOM and any(inside is atom for inside in atoms(other)):
         return pin(other, why)
-    if other.pin is not None and other.pin.node is None and atom.pin is None and other.kind == ATOM:
-        atom, other = other, atom  # keep the side whose pin can still name the operator they met in
+    if other.kind == ATOM and _is_source(other.pin) and not _is_source(atom.pin):
+        atom, other = other, atom  # keep the side whose pin names an operator, or can still name the one they met in
     atom.alias = other
     if atom.pin is not None:
         pin(other, atom.pin if atom.pin.node is not None else Pin(atom.pin.reason, why.node))
+
+
+def _is_source(why: Pin | None) -> bool:
+    return why is not None and why.node is None
 
 
 def _unify_products(a: Axis, b: Axis, why: Pin) -> bool:

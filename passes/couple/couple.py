@@ -7,7 +7,8 @@ come from the graph too: which axes attention runs over in parallel, which sums 
 import logging
 import operator
 import re
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,23 +27,23 @@ from .rules import rule_for
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph")
 MIXES = {aten.matmul.default, aten.bmm.default, aten.einsum.default}
 
 
-def couple(captured: Captured) -> Analysis:
-    """Every coupling that can be proved, and a refusal for each axis of a parameter that cannot."""
-    for module in captured.graph_module.modules():
-        if isinstance(module, fx.GraphModule):
-            concretize(module.graph)
-            normalize(module.graph, captured.constants)
-    inference = _Inference(captured)
-    inference.run(captured.graph_module, None)
-    _pin_unread(inference)
-    roles = _Roles(inference)
+def couple(captured: Captured, *others: Captured) -> Analysis:
+    """Every coupling that every trace proves, and a refusal for each axis of a parameter that cannot be.
+
+    All traces share the parameters' axes, so that what one of them pins or divides is so for all. Roles are those of
+    the first trace that reads an axis.
+    """
+    inferences, origins = _infer([captured, *others])
+    _pin_unread(inferences)
+    roles = _FirstRoles(inferences)
     ids: dict[Axis, int] = {}
     layouts = {
         (name, dim): _freeze(axis, roles, ids)
-        for name, value in inference.parameters.items()
+        for name, value in inferences[0].parameters.items()
         for dim, axis in enumerate(value.dims)
     }
     members: dict[int, list[Member]] = {}
@@ -54,7 +55,7 @@ def couple(captured: Captured) -> Analysis:
     for atom, axis in ids.items():
         listed = tuple(dict.fromkeys(members.get(axis, ())))
         if atom.pin is not None and listed:
-            refusals.append(_refusal(atom, listed))
+            refusals.append(_refusal(atom, listed, origins))
         elif len(listed) > 1:
             places = {(m.parameter_name, m.dim): layouts[m.parameter_name, m.dim] for m in listed}
             couplings.append(Coupling(roles.of(atom), atom.size, listed, axis, places))
@@ -66,22 +67,73 @@ def couple(captured: Captured) -> Analysis:
         heads=frozenset(ids[a] for a in roles.heads if a in ids),
         free=frozenset(c.axis for c in couplings),
         tied=captured.tied,
-        depths=depths(captured.graph_module.graph, captured.parameters),
+        depths=dict(ChainMap(*(depths(c.graph_module.graph, c.parameters) for c in (captured, *others)))),
+        unread=frozenset(captured.shapes) - {name for inference in inferences for name in inference.used},
     )
+
+
+def _infer(traces: Sequence[Captured]) -> tuple[list["_Inference"], dict[int, tuple[Pin, str]]]:
+    """Applies the rules to every trace, over the same parameters; also id(pin) -> the pin and which trace made it."""
+    inferences: list[_Inference] = []
+    base: _Inference | None = None  # of which a resized trace is another size
+    origins: dict[int, tuple[Pin, str]] = {}
+    for captured in traces:
+        for module in captured.graph_module.modules():
+            if isinstance(module, fx.GraphModule):
+                concretize(module.graph)
+                normalize(module.graph, captured.constants)
+        inference = _Inference(captured, inferences[0].parameters if inferences else None)
+        before = {a: _division(a) for v in inference.parameters.values() for a in v.dims} if captured.resized else {}
+        inference.run(captured.graph_module, None)
+        if captured.resized:
+            _pin_moved(before, base, inference)
+        else:
+            base = inference
+        for atom in _atoms_of(axis for value in inference.parameters.values() for axis in value.dims):
+            if atom.pin is not None:
+                origins.setdefault(id(atom.pin), (atom.pin, captured.trace))
+        inferences.append(inference)
+    return inferences, origins
+
+
+def _pin_moved(before: Mapping[Axis, Any], base: "_Inference", other: "_Inference") -> None:
+    """What is divided, or read in part, otherwise at other sizes of the inputs has an order: any size may come."""
+    read, base_read = _atoms_of(other.cx.consumed), _atoms_of(base.cx.consumed)
+    for axis, division in before.items():
+        inside = _atoms_of([axis])
+        parts, base_parts = inside & read, inside & base_read
+        if not _is_divided(axis, division) or (parts and base_parts and parts != base_parts):
+            pin(axis, Pin("where it is cut depends on the inputs' sizes"))
+
+
+def _division(axis: Axis) -> Any:
+    """How an axis is divided, as a tree."""
+    root = find(axis)
+    return root.kind, [_division(part) for part in root.parts]
+
+
+def _is_divided(axis: Axis, division: Any) -> bool:
+    """Whether an axis is still divided so, where anything in it may be permuted."""
+    root, (kind, parts) = find(axis), division
+    if all(atom.pin for atom in atoms(root)):
+        return True
+    return (root.kind, len(root.parts)) == (kind, len(parts)) and all(map(_is_divided, root.parts, parts))
 
 
 class _Inference:
     """Applies the rules to every node once. `env` maps nodes to values (or lists of them)."""
 
-    def __init__(self, captured: Captured):
+    def __init__(self, captured: Captured, parameters: dict[str, Value] | None = None):
         self.cx = Context()
         self.env: dict[fx.Node, Any] = {}
-        self.parameters = {
+        self.parameters = parameters or {
             name: Value([Axis(size) for size in shape], weight=True) for name, shape in captured.shapes.items()
         }
         for name, other in captured.overlapping.items():
-            _pin_all(self.parameters[name], Pin(f"it shares memory with {other}, but is another parameter"))
+            _pin_all(self.parameters[name], Pin(f"it shares memory with {other}, which is not the same parameter"))
         self.names = captured.parameters
+        placeholders = (n for n in captured.graph_module.graph.nodes if n.op == "placeholder" and n.users)
+        self.used = {self.names[n.name] for n in placeholders if n.name in self.names}
 
     def run(self, module: fx.GraphModule, inputs: list | None) -> Any:
         """Interprets a graph; `inputs` are a subgraph's arguments, None for the model's own graph."""
@@ -97,8 +149,11 @@ class _Inference:
             elif node.op == "output":
                 result = fx.node.map_arg(node.args[0], lambda n: self.env[n])
                 if inputs is None:
-                    _pin_all(result, Pin("it is an output of the model"))
+                    self._returned(result)
                 return result
+
+    def _returned(self, result: Any) -> None:
+        _pin_all(result, Pin("it is an output of the model"))
 
     def _source(self, node: fx.Node) -> Any:
         if node.name in self.names:
@@ -121,7 +176,7 @@ class _Inference:
             return args[0][args[1]] if isinstance(args[0], (list, tuple)) else None
         graphs = [i for i, a in enumerate(args) if isinstance(a, fx.GraphModule)]
         if len(graphs) == 1 and isinstance(node.target, torch._ops.HigherOrderOperator) and _inlines(node):
-            return self.run(args[graphs[0]], list(args[graphs[0] + 1 :]))
+            return self.run(args[graphs[0]], [a for a in args[graphs[0] + 1 :] if not isinstance(a, str)])
         if not _has_tensor(node.meta.get("val")):
             return None
         made = self._apply(node, args, kwargs)
@@ -150,8 +205,8 @@ class _Inference:
 
 
 def _inlines(node: fx.Node) -> bool:
-    """Whether a higher-order operator runs its graph once, on the arguments that follow it (no_grad, autocast)."""
-    return node.target.name().startswith(("wrap_with_set_grad_enabled", "wrap_with_autocast"))
+    """Whether a higher-order operator runs its graph once, on the arguments after it (no_grad, autocast, regions)."""
+    return node.target.name().startswith(INLINED)
 
 
 def _values(tree: Any) -> Iterator[Value]:
@@ -168,10 +223,10 @@ def _has_tensor(val: Any) -> bool:
     return any(isinstance(v, torch.Tensor) for v in (val if isinstance(val, (list, tuple)) else [val]))
 
 
-def _pin_unread(inference: _Inference) -> None:
+def _pin_unread(inferences: Sequence[_Inference]) -> None:
     """An axis that stays free is summed over in the end; one that is not was cut off by the example's sizes."""
-    read = _atoms_of(inference.cx.consumed)
-    for value in inference.parameters.values():
+    read = _atoms_of(axis for inference in inferences for axis in inference.cx.consumed)
+    for value in inferences[0].parameters.values():
         for atom in _atoms_of(value.dims) - read:
             pin(atom, Pin("nothing that the example inputs reach reads it"))
 
@@ -226,6 +281,29 @@ class _Roles:
         if not self.residual:
             return not any(made & self.attention for made, _ in takers)
         return any(read & self.residual for _, read in makers) and all(made & self.residual for made, _ in takers)
+
+
+class _FirstRoles:
+    """For each atom, what it is for in the first trace that reads it."""
+
+    def __init__(self, inferences: Sequence[_Inference]):
+        self._inferences = inferences
+        self._made: dict[int, _Roles] = {}
+        self._first: dict[Axis, int] = {}
+        for i, inference in enumerate(inferences):
+            for name in inference.used:
+                for atom in _atoms_of(inference.parameters[name].dims):
+                    self._first.setdefault(atom, i)
+        self.heads = {atom for i in {0, *self._first.values()} for atom in self._in(i).heads}
+        self.experts = {atom for i in {0, *self._first.values()} for atom in self._in(i).experts}
+
+    def _in(self, trace: int) -> _Roles:
+        if trace not in self._made:
+            self._made[trace] = _Roles(self._inferences[trace])
+        return self._made[trace]
+
+    def of(self, atom: Axis) -> str:
+        return self._in(self._first.get(atom, 0)).of(atom)
 
 
 def _atoms_of(axes) -> set[Axis]:
@@ -323,10 +401,11 @@ def _member_role(group: str, mark: str | None, uses: set[str]) -> str:
     return f"{group}.{mark}" if group == "attention" and mark else f"{group}.in"
 
 
-def _refusal(atom: Axis, members: tuple[Member, ...]) -> Refusal:
-    node = atom.pin.node
+def _refusal(atom: Axis, members: tuple[Member, ...], origins: Mapping[int, tuple[Pin, str]]) -> Refusal:
+    node, (_, trace) = atom.pin.node, origins.get(id(atom.pin), (None, ""))
     operator_name = "" if node is None else str(node.target)
-    return Refusal(members, atom.size, atom.pin.reason, operator_name, _source_line(node))
+    reason = f"{atom.pin.reason} ({trace})" if trace else atom.pin.reason
+    return Refusal(members, atom.size, reason, operator_name, _source_line(node))
 
 
 def _source_line(node: fx.Node | None) -> str:

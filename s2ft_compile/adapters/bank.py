@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import AdapterError, StateError
-from s2ft_compile.exporters.adapter import check_fits, summed
-from s2ft_compile.exporters.lora import linear_layers
 from s2ft_compile.plan import Slice
 from s2ft_compile.state import is_prepared
 
+from .apply import check_fits, summed
 from .batched import Picked, Stack
 from .format import Adapter, read_adapter
+from .layers import linear_layers
 
 Written = tuple[nn.Parameter, int, Tensor, Tensor]  # weight, dim, indices, values
 

@@ -86,8 +86,7 @@ def estimate(
 ) -> None:
     """Predict the memory of a training step. No weights are read, and nothing runs."""
     with reported(err, debug):
-        from s2ft_compile.estimation import estimate_folder, table
-
+        from .estimate import estimate_folder, table
         from .options import parse_targets
 
         how = CompileOptions(activation_budget=activation_budget, logits=logits)

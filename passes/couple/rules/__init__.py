@@ -230,14 +230,23 @@ RULES: dict[Any, Callable] = {
         "upsample_bicubic2d",
         "upsample_nearest2d",
     ),
-    **family(batch_norm_rule, "batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"),
+    **family(
+        batch_norm_rule,
+        "batch_norm",
+        "_native_batch_norm_legit_no_training",
+        "_native_batch_norm_legit_functional",
+        "_batch_norm_no_update",
+    ),
     **family(weight_norm_rule, "_weight_norm_interface"),
     **family(conv_transpose_rule, "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
 }
 
 
 # operators of other libraries, which exist only once those are imported
-NAMED_RULES: dict[str, Callable] = {"transformers::grouped_mm_fallback": grouped_mm_rule}
+NAMED_RULES: dict[str, Callable] = {
+    "transformers::grouped_mm_fallback": grouped_mm_rule,
+    "s2ft::attach": lambda cx, node, weight, *delta: weight,
+}
 
 
 def rule_for(target: Any) -> Callable:

@@ -1,0 +1,259 @@
+"""Recheck: a graph that is about to run, inferred again in its own shapes and mode, over weights that are permuted.
+
+The analysis proves couplings for the traces it saw. A graph that is compiled later may be another one: another branch,
+an argument, a size. Here the permuted axes are the only unknowns. Whatever else a weight has is in the base order, and
+so pinned, and the graph is right if afterwards every permuted axis is whole, unpinned and one with no other.
+
+A graph may be a piece of the model (one layer, what lies between two graph breaks), so its inputs and outputs need not
+be in the base order. An axis may *leave* a piece in permuted order: an output of hidden units, a cache of keys by head.
+It may *enter* one only if it left another before; what else a permuted axis meets is an argument in the base order.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import fx
+from torch._dynamo.utils import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from s2ft_compile.errors import CompileError
+from s2ft_compile.layout import Layout, Leaf, Product, leaves
+from s2ft_compile.structure import Analysis
+
+from .axes import ATOM, PRODUCT, SUM, Axis, Pin, atoms, find, unify
+from .couple import _Inference, _source_line, _values
+from .normalize import concretize, normalize
+from .rules import rule_for
+from .rules.context import Context, Value, unknown_rule
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Permuted:
+    """What a prepared model's weights look like. axes: of `layouts`, those whose order is not the base's.
+
+    unread: the parameters that no example given to `prepare` reads.
+    """
+
+    layouts: Mapping[tuple[str, int], Layout] = field(repr=False)
+    axes: frozenset[int]
+    unread: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, analysis: Analysis, axes: Collection[int]) -> "Permuted":
+        """axes: those that were reordered, such as the keys of `dense_orders(analysis, selections)`."""
+        layouts = {
+            place: layout
+            for place, layout in analysis.layouts.items()
+            if any(leaf.axis in axes for leaf in leaves(layout))
+        }
+        return cls(layouts, frozenset(axes), analysis.unread)
+
+
+Weights = Mapping[fx.Node, tuple[str, Permuted]]
+Crossing = tuple[Permuted, int]  # an axis of a prepared model
+
+
+def recheck(graph: fx.GraphModule, weights: Weights, left: Collection[Crossing] | None = frozenset()) -> set[Crossing]:
+    """Proves that a graph is the same function of permuted weights as of those in base order.
+
+    graph: dynamo's (with `example_value`s, it is traced to aten) or aten (with `val`s); it is not changed. weights: of
+    its placeholders, those that are parameters or buffers of a prepared model, by (first) name; a name without a layout
+    is in base order. left: the permuted axes that graphs of the same model returned, None: take all for returned.
+    Returns those that this one returns. Raises `CompileError`, with the model's line, where a permuted axis is pinned,
+    divided, joined with another, or meets an input in base order.
+    """
+    if not any(name == held for name, p in weights.values() for held, _ in p.layouts):
+        return set()
+    traced, known = _aten(graph, weights)
+    inference = _Piece(known)
+    inference.run(traced, None)
+    if inference.broken(left) is not None:
+        _explain(traced, known, left)
+    return inference.leaving
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
+
+
+def _aten(graph: fx.GraphModule, weights: Weights) -> tuple[fx.GraphModule, Weights]:
+    """The graph in the operators that the rules know, normalized, and its placeholders that are weights."""
+    places = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    if any("example_value" in n.meta for n in places):
+        with _fake(places), torch.fx.traceback.preserve_node_meta(), torch.no_grad():
+            make = make_fx(fx.Interpreter(graph).run, decomposition_table=composites(), pre_dispatch=True)
+            traced = make(*(_value(n) for n in places))
+    else:
+        traced = fx.GraphModule(graph, fx.Graph(tracer_cls=graph.graph._tracer_cls))
+        copied: dict[fx.Node, fx.Node] = {}
+        output = traced.graph.graph_copy(graph.graph, copied)
+        traced.graph.output(output)
+    made = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    known = {new: weights[old] for old, new in zip(places, made, strict=True) if old in weights}
+    for module in traced.modules():
+        if isinstance(module, fx.GraphModule):
+            concretize(module.graph)
+            normalize(module.graph, {})
+    return traced, known
+
+
+@cache
+def composites() -> dict[Any, Callable]:
+    """The operators without a rule that torch defines by others: those are traced instead."""
+    packets = (getattr(aten, name) for name in dir(aten) if not name.startswith("__"))
+    overloads = (getattr(p, o) for p in packets if isinstance(p, torch._ops.OpOverloadPacket) for o in p.overloads())
+    return {op: op.decompose for op in overloads if rule_for(op) is unknown_rule and _is_composite(op)}
+
+
+def _is_composite(op: torch._ops.OpOverload) -> bool:
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    except RuntimeError:  # TorchScript's own
+        return False
+
+
+@contextmanager
+def _fake(places: Sequence[fx.Node]):
+    """The mode of the graph's fake values, in which constants and fresh sizes make no trouble."""
+    mode = detect_fake_mode([_value(n) for n in places])
+    if mode is None:
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(mode, "allow_non_fake_inputs", True))
+        if mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        yield stack.enter_context(mode)
+
+
+class _Piece(_Inference):
+    """Axis inference over a graph whose inputs and outputs are free."""
+
+    def __init__(self, weights: Weights):
+        self.cx, self.env = Context(), {}
+        self.weights = weights
+        self.permuted: dict[Crossing, Axis] = {}
+        self.borders: list[tuple[fx.Node, Axis]] = []
+        self.leaving: set[Crossing] = set()
+
+    def _source(self, node: fx.Node) -> Any:
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor):
+            return val
+        if node in self.weights:
+            return self._weight(node, val.shape, *self.weights[node])
+        dims = [Axis(size) for size in val.shape]
+        self.borders += [(node, axis) for axis in dims]
+        return Value(dims)
+
+    def _weight(self, node: fx.Node, shape: Sequence[int], name: str, permuted: Permuted) -> Value:
+        unread = name in permuted.unread
+        fixed = Pin(
+            f"it meets {name}, " + ("which no example given to prepare reads" if unread else "whose order is fixed")
+        )
+        layouts = [permuted.layouts.get((name, d)) for d in range(len(shape))]
+        dims = [
+            Axis(n, pin=fixed) if layout is None else self._thaw(layout, permuted, fixed)
+            for n, layout in zip(shape, layouts)
+        ]
+        if [d.size for d in dims] != list(shape):
+            raise CompileError(f"{name} has shape {list(shape)} in a graph, and {[d.size for d in dims]} in its plan")
+        return Value(dims, weight=True)
+
+    def _thaw(self, layout: Layout, permuted: Permuted, fixed: Pin) -> Axis:
+        if isinstance(layout, Leaf):
+            if layout.axis not in permuted.axes:
+                return Axis(layout.size, pin=fixed)
+            axis = self.permuted.setdefault((permuted, layout.axis), Axis(layout.size))
+            handle = Axis(layout.size)
+            handle.alias = find(axis)
+            return handle
+        parts = layout.factors if isinstance(layout, Product) else layout.terms
+        kind = PRODUCT if isinstance(layout, Product) else SUM
+        return Axis(layout.size, kind, [self._thaw(part, permuted, fixed) for part in parts])
+
+    def _apply(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        """An operator in place has the rule of the one that is not, and its result is its operand from then on."""
+        plain = _out_of_place(node.target)
+        if plain is None:
+            return super()._apply(node, args, kwargs)
+        node.target = plain
+        made = super()._apply(node, args, kwargs)
+        dims = made.dims if isinstance(made, Value) else made
+        for before, after in zip(args[0].dims, dims):
+            unify(before, after, Pin(f"{plain} in place of two axes that cannot be aligned", node))
+        return made
+
+    def _returned(self, made: Any) -> None:
+        """What the graph returns: the permuted axes in it leave."""
+        roots = {find(axis): key for key, axis in self.permuted.items()}
+        for value in _values(made):
+            self.leaving |= {roots[atom] for axis in value.dims for atom in atoms(axis) if atom in roots}
+
+    def broken(self, left: Collection[Crossing] | None) -> tuple[Axis | None, str] | None:
+        """The first permuted axis that is not what it has to be, and why."""
+        roots: dict[Axis, Crossing] = {}
+        for key, axis in self.permuted.items():
+            root = find(axis)
+            if root.kind != ATOM:
+                return root, "it is divided into parts, which its order does not keep together"
+            if root.pin is not None:
+                return root, root.pin.reason
+            if root in roots:
+                return root, "two axes of different orders meet"
+            roots[root] = key
+        for node, axis in self.borders if left is not None else ():
+            for atom in atoms(axis):
+                if atom in roots and roots[atom] not in left:
+                    return atom, f"it meets {node.name}, an argument in the base order"
+        return None
+
+
+def _out_of_place(target: Any) -> Any:
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return None
+    plain = getattr(aten, target._opname.removesuffix("_"), None) if target.namespace == "aten" else None
+    return getattr(plain, target._overloadname, None)
+
+
+class _Stepped(_Piece):
+    """The same, which stops after the first node that breaks an axis."""
+
+    def __init__(self, weights: Weights, left: Collection[Crossing] | None):
+        super().__init__(weights)
+        self.left = left
+
+    def _call(self, node: fx.Node) -> Any:
+        made = super()._call(node)
+        self._check(node)
+        return made
+
+    def _check(self, node: fx.Node) -> None:
+        if (found := self.broken(self.left)) is not None:
+            root, why = found
+            places = [
+                f"{name}[{d}]"
+                for name, p in dict.fromkeys(self.weights.values())
+                for d in range(8)
+                for leaf in leaves(p.layouts.get((name, d), Leaf(-1, 1)))
+                if leaf.axis in p.axes and find(self.permuted.get((p, leaf.axis), root)) is root
+            ]
+            line = _source_line(node)
+            raise CompileError(
+                f"this graph is not the one that was prepared: {', '.join(dict.fromkeys(places[:4]))} is in training "
+                f"order, and {why}: {node.target}{f' at {line}' if line else ''}. Give prepare an example that takes "
+                "this path (it takes several: prepare(model, [a, b], ...)), or leave this structure out of the targets"
+            )
+
+
+def _explain(traced: fx.GraphModule, weights: Weights, left: Collection[Crossing] | None) -> None:
+    stepped = _Stepped(weights, left)
+    stepped.run(traced, None)
+    raise CompileError(f"this graph is not the one that was prepared: {stepped.broken(left)}")

@@ -1,0 +1,63 @@
+"""`s2ft estimate`: the estimate of a folder's model, and the table of it."""
+
+from collections.abc import Mapping
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from s2ft_compile.config import CompileOptions, S2FTConfig, check_choice
+from s2ft_compile.errors import ConfigError
+from s2ft_compile.estimation import Estimate, estimate
+
+from .data import DTYPES, example_inputs, load_structure, takes_labels
+
+
+def estimate_folder(
+    model: str, batch: int, length: int, dtype: str, config: S2FTConfig, options: CompileOptions
+) -> Estimate:
+    """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels."""
+    check_choice("dtype", dtype, DTYPES)
+    if batch < 1 or length < 2:
+        raise ConfigError(f"a step has at least 1 sequence of 2 tokens, got {batch} of {length}")
+    loaded = load_structure(model, dtype)
+    if hasattr(loaded.config, "use_cache"):
+        loaded.config.use_cache = False
+    inputs = example_inputs(loaded, batch, length)
+    if takes_labels(loaded):
+        inputs |= _labels(loaded, inputs)
+    return estimate(loaded, inputs, config, options)
+
+
+def _labels(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A label for each token of a language model, for each row of logits of another: a number for a single logit."""
+    tokens = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    if tokens is not None and model.get_output_embeddings() is not None:
+        return {"labels": tokens}
+    with torch.no_grad():
+        logits = getattr(model(**inputs), "logits", None)
+    if logits is None:
+        return {}
+    kind = logits.dtype if logits.shape[-1] == 1 else torch.int64
+    return {"labels": torch.zeros_like(logits[..., 0], dtype=kind)}
+
+
+def table(made: Estimate) -> Table:
+    """What a person reads, in MiB."""
+    rows = {
+        "weights": made.weights,
+        f"slices ({made.trainable:,} numbers): deltas, gradients, backups": made.slices,
+        "optimizer (AdamW)": made.optimizer,
+        f"activations saved for the backward ({_amount(made)})": made.activations,
+        "working memory at the peak": made.working,
+        "total": made.total,
+    }
+    shown = Table("memory of a training step", "MiB")
+    shown.columns[1].justify = "right"
+    for name, size in rows.items():
+        shown.add_row(name, f"{size / 2**20:,.1f}", end_section=name.startswith("working"))
+    return shown
+
+
+def _amount(made: Estimate) -> str:
+    return f"{made.tokens:,} tokens" if made.tokens else f"a batch of {made.batch:,}"

@@ -1,0 +1,102 @@
+"""Rules for operators that the compiler does not know: a custom Triton kernel, a fused operator of a library.
+
+    @axis_rule("ns::op")        which axes of its operands are the same, or in order: finds couplings through it
+    @slice_rule("ns::op")       how a slice of its result is computed from slices of its operands: its weight gradients
+    axis_rule("ns::op", like="aten.mm"), slice_rule("ns::op", like="aten.mm"): as an operator that has a rule
+
+A rule holds in this process from then on; one that is given again takes the first one's place. `testing.rulecheck`
+checks a rule of axes against the operator itself. Operators are named, so a rule may come before its operator.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from s2ft_compile.passes.backward import slice_pushdown as slices
+from s2ft_compile.passes.backward.slice_pushdown import Editor
+from s2ft_compile.passes.couple import rules as axes
+from s2ft_compile.passes.couple.axes import Axis, Pin, cut, pin, product, reshape, unify
+from s2ft_compile.passes.couple.rules.context import Context, Value, unknown_rule
+
+from .errors import ConfigError
+
+__all__ = ["axis_rule", "slice_rule"]
+__all__ += ["Axis", "Context", "Editor", "Pin", "Value", "cut", "pin", "product", "reshape", "unify"]
+
+AxisRule = Callable[..., Any]
+SliceRule = Callable[[Editor, fx.Node, fx.Node, int], fx.Node | None]
+
+
+def axis_rule(operator: str, *, like: str | None = None) -> Callable[[AxisRule], AxisRule]:
+    """Registers (cx, node, *args) -> the axes of the result; every tensor argument is a `Value` with its `dims`.
+
+    The rule says what must be equal (`unify`) or in order (`pin`), and returns a list of axes, a `Value`, or a list of
+    those for several results. like: the rule of this operator, which needs none of its own. Raises `ConfigError` for
+    one of torch's own operators, whose rules are fixed, and for a `like` that has no rule.
+    """
+    _check(operator)
+    if like is not None:
+        known = [rule for op in _overloads(like) if (rule := axes.rule_for(op)) is not unknown_rule]
+        axes.NAMED_RULES[operator] = _first(known, like, "axis")
+    return lambda rule: _put(axes.NAMED_RULES, operator, rule)
+
+
+def slice_rule(operator: str, *, like: str | None = None) -> Callable[[SliceRule], SliceRule]:
+    """Registers (editor, node, x, dim) -> what computes the slice `node` of x along dim, or None where nothing can.
+
+    x is the operator's node, `node` the slice of its result. `editor.take(arg, d, node)` is the same slice of an
+    operand's dimension d, `editor.call(x.target, *args, like=x)` the operator on them. like: the rule of this operator
+    (with the same arguments), which needs none of its own. Raises `ConfigError` as `axis_rule` does.
+    """
+    _check(operator)
+    if like is not None:
+        known = [(op, rule) for op in _overloads(like) if (rule := slices.rule_for(op))]
+        slices.NAMED_RULES[operator] = _in_place_of(*_first(known, like, "slice"))
+    return lambda rule: _put(slices.NAMED_RULES, operator, rule)
+
+
+def _put(table: dict[str, Callable], operator: str, rule: Callable) -> Callable:
+    if not callable(rule):
+        raise ConfigError(f"the rule of {operator} is a function, got {rule!r}")
+    table[operator] = rule
+    return rule
+
+
+def _check(operator: str) -> None:
+    namespace, separator, name = operator.partition("::") if isinstance(operator, str) else ("", "", "")
+    if not (separator and namespace and name) or "." in name:
+        raise ConfigError(f"an operator is named 'namespace::operator', without an overload; got {operator!r}")
+    if namespace in ("aten", "prims", "s2ft"):
+        raise ConfigError(f"{operator} has the rules that it comes with; valid: operators of other libraries")
+
+
+def _overloads(like: str) -> list[torch._ops.OpOverload]:
+    """`aten.mm`, `aten::mm` or with an overload, `aten.sum.dim_IntList`; the default overload comes first."""
+    packet: Any = torch.ops
+    for part in like.replace("::", ".").split("."):
+        packet = getattr(packet, part, None)
+    if isinstance(packet, torch._ops.OpOverload):
+        return [packet]
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        raise ConfigError(f"like={like!r} is no operator; valid for example 'aten.mm'")
+    return [getattr(packet, name) for name in sorted(packet.overloads(), key=lambda name: name != "default")]
+
+
+def _first(known: list, like: str, kind: str) -> Any:
+    if not known:
+        raise ConfigError(f"like={like!r} has no {kind} rule; valid for example 'aten.mm'")
+    return known[0]
+
+
+def _in_place_of(known: Any, rule: SliceRule) -> SliceRule:
+    """The known operator's rule, which computes the slice by the operator that it stands in for."""
+
+    def in_place(editor: Editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | None:
+        made = rule(editor, node, x, dim)
+        if made is not None and made.target is known:
+            made.target = x.target
+        return made
+
+    return in_place

@@ -1,0 +1,129 @@
+"""Rules that a user adds for operators of another library."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import s2ft_compile as s2ft
+from s2ft_compile.errors import CompileError, ConfigError
+from s2ft_compile.passes.backward import slice_pushdown
+from s2ft_compile.passes.couple import rules as axes
+from s2ft_compile.passes.couple.rules.contraction import mm_rule
+from s2ft_compile.rules import Value, axis_rule, pin, slice_rule, unify
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import custom_operator  # noqa: E402
+
+NAME, INPUTS = "example::product", (torch.randn(8, 16, dtype=torch.float64),)
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """Both tables, as they were again after the test."""
+    for table in (axes.NAMED_RULES, slice_pushdown.NAMED_RULES):
+        for name in (NAME, "other::op"):
+            if name in table:
+                monkeypatch.setitem(table, name, table[name])
+            else:
+                monkeypatch.delitem(table, name, raising=False)
+    return axes.NAMED_RULES, slice_pushdown.NAMED_RULES
+
+
+def gradients(model) -> dict:
+    """The gradient of each slice, through the backend."""
+    net = torch.compile(model, backend="s2ft", options={"inner": "aot_eager"})
+    net(*INPUTS).square().sum().backward()
+    return {s.parameter_name: s for s in s2ft.state.state_of(model).plan.slices}
+
+
+def full(model) -> dict:
+    model(*INPUTS).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("role, name", [("ffn.out", "down"), ("ffn.in", "up")])
+def test_the_example_trains_slices_of_a_custom_operators_weight(role, name):
+    model = custom_operator.FeedForward().double()
+    twin = custom_operator.FeedForward().double()
+    twin.load_state_dict(model.state_dict())
+    expected = full(twin)[name]
+    s2ft.prepare(model, INPUTS, s2ft.S2FTConfig(targets={role: 4}))
+    (s,) = gradients(model).values()
+    assert s.parameter_name == name and s.delta.shape[s.dim] == 4
+    torch.testing.assert_close(s.delta.grad.double(), expected.index_select(s.dim, s.indices), rtol=1e-6, atol=1e-6)
+
+
+def test_the_example_runs(capsys):
+    model = custom_operator.main()
+    assert "1 slices" in capsys.readouterr().out
+    assert all(p.grad is not None for p in s2ft.parameters(model))
+
+
+def test_without_rules_nothing_is_coupled_and_no_gradient_sliced(tables):
+    named_axes, named_slices = tables
+    del named_axes[NAME]
+    assert not any(c.role == "ffn" for c in s2ft.analyze(custom_operator.FeedForward().double(), INPUTS).couplings)
+    axis_rule(NAME, like="aten.mm")
+    del named_slices[NAME]
+    model = custom_operator.FeedForward().double()
+    s2ft.prepare(model, INPUTS, s2ft.S2FTConfig(targets={"ffn.out": 4}))
+    with pytest.raises((CompileError, torch._dynamo.exc.BackendCompilerFailed), match="example.product"):
+        gradients(model)
+
+
+def test_rules_of_ones_own(tables):
+    """A rule that pins is obeyed; a rule of slices is called, and what it gives is the gradient."""
+    calls = []
+
+    @axis_rule(NAME)
+    def axes_product(cx, node, a, b):
+        calls.append("axes")
+        return mm_rule(cx, node, a, b)
+
+    @slice_rule(NAME)
+    def push_product(editor, node, x, dim):
+        calls.append("push")
+        a, b = x.args
+        a, b = (editor.take(a, 0, node), b) if dim == 0 else (a, editor.take(b, 1, node))
+        return editor.call(x.target, a, b, like=x)
+
+    model = custom_operator.FeedForward().double()
+    s2ft.prepare(model, INPUTS, s2ft.S2FTConfig(targets={"ffn.in": 4}))
+    gradients(model)
+    assert {"axes", "push"} <= set(calls)
+
+    @axis_rule(NAME)
+    def careful(cx, node, a, b):
+        why = s2ft.rules.Pin("its columns are in order", node)
+        unify(a.dims[1], b.dims[0], why)
+        pin(b.dims[1], why)
+        return Value([a.dims[0], b.dims[1]])
+
+    refusals = s2ft.analyze(custom_operator.FeedForward().double(), INPUTS).refusals
+    assert any(r.reason == "its columns are in order" and r.operator == "example.product.default" for r in refusals)
+
+
+@pytest.mark.parametrize(
+    "operator, like",
+    [
+        ("product", None),
+        ("example::product.default", None),
+        ("::product", None),
+        (3, None),
+        ("aten::mm", None),
+        ("s2ft::attach", None),
+        ("other::op", "aten.no_such_thing"),
+        ("other::op", "aten"),
+        ("other::op", "aten.diagonal"),
+    ],
+)
+def test_what_cannot_be_a_rule_is_refused(tables, operator, like):
+    for door, table in zip((axis_rule, slice_rule), tables):
+        before = dict(table)
+        with pytest.raises(ConfigError):
+            door(operator, like=like)
+        assert table == before
+    with pytest.raises(ConfigError, match="is a function"):
+        axis_rule("other::op")("not a function")
