@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .estimation import Estimate, estimate
+    from .layers import compile_layers
     from .plan import Plan, Slice
     from .preparation import analyze, permute, prepare
     from .state import disabled, is_prepared, parameters, release
@@ -49,6 +50,7 @@ __getattr__, __dir__ = attributes(
         "VerificationError": "errors",
         "Estimate": "estimation",
         "estimate": "estimation",
+        "compile_layers": "layers",
         "Plan": "plan",
         "Slice": "plan",
         "analyze": "preparation",
@@ -68,6 +70,7 @@ __getattr__, __dir__ = attributes(
 )
 
 __all__ = [
+    "compile_layers",
     "S2FTConfig",
     "CompileOptions",
     "Estimate",

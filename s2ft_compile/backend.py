@@ -61,7 +61,7 @@ def s2ft(
         _prepare_or_check(example_inputs, config)
     weights = [i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter) and block_of(x) is not None]
     _check_config(example_inputs, weights, config)
-    _prove(gm.graph, example_inputs)
+    _prove(gm, example_inputs)
     graph, dropped = gm, []
     if pairs and not how.logits:
         graph = _copy(gm)
@@ -73,15 +73,15 @@ def s2ft(
     return _with_none(compiled, dropped)
 
 
-def _prove(graph: fx.Graph, inputs: Sequence[Any]) -> None:
+def _prove(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """The analysis held for the traces that it saw; here is the graph that runs, perhaps another. Raises `CompileError`
     where the order of a permuted axis matters in it."""
-    given = dict(zip(map(id, inputs), graph.find_nodes(op="placeholder")))
+    given = dict(zip(map(id, inputs), gm.graph.find_nodes(op="placeholder")))
     for state in live_states():
         if state.active and state.permuted.axes:
             weights = {given[id(t)]: (name, state.permuted) for name, t in state.tensors if id(t) in given}
             if weights:
-                state.left |= recheck(graph, weights, frozenset(state.left))
+                state.left |= recheck(gm, weights, frozenset(state.left))
 
 
 def attached_inputs(graph: fx.Graph) -> list[tuple[int, int]]:
@@ -98,8 +98,8 @@ def _refreshed(compiled: Callable, pairs: Sequence[tuple[int, int]], weights: Se
     """Writes the deltas into the weights first, in one launch on a GPU.
 
     The blocks are those of the tensors at hand: dynamo runs one graph for all modules that its guards cannot tell
-    apart, such as the layers of a model that it compiles piece by piece. Tensors that belong to no block are unsharded by
-    FSDP, which gathers what the optimizer's step has written. replays: whether CUDA graphs write every micro-batch's
+    apart, such as the layers of a model that it compiles piece by piece. Tensors that belong to no block are unsharded
+    by FSDP, which gathers what the optimizer's step has written. replays: whether CUDA graphs write every micro-batch's
     gradients to the same memory, so that none may stay there.
     """
 

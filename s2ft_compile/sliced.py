@@ -36,8 +36,8 @@ class Block:
     """A slice while it trains.
 
     ranges: the (start, length) it occupies along `dim` of the permuted weight. delta: float32, of the weight's shape
-    but for `dim`. backup: W0 of the block, the weight's dtype. places: the modules that hold the weight, each with the name
-    it has there. delta_key: what the delta is called beside it.
+    but for `dim`. backup: W0 of the block, the weight's dtype. places: the modules that hold the weight, each with the
+    name it has there. delta_key: what the delta is called beside it.
     """
 
     name: str

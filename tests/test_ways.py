@@ -32,7 +32,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import s2ft_compile as s2ft
-from s2ft_compile.errors import StateError
+import s2ft_compile.layers
+from s2ft_compile.errors import ConfigError, StateError
 from s2ft_compile.passes.backward import eager
 from s2ft_compile.sliced import blocks_in
 from s2ft_compile.state import state_of
@@ -63,8 +64,7 @@ def check(base, plan, of=loss, tolerance=32 * U32):  # Hugging Face's norms and 
 
 
 def by_layer(model):
-    for layer in model.model.layers:
-        layer.compile(backend="s2ft", options={"inner": "aot_eager"})
+    assert s2ft.compile_layers(model, inner="aot_eager") == list(model.model.layers)
     return model
 
 
@@ -123,6 +123,18 @@ def test_equal_layers_share_one_graph():
     _, model, _ = llama()
     loss(by_layer(model)).backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, "the lowest layer, and one for all others"
+
+
+def test_layers_are_found_and_options_checked():
+    case, model = prepared()
+    assert s2ft.layers.repeated_layers(model) == list(model.blocks)
+    assert s2ft.layers.repeated_layers(walk()[0]) == []
+    for call, message in (
+        (lambda: s2ft.compile_layers(walk()[0]), "Walk has no list of layers of one class"),
+        (lambda: s2ft.compile_layers(model, inner="onnx"), "unknown inner backend"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
 
 
 def backward_flops(model) -> int:

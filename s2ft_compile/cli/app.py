@@ -169,6 +169,12 @@ def train(
         str, typer.Option(help="What compiles the rewritten graph: inductor, aot_eager or eager.")
     ] = "inductor",
     activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
+    by_layer: Annotated[
+        bool,
+        typer.Option(
+            "--by-layer", help="Compile one layer for all that are alike: depth does not slow the first step."
+        ),
+    ] = False,
     held_out: Annotated[float, typer.Option(help="Share of the data that is only measured, before and after.")] = 0.05,
     debug: Debug = False,
 ) -> None:
@@ -185,21 +191,22 @@ def train(
         folders = [_adapter_folder(path) for path in exclude or ()]
         config = S2FTConfig(parse_targets(targets), selection, not smallest, budget, seed, top_layers, folders)
         options = TrainOptions(
-            model,
-            data,
-            output,
-            config,
-            steps,
-            lr,
-            batch_size,
-            seq_len,
-            grad_accum,
-            seed,
-            dtype,
-            inner,
-            held_out,
-            calibration_batches,
-            activation_budget,
+            model=model,
+            data=data,
+            output=output,
+            s2ft=config,
+            steps=steps,
+            lr=lr,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            grad_accum=grad_accum,
+            seed=seed,
+            dtype=dtype,
+            inner=inner,
+            held_out=held_out,
+            calibration_batches=calibration_batches,
+            activation_budget=activation_budget,
+            by_layer=by_layer,
         )
         out.print(report(run(options, out), output))
 

@@ -18,7 +18,7 @@ class TrainOptions:
     """Everything `s2ft train` takes. steps: optimizer steps, None for one pass over the data. held_out: the
     share of the blocks that is only measured. batch_size: blocks in a forward. calibration_batches: how many
     batches of the training blocks a selection looks at, if it looks at data. activation_budget: see
-    `CompileOptions`. Raises `ConfigError` when it is made.
+    `CompileOptions`. by_layer: see `compile_layers`. Raises `ConfigError` when it is made.
     """
 
     model: str
@@ -36,6 +36,7 @@ class TrainOptions:
     held_out: float = 0.05
     calibration_batches: int = 4
     activation_budget: float = 1.0
+    by_layer: bool = False
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "grad_accum", "seq_len", "calibration_batches"):

@@ -22,6 +22,7 @@ from torch import nn
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.exporters import save_adapter, save_merged
 from s2ft_compile.exporters.files import new_directory
+from s2ft_compile.layers import compile_layers
 from s2ft_compile.preparation import prepare
 from s2ft_compile.state import parameters
 
@@ -120,10 +121,10 @@ def fit(model: nn.Module, blocks: Blocks, options: TrainOptions, work: Path, bar
     )
     _use_one_gpu(arguments)
     with _without_cache(model):
-        model.compile(
-            backend="s2ft",
-            options={"inner": options.inner, "logits": False, "activation_budget": options.activation_budget},
-        )
+        how = {"inner": options.inner, "activation_budget": options.activation_budget}
+        compiled = compile_layers(model, **how) if options.by_layer else [model]
+        if not options.by_layer:
+            model.compile(backend="s2ft", options={**how, "logits": False})
         optimizer = torch.optim.AdamW(parameters(model), lr=options.lr, weight_decay=0.0, fused=True)
         watch = _watch(bars, steps)
         trainer = Trainer(
@@ -136,7 +137,8 @@ def fit(model: nn.Module, blocks: Blocks, options: TrainOptions, work: Path, bar
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    model._compiled_call_impl = None  # what model.compile() set; the exporters want the plain call
+    for module in compiled:
+        module._compiled_call_impl = None  # what compile() set; the exporters want the plain call
     model.eval()
     return watch.seconds
 
