@@ -79,6 +79,15 @@ def recheck(graph: fx.GraphModule, weights: Weights, left: Collection[Crossing] 
     return inference.leaving
 
 
+class _Through(fx.Interpreter):
+    """Runs a checkpointed part as what it computes: where its activations come from says nothing about axes."""
+
+    def call_function(self, target, args, kwargs):
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            return _Through(args[0]).run(*args[1:])
+        return super().call_function(target, args, kwargs)
+
+
 def _value(node: fx.Node) -> Any:
     return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
 
@@ -88,7 +97,7 @@ def _aten(graph: fx.GraphModule, weights: Weights) -> tuple[fx.GraphModule, Weig
     places = [n for n in graph.graph.nodes if n.op == "placeholder"]
     if any("example_value" in n.meta for n in places):
         with _fake(places), torch.fx.traceback.preserve_node_meta(), torch.no_grad():
-            make = make_fx(fx.Interpreter(graph).run, decomposition_table=composites(), pre_dispatch=True)
+            make = make_fx(_Through(graph).run, decomposition_table=composites(), pre_dispatch=True)
             traced = make(*(_value(n) for n in places))
     else:
         traced = fx.GraphModule(graph, fx.Graph(tracer_cls=graph.graph._tracer_cls))
