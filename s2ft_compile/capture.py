@@ -22,7 +22,8 @@ class Captured:
     """graph_module: aten. parameters: placeholder name -> the parameter's (first) name. tied: other name -> first.
 
     overlapping: a parameter -> another parameter that it shares memory with. constants: placeholder name -> the value
-    of a small tensor of integers that the forward made from Python numbers.
+    of a small tensor of integers that the forward made from Python numbers. uniform: placeholder name -> the dimensions
+    along which a constant does not vary, a constant being what no `state_dict` holds and no forward writes.
     """
 
     graph_module: torch.fx.GraphModule
@@ -31,6 +32,7 @@ class Captured:
     tied: Mapping[str, str]
     overlapping: Mapping[str, str]
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    uniform: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -81,7 +83,15 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     names = {p: tied.get(n, n) for p, n in program.graph_signature.inputs_to_parameters.items()}
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     log.info("captured %s: %d nodes, %d parameters", type(model).__name__, len(program.graph.nodes), len(names))
-    return Captured(program.graph_module, names, shapes, tied, overlapping_names(model), _small_constants(program))
+    return Captured(
+        program.graph_module,
+        names,
+        shapes,
+        tied,
+        overlapping_names(model),
+        _small_constants(program),
+        _uniform(program),
+    )
 
 
 def _small_constants(program) -> dict[str, torch.Tensor]:
@@ -92,6 +102,20 @@ def _small_constants(program) -> dict[str, torch.Tensor]:
         for name, t in values.items()
         if isinstance(t, torch.Tensor) and t.dtype == torch.int64 and t.numel() <= 64 and not t.is_meta
     }
+
+
+def _uniform(program) -> dict[str, frozenset[int]]:
+    """Dimensions along which the values of constants do not vary, by placeholder. Buffers of the state_dict are state
+    (running statistics start out alike and differ later); a tensor without values is taken to vary."""
+    signature = program.graph_signature
+    lifted = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    written = set(signature.buffers_to_mutate.values())
+    values = {n: program.constants.get(key) for n, key in lifted.items() if key not in written}
+    return {n: _constant_dims(t) for n, t in values.items() if type(t) is torch.Tensor and t.numel() and not t.is_meta}
+
+
+def _constant_dims(t: torch.Tensor) -> frozenset[int]:
+    return frozenset(d for d in range(t.dim()) if torch.equal(t, t.narrow(d, 0, 1).expand_as(t)))
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.exporters.adapter import check_fits
+from s2ft_compile.passes.backward.trainable import trainable
 from s2ft_compile.passes.couple.couple import couple
 from s2ft_compile.passes.permute import dense_orders, move, moves_for, ranges
 from s2ft_compile.passes.select.calibrate import Loss, calibrate
@@ -88,6 +89,7 @@ def prepare(
     analysis = analyze(model, example_inputs)
     selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss), taken)
     _check_trainable(selections, parameters)
+    selections = trainable(model, example_inputs, config, selections)
     base = fingerprint(model)
     index = moves_for(dense_orders(analysis, selections), analysis.layouts)
     moves = [(parameters[name], dim, order) for (name, dim), order in index.items()]

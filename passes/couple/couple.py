@@ -81,7 +81,7 @@ class _Inference:
         }
         for name, other in captured.overlapping.items():
             _pin_all(self.parameters[name], Pin(f"it shares memory with {other}, but is another parameter"))
-        self.names = captured.parameters
+        self.names, self.uniform = captured.parameters, captured.uniform
 
     def run(self, module: fx.GraphModule, inputs: list | None) -> Any:
         """Interprets a graph; `inputs` are a subgraph's arguments, None for the model's own graph."""
@@ -108,7 +108,8 @@ class _Inference:
             return val
         fixed = node.name.startswith(("b_", "c_"))
         why = Pin(f"it meets {node.name}, which varies along it" if fixed else "it is an input of the model")
-        return Value([Axis(size, pin=why) for size in val.shape], weight=fixed)
+        alike = self.uniform.get(node.name, ())  # zeros are the same in any order
+        return Value([Axis(n, pin=None if d in alike else why) for d, n in enumerate(val.shape)], weight=fixed)
 
     def _constant(self, node: fx.Node) -> Any:
         val = node.meta.get("val")
