@@ -129,13 +129,16 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def overlapping_names(model: nn.Module) -> dict[str, str]:
-    """A parameter -> another one that lies partly or wholly in the same memory, for each that has such another."""
+    """A parameter -> another one that lies partly or wholly in the same memory, for each that has such another; itself
+    where its own elements share memory."""
     spans: dict[int, list[tuple[int, int, str]]] = {}
+    found = {}
     for name, p in model.named_parameters():
         if p.numel():
             end = p.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride()))
+            if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride())):
+                found[name] = name  # expanded: what is written to one place changes several
             spans.setdefault(p.untyped_storage()._cdata, []).append((p.storage_offset(), end, name))
-    found = {}
     for held in spans.values():
         last_end, last_name = 0, ""
         for start, end, name in sorted(held):

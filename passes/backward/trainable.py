@@ -83,7 +83,8 @@ def _joint_graph(model: nn.Module, example_inputs: Any, places: Sequence[Place])
     mode, tied = FakeTensorMode(allow_non_fake_inputs=True), tied_names(model)
     fake = lambda t: mode.from_tensor(t.detach(), static_shapes=True)  # noqa: E731
     state = {n: fake(t) for n, t in (*model.named_parameters(), *model.named_buffers())}
-    inputs = pytree.tree_map_only(Tensor, fake, tuple(arguments(example_inputs)))
+    inputs, spec = pytree.tree_flatten(tuple(arguments(example_inputs)))
+    given = [fake(t) for t in inputs if isinstance(t, Tensor)]
     names = list(state)
     with mode:
         deltas = []
@@ -96,16 +97,17 @@ def _joint_graph(model: nn.Module, example_inputs: Any, places: Sequence[Place])
         values = dict(zip(names, flat))
         buffers = {n: values[n].clone() for n, _ in model.named_buffers()}  # a forward may write to them
         values.update(buffers)
-        for (name, dim), delta in zip(places, flat[len(names) :]):
+        passed = iter(flat[len(names) : len(names) + len(given)])
+        for (name, dim), delta in zip(places, flat[len(names) + len(given) :]):
             values[name] = attach(values[name], delta, dim, [(0, 1)])
         values.update({other: values[first] for other, first in tied.items()})
-        args, kwargs = inputs
+        args, kwargs = pytree.tree_unflatten([next(passed) if isinstance(t, Tensor) else t for t in inputs], spec)
         made = torch.func.functional_call(model, values, args, kwargs, tie_weights=False)
         floats = [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor) and t.requires_grad]
         return (sum(t.float().sum() for t in floats),)
 
     with inference_mode_of(model), torch.enable_grad():
         joint = aot_export_joint_simple(
-            run, [*state.values(), *deltas], trace_joint=True, decompositions=select_decomp_table()
+            run, [*state.values(), *given, *deltas], trace_joint=True, decompositions=select_decomp_table()
         )
     return (joint if isinstance(joint, fx.GraphModule) else joint[0]).graph

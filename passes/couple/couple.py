@@ -80,7 +80,9 @@ class _Inference:
             name: Value([Axis(size) for size in shape], weight=True) for name, shape in captured.shapes.items()
         }
         for name, other in captured.overlapping.items():
-            _pin_all(self.parameters[name], Pin(f"it shares memory with {other}, but is another parameter"))
+            what = f"it shares memory with {other}, but is another parameter"
+            what = "elements of it share memory (it is expanded)" if other == name else what
+            _pin_all(self.parameters[name], Pin(what))
         self.names, self.uniform = captured.parameters, captured.uniform
 
     def run(self, module: fx.GraphModule, inputs: list | None) -> Any:
