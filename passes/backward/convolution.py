@@ -1,4 +1,4 @@
-"""Gradients of convolutions: rows of dW are output channels of dY, its columns input channels of X.
+"""Gradients of convolutions: rows of dW are channels of dY, its columns input channels of X.
 
 convolution_backward(dY, X, W, ...) returns (dX, dW, db). W: (out, in / groups, *kernel); transposed: (in, out, *kernel).
 A row of a grouped convolution reads the inputs of its own group alone, so each becomes a group of its own.
