@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 from s2ft_compile.passes.backward import attach as attach_pass
 from s2ft_compile.passes.backward import chunk_loss as chunk_loss_pass
-from s2ft_compile.passes.backward import grouped as grouped_pass
 from s2ft_compile.passes.backward import lower as lower_pass
 from s2ft_compile.passes.backward import slice_pushdown as pushdown_pass
 from s2ft_compile.passes.couple.recheck import recheck
@@ -241,8 +241,9 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
+# what a compiled graph depends on besides itself: every file beside the passes and the kernels
 PASS_FILES = tuple(
-    m.__file__ for m in (attach_pass, pushdown_pass, grouped_pass, chunk_loss_pass, lower_pass, slice_grad_kernel)
+    str(file) for m in (attach_pass, slice_grad_kernel) for file in sorted(Path(m.__file__).parent.glob("*.py"))
 )
 
 

@@ -25,9 +25,11 @@ log = logging.getLogger(__name__)
 class Captured:
     """graph_module: aten. parameters: placeholder name -> the parameter's (first) name. tied: other name -> first.
 
-    overlapping: a parameter -> another tensor of the model that it shares memory with, in words. constants: placeholder
-    name -> the value of a small tensor of integers that the forward made from Python numbers. trace: what sets this one
-    apart from the first, in words. resized: it is the one before it, at other sizes of the inputs.
+    overlapping: a parameter -> another tensor of the model that it shares memory with, in words; itself where its own
+    elements share memory. constants: placeholder name -> the value of a small tensor of integers that the forward made
+    from Python numbers. uniform: placeholder name -> the dimensions along which a constant does not vary, a constant
+    being what no `state_dict` holds and no forward writes. trace: what sets this one apart from the first, in words.
+    resized: it is the one before it, at other sizes of the inputs.
     """
 
     graph_module: torch.fx.GraphModule
@@ -36,6 +38,7 @@ class Captured:
     tied: Mapping[str, str]
     overlapping: Mapping[str, str]
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    uniform: Mapping[str, frozenset[int]] = field(default_factory=dict)
     trace: str = ""
     resized: bool = False
 
@@ -68,8 +71,17 @@ def capture(
     names = {p: tied.get(n, n) for p, n in program.graph_signature.inputs_to_parameters.items()}
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     log.info("captured %s: %d nodes, %d parameters", type(model).__name__, len(program.graph.nodes), len(names))
-    overlapping = overlapping_names(model, program.constants)
-    return Captured(program.graph_module, names, shapes, tied, overlapping, _small_constants(program), trace, resized)
+    return Captured(
+        program.graph_module,
+        names,
+        shapes,
+        tied,
+        overlapping_names(model, program.constants),
+        _small_constants(program),
+        _uniform(program),
+        trace,
+        resized,
+    )
 
 
 def captures(model: nn.Module, example_inputs: Any, train: bool = True) -> list[Captured]:
@@ -140,6 +152,20 @@ def _small_constants(program) -> dict[str, torch.Tensor]:
     }
 
 
+def _uniform(program) -> dict[str, frozenset[int]]:
+    """Dimensions along which the values of constants do not vary, by placeholder. Buffers of the state_dict are state
+    (running statistics start out alike and differ later); a tensor without values is taken to vary."""
+    signature = program.graph_signature
+    lifted = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    written = set(signature.buffers_to_mutate.values())
+    values = {n: program.constants.get(key) for n, key in lifted.items() if key not in written}
+    return {n: _constant_dims(t) for n, t in values.items() if type(t) is torch.Tensor and t.numel() and not t.is_meta}
+
+
+def _constant_dims(t: torch.Tensor) -> frozenset[int]:
+    return frozenset(d for d in range(t.dim()) if torch.equal(t, t.narrow(d, 0, 1).expand_as(t)))
+
+
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Further name -> first name, for parameters that a model holds under several."""
     first: dict[int, str] = {}
@@ -151,7 +177,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def overlapping_names(model: nn.Module, constants: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """A parameter -> another tensor that lies partly or wholly in the same memory, for each that has such another.
+    """A parameter -> another tensor that lies partly or wholly in its memory, for each that has such another; itself
+    where its own elements share memory.
 
     The other may be a parameter, a buffer, an attribute of a module (or held by a list, tuple or dict that is one), or
     one of `constants`, tensors that a trace met anywhere else.
@@ -161,7 +188,7 @@ def overlapping_names(model: nn.Module, constants: Mapping[str, Any] | None = No
     for name, t in [*parameters.items(), *_held(model), *(constants or {}).items()]:
         if isinstance(t, torch.Tensor) and (span := _span(t)) is not None:
             spans.setdefault(span[0], []).append((*span[1:], name))
-    found = {}
+    found = {n: n for n, p in parameters.items() if any(s > 1 and not d for s, d in zip(p.shape, p.stride()))}
     for held in spans.values():
         last_end, last_name = 0, ""
         for start, end, name in sorted(set(held)):

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from s2ft_compile.adapters.apply import check_fits
 from s2ft_compile.adapters.format import read_adapter
+from s2ft_compile.passes.backward.trainable import trainable
 from s2ft_compile.passes.couple.couple import couple
 from s2ft_compile.passes.couple.recheck import Permuted
 from s2ft_compile.passes.permute import dense_orders, move, moves_for, ranges
@@ -21,6 +22,7 @@ from s2ft_compile.passes.select.select import Selection, Taken, select, targeted
 from .capture import captures, unwrap
 from .config import CALIBRATED, S2FTConfig
 from .errors import ConfigError, StateError, VerificationError
+from .examples import several
 from .fingerprint import fingerprint
 from .plan import Plan, Slice
 from .sliced import Block, blocks_in, free_key
@@ -102,6 +104,7 @@ def prepare(
     analysis = analyze(model, example_inputs, train=train)
     selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss), taken)
     _check_trainable(selections, parameters)
+    selections = trainable(model, several(example_inputs)[0], config, selections)
     orders = dense_orders(analysis, selections)
     base, index = fingerprint(model), moves_for(orders, analysis.layouts)
     moves = [(parameters[name], dim, order) for (name, dim), order in index.items()]

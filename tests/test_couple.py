@@ -432,3 +432,34 @@ def test_hugging_face(family: str):
 
     assert all(t.dtype == torch.float64 for t in outputs_of(run()))
     assert_symmetric(model, run, analysis)
+
+
+class ConstantBias(torch.nn.Module):
+    """Heads whose keys have no bias: zeros between those of queries and values."""
+
+    def __init__(self, persistent: bool):
+        super().__init__()
+        self.qkv = torch.nn.Linear(16, 48, bias=False, dtype=torch.float64)
+        self.out = torch.nn.Linear(16, 16, dtype=torch.float64)
+        self.q, self.v = (torch.nn.Parameter(torch.randn(16, dtype=torch.float64)) for _ in "qv")
+        self.register_buffer("k", torch.zeros(16, dtype=torch.float64), persistent=persistent)
+
+    def forward(self, x):
+        qkv = F.linear(x, self.qkv.weight, torch.cat([self.q, self.k, self.v]))
+        q, k, v = qkv.reshape(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("persistent, heads", [(False, True), (True, False)])
+def test_a_constant_that_does_not_vary_is_free_and_state_is_not(persistent, heads):
+    model, x = ConstantBias(persistent), torch.randn(2, 5, 16, dtype=torch.float64)
+    analysis = s2ft.analyze(model, (x,))
+    assert any(m.parameter_name == "q" for c in analysis.couplings for m in c.members) == heads
+    assert_symmetric(model, lambda: model(x), analysis)
+
+
+@pytest.mark.parametrize("value", [torch.arange(16.0), torch.eye(1, 16)[0]])
+def test_a_constant_that_varies_is_not_free(value):
+    model, x = ConstantBias(False), torch.randn(2, 5, 16, dtype=torch.float64)
+    model.k.copy_(value)
+    assert not any(m.parameter_name == "q" for c in s2ft.analyze(model, (x,)).couplings for m in c.members)

@@ -96,6 +96,24 @@ CASES = {
     "expand": (lambda a, b: aten.expand(aten.mm(a, b), [2, ROWS, COLUMNS]), MM, (1, 2)),
     "expand of a row": (lambda a, b: aten.expand(aten.mm(a, b), [ROWS, COLUMNS]), ((1, 5), (5, COLUMNS)), (0, 1)),
     "divided": (lambda a, b: aten.div(aten.neg(aten.mm(a, b)), 3.0), MM, (0, 1)),
+    "view that joins it": (lambda a, b: aten.view(aten.mm(a, b), [48]), MM, (0,)),
+    "view that splits it": (lambda a, b: aten.view(aten.mm(a, b), [2, 4, COLUMNS]), MM, (0, 1, 2)),
+    "cat": (lambda a, b, c: aten.cat([aten.mm(a, b), aten.mm(c, b)], 0), ((3, 5), (5, COLUMNS), (5, 5)), (0, 1)),
+    "select_backward": (
+        lambda a, b: aten.select_backward(aten.mm(a, b), [2, 4, COLUMNS], 0, 1),
+        ((4, 5), (5, COLUMNS)),
+        (1, 2),
+    ),
+    "select_scatter": (
+        lambda a, b: aten.select_scatter(aten.full([2, 4, COLUMNS], 1, dtype=a.dtype), aten.mm(a, b), 0, 1),
+        ((4, 5), (5, COLUMNS)),
+        (1, 2),
+    ),
+    "slice_backward along it": (
+        lambda a, b: aten.slice_backward(aten.mm(a, b), [ROWS, COLUMNS], 0, 2, 6, 1),
+        ((4, 5), (5, COLUMNS)),
+        (0, 1),
+    ),
     "a long way": (
         lambda a, b: aten._to_copy(
             aten.view(aten.permute(aten.mm(b.t(), a.t()), [1, 0]), [ROWS, 1, COLUMNS]) * 2.0, dtype=torch.float32
@@ -136,6 +154,52 @@ def test_gradients_of_looked_up_rows_are_sliced_along_the_channels(case):
         pushed(lambda g, i: take(ROWS_ADDED[case](g, i), 1, ranges), (grad, ids))
         with pytest.raises(CompileError, match="computed at its full size"):
             pushed(lambda g, i: take(ROWS_ADDED[case](g, i), 0, ranges), (grad, ids))
+
+
+GEOMETRIES = {  # (dY, X, W), stride, padding, dilation, transposed, groups
+    "1x1": (((2, 8, 3, 3), (2, 6, 3, 3), (8, 6, 1, 1)), 1, 0, 1, False, 1),
+    "3x3": (((2, 8, 3, 2), (2, 6, 5, 4), (8, 6, 3, 3)), 2, 1, 1, False, 1),
+    "1d": (((2, 8, 5), (2, 6, 9), (8, 6, 3)), 1, 0, 2, False, 1),
+    "groups": (((2, 8, 4), (2, 12, 4), (8, 6, 3)), 1, 1, 1, False, 2),
+    "depthwise": (((2, 8, 4), (2, 8, 4), (8, 1, 3)), 1, 1, 1, False, 8),
+    "a multiple of depthwise": (((2, 8, 4), (2, 4, 4), (8, 1, 3)), 1, 1, 1, False, 4),
+    "groups, one row each": (((2, 8, 4), (2, 24, 4), (8, 3, 3)), 1, 1, 1, False, 8),
+    "transposed": (((2, 6, 7), (2, 8, 4), (8, 6, 1)), 2, 0, 1, True, 1),
+}
+
+
+@pytest.mark.parametrize("case", GEOMETRIES)
+@pytest.mark.parametrize("dim", (0, 1))
+def test_gradients_of_convolutions_are_sliced_along_their_channels(case, dim):
+    shapes, *where, transposed, groups = GEOMETRIES[case]
+    spatial = len(shapes[0]) - 2
+    if shapes[2][dim] == 1:
+        return
+    stride, padding, dilation = ([n] * spatial for n in where)
+
+    def gradients(dy, x, w):
+        bias, rest = [dy.shape[1]], (stride, padding, dilation, transposed, [0] * spatial, groups)
+        return aten.convolution_backward(dy, x, w, bias, *rest, [True, True, True])
+
+    inputs = [randn(*shape) for shape in shapes]
+    for ranges in RANGES:
+        ranges = [r for r in ranges if sum(r) <= shapes[2][dim]]
+        full = gradients(*inputs)[1]
+        gm = graph_of(lambda *args: (gradients(*args)[0], take(gradients(*args)[1], dim, ranges)), *inputs)
+        slice_pushdown(gm.graph)
+        gm.recompile()
+        dX, dW = gm(*inputs)
+        torch.testing.assert_close(dX, gradients(*inputs)[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(dW, take(full, dim, ranges), rtol=1e-12, atol=1e-12)
+        made = gm.graph.find_nodes(op="call_function", target=aten.convolution_backward.default)
+        sizes = [n.meta["val"][1].shape[dim] for n in made if n.meta["val"][1] is not None]
+        assert sizes == [sum(n for _, n in ranges)], "one gradient of W, and that of the slice"
+
+
+def test_the_gradient_of_a_convolution_s_bias_is_sliced():
+    rest = ([1], [0], [1], False, [0], 1, [False, False, True])
+    inputs = randn(2, 8, 4), randn(2, 6, 4), randn(8, 6, 1)
+    pushed(lambda dy, x, w: take(aten.convolution_backward(dy, x, w, [8], *rest)[2], 0, [(1, 3)]), inputs, full=8)
 
 
 def fallback(x, dy, ends, weight):
@@ -210,7 +274,7 @@ def test_a_take_of_a_take_commutes():
 
 def test_every_rule_has_a_case():
     """A rule that is added without a case above fails here."""
-    called = {TAKE} | (set() if FALLBACK else {operator.getitem})
+    called = {TAKE, operator.getitem} | (set() if FALLBACK else {operator.getitem})
     graphs = [graph_of(function, *[randn(*shape) for shape in shapes]) for function, shapes, dims in CASES.values()]
     graphs += [graph_of(function, *grouped_inputs(dtype)) for function, dtype in GROUPED.values()]
     graphs += [graph_of(f, randn(2, 3, COLUMNS), torch.randint(ROWS, (2, 3))) for f in ROWS_ADDED.values()]
@@ -291,7 +355,6 @@ def _not_from(gm, position):
 
 REFUSED = {
     "cumsum": (lambda a: aten.cumsum(a, 0), ((ROWS, COLUMNS),), 0, "aten.cumsum"),
-    "a view that joins the dimension": (lambda a, b: aten.view(aten.mm(a, b), [ROWS * COLUMNS]), MM, 0, "aten.view"),
     "one of two uses": (
         lambda a, b, c: aten.add(aten.mm(a, b), aten.cumsum(c, 0)),
         (*MM, (ROWS, COLUMNS)),

@@ -648,8 +648,157 @@ for _spatial in "123":
     CASES[f"conv_transpose{_spatial}d"] = [conv_transpose_case]
 CASES["convolution"].append(transposed_convolution_case)
 
+
+def general_einsum_case(r):
+    size = {c: r.n() for c in "abcdxy"}
+    equation, letters = r.of(
+        ("ab,bc,cd->ad", "ab,bc,cd"),
+        ("abc->ca", "abc"),
+        ("abc->ac", "abc"),
+        ("...ab,...bc->...ac", "xyab,xybc"),
+        ("...ab,bc->...ac", "xyab,bc"),
+        ("...ab,...bc", "xyab,ybc"),
+        ("ab,bc", "ab,bc"),
+        ("a...,b...->ab", "axy,bxy"),
+        ("ab,ac,ad->bcd", "ab,ac,ad"),
+        ("abc,bd->ad", "abc,bd"),
+        ("aab->b", "aab"),
+    )
+    shapes = [[size[c] for c in letters] for letters in letters.split(",")]
+    return aten.einsum.default, (equation, [r.t(*shape) for shape in shapes]), {}
+
+
+def recurrent_case(op, gates: int, states: int):
+    def case(r):
+        T, B, I, H, layers = r.n(1, 3), r.n(1, 3), r.n(), r.n(), r.n(1, 2)
+        both, first, biased = r.of(False, True), r.of(False, True), r.of(True, False)
+        ways, weights = 2 if both else 1, []
+        for layer in range(layers):
+            for _ in range(ways):
+                weights += [r.t(gates * H, I if layer == 0 else ways * H) - 0.5, r.t(gates * H, H) - 0.5]
+                weights += [r.t(gates * H), r.t(gates * H)] if biased else []
+        held = [r.t(layers * ways, B, H) for _ in range(states)]
+        x = r.t(B, T, I) if first else r.t(T, B, I)
+        return op, (x, held if states > 1 else held[0], weights, biased, layers, 0.0, False, both, first), {}
+
+    return case
+
+
+def cell_case(op, gates: int, states: int):
+    def case(r):
+        B, I, H = r.n(), r.n(), r.n()
+        held = [r.t(B, H) for _ in range(states)]
+        biases = r.of((r.t(gates * H), r.t(gates * H)), ())
+        weights = (r.t(gates * H, I) - 0.5, r.t(gates * H, H) - 0.5, *biases)
+        return op, (r.t(B, I), held if states > 1 else held[0], *weights), {}
+
+    return case
+
+
+def tensordot_case(r):
+    size = [r.n() for _ in range(4)]
+    dims = r.of(([1], [0]), ([1, 2], [0, 2]), ([0, -1], [1, 0]), ([], []))
+    left, right = r.t(*size[:3]), [r.n(), r.n(), r.n()]
+    for a, b in zip(*dims):
+        right[b] = left.shape[a]
+    return aten.tensordot.default, (left, r.t(*right), *dims), {}
+
+
+CASES["einsum"].append(general_einsum_case)
+for _name, _gates, _states in (("lstm", 4, 2), ("gru", 3, 1), ("rnn_tanh", 1, 1), ("rnn_relu", 1, 1)):
+    CASES[_name] = [recurrent_case(getattr(aten, _name).input, _gates, _states)]
+    CASES[f"{_name}_cell"] = [cell_case(only(f"{_name}_cell"), _gates, _states)]
+CASES["tensordot"] = [tensordot_case]
+CASES["mv"] = [lambda r: (lambda n: (aten.mv.default, (r.t(r.n(), n), r.t(n)), {}))(r.n())]
+CASES["dot"] = [lambda r: (lambda n: (aten.dot.default, (r.t(n), r.t(n)), {}))(r.n())]
+CASES["inner"] = [
+    lambda r: (lambda n: (aten.inner.default, (r.t(r.n(), n), r.t(*r.shape(r.of(0, 2)), n)), {}))(r.n()),
+    lambda r: (aten.inner.default, (r.t(), r.t(r.n(), r.n())), {}),
+]
+for _name in ("outer", "ger"):
+    CASES[_name] = [lambda r, op=only(_name): (op, (r.t(r.n()), r.t(r.n())), {})]
+CASES["bilinear"] = [
+    lambda r: (lambda b, n, m, o: (aten.bilinear.default, (r.t(b, n), r.t(b, m), r.t(o, n, m), r.t(o)), {}))(
+        r.n(), r.n(), r.n(), r.n()
+    )
+]
+CASES["cdist"] = [
+    lambda r: (lambda b, n, p: (aten.cdist.default, (r.t(b, r.n(), n), r.t(r.of(b, 1), r.n(), n), p), {}))(
+        r.n(), r.n(), r.of(2.0, 1.0)
+    )
+]
+CASES["linalg_vecdot"] = [
+    lambda r: (lambda x, y: (aten.linalg_vecdot.default, (x, y), {"dim": -1}))(*[r.t(3, 4), r.t(r.of(2, 1), 3, 4)])
+]
+CASES["cosine_similarity"] = [
+    lambda r: (lambda x: (aten.cosine_similarity.default, (x, r.t(*x.shape), r.of(0, 1, -1)), {}))(r.t(*r.shape(3)))
+]
+CASES["linalg_solve_triangular"] = [
+    lambda r: (
+        lambda n, left: (
+            aten.linalg_solve_triangular.default,
+            (torch.eye(n, dtype=torch.float64) + r.t(2, n, n), r.t(r.of(2, 1), *((n, 3) if left else (3, n)))),
+            {"upper": r.of(True, False), "left": left},
+        )
+    )(r.n(), r.of(True, False))
+]
+CASES["zero"] = [plain(aten.zero.default)]
+for _name in ("median", "nanmedian"):
+    CASES[_name] = [plain(getattr(aten, _name).default), with_dim(getattr(aten, _name).dim)]
+CASES["kthvalue"] = [lambda r: (lambda x: (aten.kthvalue.default, (x, 1, r.dim(x), r.of(False, True)), {}))(r.x())]
+CASES["linalg_norm"] = [
+    plain(aten.linalg_norm.default),
+    lambda r: (aten.linalg_norm.default, (r.t(*r.shape(3)), r.of(None, 2, 1), [r.of(0, 1, 2)], r.of(False, True)), {}),
+    lambda r: (aten.linalg_norm.ord_str, (r.t(*r.shape(3)), r.of("fro", "nuc"), [0, 2]), {}),
+]
+CASES["norm"] = [plain(aten.norm.Scalar), lambda r: (aten.norm.ScalarOpt_dim, (r.t(*r.shape(3)), 2, [r.of(0, -1)]), {})]
+CASES["prelu"] = [
+    lambda r: (lambda n: (aten.prelu.default, (r.t(r.n(), n, r.n()) - 0.5, r.t(r.of(n, 1))), {}))(r.n()),
+    lambda r: (aten.prelu.default, (r.t(r.n()) - 0.5, r.t(1)), {}),
+]
+CASES["instance_norm"] = [
+    lambda r: (
+        lambda n: (
+            aten.instance_norm.default,
+            (r.t(r.n(), n, r.n(2)), r.t(n), r.t(n), None, None, True, 0.1, 1e-5, False),
+            {},
+        )
+    )(r.n())
+]
+CASES["pixel_shuffle"] = [lambda r: (aten.pixel_shuffle.default, (r.t(r.n(), 4 * r.n(), r.n(), r.n()), 2), {})]
+CASES["pixel_unshuffle"] = [lambda r: (aten.pixel_unshuffle.default, (r.t(r.n(), r.n(), 2 * r.n(), 2 * r.n()), 2), {})]
+CASES["channel_shuffle"] = [lambda r: (aten.channel_shuffle.default, (r.t(r.n(), 6, r.n()), r.of(1, 2, 3)), {})]
+CASES["_weight_norm"] = [
+    lambda r: (lambda n: (aten._weight_norm.default, (r.t(n, 3, 2), r.t(n, 1, 1), 0), {}))(r.n()),
+    lambda r: (aten._weight_norm.default, (r.t(r.n(), 3), r.t(), -1), {}),
+]
+for _name in ("avg_pool3d", "max_pool3d", "adaptive_avg_pool3d"):
+    CASES[_name] = [spatial_case(3, only(_name), [2, 2, 2])]
+CASES["upsample_nearest3d"] = [spatial_case(3, aten.upsample_nearest3d.default, [5, 3, 7])]
+CASES["upsample_trilinear3d"] = [spatial_case(3, aten.upsample_trilinear3d.default, [5, 3, 7], False)]
+for _spatial in (1, 2, 3):
+    CASES[f"_upsample_nearest_exact{_spatial}d"] = [
+        spatial_case(_spatial, only(f"_upsample_nearest_exact{_spatial}d"), [7] * _spatial)
+    ]
+for _name in ("_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa"):
+    CASES[_name] = [spatial_case(2, getattr(aten, _name).default, [7, 5], False)]
+for _name in (
+    "hardswish", "hardsigmoid", "hardtanh", "relu6", "selu", "celu", "softshrink", "hardshrink", "logit", "square",
+    "absolute", "negative", "isfinite",
+):  # fmt: skip
+    CASES[_name] = [plain(only(_name))]
+CASES["threshold"] = [plain(aten.threshold.default, 0.5, 0.0)]
+CASES["clip"] = [plain(aten.clip.default, 0.3, 0.6)]
+for _name in (
+    "subtract", "divide", "true_divide", "floor_divide", "greater", "greater_equal", "less", "less_equal", "not_equal",
+    "logaddexp", "logaddexp2", "logical_xor", "isclose",
+):  # fmt: skip
+    CASES[_name] = [binary(only(_name))]
+CASES["float_power"] = [binary(aten.float_power.Tensor_Tensor)]
+CASES["xlogy"] = [binary(aten.xlogy.Tensor)]
+
 # operators whose values are drawn anew at each call, so that nothing can be compared
-RANDOM = {"rand", "randn", "randint", "bernoulli"}
+RANDOM = {"rand", "randn", "randint", "bernoulli", "exponential", "uniform", "normal_functional"}
 # memory that nobody has written: only its shape is promised
 UNDEFINED = {"empty", "new_empty", "empty_like"}
 

@@ -12,7 +12,8 @@ Ensures: every gradient of a delta is computed at the delta's own size.
 
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -23,11 +24,13 @@ from torch.utils import _pytree as pytree
 
 from s2ft_compile.errors import CompileError
 
+from . import convolution
 from .attach import ATTACH, TAKE
 from .grouped import grouped_mm_rule, output_rule, without_weight_gradients
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+MAX_COPIES = 64  # of a slice's ranges, one for each index of the dimensions that a view joins before it
 
 
 def slice_pushdown(graph: fx.Graph) -> int:
@@ -47,6 +50,7 @@ def slice_pushdown(graph: fx.Graph) -> int:
         node.replace_all_uses_with(_pushed(editor, node))
     graph.eliminate_dead_code()
     without_weight_gradients(editor, graph)
+    convolution.without_weight_gradients(graph)
     for node in graph.find_nodes(op="call_function", target=TAKE):
         _lower(editor, node)
     hoist(editor)
@@ -96,7 +100,10 @@ class Editor:
         return node
 
     def take(self, x: fx.Node, dim: int, how: fx.Node) -> fx.Node:
-        return self.call(TAKE, x, dim % x.meta["val"].ndim, *how.args[2:])
+        return self.take_ranges(x, dim, *how.args[2:])
+
+    def take_ranges(self, x: fx.Node, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> fx.Node:
+        return self.call(TAKE, x, dim % x.meta["val"].ndim, list(starts), list(lengths))
 
 
 def _pushed(editor: Editor, node: fx.Node) -> fx.Node:
@@ -117,8 +124,12 @@ def _pushed(editor: Editor, node: fx.Node) -> fx.Node:
 
 def _recurse(editor: Editor, x: fx.Node, dim: int, how: fx.Node) -> fx.Node:
     """The pushed-down slice of `x`, still part of the gradient's way."""
+    return _recurse_ranges(editor, x, dim, *how.args[2:])
+
+
+def _recurse_ranges(editor: Editor, x: fx.Node, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> fx.Node:
     here = editor.at
-    result = _pushed(editor, editor.take(x, dim, how))
+    result = _pushed(editor, editor.take_ranges(x, dim, starts, lengths))
     editor.at = here
     return result
 
@@ -149,7 +160,53 @@ def view_rule(editor, node, x, dim):
             shape = list(new)
             shape[dim] = node.meta["val"].shape[dim]
             return editor.call(aten.reshape.default, inner, shape, like=x)
+    return _split_view(editor, node, x, dim) or _merging_view(editor, node, x, dim)
+
+
+def _split_view(editor, node, x, dim):
+    """The dimension is one of several that the view made of one: its ranges recur for each index of those before it."""
+    old, new = list(x.args[0].meta["val"].shape), list(x.meta["val"].shape)
+    starts, lengths = node.args[2:]
+    for source, first in product(range(len(old)), range(dim + 1)):
+        last = next((q for q in range(dim + 1, len(new) + 1) if prod(new[first:q]) == old[source]), None)
+        if last is None or prod(old[:source]) != prod(new[:first]):
+            continue
+        before, after = prod(new[first:dim]), prod(new[dim + 1 : last])
+        if before > MAX_COPIES:
+            return None
+        moved = [(k * new[dim] + s) * after for k in range(before) for s in starts]
+        inner = _recurse_ranges(editor, x.args[0], source, moved, [n * after for n in lengths] * before)
+        shape = [*new[:dim], node.meta["val"].shape[dim], *new[dim + 1 :]]
+        return editor.call(aten.reshape.default, inner, shape, like=x)
     return None
+
+
+def _merging_view(editor, node, x, dim):
+    """The dimension joins several: the indices of the first of them that the ranges touch, and the ranges in those."""
+    old, new = list(x.args[0].meta["val"].shape), list(x.meta["val"].shape)
+    ends = product(range(len(old)), range(2, len(old) + 1))
+    found = [(i, j) for i, j in ends if prod(old[i:j]) == new[dim] and prod(old[:i]) == prod(new[:dim]) and j - i > 1]
+    if not found:
+        return None
+    source, inner = found[0][0], new[dim] // old[found[0][0]]
+    positions = [s + k for s, n in zip(*node.args[2:]) for k in range(n)]
+    touched = sorted({p // inner for p in positions})
+    if len(touched) == old[source]:
+        return None  # all of it
+    made = _recurse_ranges(editor, x.args[0], source, *_ranges(touched))
+    made = editor.call(aten.reshape.default, made, [*new[:dim], len(touched) * inner, *new[dim + 1 :]], like=x)
+    if len(positions) == len(touched) * inner:
+        return made
+    local = _ranges([touched.index(p // inner) * inner + p % inner for p in positions])
+    pieces = [editor.call(aten.slice.Tensor, made, dim, s, s + n, like=x) for s, n in zip(*local)]
+    return editor.call(aten.cat.default, pieces, dim, like=x)
+
+
+def _ranges(positions: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(starts, lengths) of the runs of ascending positions."""
+    starts = [p for i, p in enumerate(positions) if i == 0 or p != positions[i - 1] + 1]
+    ends = [p + 1 for i, p in enumerate(positions) if i + 1 == len(positions) or p + 1 != positions[i + 1]]
+    return starts, [e - s for s, e in zip(starts, ends)]
 
 
 def mm_rule(editor, node, x, dim):
@@ -214,10 +271,68 @@ def slice_scatter_rule(editor, node, x, dim):
 
 def slice_backward_rule(editor, node, x, dim):
     values, size, at, *rest = x.args
+    at %= len(size)
     if at == dim:
-        return None
+        return _window(editor, node, x, dim)
     size = [*size[:dim], node.meta["val"].shape[dim], *size[dim + 1 :]]
     return editor.call(x.target, editor.take(values, dim, node), size, at, *rest, like=x)
+
+
+def _window(editor, node, x, dim):
+    """Ranges of zeros with values in a window of the same dimension: those of the values, and zeros around them."""
+    values, size, _, start, end, step = x.args
+    if step != 1:
+        return None
+    start, end = (min(p + size[dim] if p < 0 else p, size[dim]) for p in (start, end))
+    positions = [s + k for s, n in zip(*node.args[2:]) for k in range(n)]
+    inside = [p - start for p in positions if start <= p < end]
+    before, after = sum(p < start for p in positions), sum(p >= end for p in positions)
+    made = _recurse_ranges(editor, values, dim, *_ranges(inside or [0]))
+    if not inside:
+        return editor.call(aten.new_zeros.default, made, list(node.meta["val"].shape), like=x)
+    pad = [0, 0] * (len(size) - 1 - dim) + [before, after]
+    return editor.call(aten.constant_pad_nd.default, made, pad, like=x) if before or after else made
+
+
+def select_backward_rule(editor, node, x, dim):
+    """Zeros with values at one index of another dimension."""
+    values, size, at, index = x.args
+    at %= len(size)
+    if at == dim:
+        return None
+    values = _recurse(editor, values, dim - (at < dim), node)
+    size = [*size[:dim], node.meta["val"].shape[dim], *size[dim + 1 :]]
+    return editor.call(x.target, values, size, at, index, like=x)
+
+
+def select_scatter_rule(editor, node, x, dim):
+    base, values, at, index = x.args
+    at %= base.meta["val"].ndim
+    if at == dim:
+        return None
+    values = _recurse(editor, values, dim - (at < dim), node)
+    return editor.call(x.target, _recurse(editor, base, dim, node), values, at, index, like=x)
+
+
+def cat_rule(editor, node, x, dim):
+    """Along another dimension each part's slice; along the same, what the ranges take of each part."""
+    parts, at = x.args[0], (x.args[1] if len(x.args) > 1 else 0) % x.meta["val"].ndim
+    if at != dim:
+        return editor.call(x.target, [_recurse(editor, part, dim, node) for part in parts], at, like=x)
+    positions = [s + k for s, n in zip(*node.args[2:]) for k in range(n)]
+    made, offset = [], 0
+    for part in parts:
+        size = part.meta["val"].shape[dim]
+        if inside := [p - offset for p in positions if offset <= p < offset + size]:
+            made.append(_recurse_ranges(editor, part, dim, *_ranges(inside)))
+        offset += size
+    return made[0] if len(made) == 1 else editor.call(x.target, made, dim, like=x)
+
+
+def result_rule(editor, node, x, dim):
+    """One of an operator's several results."""
+    rule = convolution.convolution_rule if x.args[0].target is convolution.BACKWARD else output_rule
+    return rule(editor, node, x, dim)
 
 
 def constant_rule(editor, node, x, dim):
@@ -238,8 +353,16 @@ def elementwise_rule(editor, node, x, dim):
         source = dim - rank + value.ndim
         if source < 0 or value.shape[source] == 1:
             return arg
-        computed = arg.op == "call_function"  # what is given can be sliced as it is
-        return _recurse(editor, arg, source, node) if computed else editor.take(arg, source, node)
+        if arg.op != "call_function":  # what is given can be sliced as it is
+            return editor.take(arg, source, node)
+        needed, here = len(arg.users) > 1, editor.at
+        try:
+            return _recurse(editor, arg, source, node)
+        except CompileError:
+            if not needed:
+                raise
+            editor.at = here
+            return editor.take(arg, source, node)  # something else needs all of it, too: a weight's computed scale
 
     return editor.call(x.target, *[sliced(a) for a in x.args], like=x, **x.kwargs)
 
@@ -273,7 +396,10 @@ RULES: dict[Any, Callable] = {
     aten.mm.default: mm_rule,
     aten.bmm.default: bmm_rule,
     aten._grouped_mm.default: grouped_mm_rule,
-    operator.getitem: output_rule,
+    operator.getitem: result_rule,
+    aten.cat.default: cat_rule,
+    aten.select_backward.default: select_backward_rule,
+    aten.select_scatter.default: select_scatter_rule,
     aten.addmm.default: addmm_rule,
     aten.sum.dim_IntList: sum_rule,
     aten.embedding_dense_backward.default: embedding_rule,

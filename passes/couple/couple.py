@@ -130,8 +130,10 @@ class _Inference:
             name: Value([Axis(size) for size in shape], weight=True) for name, shape in captured.shapes.items()
         }
         for name, other in captured.overlapping.items():
-            _pin_all(self.parameters[name], Pin(f"it shares memory with {other}, which is not the same parameter"))
-        self.names = captured.parameters
+            what = f"it shares memory with {other}, which is not the same parameter"
+            what = "elements of it share memory (it is expanded)" if other == name else what
+            _pin_all(self.parameters[name], Pin(what))
+        self.names, self.uniform = captured.parameters, captured.uniform
         placeholders = (n for n in captured.graph_module.graph.nodes if n.op == "placeholder" and n.users)
         self.used = {self.names[n.name] for n in placeholders if n.name in self.names}
 
@@ -163,7 +165,8 @@ class _Inference:
             return val
         fixed = node.name.startswith(("b_", "c_"))
         why = Pin(f"it meets {node.name}, which varies along it" if fixed else "it is an input of the model")
-        return Value([Axis(size, pin=why) for size in val.shape], weight=fixed)
+        alike = self.uniform.get(node.name, ())  # zeros are the same in any order
+        return Value([Axis(n, pin=None if d in alike else why) for d, n in enumerate(val.shape)], weight=fixed)
 
     def _constant(self, node: fx.Node) -> Any:
         val = node.meta.get("val")

@@ -140,4 +140,6 @@ def acted_dims(node, rank: int) -> list[int]:
     dim = argument(node, "dim", argument(node, "dims"))
     if dim is None or dim == []:
         return list(range(rank))
+    if rank == 0:  # a dim of a 0-d tensor is its only element
+        return []
     return [d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim])]

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from string import ascii_letters
+
+from torch import fx
 
 from s2ft_compile.passes.couple.axes import ONE, Axis, Pin, pin, product, reshape, unify
 
-from .context import Value, argument, broadcast, mark, name, shape, unknown_rule
+from .context import Value, argument, broadcast, mark, name, shape, shapes, tensors, unknown_rule
 
 
 def contract(cx, node, left: Value, right: Value, batch, contracted, left_free, right_free) -> Value:
@@ -114,12 +117,14 @@ def matmul_rule(cx, node, left, right):
 
 def einsum_rule(cx, node, equation, operands, **kwargs):
     equation = equation.replace(" ", "")
-    if "->" not in equation or "." in equation or len(operands) != 2:
+    made = spelled_out(equation, [len(v.dims) for v in operands])
+    if made is None:
         return unknown_rule(cx, node, *operands)
-    inputs, output = equation.split("->")
-    a, b = inputs.split(",")
-    if any(len(set(s)) != len(s) for s in (a, b)) or any(c not in output and not (c in a and c in b) for c in a + b):
-        return unknown_rule(cx, node, *operands)
+    inputs, output = made
+    alone = len(operands) == 2 and any(c not in output and sum(c in i for i in inputs) == 1 for i in inputs for c in i)
+    if len(operands) != 2 or alone:
+        return einsum_of_any(cx, node, inputs, output, operands)
+    a, b = inputs
     pairs = [(c, (a.index(c), b.index(c))) for c in a if c in b]
     batch, contracted = ([p for c, p in pairs if (c in output) == kept] for kept in (True, False))
     value = contract(
@@ -133,6 +138,47 @@ def einsum_rule(cx, node, equation, operands, **kwargs):
     )
     made = [c for c, _ in pairs if c in output] + [c for c in a if c not in b] + [c for c in b if c not in a]
     return replace(value, dims=[value.dims[made.index(c)] for c in output])
+
+
+def spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
+    """(the operands' letters, the result's), with letters for an ellipsis and an explicit result; None if a letter is
+    repeated within an operand (a diagonal)."""
+    left, arrow, output = equation.partition("->")
+    inputs = left.split(",")
+    covered = max((rank - len(i) + 3 for i, rank in zip(inputs, ranks) if "..." in i), default=0)
+    spare = "".join(c for c in ascii_letters if c not in equation)[:covered]
+    ends = [spare[covered - (rank - len(i) + 3) :] if "..." in i else "" for i, rank in zip(inputs, ranks)]
+    inputs = [i.replace("...", end) for i, end in zip(inputs, ends)]
+    if not arrow:
+        letters = sorted({c for c in left if c.isalpha()})
+        output = "..." + "".join(c for c in letters if left.count(c) == 1)
+    output = output.replace("...", spare)
+    repeated = any(len(set(i)) != len(i) for i in inputs)
+    return None if repeated or not all(c in "".join(inputs) for c in output) else (inputs, output)
+
+
+def einsum_of_any(cx, node, inputs: Sequence[str], output: str, operands: Sequence[Value]) -> Value:
+    """A product of any number of operands, in which every letter is one axis. What is summed over is consumed."""
+    why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
+    axes: dict[str, Axis] = {}
+    for letters, value in sorted(zip(inputs, operands), key=lambda pair: pair[1].weight):  # keep activations' handles
+        for c, axis in zip(letters, value.dims):
+            if axes.get(c, ONE).size == 1:
+                axes[c] = axis
+            unify(axes[c], axis, why)
+    cx.consumed += [axis for c, axis in axes.items() if c not in output]
+    activations = [v for v in operands if not v.weight]
+    for letters, value in zip(inputs, operands):
+        if value.weight and activations:
+            made, gone = ([d for d, c in enumerate(letters) if (c in output) == kept] for kept in (True, False))
+            shared = {c for other in inputs if other is not letters for c in other}
+            cx.project(node, value, [d for d in made if letters[d] not in shared], gone)
+            cx.experts += [value.dims[d] for d in made if letters[d] in shared]
+    if len(activations) > 1:
+        cx.attention += [a for v in activations for a in v.dims]
+        of_activations = [i for i, v in zip(inputs, operands) if not v.weight]
+        cx.heads += [axes[c] for c in output if all(c in i for i in of_activations)]
+    return Value([axes[c] for c in output], not activations)
 
 
 def attention_rule(cx, node, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
@@ -185,3 +231,107 @@ def conv_transpose_rule(cx, node, x, weight, bias=None, *args, **kwargs):
     if argument(node, "groups", 1) != 1 or len(x.dims) != len(weight.dims):
         return unknown_rule(cx, node, x, weight, bias)
     return convolution_rule(cx, node, x, replace(weight, dims=[weight.dims[1], weight.dims[0], *weight.dims[2:]]), bias)
+
+
+def mv_rule(cx, node, left, right):
+    return contract(cx, node, left, right, [], [(1, 0)], [0], [])
+
+
+def dot_rule(cx, node, left, right):
+    return contract(cx, node, left, right, [], [(0, 0)], [], [])
+
+
+def inner_rule(cx, node, left, right):
+    if not left.dims or not right.dims:
+        return broadcast(cx, node, left, right)
+    a, b = len(left.dims) - 1, len(right.dims) - 1
+    return contract(cx, node, left, right, [], [(a, b)], list(range(a)), list(range(b)))
+
+
+def outer_rule(cx, node, left, right):
+    return contract(cx, node, left, right, [], [], [0], [0])
+
+
+def tensordot_rule(cx, node, left, right, dims_left, dims_right):
+    pairs = [(a % len(left.dims), b % len(right.dims)) for a, b in zip(dims_left, dims_right)]
+    free = [
+        [d for d in range(len(v.dims)) if d not in {p[side] for p in pairs}] for side, v in enumerate((left, right))
+    ]
+    return contract(cx, node, left, right, [], pairs, *free)
+
+
+def bilinear_rule(cx, node, left, right, weight, bias=None):
+    """sum over i, j of left_i weight_oij right_j."""
+    why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
+    unify(left.dims[-1], weight.dims[1], why)
+    unify(right.dims[-1], weight.dims[2], why)
+    cx.consumed += [left.dims[-1], right.dims[-1]]
+    cx.project(node, weight, [0], [1, 2])
+    add_bias(bias, [weight.dims[0]], node)
+    return [*broadcast(cx, node, Value(left.dims[:-1]), Value(right.dims[:-1])), weight.dims[0]]
+
+
+def distance_rule(cx, node, left, right, *args, **kwargs):
+    """cdist: of each row of (..., P, M) from each row of (..., R, M)."""
+    unify(left.dims[-1], right.dims[-1], Pin(f"{name(node)} of two axes that cannot be aligned", node))
+    cx.consumed.append(left.dims[-1])
+    batch = broadcast(cx, node, Value(left.dims[:-2]), Value(right.dims[:-2]))
+    return [*batch, left.dims[-2], right.dims[-2]]
+
+
+def similarity_rule(cx, node, left, right, dim=None):
+    """vecdot, cosine_similarity: a reduction of a product of two along one dimension."""
+    dims = broadcast(cx, node, left, right)
+    gone = dims.pop(argument(node, "dim"))
+    cx.consumed.append(gone)
+    return dims
+
+
+def solve_triangular_rule(cx, node, matrix, right, *args, **kwargs):
+    why = Pin(f"{name(node)} depends on the order along the axis", node)
+    solved = -2 if argument(node, "left", True) else -1
+    for axis in (*matrix.dims[-2:], right.dims[solved]):
+        pin(axis, why)
+    batch = broadcast(cx, node, Value(matrix.dims[:-2]), Value(right.dims[:-2]))
+    return [*batch, *right.dims[-2:]]
+
+
+def flex_attention_rule(cx, node, q, k, v, score=None, mask=(), *args, **kwargs):
+    """Attention with a function of (score, batch, head, query, key) and a mask of blocks: an axis that either looks at
+    is in order. What else they read is."""
+    why = Pin("flex_attention's score or mask function looks at the axis", node)
+    others = [x for x in tensors((mask, args, kwargs))]
+    for value in others:
+        for axis in value.dims:
+            pin(axis, why)
+    read = [_positions_read(f) for f in (score, mask[-1] if mask else None)]
+    batch_and_heads = {d for found in read for d in found if d < 2}
+    batch_and_heads |= {d for d in (0, 1) for x in others if len(x.dims) > d and x.dims[d].size == q.dims[d].size > 1}
+    heads = q.dims[1]
+    unify(q.dims[0], k.dims[0], why)
+    unify(q.dims[0], v.dims[0], why)
+    for value in (k, v):
+        kv = value.dims[1]
+        unify(heads, kv if kv.size == heads.size else product([kv, Axis(heads.size // kv.size)]), why)
+    unify(q.dims[3], k.dims[3], why)
+    unify(k.dims[2], v.dims[2], why)
+    for axis in (q.dims[2], k.dims[2], *[q.dims[d] for d in batch_and_heads]):
+        pin(axis, why)
+    cx.attention += [*q.dims, *k.dims, *v.dims]
+    cx.consumed += [q.dims[3], v.dims[2]]
+    cx.heads += [q.dims[0], heads]
+    for value, role in ((q, "query"), (k, "key"), (v, "value")):
+        mark(value.dims, role)
+    rows = [q.dims[0], heads, q.dims[2]]
+    return [[*rows, v.dims[3]], rows, rows][: len(shapes(node))]
+
+
+def _positions_read(function) -> set[int]:
+    """Which of (batch, head, query, key), 0 to 3, a score or a mask function reads; all where it cannot be seen."""
+    if function is None:
+        return set()
+    if not isinstance(function, fx.GraphModule):
+        return {0, 1, 2, 3}
+    inputs = function.graph.find_nodes(op="placeholder")
+    first = 1 if inputs and inputs[0].meta["val"].dtype.is_floating_point else 0
+    return {d for d, node in enumerate(inputs[first : first + 4]) if node.users}

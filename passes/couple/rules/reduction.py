@@ -64,3 +64,14 @@ def weight_norm_rule(cx, node, v, g, dim=0):
     """v / |v| × g, the norm over all dimensions but one."""
     unify(v.dims[dim], g.dims[dim], Pin(f"{name(node)} of two axes that cannot be aligned", node))
     return [list(v.dims), list(g.dims)]
+
+
+def whole_weight_norm_rule(cx, node, v, g, dim=0):
+    """One result; dim = -1: one norm for all of it."""
+    return list(v.dims) if dim == -1 else weight_norm_rule(cx, node, v, g, dim)[0]
+
+
+def prelu_rule(cx, node, x, weight):
+    if weight.sizes != [1] and weight.dims and len(x.dims) > 1:
+        unify(x.dims[1], weight.dims[0], Pin(f"{name(node)} of two axes that cannot be aligned", node))
+    return list(x.dims)

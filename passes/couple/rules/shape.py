@@ -65,6 +65,9 @@ def slice_scatter_rule(cx, node, x, source, dim=0, start=None, end=None, step=1)
     start = max(0, (start or 0) + (axis.size if (start or 0) < 0 else 0))
     if step != 1:
         return unknown_rule(cx, node, x, source)
+    if size == 0:
+        dims.insert(dim % len(x.dims), axis)
+        return dims
     why = Pin(f"{size} of its {axis.size} elements are replaced, which crosses units", node)
     pieces = cut(axis, sorted({start, start + size} - {0, axis.size}), why) if size < axis.size else [axis]
     pieces[1 if start else 0] = source.dims[dim]
@@ -160,3 +163,27 @@ def unfold_rule(cx, node, x, dim, size, step):
     pin(dims[dim], why)
     dims[dim] = Axis(shape(node)[dim], pin=why)
     return [*dims, Axis(size, pin=why)]
+
+
+def pixel_shuffle_rule(cx, node, x, factor):
+    """(..., C r r, H, W) -> (..., C, H r, W r)."""
+    why = Pin(f"{name(node)} depends on the order along the axis", node)
+    channels, inner = reshape([x.dims[-3]], [x.dims[-3].size // factor**2, factor**2], why)
+    for axis in (inner, *x.dims[-2:]):
+        pin(axis, why)
+    return [*x.dims[:-3], channels, *[Axis(size, pin=why) for size in shape(node)[-2:]]]
+
+
+def pixel_unshuffle_rule(cx, node, x, factor):
+    why = Pin(f"{name(node)} depends on the order along the axis", node)
+    for axis in x.dims[-2:]:
+        pin(axis, why)
+    channels = product([x.dims[-3], Axis(factor**2, pin=why)])
+    return [*x.dims[:-3], channels, *[Axis(size, pin=why) for size in shape(node)[-2:]]]
+
+
+def channel_shuffle_rule(cx, node, x, groups):
+    """Channels (groups, each) -> (each, groups)."""
+    why = Pin(f"{name(node)} into {groups} groups", node)
+    group, each = reshape([x.dims[1]], [groups, x.dims[1].size // groups], why)
+    return [x.dims[0], product([each, group]), *x.dims[2:]]

@@ -1,0 +1,128 @@
+"""Which weights' gradients can be sliced, found before anything is changed.
+
+One joint graph of the model with fake tensors, each candidate `attach`ed to a delta of one row; slice pushdown runs on
+each gradient by itself, and what it refuses is the answer. A model that cannot be traced so says nothing: the
+first step then refuses what this would have.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from s2ft_compile.capture import arguments, inference_mode_of, tied_names
+from s2ft_compile.config import S2FTConfig
+from s2ft_compile.errors import CompileError, ConfigError
+from s2ft_compile.passes.select.select import Selection
+
+from .attach import TAKE, attach
+from .slice_pushdown import Editor, _pushed
+
+log = logging.getLogger(__name__)
+Place = tuple[str, int]
+
+
+def trainable(
+    model: nn.Module, example_inputs: Any, config: S2FTConfig, selections: Sequence[Selection]
+) -> tuple[Selection, ...]:
+    """The selections whose gradients have slice rules. A weight that is targeted by its name, or all of which a target
+    consists, raises `ConfigError`; others of a role are left out, with a line in the log."""
+    refused = refused_gradients(model, example_inputs, [(s.parameter_name, s.dim) for s in selections])
+    left = tuple(s for s in selections if (s.parameter_name, s.dim) not in refused)
+    for s in selections:
+        why = refused.get((s.parameter_name, s.dim))
+        if why and (not left or not any(role in config.targets for role in s.roles)):
+            raise ConfigError(f"{s.parameter_name} cannot train along dim {s.dim}: {why}")
+        if why:
+            log.warning("%s is left out of %s: %s", s.parameter_name, ", ".join(s.roles), why)
+    return left
+
+
+def refused_gradients(model: nn.Module, example_inputs: Any, places: Sequence[Place]) -> dict[Place, str]:
+    """The places (parameter, dim) whose gradient has no slice rule -> why."""
+    try:
+        graph = _joint_graph(model, example_inputs, places)
+    except Exception as error:  # tracing raises many unrelated types
+        log.info("gradients could not be looked at before the first step: %s: %s", type(error).__name__, error)
+        return {}
+    gradients = graph.output_node().args[0]
+    gradients = gradients[-len(places) :] if places else []
+    editor, refused = Editor(graph), {}
+    for place, gradient in zip(places, gradients):
+        for node in _takes(gradient):
+            try:
+                node.replace_all_uses_with(_pushed(editor, node))
+            except CompileError as error:
+                refused[place] = str(error)
+    return refused
+
+
+def _takes(gradient: Any) -> list[fx.Node]:
+    """The slices that a delta's gradient is made of: casts and sums of takes."""
+    found, stack, seen = [], [gradient], set()
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.target is TAKE:
+            found.append(node)
+        else:
+            stack += node.all_input_nodes
+    return found
+
+
+@contextmanager
+def _as_exported():
+    """Code that looks at values unless it is traced (transformers' masks) asks these."""
+    flags = ("_is_compiling_flag", "_is_exporting_flag")
+    before = {flag: getattr(torch.compiler, flag) for flag in flags}
+    for flag in flags:
+        setattr(torch.compiler, flag, True)
+    try:
+        yield
+    finally:
+        for flag, was in before.items():
+            setattr(torch.compiler, flag, was)
+
+
+def _joint_graph(model: nn.Module, example_inputs: Any, places: Sequence[Place]) -> fx.Graph:
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+    from torch._inductor.decomposition import select_decomp_table
+
+    mode, tied = FakeTensorMode(allow_non_fake_inputs=True), tied_names(model)
+    fake = lambda t: mode.from_tensor(t.detach(), static_shapes=True)  # noqa: E731
+    state = {n: fake(t) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    inputs, spec = pytree.tree_flatten(tuple(arguments(example_inputs)))
+    given = [fake(t) for t in inputs if isinstance(t, Tensor)]
+    names = list(state)
+    with mode:
+        deltas = []
+        for name, dim in places:
+            shape = list(state[name].shape)
+            shape[dim] = 1
+            deltas.append(torch.zeros(shape, device=state[name].device, requires_grad=True))
+
+    def run(*flat):
+        values = dict(zip(names, flat))
+        buffers = {n: values[n].clone() for n, _ in model.named_buffers()}  # a forward may write to them
+        values.update(buffers)
+        passed = iter(flat[len(names) : len(names) + len(given)])
+        for (name, dim), delta in zip(places, flat[len(names) + len(given) :]):
+            values[name] = attach(values[name], delta, dim, [0], [1])
+        values.update({other: values[first] for other, first in tied.items()})
+        args, kwargs = pytree.tree_unflatten([next(passed) if isinstance(t, Tensor) else t for t in inputs], spec)
+        made = torch.func.functional_call(model, values, args, kwargs, tie_weights=False)
+        floats = [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor) and t.requires_grad]
+        return (sum(t.float().sum() for t in floats),)
+
+    with inference_mode_of(model), torch.enable_grad(), _as_exported():
+        joint = aot_export_joint_simple(
+            run, [*state.values(), *given, *deltas], trace_joint=True, decompositions=select_decomp_table()
+        )
+    return (joint if isinstance(joint, fx.GraphModule) else joint[0]).graph

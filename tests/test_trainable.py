@@ -1,0 +1,68 @@
+"""`prepare` knows which gradients have no slice rule before it changes anything."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import full_gradients
+from torch import nn
+
+import s2ft_compile as s2ft
+from s2ft_compile.errors import ConfigError
+
+
+class Summed(nn.Module):
+    """A hidden layer whose weight is summed along its rows' entries, for whose gradient there is no rule; and another."""
+
+    def __init__(self):
+        super().__init__()
+        self.u, self.d = nn.Parameter(torch.randn(16, 8)), nn.Linear(16, 8)
+        self.l, self.m = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = x + self.d(F.linear(x, self.u.cumsum(1).tanh()).relu())
+        return x + self.m(self.l(x).relu())
+
+
+X = torch.randn(2, 4, 8)
+
+
+def test_a_weight_without_a_slice_rule_is_left_out_of_a_role(caplog):
+    plan = s2ft.prepare(Summed(), (X,), s2ft.S2FTConfig({"ffn.in": 2}))
+    assert [s.parameter_name for s in plan.slices] == ["l.weight"]
+    assert any("u is left out of ffn.in" in record.getMessage() for record in caplog.records)
+
+
+def test_a_weight_without_a_slice_rule_is_refused_by_name_and_nothing_changes():
+    model = Summed()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(ConfigError, match="u cannot train along dim 0"):
+        s2ft.prepare(model, (X,), s2ft.S2FTConfig({"u": 2}))
+    assert all(p.requires_grad and torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.u, self.d = nn.Parameter(torch.randn(3, 8, 16)), nn.Parameter(torch.randn(3, 16, 8))
+
+    def forward(self, x):
+        return x + sum((x @ self.u[e]).relu() @ self.d[e] for e in range(3))
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv1d(4, 12, 1), nn.Conv1d(12, 12, 3, padding=1, groups=12), nn.ReLU(), nn.Conv1d(12, 4, 3)
+    )
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("make, x, target", [(Experts, X, "d"), (convolutional, torch.randn(2, 4, 8), "3.weight")])
+def test_what_is_offered_trains(make, x, target, inner):
+    torch.manual_seed(0)
+    model = make()
+    full = full_gradients(model, lambda made: made(x).sin().sum())
+    plan = s2ft.prepare(model, (x,), s2ft.S2FTConfig({target: 5}))
+    torch.compile(model, backend="s2ft", options={"inner": inner})(x).sin().sum().backward()
+    for s in plan.slices:
+        expected = full[s.parameter_name].index_select(s.dim, s.indices)
+        torch.testing.assert_close(s.delta.grad, expected, rtol=1e-4, atol=1e-4)
