@@ -12,7 +12,7 @@ from torch import Tensor
 
 from s2ft_compile.passes.couple import rules
 from s2ft_compile.passes.couple.axes import find
-from s2ft_compile.passes.couple.rules import RULES, rule_for
+from s2ft_compile.passes.couple.rules import AXIS_RULES, rule_for
 from s2ft_compile.testing import check_rule, infer
 
 aten = torch.ops.aten
@@ -604,7 +604,7 @@ def test_rule(name: str, data):
 
 
 def test_every_rule_has_a_case():
-    named = {str(op._overloadpacket).removeprefix("aten.") for op in RULES}
+    named = {str(op._overloadpacket).removeprefix("aten.") for op in AXIS_RULES}
     assert named - RANDOM - UNDEFINED == {n for n in CASES if n not in UNDEFINED} & named, "a rule without a case"
     assert not set(CASES) - named, "a case without a rule"
 
@@ -613,7 +613,7 @@ def test_every_rule_has_a_case():
 def test_random_values_are_pinned_or_alike(name: str):
     """Fresh noise differs along every dimension; bernoulli(p) follows p."""
     rule = rule_for(only(name) if name != "randint" else aten.randint.default)
-    assert rule is (rules.same_rule if name == "bernoulli" else rules.ordered_rule)
+    assert rule is (rules.axes_same if name == "bernoulli" else rules.axes_ordered)
 
 
 POINTWISE = sorted(
@@ -622,7 +622,7 @@ POINTWISE = sorted(
         for n in dir(aten)
         if hasattr(packet := getattr(aten, n), "overloads")
         for op in (getattr(packet, o) for o in packet.overloads())
-        if torch.Tag.pointwise in op.tags and op not in RULES and not n.endswith("_")
+        if torch.Tag.pointwise in op.tags and op not in AXIS_RULES and not n.endswith("_")
     }
 )
 

@@ -33,7 +33,7 @@ def test_the_smallest_wrong_coupling_is_named_with_two_units(monkeypatch):
     """A rule that forgets that a cumulative sum has an order."""
     case = Drawn(Spec(decoy="cumsum", ffn=8, hidden=4))
     assert_equivalent(case.model, case.inputs)
-    monkeypatch.setitem(rules.RULES, CUMSUM, rules.same_rule)
+    monkeypatch.setitem(rules.AXIS_RULES, CUMSUM, rules.axes_same)
     with pytest.raises(AssertionError, match=r"swapping units 0 and 1 changes the outputs by .*, in ffn × 8: blocks.0"):
         assert_equivalent(case.model, case.inputs)
 
@@ -87,7 +87,7 @@ SAMPLES = [(torch.randn(3, 4, dtype=torch.float64),), (torch.randn(2, 5, dtype=t
 
 
 def test_rulecheck_tells_a_right_rule_from_a_wrong_one(monkeypatch):
-    monkeypatch.setattr(rules, "NAMED_RULES", dict(rules.NAMED_RULES))
+    monkeypatch.setattr(rules, "NAMED_AXIS_RULES", dict(rules.NAMED_AXIS_RULES))
     assert rulecheck("testing::reversed", SAMPLES) == 0, "without a rule everything is pinned"
 
     @axis_rule("testing::reversed")

@@ -10,68 +10,68 @@ from typing import Any
 
 import torch
 
-from s2ft_compile.passes.couple.rules.context import unknown_rule
+from s2ft_compile.passes.couple.rules.context import axes_unknown
 from s2ft_compile.passes.couple.rules.contraction import (
-    addmm_rule,
-    attention_rule,
-    baddbmm_rule,
-    bmm_rule,
-    conv_transpose_rule,
-    convolution_rule,
-    einsum_rule,
-    grouped_mm_rule,
-    linear_rule,
-    matmul_rule,
-    mm_rule,
+    axes_addmm,
+    axes_attention,
+    axes_baddbmm,
+    axes_bmm,
+    axes_conv_transpose,
+    axes_convolution,
+    axes_einsum,
+    axes_grouped_mm,
+    axes_linear,
+    axes_matmul,
+    axes_mm,
 )
 from s2ft_compile.passes.couple.rules.elementwise import (
-    argmax_rule,
-    as_complex_rule,
-    as_real_rule,
-    fresh_rule,
-    glu_rule,
-    ordered_rule,
-    pinned_dim_rule,
-    pointwise_rule,
-    same_rule,
-    triangle_rule,
-    view_dtype_rule,
+    axes_argmax,
+    axes_as_complex,
+    axes_as_real,
+    axes_fresh,
+    axes_glu,
+    axes_ordered,
+    axes_pinned_dim,
+    axes_pointwise,
+    axes_same,
+    axes_triangle,
+    axes_view_dtype,
 )
 from s2ft_compile.passes.couple.rules.indexing import (
-    embedding_rule,
-    gather_rule,
-    index_add_rule,
-    index_put_rule,
-    index_rule,
-    index_select_rule,
-    scatter_rule,
+    axes_embedding,
+    axes_gather,
+    axes_index,
+    axes_index_add,
+    axes_index_put,
+    axes_index_select,
+    axes_scatter,
 )
 from s2ft_compile.passes.couple.rules.reduction import (
-    batch_norm_rule,
-    group_norm_rule,
-    layer_norm_rule,
-    reduce_rule,
-    spatial_rule,
-    weight_norm_rule,
+    axes_batch_norm,
+    axes_group_norm,
+    axes_layer_norm,
+    axes_reduce,
+    axes_spatial,
+    axes_weight_norm,
 )
 from s2ft_compile.passes.couple.rules.shape import (
-    cat_rule,
-    expand_rule,
-    narrow_rule,
-    pad_rule,
-    permute_rule,
-    repeat_interleave_rule,
-    repeat_rule,
-    reshape_rule,
-    select_rule,
-    select_scatter_rule,
+    axes_cat,
+    axes_expand,
+    axes_narrow,
+    axes_pad,
+    axes_permute,
+    axes_repeat,
+    axes_repeat_interleave,
+    axes_reshape,
+    axes_select,
+    axes_select_scatter,
+    axes_slice_scatter,
+    axes_split,
+    axes_stack,
+    axes_transpose,
+    axes_unbind,
+    axes_unfold,
     slice_rule,
-    slice_scatter_rule,
-    split_rule,
-    stack_rule,
-    transpose_rule,
-    unbind_rule,
-    unfold_rule,
 )
 
 aten = torch.ops.aten
@@ -83,9 +83,9 @@ def family(rule: Callable, *names: str) -> dict:
     return {getattr(p, o): rule for p in packets for o in p.overloads()}
 
 
-RULES: dict[Any, Callable] = {
+AXIS_RULES: dict[Any, Callable] = {
     **family(
-        pointwise_rule,
+        axes_pointwise,
         "where",
         "masked_fill",
         "lerp",
@@ -109,7 +109,7 @@ RULES: dict[Any, Callable] = {
         "log_sigmoid",
     ),
     **family(
-        same_rule,
+        axes_same,
         "clone",
         "alias",
         "detach",
@@ -132,7 +132,7 @@ RULES: dict[Any, Callable] = {
         "nan_to_num",
     ),
     **family(
-        fresh_rule,
+        axes_fresh,
         "full",
         "zeros",
         "ones",
@@ -147,38 +147,38 @@ RULES: dict[Any, Callable] = {
         "empty_like",
         "scalar_tensor",
     ),
-    **family(ordered_rule, "arange", "linspace", "eye", "tril_indices", "triu_indices", "rand", "randn", "randint"),
-    **family(pinned_dim_rule, "cumsum", "cumprod", "logcumsumexp", "flip", "roll", "sort", "topk"),
-    **family(argmax_rule, "argmax", "argmin"),
-    **family(triangle_rule, "tril", "triu"),
+    **family(axes_ordered, "arange", "linspace", "eye", "tril_indices", "triu_indices", "rand", "randn", "randint"),
+    **family(axes_pinned_dim, "cumsum", "cumprod", "logcumsumexp", "flip", "roll", "sort", "topk"),
+    **family(axes_argmax, "argmax", "argmin"),
+    **family(axes_triangle, "tril", "triu"),
     **family(
-        reshape_rule, "view", "_unsafe_view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as"
+        axes_reshape, "view", "_unsafe_view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as"
     ),
-    aten.view.dtype: view_dtype_rule,
-    **family(permute_rule, "permute"),
-    **family(transpose_rule, "transpose", "t", "swapaxes", "mT"),
-    **family(expand_rule, "expand", "expand_as", "broadcast_to"),
-    **family(repeat_rule, "repeat"),
-    aten.repeat_interleave.self_int: repeat_interleave_rule,
+    aten.view.dtype: axes_view_dtype,
+    **family(axes_permute, "permute"),
+    **family(axes_transpose, "transpose", "t", "swapaxes", "mT"),
+    **family(axes_expand, "expand", "expand_as", "broadcast_to"),
+    **family(axes_repeat, "repeat"),
+    aten.repeat_interleave.self_int: axes_repeat_interleave,
     **family(slice_rule, "slice"),
-    **family(slice_scatter_rule, "slice_scatter"),
-    **family(select_scatter_rule, "select_scatter"),
-    **family(narrow_rule, "narrow"),
-    aten.select.int: select_rule,
-    **family(unbind_rule, "unbind"),
-    **family(split_rule, "split", "split_with_sizes", "chunk"),
-    **family(cat_rule, "cat", "concat", "concatenate"),
-    **family(stack_rule, "stack"),
-    **family(pad_rule, "constant_pad_nd"),
-    aten.pad.default: pad_rule,
-    aten.max.other: pointwise_rule,
-    aten.min.other: pointwise_rule,
-    aten.max.default: reduce_rule,
-    aten.min.default: reduce_rule,
-    aten.max.dim: argmax_rule,
-    aten.min.dim: argmax_rule,
+    **family(axes_slice_scatter, "slice_scatter"),
+    **family(axes_select_scatter, "select_scatter"),
+    **family(axes_narrow, "narrow"),
+    aten.select.int: axes_select,
+    **family(axes_unbind, "unbind"),
+    **family(axes_split, "split", "split_with_sizes", "chunk"),
+    **family(axes_cat, "cat", "concat", "concatenate"),
+    **family(axes_stack, "stack"),
+    **family(axes_pad, "constant_pad_nd"),
+    aten.pad.default: axes_pad,
+    aten.max.other: axes_pointwise,
+    aten.min.other: axes_pointwise,
+    aten.max.default: axes_reduce,
+    aten.min.default: axes_reduce,
+    aten.max.dim: axes_argmax,
+    aten.min.dim: axes_argmax,
     **family(
-        reduce_rule,
+        axes_reduce,
         "sum",
         "mean",
         "amax",
@@ -193,34 +193,34 @@ RULES: dict[Any, Callable] = {
         "linalg_vector_norm",
         "prod",
     ),
-    **family(layer_norm_rule, "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"),
-    **family(group_norm_rule, "group_norm"),
-    aten.linear.default: linear_rule,
-    aten.mm.default: mm_rule,
-    aten.addmm.default: addmm_rule,
-    aten.bmm.default: bmm_rule,
-    aten.baddbmm.default: baddbmm_rule,
-    **family(grouped_mm_rule, "_grouped_mm"),
-    aten.matmul.default: matmul_rule,
-    aten.einsum.default: einsum_rule,
-    **family(attention_rule, "scaled_dot_product_attention"),
-    **family(convolution_rule, "conv1d", "conv2d", "conv3d", "convolution"),
-    **family(embedding_rule, "embedding"),
-    **family(index_rule, "index"),
-    **family(index_select_rule, "index_select"),
-    **family(gather_rule, "gather"),
-    **family(index_put_rule, "index_put", "_unsafe_index_put"),
-    **family(index_add_rule, "index_add"),
-    **family(scatter_rule, "scatter", "scatter_add", "scatter_reduce"),
-    **family(as_complex_rule, "view_as_complex"),
-    **family(as_real_rule, "view_as_real"),
-    **family(unfold_rule, "unfold"),
-    **family(glu_rule, "glu"),
+    **family(axes_layer_norm, "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"),
+    **family(axes_group_norm, "group_norm"),
+    aten.linear.default: axes_linear,
+    aten.mm.default: axes_mm,
+    aten.addmm.default: axes_addmm,
+    aten.bmm.default: axes_bmm,
+    aten.baddbmm.default: axes_baddbmm,
+    **family(axes_grouped_mm, "_grouped_mm"),
+    aten.matmul.default: axes_matmul,
+    aten.einsum.default: axes_einsum,
+    **family(axes_attention, "scaled_dot_product_attention"),
+    **family(axes_convolution, "conv1d", "conv2d", "conv3d", "convolution"),
+    **family(axes_embedding, "embedding"),
+    **family(axes_index, "index"),
+    **family(axes_index_select, "index_select"),
+    **family(axes_gather, "gather"),
+    **family(axes_index_put, "index_put", "_unsafe_index_put"),
+    **family(axes_index_add, "index_add"),
+    **family(axes_scatter, "scatter", "scatter_add", "scatter_reduce"),
+    **family(axes_as_complex, "view_as_complex"),
+    **family(axes_as_real, "view_as_real"),
+    **family(axes_unfold, "unfold"),
+    **family(axes_glu, "glu"),
     **family(
-        spatial_rule(1), "avg_pool1d", "max_pool1d", "adaptive_avg_pool1d", "upsample_linear1d", "upsample_nearest1d"
+        axes_spatial(1), "avg_pool1d", "max_pool1d", "adaptive_avg_pool1d", "upsample_linear1d", "upsample_nearest1d"
     ),
     **family(
-        spatial_rule(2),
+        axes_spatial(2),
         "avg_pool2d",
         "max_pool2d",
         "max_pool2d_with_indices",
@@ -230,21 +230,21 @@ RULES: dict[Any, Callable] = {
         "upsample_bicubic2d",
         "upsample_nearest2d",
     ),
-    **family(batch_norm_rule, "batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"),
-    **family(weight_norm_rule, "_weight_norm_interface"),
-    **family(conv_transpose_rule, "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    **family(axes_batch_norm, "batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"),
+    **family(axes_weight_norm, "_weight_norm_interface"),
+    **family(axes_conv_transpose, "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
 }
 
 
 # operators of other libraries, which exist only once those are imported
-NAMED_RULES: dict[str, Callable] = {"transformers::grouped_mm_fallback": grouped_mm_rule}
+NAMED_AXIS_RULES: dict[str, Callable] = {"transformers::grouped_mm_fallback": axes_grouped_mm}
 
 
 def rule_for(target: Any) -> Callable:
     """The rule of an operator: its own, the shared one of elementwise operators, or refusal."""
-    if target in RULES:
-        return RULES[target]
-    if isinstance(target, torch._ops.OpOverload) and target._schema.name in NAMED_RULES:
-        return NAMED_RULES[target._schema.name]
+    if target in AXIS_RULES:
+        return AXIS_RULES[target]
+    if isinstance(target, torch._ops.OpOverload) and target._schema.name in NAMED_AXIS_RULES:
+        return NAMED_AXIS_RULES[target._schema.name]
     pointwise = torch.Tag.pointwise in getattr(target, "tags", ())
-    return pointwise_rule if pointwise else unknown_rule
+    return axes_pointwise if pointwise else axes_unknown

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from s2ft_compile.passes.couple.axes import ONE, Axis, Pin, pin, product, reshape, unify
 
-from .context import Value, argument, broadcast, mark, name, shape, unknown_rule
+from .context import Value, argument, axes_unknown, broadcast, mark, name, shape
 
 
 def contract(cx, node, left: Value, right: Value, batch, contracted, left_free, right_free) -> Value:
@@ -34,7 +34,7 @@ def _activation(left: Value, a: int, right: Value, b: int) -> Axis:
     return x if x.size != 1 else y
 
 
-def linear_rule(cx, node, x, weight, bias=None):
+def axes_linear(cx, node, x, weight, bias=None):
     rank = len(x.dims)
     made = list(range(len(weight.dims) - 1))  # a weight of one dimension makes a scalar
     out = contract(cx, node, x, weight, [], [(rank - 1, len(made))], list(range(rank - 1)), made)
@@ -51,23 +51,23 @@ def add_bias(bias: Value | None, dims: Sequence[Axis], node) -> None:
         bias.dims[-1].twin = dims[-1]
 
 
-def mm_rule(cx, node, left, right):
+def axes_mm(cx, node, left, right):
     return contract(cx, node, left, right, [], [(1, 0)], [0], [1])
 
 
-def addmm_rule(cx, node, bias, left, right, **kwargs):
+def axes_addmm(cx, node, bias, left, right, **kwargs):
     add_bias(bias, [left.dims[0], right.dims[1]], node)
-    return mm_rule(cx, node, left, right)
+    return axes_mm(cx, node, left, right)
 
 
-def bmm_rule(cx, node, left, right):
+def axes_bmm(cx, node, left, right):
     return contract(cx, node, left, right, [(0, 0)], [(2, 1)], [1], [2])
 
 
-def grouped_mm_rule(cx, node, x, weight, offsets=None, bias=None, *args, **kwargs):
+def axes_grouped_mm(cx, node, x, weight, offsets=None, bias=None, *args, **kwargs):
     """Rows x[o[e-1]:o[e]] times weight[e]: rows and experts are matched by offsets, so their order matters."""
     if offsets is None or bias is not None or (len(x.dims), len(weight.dims)) != (2, 3):
-        return unknown_rule(cx, node, x, weight, offsets, bias)
+        return axes_unknown(cx, node, x, weight, offsets, bias)
     why = Pin(f"{name(node)} matches rows to experts by their order", node)
     for axis in (x.dims[0], weight.dims[0], *offsets.dims):
         pin(axis, why)
@@ -79,12 +79,12 @@ def grouped_mm_rule(cx, node, x, weight, offsets=None, bias=None, *args, **kwarg
     return Value([x.dims[0], weight.dims[2]])
 
 
-def baddbmm_rule(cx, node, bias, left, right, **kwargs):
-    out = bmm_rule(cx, node, left, right)
+def axes_baddbmm(cx, node, bias, left, right, **kwargs):
+    out = axes_bmm(cx, node, left, right)
     return replace(out, dims=broadcast(cx, node, out, bias))
 
 
-def matmul_rule(cx, node, left, right):
+def axes_matmul(cx, node, left, right):
     if len(right.dims) == 1:
         return contract(cx, node, left, right, [], [(len(left.dims) - 1, 0)], list(range(len(left.dims) - 1)), [])
     if len(left.dims) == 1:
@@ -112,14 +112,14 @@ def matmul_rule(cx, node, left, right):
     return replace(out, dims=[*dims, left.dims[-2], right.dims[-1]])
 
 
-def einsum_rule(cx, node, equation, operands, **kwargs):
+def axes_einsum(cx, node, equation, operands, **kwargs):
     equation = equation.replace(" ", "")
     if "->" not in equation or "." in equation or len(operands) != 2:
-        return unknown_rule(cx, node, *operands)
+        return axes_unknown(cx, node, *operands)
     inputs, output = equation.split("->")
     a, b = inputs.split(",")
     if any(len(set(s)) != len(s) for s in (a, b)) or any(c not in output and not (c in a and c in b) for c in a + b):
-        return unknown_rule(cx, node, *operands)
+        return axes_unknown(cx, node, *operands)
     pairs = [(c, (a.index(c), b.index(c))) for c in a if c in b]
     batch, contracted = ([p for c, p in pairs if (c in output) == kept] for kept in (True, False))
     value = contract(
@@ -135,11 +135,11 @@ def einsum_rule(cx, node, equation, operands, **kwargs):
     return replace(value, dims=[value.dims[made.index(c)] for c in output])
 
 
-def attention_rule(cx, node, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+def axes_attention(cx, node, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
     """softmax(q kᵀ + mask) v over (..., heads, length, head_dim); k and v may have fewer heads (enable_gqa)."""
     why = Pin("attention over two axes that cannot be aligned", node)
     if not len(q.dims) == len(k.dims) == len(v.dims):
-        return unknown_rule(cx, node, q, k, v, attn_mask)
+        return axes_unknown(cx, node, q, k, v, attn_mask)
     heads = [a if a.size == size else Axis(size) for a, size in zip(q.dims, shape(node)[:-2])]
     cx.attention += [*q.dims, *k.dims, *v.dims]
     cx.consumed += [q.dims[-1], v.dims[-2]]
@@ -159,12 +159,12 @@ def attention_rule(cx, node, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=F
     return Value([*heads, q.dims[-2], v.dims[-1]])
 
 
-def convolution_rule(cx, node, x, weight, bias=None, *args, **kwargs):
+def axes_convolution(cx, node, x, weight, bias=None, *args, **kwargs):
     groups, transposed = argument(node, "groups", 1), argument(node, "transposed", False)
     if transposed and groups == 1 and len(x.dims) == len(weight.dims):
         weight = replace(weight, dims=[weight.dims[1], weight.dims[0], *weight.dims[2:]])
     elif transposed or len(x.dims) != len(weight.dims):
-        return unknown_rule(cx, node, x, weight, *([bias] if bias else []))
+        return axes_unknown(cx, node, x, weight, *([bias] if bias else []))
     why = Pin(f"{name(node)} slides along the axis", node)
     for axis in [*x.dims[2:], *weight.dims[2:]]:
         pin(axis, why)
@@ -181,7 +181,7 @@ def convolution_rule(cx, node, x, weight, bias=None, *args, **kwargs):
     return Value([x.dims[0], x.dims[1] if depthwise else weight.dims[0], *spatial], x.weight and weight.weight)
 
 
-def conv_transpose_rule(cx, node, x, weight, bias=None, *args, **kwargs):
+def axes_conv_transpose(cx, node, x, weight, bias=None, *args, **kwargs):
     if argument(node, "groups", 1) != 1 or len(x.dims) != len(weight.dims):
-        return unknown_rule(cx, node, x, weight, bias)
-    return convolution_rule(cx, node, x, replace(weight, dims=[weight.dims[1], weight.dims[0], *weight.dims[2:]]), bias)
+        return axes_unknown(cx, node, x, weight, bias)
+    return axes_convolution(cx, node, x, replace(weight, dims=[weight.dims[1], weight.dims[0], *weight.dims[2:]]), bias)
