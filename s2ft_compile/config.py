@@ -20,8 +20,17 @@ ROLES = (
     "moe.out",
     "moe.in",
 )
-CALIBRATED = ("activation", "weight_activation", "gradient")  # selections that need batches of data
-SELECTIONS = ("random", "weight", "lowrank", *CALIBRATED)
+# What ranks units -> what it needs: nothing, the weight alone, or of batches of data activations or gradients. Its
+# function is in `passes/select/selections.py`.
+SELECTIONS: Mapping[str, str] = {
+    "random": "nothing",
+    "weight": "weight",
+    "lowrank": "weight",
+    "activation": "activations",
+    "weight_activation": "activations",
+    "gradient": "gradients",
+}
+CALIBRATED = tuple(name for name, needs in SELECTIONS.items() if needs in ("activations", "gradients"))
 BUDGETS = ("layer", "model", "score")
 INNER = ("inductor", "aot_eager", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -54,7 +63,7 @@ class S2FTConfig:
         `attention.value`, a channel for `ffn.*`, a channel of every expert for `moe.*`.
     selection: how units are ranked. One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and
         "gradient" are the paper's R, W, A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see
-        `passes/scores.py` and `calibrate.py` for what each one is. Those in `CALIBRATED` need batches of data.
+        `passes/select/scores.py` and `calibrate.py` for what each one is. Those in `CALIBRATED` need batches of data.
         Or a function (bands, scores) -> units: for the `Band`s of one structure and the float64 (units,) scores of
         "weight", the units that may train, best first, of which the first `targets`' amount do.
     largest: take the units with the highest scores (False: the lowest). Without effect on `random` and on a function.
@@ -92,7 +101,7 @@ class S2FTConfig:
             raise ConfigError(
                 f"budget 'score' shares units out by their scores, and selection {self.selection!r} has "
                 f"none; use budget 'layer' or 'model', or a selection among "
-                f"{', '.join(s for s in SELECTIONS if s != 'random')}"
+                f"{', '.join(s for s, needs in SELECTIONS.items() if needs != 'nothing')}"
             )
         if not isinstance(self.largest, bool):
             raise ConfigError(f"largest must be True or False, got {self.largest!r}")
@@ -104,7 +113,7 @@ class S2FTConfig:
     @property
     def scored(self) -> bool:
         """Whether units have scores that mean the same in every layer."""
-        return self.selection in SELECTIONS and self.selection != "random"
+        return isinstance(self.selection, str) and SELECTIONS.get(self.selection, "nothing") != "nothing"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values. A function is recorded by its name, "module:function"."""

@@ -18,7 +18,7 @@ from s2ft_compile.passes.backward import slice_pushdown as slices
 from s2ft_compile.passes.backward.slice_pushdown import Editor
 from s2ft_compile.passes.couple import rules as axes
 from s2ft_compile.passes.couple.axes import Axis, Pin, cut, pin, product, reshape, unify
-from s2ft_compile.passes.couple.rules.context import Context, Value, unknown_rule
+from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown
 
 from .errors import ConfigError
 
@@ -38,9 +38,9 @@ def axis_rule(operator: str, *, like: str | None = None) -> Callable[[AxisRule],
     """
     _check(operator)
     if like is not None:
-        known = [rule for op in _overloads(like) if (rule := axes.rule_for(op)) is not unknown_rule]
-        axes.NAMED_RULES[operator] = _first(known, like, "axis")
-    return lambda rule: _put(axes.NAMED_RULES, operator, rule)
+        known = [rule for op in _overloads(like) if (rule := axes.rule_for(op)) is not axes_unknown]
+        axes.NAMED_AXIS_RULES[operator] = _first(known, like, "axis")
+    return lambda rule: _put(axes.NAMED_AXIS_RULES, operator, rule)
 
 
 def slice_rule(operator: str, *, like: str | None = None) -> Callable[[SliceRule], SliceRule]:
@@ -53,8 +53,8 @@ def slice_rule(operator: str, *, like: str | None = None) -> Callable[[SliceRule
     _check(operator)
     if like is not None:
         known = [(op, rule) for op in _overloads(like) if (rule := slices.rule_for(op))]
-        slices.NAMED_RULES[operator] = _in_place_of(*_first(known, like, "slice"))
-    return lambda rule: _put(slices.NAMED_RULES, operator, rule)
+        slices.NAMED_SLICE_RULES[operator] = _in_place_of(*_first(known, like, "slice"))
+    return lambda rule: _put(slices.NAMED_SLICE_RULES, operator, rule)
 
 
 def _put(table: dict[str, Callable], operator: str, rule: Callable) -> Callable:

@@ -38,3 +38,12 @@ def fresh():
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def whole_interpreter(request, monkeypatch):
+    """Tests marked `interpreted` have what Triton's interpreter lacks (`interpreted.complete`)."""
+    if request.node.get_closest_marker("interpreted"):
+        from interpreted import complete
+
+        complete(monkeypatch)

@@ -2,7 +2,6 @@
 it."""
 
 import numpy as np
-import pytest
 import torch
 from triton import language as tl
 from triton.runtime import interpreter
@@ -13,8 +12,7 @@ def interpreted(kernel) -> interpreter.InterpretedFunction:
     return interpreter.InterpretedFunction(kernel.fn)
 
 
-@pytest.fixture(autouse=True)
-def whole_interpreter(monkeypatch):
+def complete(monkeypatch) -> None:
     """What the interpreter lacks: it multiplies bf16 as if its bits were integers, and cuts float32 off to bf16 where a
     GPU rounds; and it asks numpy for the `int` of an array with one entry, which numpy has given up."""
     builder = interpreter.InterpreterBuilder

@@ -8,13 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from s2ft_compile.layout import Layout, Leaf, Product, Sum, coordinates, gather_index, leaves
+from s2ft_compile.layout import Leaf, Product, Sum, coordinates, gather_index, leaves
 from s2ft_compile.passes.couple.axes import (
     ONE,
     PRODUCT,
-    SUM,
     Axis,
     Pin,
     atoms,
@@ -28,40 +26,10 @@ from s2ft_compile.passes.couple.axes import (
     terms,
     unify,
 )
+from s2ft_compile.testing import Solution, frozen
 
 WHY = Pin("test")
 SIZES = (1, 2, 3, 4, 6, 8, 12)
-
-
-def freeze(axis: Axis, ids: dict) -> Layout:
-    root = find(axis)
-    if root.kind == PRODUCT:
-        return Product(tuple(freeze(p, ids) for p in root.parts))
-    if root.kind == SUM:
-        return Sum(tuple(freeze(p, ids) for p in root.parts))
-    return Leaf(ids.setdefault(root, len(ids)), root.size)
-
-
-class Solution:
-    """A random order for every free atom, and what it does to the positions along any axis."""
-
-    def __init__(self, axes, seed: int):
-        self.ids: dict[Axis, int] = {}
-        random = torch.Generator().manual_seed(seed)
-        free = {atom: None for axis in axes for atom in atoms(axis) if atom.pin is None}
-        self.orders = {}
-        for atom in free:
-            self.orders[self.ids.setdefault(atom, len(self.ids))] = torch.randperm(atom.size, generator=random)
-
-    def index(self, axis: Axis) -> Tensor:
-        return gather_index(freeze(axis, self.ids), self.orders)
-
-    def flat(self, dims) -> Tensor:
-        """Where each element of a row-major tensor of these dimensions comes from."""
-        index = torch.zeros(1, dtype=torch.int64)
-        for axis in dims:
-            index = (index[:, None] * axis.size + self.index(axis)[None, :]).reshape(-1)
-        return index
 
 
 @st.composite
@@ -128,7 +96,7 @@ def test_every_equation_holds(program, seed):
     axes, checks = program
     solution = Solution(axes, seed)
     for axis in axes:
-        assert freeze(axis, solution.ids).size == axis.size
+        assert frozen(axis, solution.ids).size == axis.size
         assert torch.equal(solution.index(axis).sort().values, torch.arange(axis.size))
     for number, check in enumerate(checks):
         assert check(solution), f"equation {number}"
@@ -149,7 +117,7 @@ def test_gather_index_moves_coordinates(sizes, seed):
 
 
 def sizes_of(axis: Axis) -> list[int]:
-    return [leaf.size for leaf in leaves(freeze(axis, {}))]
+    return [leaf.size for leaf in leaves(frozen(axis, {}))]
 
 
 def test_an_atom_is_refined_into_a_product():

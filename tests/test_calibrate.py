@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from small import QUICK, assert_unchanged, cases, compiled, drawn, hf, snapshot, tokens
-from symmetry import Promoted
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
@@ -14,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import s2ft_compile as s2ft
 from s2ft_compile.config import CALIBRATED
 from s2ft_compile.errors import ConfigError
-from s2ft_compile.passes.select import calibrate as calibrate_module
 from s2ft_compile.passes.select.calibrate import calibrate
 from s2ft_compile.passes.select.scores import squares
+from s2ft_compile.passes.select.selections import SCORES
+from s2ft_compile.testing import Promoted
 
 CLOSE = dict(rtol=1e-9, atol=1e-12)  # sums of at most some thousand squares in float64
 
@@ -459,7 +459,7 @@ def test_no_two_gradients_are_alive_at_once(monkeypatch):
         refs.append(StorageWeakRef(x.untyped_storage()))
         return squares(x, dim)
 
-    monkeypatch.setattr(calibrate_module, "squares", watched)
+    monkeypatch.setitem(SCORES, "gradient", watched)
     places = [(n, 0) for n, p in model.named_parameters() if p.ndim == 2]
     calibrate(model, places, "gradient", hf_batches("llama"))
     assert len(alive) == 3 * len(places) and max(alive) == 0

@@ -14,7 +14,7 @@ amounts = st.one_of(st.integers(1, 10**6), st.floats(0, 1, exclude_min=True, all
 targets = st.dictionaries(
     st.one_of(st.sampled_from(ROLES), st.text(min_size=1, max_size=8)), amounts, min_size=1, max_size=4
 )
-choices = st.tuples(st.sampled_from(SELECTIONS), st.sampled_from(BUDGETS)).filter(lambda c: c != ("random", "score"))
+choices = st.tuples(st.sampled_from([*SELECTIONS]), st.sampled_from(BUDGETS)).filter(lambda c: c != ("random", "score"))
 configs = st.builds(
     lambda choice, **fields: S2FTConfig(selection=choice[0], budget=choice[1], **fields),
     choices,

@@ -10,7 +10,7 @@ import s2ft_compile as s2ft
 from s2ft_compile.errors import CompileError, ConfigError
 from s2ft_compile.passes.backward import slice_pushdown
 from s2ft_compile.passes.couple import rules as axes
-from s2ft_compile.passes.couple.rules.contraction import mm_rule
+from s2ft_compile.passes.couple.rules.contraction import axes_mm
 from s2ft_compile.rules import Value, axis_rule, pin, slice_rule, unify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -22,13 +22,13 @@ NAME, INPUTS = "example::product", (torch.randn(8, 16, dtype=torch.float64),)
 @pytest.fixture
 def tables(monkeypatch):
     """Both tables, as they were again after the test."""
-    for table in (axes.NAMED_RULES, slice_pushdown.NAMED_RULES):
+    for table in (axes.NAMED_AXIS_RULES, slice_pushdown.NAMED_SLICE_RULES):
         for name in (NAME, "other::op"):
             if name in table:
                 monkeypatch.setitem(table, name, table[name])
             else:
                 monkeypatch.delitem(table, name, raising=False)
-    return axes.NAMED_RULES, slice_pushdown.NAMED_RULES
+    return axes.NAMED_AXIS_RULES, slice_pushdown.NAMED_SLICE_RULES
 
 
 def gradients(model) -> dict:
@@ -80,7 +80,7 @@ def test_rules_of_ones_own(tables):
     @axis_rule(NAME)
     def axes_product(cx, node, a, b):
         calls.append("axes")
-        return mm_rule(cx, node, a, b)
+        return axes_mm(cx, node, a, b)
 
     @slice_rule(NAME)
     def push_product(editor, node, x, dim):

@@ -13,7 +13,7 @@ import torch
 from ahead import Ahead
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreted import interpreted, whole_interpreter  # noqa: F401
+from interpreted import interpreted
 from small import U32, hf, prepared, randomize, same_bits, tokens
 from torch import Tensor
 
@@ -22,6 +22,8 @@ from s2ft_compile import state as state_module
 from s2ft_compile.adapters import batched as rows_module
 from s2ft_compile.exporters import load_adapter, save_adapter
 from s2ft_compile.kernels import adapters, refresh, slice_grad, support
+
+pytestmark = pytest.mark.interpreted
 
 HALF = (torch.bfloat16, torch.float16)
 TYPES = (*HALF, torch.float32)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "s2ft_compile"
+LINKED = ("passes", "kernels", "exporters")
 VALUES = ("config", "errors", "layout", "structure", "plan")
 
 
 def modules() -> dict[str, Path]:
     """Module name -> file, links resolved by name: `s2ft_compile.passes.permute`."""
-    folders = [(PACKAGE, ROOT / PACKAGE), *((f"{PACKAGE}.{d}", ROOT / d) for d in ("passes", "kernels", "exporters"))]
+    folders = [(PACKAGE, ROOT / PACKAGE), *((f"{PACKAGE}.{d}", (ROOT / PACKAGE / d).resolve()) for d in LINKED)]
     found = {}
     for prefix, folder in folders:
         for path in folder.rglob("*.py"):

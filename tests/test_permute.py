@@ -5,9 +5,9 @@ import torch
 from drawn import Drawn, Spec, models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from symmetry import assert_same, changed, random_orders
 
 import s2ft_compile as s2ft
+from s2ft_compile.testing import assert_same, changed, random_orders
 
 FEW = settings(max_examples=max(3, settings.default.max_examples // 3))
 

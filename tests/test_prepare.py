@@ -20,12 +20,12 @@ from small import (
     tokens,
     tuned,
 )
-from symmetry import assert_same
 from torch import nn
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import CaptureError, ConfigError, StateError
 from s2ft_compile.state import state_of
+from s2ft_compile.testing import assert_same
 
 FEW = settings(max_examples=max(6, settings.default.max_examples // 3), phases=QUICK)
 

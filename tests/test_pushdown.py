@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import s2ft_compile as s2ft
 from s2ft_compile.errors import CompileError
 from s2ft_compile.passes.backward.attach import ATTACH, TAKE, attach
-from s2ft_compile.passes.backward.slice_pushdown import RULES, slice_pushdown
+from s2ft_compile.passes.backward.slice_pushdown import SLICE_RULES, slice_pushdown
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -281,7 +281,7 @@ def test_every_rule_has_a_case():
     for gm in graphs:
         called |= {n.target for n in gm.graph.nodes if n.op == "call_function"}
     composite = {aten.reshape.default}  # make_fx shows it as a view
-    assert set(RULES) - composite <= called, set(RULES) - called
+    assert set(SLICE_RULES) - composite <= called, set(SLICE_RULES) - called
 
 
 def test_a_slice_of_an_activation_is_a_copy_that_does_not_keep_it_alive():

@@ -8,13 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_axes import Solution
-from torch import Tensor, fx
+from torch import Tensor
 
 from s2ft_compile.passes.couple import rules
-from s2ft_compile.passes.couple.axes import Axis, atoms, find
-from s2ft_compile.passes.couple.rules import RULES, rule_for
-from s2ft_compile.passes.couple.rules.context import Context, Value
+from s2ft_compile.passes.couple.axes import find
+from s2ft_compile.passes.couple.rules import AXIS_RULES, rule_for
+from s2ft_compile.testing import check_rule, infer
 
 aten = torch.ops.aten
 MANY = settings(max_examples=3 * settings.default.max_examples)
@@ -61,65 +60,6 @@ class Shuffled(Random):
 
     def of(self, *options):
         return options[self.n(0, len(options) - 1)]
-
-
-def infer(op, args, kwargs):
-    """The rule's verdict: (inputs, their axes, the outputs' axes, the context)."""
-    graph, inputs, axes = fx.Graph(), [], []
-
-    def placeholder(t):
-        if not isinstance(t, Tensor):
-            return t
-        node = graph.placeholder(f"x{len(inputs)}")
-        node.meta["val"] = t
-        inputs.append(t)
-        axes.append([Axis(n) for n in t.shape])
-        return node
-
-    node_args = fx.node.map_aggregate(tuple(args), placeholder)
-    node_kwargs = fx.node.map_aggregate(dict(kwargs), placeholder)
-    node = graph.call_function(op, node_args, node_kwargs)
-    node.meta["val"] = op(*args, **kwargs)
-    values = {p: Value(a, weight=False) for p, a in zip(graph.find_nodes(op="placeholder"), axes)}
-    rule_args, rule_kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    context = Context()
-    made = rule_for(op)(context, node, *rule_args, **rule_kwargs)
-    several = isinstance(node.meta["val"], (list, tuple))
-    made = [made.dims if isinstance(made, Value) else made] if not several else made
-    return inputs, axes, [list(m.dims) if isinstance(m, Value) else list(m) for m in made], context
-
-
-def move(x: Tensor, dims, solution: Solution) -> Tensor:
-    for d, axis in enumerate(dims):
-        assert axis.size == x.shape[d], f"the rule says size {axis.size} for dim {d} of {list(x.shape)}"
-        x = x.index_select(d, solution.index(axis))
-    return x
-
-
-def assert_rule(op, args, kwargs, seed: int = 0) -> int:
-    """Checks a rule on one call; returns how many atoms it left free (of size > 1)."""
-    inputs, axes, made, _ = infer(op, args, kwargs)
-    solution = Solution([a for dims in [*axes, *made] for a in dims], seed)
-    moved = iter([move(x, dims, solution) for x, dims in zip(inputs, axes)])
-    args, kwargs = fx.node.map_aggregate(
-        (tuple(args), dict(kwargs)), lambda a: next(moved) if isinstance(a, Tensor) else a
-    )
-    after, before = op(*args, **kwargs), op(*_restore(args, inputs), **_restore(kwargs, inputs[_count(args) :]))
-    after, before = (list(v) if isinstance(v, (list, tuple)) else [v] for v in (after, before))
-    for a, b, dims in zip(after, before, made, strict=True):
-        torch.testing.assert_close(a, move(b, dims, solution), rtol=1e-9, atol=1e-9, equal_nan=True)
-    return sum(1 for dims in axes for axis in dims for atom in set(atoms(axis)) if atom.pin is None and atom.size > 1)
-
-
-def _count(tree) -> int:
-    found = []
-    fx.node.map_aggregate(tree, lambda a: found.append(a) if isinstance(a, Tensor) else None)
-    return len(found)
-
-
-def _restore(tree, inputs):
-    originals = iter(inputs)
-    return fx.node.map_aggregate(tree, lambda a: next(originals) if isinstance(a, Tensor) else a)
 
 
 # --- the cases: operator -> (r -> (overload, args, kwargs)); several operators may share one ----------------------
@@ -809,11 +749,11 @@ UNDEFINED = {"empty", "new_empty", "empty_like"}
 def test_rule(name: str, data):
     r = Random(data, data.draw(st.integers(0, 99)))
     case = r.of(*CASES[name])
-    assert_rule(*case(r))
+    check_rule(*case(r))
 
 
 def test_every_rule_has_a_case():
-    named = {str(op._overloadpacket).removeprefix("aten.") for op in RULES}
+    named = {str(op._overloadpacket).removeprefix("aten.") for op in AXIS_RULES}
     assert named - RANDOM - UNDEFINED == {n for n in CASES if n not in UNDEFINED} & named, "a rule without a case"
     assert not set(CASES) - named, "a case without a rule"
 
@@ -822,7 +762,7 @@ def test_every_rule_has_a_case():
 def test_random_values_are_pinned_or_alike(name: str):
     """Fresh noise differs along every dimension; bernoulli(p) follows p."""
     rule = rule_for(only(name) if name != "randint" else aten.randint.default)
-    assert rule is (rules.same_rule if name == "bernoulli" else rules.ordered_rule)
+    assert rule is (rules.axes_same if name == "bernoulli" else rules.axes_ordered)
 
 
 POINTWISE = sorted(
@@ -831,7 +771,7 @@ POINTWISE = sorted(
         for n in dir(aten)
         if hasattr(packet := getattr(aten, n), "overloads")
         for op in (getattr(packet, o) for o in packet.overloads())
-        if torch.Tag.pointwise in op.tags and op not in RULES and not n.endswith("_")
+        if torch.Tag.pointwise in op.tags and op not in AXIS_RULES and not n.endswith("_")
     }
 )
 
@@ -851,7 +791,7 @@ def test_operators_tagged_pointwise(arity: int):
                     continue
             except (RuntimeError, TypeError):  # needs integers, or further arguments
                 continue
-            assert assert_rule(op, (*args, *extra), {}) == (2 if arity == 1 else 4), name
+            assert check_rule(op, (*args, *extra), {}) == (2 if arity == 1 else 4), name
             checked.append(name)
             break
     assert len(checked) > (50 if arity == 1 else 15), checked
@@ -908,7 +848,7 @@ def test_a_rule_without_its_pins_is_caught(name: str, monkeypatch):
     for seed in range(40):
         for case in CASES[name]:
             try:
-                assert_rule(*case(Shuffled(seed)), seed=seed)
+                check_rule(*case(Shuffled(seed)), seed=seed)
             except AssertionError:
                 caught += 1
     assert caught, f"{name} passes without its pins"
@@ -949,4 +889,4 @@ def test_what_is_symmetric_stays_free(name: str, free: int):
         "layer_norm": (aten.layer_norm.default, (rand(3, 4), [4], rand(4))),
         "bmm": (aten.bmm.default, (rand(2, 3, 4), rand(2, 4, 5))),
     }[name]
-    assert assert_rule(*case, {}) == free
+    assert check_rule(*case, {}) == free

@@ -10,11 +10,12 @@ from small import QUICK, cases, configs, hf, tokens
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.config import units_for
+from s2ft_compile.config import SELECTIONS, units_for
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.select import scores
 from s2ft_compile.passes.select.scores import low_rank_squares
 from s2ft_compile.passes.select.select import select
+from s2ft_compile.passes.select.selections import SCORES
 
 
 @pytest.fixture(scope="module")
@@ -596,3 +597,15 @@ def test_a_config_from_a_dict():
     config = s2ft.S2FTConfig(targets=given)
     given["ffn.in"] = 1
     assert config.targets == {"ffn.out": 2}, "a config does not change with what it was made from"
+
+
+def test_every_selection_has_a_score_and_says_what_it_needs():
+    assert list(SCORES) == list(SELECTIONS)
+    assert set(SELECTIONS.values()) == {"nothing", "weight", "activations", "gradients"}
+
+
+def test_a_new_selection_is_one_function_and_its_rows(analyzed, monkeypatch):
+    monkeypatch.setitem(SELECTIONS, "last", "weight")
+    monkeypatch.setitem(SCORES, "last", lambda W, dim: torch.arange(W.shape[dim], dtype=torch.float64))
+    found = chosen(analyzed("llama"), targets={"ffn.out": 3}, selection="last", budget="score")
+    assert found[DOWN[0]].indices.tolist() == [22, 23] and found[DOWN[1]].indices.tolist() == [23]

@@ -11,7 +11,7 @@ from s2ft_compile.errors import ConfigError
 
 
 class Summed(nn.Module):
-    """A hidden layer whose weight is summed along its rows' entries, for whose gradient there is no rule; and another."""
+    """A hidden layer whose weight is summed along its rows, for whose gradient there is no rule; and another."""
 
     def __init__(self):
         super().__init__()

@@ -66,8 +66,8 @@ def test_analyze_verify_raises_where_a_rule_is_wrong(monkeypatch):
     drawn = Drawn(Spec(decoy="cumsum", ffn=8))
     assert s2ft.analyze(drawn.model, drawn.inputs, verify=True).couplings
     cumsum = torch.ops.aten.cumsum.default
-    monkeypatch.setitem(rules.RULES, cumsum, rules.same_rule)
-    assert couple.rule_for(cumsum) is rules.same_rule
+    monkeypatch.setitem(rules.AXIS_RULES, cumsum, rules.axes_same)
+    assert couple.rule_for(cumsum) is rules.axes_same
     with pytest.raises(s2ft.VerificationError, match="wrong: ffn × 8"):
         s2ft.analyze(drawn.model, drawn.inputs, verify=True)
 
@@ -181,7 +181,9 @@ def test_command_line(folder, monkeypatch):
         and "9 couplings permuted at once in 21 parameters (float64): outputs unchanged" in result.output
     )
     linear = torch.ops.aten.linear.default
-    monkeypatch.setitem(rules.RULES, linear, lambda cx, node, x, w, b=None: Value([*x.dims[:-1], Axis(w.dims[0].size)]))
+    monkeypatch.setitem(
+        rules.AXIS_RULES, linear, lambda cx, node, x, w, b=None: Value([*x.dims[:-1], Axis(w.dims[0].size)])
+    )
     monkeypatch.setattr(couple, "_pin_unread", lambda inference: None)
     result = CliRunner().invoke(app, ["verify", str(folder)])
     assert result.exit_code == 1, result.output

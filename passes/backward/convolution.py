@@ -1,6 +1,6 @@
 """Gradients of convolutions: rows of dW are channels of dY, its columns input channels of X.
 
-convolution_backward(dY, X, W, ...) returns (dX, dW, db). W: (out, in / groups, *kernel); transposed: (in, out, *kernel).
+convolution_backward(dY, X, W, ...) returns (dX, dW, db). W: (out, in / groups, *kernel); transposed (in, out, *kernel).
 A row of a grouped convolution reads the inputs of its own group alone, so each becomes a group of its own.
 """
 
@@ -13,7 +13,7 @@ aten = torch.ops.aten
 BACKWARD = aten.convolution_backward.default
 
 
-def convolution_rule(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | None:
+def push_convolution(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | None:
     maker, index = x.args
     dY, X, W, _, *geometry, transposed, padding, groups, _ = maker.args
     if index == 2:

@@ -16,7 +16,7 @@ BACKWARD, FORWARD = "transformers::grouped_mm_fallback_backward", "grouped_mm_fa
 ALIGNED = 16  # bytes: of the strides that aten._grouped_mm takes
 
 
-def grouped_mm_rule(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | None:
+def push_grouped_mm(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | None:
     """A slice of Xᵀ · dY by groups is that of the operand whose columns it takes, filled up to a stride that works."""
     a, b, *rest = x.args
     if dim == 0 or a.meta["val"].ndim != 2 or b.meta["val"].ndim != 2:
@@ -30,7 +30,7 @@ def grouped_mm_rule(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | No
     return editor.call(aten.slice.Tensor, made, dim, 0, size, like=x) if missing else made
 
 
-def output_rule(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | None:
+def push_output(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | None:
     """dW of the fallback's backward(X, W, offsets, dY): the same of sliced operands."""
     maker, index = x.args
     if not _is_backward(maker) or index != 1 or dim == 0:

@@ -26,7 +26,7 @@ from s2ft_compile.errors import CompileError
 
 from . import convolution
 from .attach import ATTACH, TAKE
-from .grouped import grouped_mm_rule, output_rule, without_weight_gradients
+from .grouped import push_grouped_mm, push_output, without_weight_gradients
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -137,12 +137,12 @@ def _recurse_ranges(editor: Editor, x: fx.Node, dim: int, starts: Sequence[int],
 # --- rules: (editor, take node, what it takes from, dim) -> its replacement, or None ---------------------------
 
 
-def permute_rule(editor, node, x, dim):
+def push_permute(editor, node, x, dim):
     order = x.args[1]
     return editor.call(aten.permute.default, _recurse(editor, x.args[0], order[dim] % len(order), node), order, like=x)
 
 
-def transpose_rule(editor, node, x, dim):
+def push_transpose(editor, node, x, dim):
     rank = x.meta["val"].ndim
     a, b = (d % rank for d in (x.args[1:3] if len(x.args) > 2 else (0, 1)))
     if rank < 2:
@@ -151,7 +151,7 @@ def transpose_rule(editor, node, x, dim):
     return editor.call(aten.transpose.int, _recurse(editor, x.args[0], source, node), a, b, like=x)
 
 
-def view_rule(editor, node, x, dim):
+def push_view(editor, node, x, dim):
     """A view keeps a dimension if as many elements lie before and after it on both sides."""
     old, new = x.args[0].meta["val"].shape, x.meta["val"].shape
     for source in range(len(old)):
@@ -209,13 +209,13 @@ def _ranges(positions: Sequence[int]) -> tuple[list[int], list[int]]:
     return starts, [e - s for s, e in zip(starts, ends)]
 
 
-def mm_rule(editor, node, x, dim):
+def push_mm(editor, node, x, dim):
     a, b = x.args
     a, b = (editor.take(a, 0, node), b) if dim == 0 else (a, editor.take(b, 1, node))
     return editor.call(aten.mm.default, a, b, like=x)
 
 
-def bmm_rule(editor, node, x, dim):
+def push_bmm(editor, node, x, dim):
     a, b = x.args
     if dim in (0, 1):
         a = editor.take(a, dim, node)
@@ -224,7 +224,7 @@ def bmm_rule(editor, node, x, dim):
     return editor.call(aten.bmm.default, a, b, like=x)
 
 
-def addmm_rule(editor, node, x, dim):
+def push_addmm(editor, node, x, dim):
     bias, a, b = x.args
     size, kept = bias.meta["val"].shape, bias.meta["val"].ndim - 2 + dim
     if kept >= 0 and size[kept] != 1:
@@ -233,7 +233,7 @@ def addmm_rule(editor, node, x, dim):
     return editor.call(aten.addmm.default, bias, a, b, like=x, **x.kwargs)
 
 
-def sum_rule(editor, node, x, dim):
+def push_sum(editor, node, x, dim):
     source, rank = x.args[0], x.args[0].meta["val"].ndim
     gone = {d % rank for d in x.args[1]} if len(x.args) > 1 and x.args[1] else set(range(rank))
     keepdim = len(x.args) > 2 and x.args[2]
@@ -243,14 +243,14 @@ def sum_rule(editor, node, x, dim):
     return editor.call(aten.sum.dim_IntList, editor.take(source, kept[dim], node), sorted(gone), bool(keepdim), like=x)
 
 
-def embedding_rule(editor, node, x, dim):
+def push_embedding(editor, node, x, dim):
     grad, *rest = x.args
     if dim != 1:
         return None
     return editor.call(aten.embedding_dense_backward.default, editor.take(grad, -1, node), *rest, like=x)
 
 
-def index_put_rule(editor, node, x, dim):
+def push_index_put(editor, node, x, dim):
     """Values added at indexed rows, [mask,] indices, values: what the rows hold can be sliced, the rows not."""
     base, *rest = x.args
     at = next(i for i, arg in enumerate(rest) if isinstance(arg, (list, tuple)))
@@ -261,7 +261,7 @@ def index_put_rule(editor, node, x, dim):
     return editor.call(x.target, _recurse(editor, base, dim, node), *rest[: at + 1], values, *rest[at + 2 :], like=x)
 
 
-def slice_scatter_rule(editor, node, x, dim):
+def push_slice_scatter(editor, node, x, dim):
     base, values, at, *rest = x.args if len(x.args) > 2 else (*x.args, 0)
     if at % base.meta["val"].ndim == dim:
         return None
@@ -269,7 +269,7 @@ def slice_scatter_rule(editor, node, x, dim):
     return editor.call(x.target, _recurse(editor, base, dim, node), values, at, *rest, like=x)
 
 
-def slice_backward_rule(editor, node, x, dim):
+def push_slice_backward(editor, node, x, dim):
     values, size, at, *rest = x.args
     at %= len(size)
     if at == dim:
@@ -294,7 +294,7 @@ def _window(editor, node, x, dim):
     return editor.call(aten.constant_pad_nd.default, made, pad, like=x) if before or after else made
 
 
-def select_backward_rule(editor, node, x, dim):
+def push_select_backward(editor, node, x, dim):
     """Zeros with values at one index of another dimension."""
     values, size, at, index = x.args
     at %= len(size)
@@ -305,7 +305,7 @@ def select_backward_rule(editor, node, x, dim):
     return editor.call(x.target, values, size, at, index, like=x)
 
 
-def select_scatter_rule(editor, node, x, dim):
+def push_select_scatter(editor, node, x, dim):
     base, values, at, index = x.args
     at %= base.meta["val"].ndim
     if at == dim:
@@ -314,7 +314,7 @@ def select_scatter_rule(editor, node, x, dim):
     return editor.call(x.target, _recurse(editor, base, dim, node), values, at, index, like=x)
 
 
-def cat_rule(editor, node, x, dim):
+def push_cat(editor, node, x, dim):
     """Along another dimension each part's slice; along the same, what the ranges take of each part."""
     parts, at = x.args[0], (x.args[1] if len(x.args) > 1 else 0) % x.meta["val"].ndim
     if at != dim:
@@ -329,20 +329,20 @@ def cat_rule(editor, node, x, dim):
     return made[0] if len(made) == 1 else editor.call(x.target, made, dim, like=x)
 
 
-def result_rule(editor, node, x, dim):
+def push_result(editor, node, x, dim):
     """One of an operator's several results."""
-    rule = convolution.convolution_rule if x.args[0].target is convolution.BACKWARD else output_rule
+    rule = convolution.push_convolution if x.args[0].target is convolution.BACKWARD else push_output
     return rule(editor, node, x, dim)
 
 
-def constant_rule(editor, node, x, dim):
+def push_constant(editor, node, x, dim):
     """full(size, value) and new_zeros(like, size): the same of another size."""
     size = list(node.meta["val"].shape)
     args = [size if isinstance(arg, (list, tuple)) else arg for arg in x.args]
     return editor.call(x.target, *args, like=x, **x.kwargs)
 
 
-def elementwise_rule(editor, node, x, dim):
+def push_elementwise(editor, node, x, dim):
     """Casts, sums of several uses' gradients, scalings: slice every operand that has the dimension."""
     rank = x.meta["val"].ndim
 
@@ -367,7 +367,7 @@ def elementwise_rule(editor, node, x, dim):
     return editor.call(x.target, *[sliced(a) for a in x.args], like=x, **x.kwargs)
 
 
-def expand_rule(editor, node, x, dim):
+def push_expand(editor, node, x, dim):
     """What is repeated along the dimension is repeated less often; the rest is sliced before it is repeated."""
     source, size = x.args[0], list(node.meta["val"].shape)
     inner = dim - len(size) + source.meta["val"].ndim
@@ -376,58 +376,58 @@ def expand_rule(editor, node, x, dim):
     return editor.call(aten.expand.default, source, size, like=x)
 
 
-def take_rule(editor, node, x, dim):
+def push_take(editor, node, x, dim):
     """A slice of a slice along another dimension: they commute."""
     if x.args[1] == dim:
         return None
     return editor.call(TAKE, _recurse(editor, x.args[0], dim, node), *x.args[1:], like=x)
 
 
-RULES: dict[Any, Callable] = {
-    aten.permute.default: permute_rule,
-    aten.transpose.int: transpose_rule,
-    aten.t.default: transpose_rule,
-    aten.view.default: view_rule,
-    aten.reshape.default: view_rule,
-    aten._unsafe_view.default: view_rule,
-    aten.unsqueeze.default: view_rule,
-    aten.squeeze.dim: view_rule,
-    aten.squeeze.dims: view_rule,
-    aten.mm.default: mm_rule,
-    aten.bmm.default: bmm_rule,
-    aten._grouped_mm.default: grouped_mm_rule,
-    operator.getitem: result_rule,
-    aten.cat.default: cat_rule,
-    aten.select_backward.default: select_backward_rule,
-    aten.select_scatter.default: select_scatter_rule,
-    aten.addmm.default: addmm_rule,
-    aten.sum.dim_IntList: sum_rule,
-    aten.embedding_dense_backward.default: embedding_rule,
-    aten.index_put.default: index_put_rule,
-    aten._unsafe_masked_index_put_accumulate.default: index_put_rule,
-    aten.slice_scatter.default: slice_scatter_rule,
-    aten.slice_backward.default: slice_backward_rule,
-    aten.full.default: constant_rule,
-    aten.new_zeros.default: constant_rule,
-    aten.expand.default: expand_rule,
-    aten._to_copy.default: elementwise_rule,
-    aten.clone.default: elementwise_rule,
-    aten.alias.default: elementwise_rule,
-    aten.detach.default: elementwise_rule,
-    torch.ops.prims.convert_element_type.default: elementwise_rule,
-    TAKE: take_rule,
+SLICE_RULES: dict[Any, Callable] = {
+    aten.permute.default: push_permute,
+    aten.transpose.int: push_transpose,
+    aten.t.default: push_transpose,
+    aten.view.default: push_view,
+    aten.reshape.default: push_view,
+    aten._unsafe_view.default: push_view,
+    aten.unsqueeze.default: push_view,
+    aten.squeeze.dim: push_view,
+    aten.squeeze.dims: push_view,
+    aten.mm.default: push_mm,
+    aten.bmm.default: push_bmm,
+    aten._grouped_mm.default: push_grouped_mm,
+    operator.getitem: push_result,
+    aten.cat.default: push_cat,
+    aten.select_backward.default: push_select_backward,
+    aten.select_scatter.default: push_select_scatter,
+    aten.addmm.default: push_addmm,
+    aten.sum.dim_IntList: push_sum,
+    aten.embedding_dense_backward.default: push_embedding,
+    aten.index_put.default: push_index_put,
+    aten._unsafe_masked_index_put_accumulate.default: push_index_put,
+    aten.slice_scatter.default: push_slice_scatter,
+    aten.slice_backward.default: push_slice_backward,
+    aten.full.default: push_constant,
+    aten.new_zeros.default: push_constant,
+    aten.expand.default: push_expand,
+    aten._to_copy.default: push_elementwise,
+    aten.clone.default: push_elementwise,
+    aten.alias.default: push_elementwise,
+    aten.detach.default: push_elementwise,
+    torch.ops.prims.convert_element_type.default: push_elementwise,
+    TAKE: push_take,
 }
 
 
-NAMED_RULES: dict[str, Callable] = {}  # of other libraries' operators, by name (`s2ft_compile.rules`)
+NAMED_SLICE_RULES: dict[str, Callable] = {}  # of other libraries' operators, by name (`s2ft_compile.rules`)
 
 
 def rule_for(target: Any) -> Callable | None:
-    if target in RULES:
-        return RULES[target]
-    if isinstance(target, torch._ops.OpOverload) and target._schema.name in NAMED_RULES:
-        return NAMED_RULES[target._schema.name]
-    return elementwise_rule if torch.Tag.pointwise in getattr(target, "tags", ()) else None
+    if target in SLICE_RULES:
+        return SLICE_RULES[target]
+    if isinstance(target, torch._ops.OpOverload) and target._schema.name in NAMED_SLICE_RULES:
+        return NAMED_SLICE_RULES[target._schema.name]
+    return push_elementwise if torch.Tag.pointwise in getattr(target, "tags", ()) else None
 
 
 # --- what is left of the takes: slices of activations ----------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import fx
 
 from s2ft_compile.capture import Captured
 from s2ft_compile.layout import Layout, Leaf, Product, Sum, end_roles, leaf_roles, leaves
-from s2ft_compile.passes.couple.rules.context import Context, Value, shapes, unknown_rule
+from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown, shapes
 from s2ft_compile.structure import Analysis, Coupling, Member, Refusal
 
 from .axes import PRODUCT, Axis, Pin, atoms, find, pin
@@ -204,7 +204,7 @@ class _Inference:
         except (IndexError, ValueError, AttributeError):
             if not any(n.meta.get("made up") for n in (node, *node.all_input_nodes)):
                 raise
-            return unknown_rule(self.cx, node, *args, **kwargs)
+            return axes_unknown(self.cx, node, *args, **kwargs)
 
 
 def _inlines(node: fx.Node) -> bool:

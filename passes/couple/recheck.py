@@ -29,7 +29,7 @@ from .axes import ATOM, PRODUCT, SUM, Axis, Pin, atoms, find, unify
 from .couple import _Inference, _source_line, _values
 from .normalize import concretize, normalize
 from .rules import rule_for
-from .rules.context import Context, Value, unknown_rule
+from .rules.context import Context, Value, axes_unknown
 
 aten = torch.ops.aten
 
@@ -118,7 +118,7 @@ def composites() -> dict[Any, Callable]:
     """The operators without a rule that torch defines by others: those are traced instead."""
     packets = (getattr(aten, name) for name in dir(aten) if not name.startswith("__"))
     overloads = (getattr(p, o) for p in packets if isinstance(p, torch._ops.OpOverloadPacket) for o in p.overloads())
-    return {op: op.decompose for op in overloads if rule_for(op) is unknown_rule and _is_composite(op)}
+    return {op: op.decompose for op in overloads if rule_for(op) is axes_unknown and _is_composite(op)}
 
 
 def _is_composite(op: torch._ops.OpOverload) -> bool:

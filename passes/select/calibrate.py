@@ -7,7 +7,7 @@ Per entry W_ij of a weight that meets the input X and makes Y, for tokens t:
     weight_activation  W_ij² Σ_t X_tj², the square of Wanda's score (arXiv 2306.11695), summed over the unit's entries
     gradient           (∂ loss / ∂ W_ij)² of each batch, summed over the unit's entries
 
-All are squares that add, like those of `passes/scores.py`: over a unit, the bands of a structure, the uses of a weight
+All are squares that add, like those of `scores.py`: over a unit, the bands of a structure, the uses of a weight
 (for the gradient, a weight's uses add up before the square), and batches. They are reduced to one number for each
 position of a weight's dimension as soon as they exist; neither an activation nor a gradient of a frozen weight outlives
 the operator that made it. The model runs in eval mode and is left as it was.
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from s2ft_compile.capture import arguments, inference_mode_of
-from s2ft_compile.config import CALIBRATED
+from s2ft_compile.config import CALIBRATED, SELECTIONS
 from s2ft_compile.errors import ConfigError
 
 from .lean_saving import lean_saving
 from .products import Uses
-from .scores import squares
+from .selections import SCORES
 
 log = logging.getLogger(__name__)
 Place = tuple[str, int]  # a parameter's name and one of its dimensions
@@ -46,7 +46,8 @@ def calibrate(
     check(selection, batches)
     places = list(places)
     weights = {name: model.get_parameter(name) for name, _ in places}
-    if selection != "gradient":
+    gradients, score = SELECTIONS[selection] == "gradients", SCORES[selection]
+    if not gradients:
         weights = {name: w for name, w in weights.items() if w.ndim > 1}
     sums = {
         (name, dim): torch.zeros(weights[name].shape[dim], dtype=torch.float64, device=weights[name].device)
@@ -57,10 +58,10 @@ def calibrate(
     with inference_mode_of(model), torch.compiler.set_stance("force_eager"):
         for batch in batches:
             count += 1
-            if selection == "gradient":
-                _add_gradients(model, weights, sums, batch, loss)
+            if gradients:
+                _add_gradients(model, weights, sums, score, batch, loss)
             else:
-                with torch.no_grad(), Uses(weights, sums, selection == "weight_activation"):
+                with torch.no_grad(), Uses(weights, sums, score):
                     _call(model, batch)
     if not count:
         raise ConfigError("calibration has no batches; pass a list of tuples or dicts of the forward's arguments")
@@ -96,7 +97,12 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _add_gradients(
-    model: nn.Module, weights: Mapping[str, Tensor], sums: Mapping[Place, Tensor], batch: Any, loss: Loss | None
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    sums: Mapping[Place, Tensor],
+    score: Callable[[Tensor, int], Tensor],
+    batch: Any,
+    loss: Loss | None,
 ) -> None:
     """Every weight that is asked for becomes a leaf of its own, whose gradient is reduced and dropped as soon as it is
     complete; all others are constants, so that nothing is computed below the first leaf."""
@@ -107,7 +113,7 @@ def _add_gradients(
 
     def reduce(name: str, leaf: Tensor) -> None:
         for dim, total in totals[name]:
-            total += squares(leaf.grad, dim)
+            total += score(leaf.grad, dim)
         leaf.grad = None
 
     for name, leaf in leaves.items():

@@ -46,13 +46,13 @@ class Held(NamedTuple):
 
 
 class Uses(TorchDispatchMode):
-    """Adds to sums[name, dim], float64 (size of dim,), for every use of weights[name]: activations, or with `weighted`
-    squared weights times activations. Raises `ConfigError` where a weight goes into an operator that is no product.
+    """Adds to sums[name, dim], float64 (size of dim,), for every use of weights[name] what `score` makes of it (one of
+    `SCORES`). Raises `ConfigError` where a weight goes into an operator that is no product.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], sums: Mapping[tuple[str, int], Tensor], weighted: bool):
+    def __init__(self, weights: Mapping[str, Tensor], sums: Mapping[tuple[str, int], Tensor], score: Callable):
         super().__init__()
-        self.weighted = weighted
+        self.score = score
         self.sums: dict[str, list[tuple[int, Tensor]]] = {}
         for (name, dim), total in sums.items():
             self.sums.setdefault(name, []).append((dim, total))
@@ -90,7 +90,7 @@ class Uses(TorchDispatchMode):
     def _add(self, held: Held, use: Use) -> None:
         for dim, total in self.sums[held.name] if use.weight.numel() and use.made.numel() else ():
             unit, positions = _along(use, held, dim)
-            found = _weighted(use, unit) if self.weighted else _activation(use, unit)
+            found = self.score(use, unit)
             total.index_add_(0, positions.reshape(-1), found.reshape(-1))
 
 
@@ -134,7 +134,7 @@ def _along(use: Use, held: Held, dim: int) -> tuple[str, Tensor]:
     return "".join(use.W[d] for d in runs), held.locate(offsets, dim)
 
 
-def _activation(use: Use, unit: str) -> Tensor:
+def activation(use: Use, unit: str) -> Tensor:
     """Σ over everything but the unit's labels of what it reads, or else of what it makes: float64, of their sizes."""
     if set(unit) <= set(use.XW):
         return torch.einsum(f"{use.XW}->{unit}", use.read())
@@ -142,7 +142,7 @@ def _activation(use: Use, unit: str) -> Tensor:
     return torch.einsum(f"{''.join(sorted(unit, key=use.Y.index))}->{unit}", made)
 
 
-def _weighted(use: Use, unit: str) -> Tensor:
+def weighted_activation(use: Use, unit: str) -> Tensor:
     """Σ over everything but the unit's labels of W² times the squared norm of the input it meets."""
     read, W = use.read(), use.weight
     others = [d for d in range(W.ndim) if use.W[d] not in unit]

@@ -13,12 +13,12 @@ from math import fsum, inf, prod
 import torch
 from torch import Tensor
 
-from s2ft_compile.config import CALIBRATED, ROLES, SELECTIONS, S2FTConfig, is_glob, matches, qualified_name, units_for
+from s2ft_compile.config import ROLES, SELECTIONS, S2FTConfig, is_glob, matches, qualified_name, units_for
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.layout import coordinates, end_roles, leaves, role_mask
 from s2ft_compile.structure import Analysis
 
-from .scores import low_rank_squares, random_scores, squares
+from .selections import SCORES
 
 Taken = Mapping[str, Sequence[tuple[int, Tensor]]]  # parameter -> (dim, indices) that excluded adapters change
 
@@ -269,14 +269,15 @@ def _scores(
     measured: Mapping[tuple[str, int], Tensor],
 ) -> Sequence[float]:
     """The scores of the bands that share a ranking: those of all their positions, each counted once, added up."""
-    if config.selection == "random":
-        return random_scores(config.seed, group[0].group, len(group[0].positions))
-    if config.selection in CALIBRATED:
+    needs = SELECTIONS.get(config.selection) if isinstance(config.selection, str) else None
+    if needs == "nothing":
+        return SCORES[config.selection](config.seed, group[0].group, len(group[0].positions))
+    if needs in ("activations", "gradients"):
         _check_measured(group, config.selection, measured)
         return _rounded(_added(group, lambda name, dim: measured.get((name, dim))))
-    measure = low_rank_squares if config.selection == "lowrank" else squares
-    scores = _added(group, lambda name, dim: measure(parameters[name].detach(), dim))
-    return _rounded(scores) if config.selection in SELECTIONS else _asked(config.selection, group, scores)
+    score = SCORES[config.selection if needs else "weight"]
+    scores = _added(group, lambda name, dim: score(parameters[name].detach(), dim))
+    return _rounded(scores) if needs else _asked(config.selection, group, scores)
 
 
 def _added(group: Sequence[Band], measure: Callable[[str, int], Tensor | None]) -> Tensor:

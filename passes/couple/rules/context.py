@@ -90,7 +90,7 @@ def broadcast(cx, node, *values: Value) -> list[Axis]:
     return dims
 
 
-def unknown_rule(cx, node, *args, **kwargs):
+def axes_unknown(cx, node, *args, **kwargs):
     """No rule: the order of everything it touches matters."""
     why = Pin(f"there is no rule for {name(node)}", node)
     for value in tensors((args, kwargs)):

@@ -8,7 +8,7 @@ from torch import fx
 
 from s2ft_compile.passes.couple.axes import ONE, Axis, Pin, pin, product, reshape, unify
 
-from .context import Value, argument, broadcast, mark, name, shape, shapes, tensors, unknown_rule
+from .context import Value, argument, axes_unknown, broadcast, mark, name, shape, shapes, tensors
 
 
 def contract(cx, node, left: Value, right: Value, batch, contracted, left_free, right_free) -> Value:
@@ -37,7 +37,7 @@ def _activation(left: Value, a: int, right: Value, b: int) -> Axis:
     return x if x.size != 1 else y
 
 
-def linear_rule(cx, node, x, weight, bias=None):
+def axes_linear(cx, node, x, weight, bias=None):
     rank = len(x.dims)
     made = list(range(len(weight.dims) - 1))  # a weight of one dimension makes a scalar
     out = contract(cx, node, x, weight, [], [(rank - 1, len(made))], list(range(rank - 1)), made)
@@ -54,23 +54,23 @@ def add_bias(bias: Value | None, dims: Sequence[Axis], node) -> None:
         bias.dims[-1].twin = dims[-1]
 
 
-def mm_rule(cx, node, left, right):
+def axes_mm(cx, node, left, right):
     return contract(cx, node, left, right, [], [(1, 0)], [0], [1])
 
 
-def addmm_rule(cx, node, bias, left, right, **kwargs):
+def axes_addmm(cx, node, bias, left, right, **kwargs):
     add_bias(bias, [left.dims[0], right.dims[1]], node)
-    return mm_rule(cx, node, left, right)
+    return axes_mm(cx, node, left, right)
 
 
-def bmm_rule(cx, node, left, right):
+def axes_bmm(cx, node, left, right):
     return contract(cx, node, left, right, [(0, 0)], [(2, 1)], [1], [2])
 
 
-def grouped_mm_rule(cx, node, x, weight, offsets=None, bias=None, *args, **kwargs):
+def axes_grouped_mm(cx, node, x, weight, offsets=None, bias=None, *args, **kwargs):
     """Rows x[o[e-1]:o[e]] times weight[e]: rows and experts are matched by offsets, so their order matters."""
     if offsets is None or bias is not None or (len(x.dims), len(weight.dims)) != (2, 3):
-        return unknown_rule(cx, node, x, weight, offsets, bias)
+        return axes_unknown(cx, node, x, weight, offsets, bias)
     why = Pin(f"{name(node)} matches rows to experts by their order", node)
     for axis in (x.dims[0], weight.dims[0], *offsets.dims):
         pin(axis, why)
@@ -82,12 +82,12 @@ def grouped_mm_rule(cx, node, x, weight, offsets=None, bias=None, *args, **kwarg
     return Value([x.dims[0], weight.dims[2]])
 
 
-def baddbmm_rule(cx, node, bias, left, right, **kwargs):
-    out = bmm_rule(cx, node, left, right)
+def axes_baddbmm(cx, node, bias, left, right, **kwargs):
+    out = axes_bmm(cx, node, left, right)
     return replace(out, dims=broadcast(cx, node, out, bias))
 
 
-def matmul_rule(cx, node, left, right):
+def axes_matmul(cx, node, left, right):
     if len(right.dims) == 1:
         return contract(cx, node, left, right, [], [(len(left.dims) - 1, 0)], list(range(len(left.dims) - 1)), [])
     if len(left.dims) == 1:
@@ -115,11 +115,11 @@ def matmul_rule(cx, node, left, right):
     return replace(out, dims=[*dims, left.dims[-2], right.dims[-1]])
 
 
-def einsum_rule(cx, node, equation, operands, **kwargs):
+def axes_einsum(cx, node, equation, operands, **kwargs):
     equation = equation.replace(" ", "")
     made = spelled_out(equation, [len(v.dims) for v in operands])
     if made is None:
-        return unknown_rule(cx, node, *operands)
+        return axes_unknown(cx, node, *operands)
     inputs, output = made
     alone = len(operands) == 2 and any(c not in output and sum(c in i for i in inputs) == 1 for i in inputs for c in i)
     if len(operands) != 2 or alone:
@@ -181,11 +181,11 @@ def einsum_of_any(cx, node, inputs: Sequence[str], output: str, operands: Sequen
     return Value([axes[c] for c in output], not activations)
 
 
-def attention_rule(cx, node, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+def axes_attention(cx, node, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
     """softmax(q kᵀ + mask) v over (..., heads, length, head_dim); k and v may have fewer heads (enable_gqa)."""
     why = Pin("attention over two axes that cannot be aligned", node)
     if not len(q.dims) == len(k.dims) == len(v.dims):
-        return unknown_rule(cx, node, q, k, v, attn_mask)
+        return axes_unknown(cx, node, q, k, v, attn_mask)
     heads = [a if a.size == size else Axis(size) for a, size in zip(q.dims, shape(node)[:-2])]
     cx.attention += [*q.dims, *k.dims, *v.dims]
     cx.consumed += [q.dims[-1], v.dims[-2]]
@@ -205,12 +205,12 @@ def attention_rule(cx, node, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=F
     return Value([*heads, q.dims[-2], v.dims[-1]])
 
 
-def convolution_rule(cx, node, x, weight, bias=None, *args, **kwargs):
+def axes_convolution(cx, node, x, weight, bias=None, *args, **kwargs):
     groups, transposed = argument(node, "groups", 1), argument(node, "transposed", False)
     if transposed and groups == 1 and len(x.dims) == len(weight.dims):
         weight = replace(weight, dims=[weight.dims[1], weight.dims[0], *weight.dims[2:]])
     elif transposed or len(x.dims) != len(weight.dims):
-        return unknown_rule(cx, node, x, weight, *([bias] if bias else []))
+        return axes_unknown(cx, node, x, weight, *([bias] if bias else []))
     why = Pin(f"{name(node)} slides along the axis", node)
     for axis in [*x.dims[2:], *weight.dims[2:]]:
         pin(axis, why)
@@ -227,32 +227,32 @@ def convolution_rule(cx, node, x, weight, bias=None, *args, **kwargs):
     return Value([x.dims[0], x.dims[1] if depthwise else weight.dims[0], *spatial], x.weight and weight.weight)
 
 
-def conv_transpose_rule(cx, node, x, weight, bias=None, *args, **kwargs):
+def axes_conv_transpose(cx, node, x, weight, bias=None, *args, **kwargs):
     if argument(node, "groups", 1) != 1 or len(x.dims) != len(weight.dims):
-        return unknown_rule(cx, node, x, weight, bias)
-    return convolution_rule(cx, node, x, replace(weight, dims=[weight.dims[1], weight.dims[0], *weight.dims[2:]]), bias)
+        return axes_unknown(cx, node, x, weight, bias)
+    return axes_convolution(cx, node, x, replace(weight, dims=[weight.dims[1], weight.dims[0], *weight.dims[2:]]), bias)
 
 
-def mv_rule(cx, node, left, right):
+def axes_mv(cx, node, left, right):
     return contract(cx, node, left, right, [], [(1, 0)], [0], [])
 
 
-def dot_rule(cx, node, left, right):
+def axes_dot(cx, node, left, right):
     return contract(cx, node, left, right, [], [(0, 0)], [], [])
 
 
-def inner_rule(cx, node, left, right):
+def axes_inner(cx, node, left, right):
     if not left.dims or not right.dims:
         return broadcast(cx, node, left, right)
     a, b = len(left.dims) - 1, len(right.dims) - 1
     return contract(cx, node, left, right, [], [(a, b)], list(range(a)), list(range(b)))
 
 
-def outer_rule(cx, node, left, right):
+def axes_outer(cx, node, left, right):
     return contract(cx, node, left, right, [], [], [0], [0])
 
 
-def tensordot_rule(cx, node, left, right, dims_left, dims_right):
+def axes_tensordot(cx, node, left, right, dims_left, dims_right):
     pairs = [(a % len(left.dims), b % len(right.dims)) for a, b in zip(dims_left, dims_right)]
     free = [
         [d for d in range(len(v.dims)) if d not in {p[side] for p in pairs}] for side, v in enumerate((left, right))
@@ -260,7 +260,7 @@ def tensordot_rule(cx, node, left, right, dims_left, dims_right):
     return contract(cx, node, left, right, [], pairs, *free)
 
 
-def bilinear_rule(cx, node, left, right, weight, bias=None):
+def axes_bilinear(cx, node, left, right, weight, bias=None):
     """sum over i, j of left_i weight_oij right_j."""
     why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
     unify(left.dims[-1], weight.dims[1], why)
@@ -271,7 +271,7 @@ def bilinear_rule(cx, node, left, right, weight, bias=None):
     return [*broadcast(cx, node, Value(left.dims[:-1]), Value(right.dims[:-1])), weight.dims[0]]
 
 
-def distance_rule(cx, node, left, right, *args, **kwargs):
+def axes_distance(cx, node, left, right, *args, **kwargs):
     """cdist: of each row of (..., P, M) from each row of (..., R, M)."""
     unify(left.dims[-1], right.dims[-1], Pin(f"{name(node)} of two axes that cannot be aligned", node))
     cx.consumed.append(left.dims[-1])
@@ -279,7 +279,7 @@ def distance_rule(cx, node, left, right, *args, **kwargs):
     return [*batch, left.dims[-2], right.dims[-2]]
 
 
-def similarity_rule(cx, node, left, right, dim=None):
+def axes_similarity(cx, node, left, right, dim=None):
     """vecdot, cosine_similarity: a reduction of a product of two along one dimension."""
     dims = broadcast(cx, node, left, right)
     gone = dims.pop(argument(node, "dim"))
@@ -287,7 +287,7 @@ def similarity_rule(cx, node, left, right, dim=None):
     return dims
 
 
-def solve_triangular_rule(cx, node, matrix, right, *args, **kwargs):
+def axes_solve_triangular(cx, node, matrix, right, *args, **kwargs):
     why = Pin(f"{name(node)} depends on the order along the axis", node)
     solved = -2 if argument(node, "left", True) else -1
     for axis in (*matrix.dims[-2:], right.dims[solved]):
@@ -296,7 +296,7 @@ def solve_triangular_rule(cx, node, matrix, right, *args, **kwargs):
     return [*batch, *right.dims[-2:]]
 
 
-def flex_attention_rule(cx, node, q, k, v, score=None, mask=(), *args, **kwargs):
+def axes_flex_attention(cx, node, q, k, v, score=None, mask=(), *args, **kwargs):
     """Attention with a function of (score, batch, head, query, key) and a mask of blocks: an axis that either looks at
     is in order. What else they read is."""
     why = Pin("flex_attention's score or mask function looks at the axis", node)

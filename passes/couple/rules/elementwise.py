@@ -2,39 +2,39 @@
 
 from s2ft_compile.passes.couple.axes import Axis, Pin, cut, pin, unify
 
-from .context import acted_dims, broadcast, name, shape, shapes, tensors, unknown_rule
-from .reduction import reduce_rule
+from .context import acted_dims, axes_unknown, broadcast, name, shape, shapes, tensors
+from .reduction import axes_reduce
 
 
-def pointwise_rule(cx, node, *args, **kwargs):
+def axes_pointwise(cx, node, *args, **kwargs):
     dims = broadcast(cx, node, *tensors((args, kwargs)))
     several = isinstance(node.meta["val"], (list, tuple))
     return [list(dims) for _ in node.meta["val"]] if several else dims
 
 
-def same_rule(cx, node, x, *args, **kwargs):
+def axes_same(cx, node, x, *args, **kwargs):
     """Alike for every position: casts, copies, softmax (symmetric), dropout (alike in distribution)."""
     several = isinstance(node.meta["val"], (list, tuple))
     return [list(x.dims) for _ in node.meta["val"]] if several else list(x.dims)
 
 
-def view_dtype_rule(cx, node, x, dtype):
+def axes_view_dtype(cx, node, x, dtype):
     """The bits as another type; of another width, elements of the last dimension are joined or taken apart."""
-    return list(x.dims) if shape(node) == x.sizes else unknown_rule(cx, node, x)
+    return list(x.dims) if shape(node) == x.sizes else axes_unknown(cx, node, x)
 
 
-def fresh_rule(cx, node, *args, **kwargs):
+def axes_fresh(cx, node, *args, **kwargs):
     """Constant along every dimension (zeros, full, empty), so all orders are the same."""
     return [Axis(size) for size in shape(node)]
 
 
-def ordered_rule(cx, node, *args, **kwargs):
+def axes_ordered(cx, node, *args, **kwargs):
     """arange and its kin: different along every dimension."""
     why = Pin(f"{name(node)} makes values that differ along the axis", node)
     return [Axis(size, pin=why) for size in shape(node)]
 
 
-def pinned_dim_rule(cx, node, x, *args, **kwargs):
+def axes_pinned_dim(cx, node, x, *args, **kwargs):
     """cumsum, flip, roll, sort, topk, ...: acts on the order along one dimension and keeps the others."""
     why = Pin(f"{name(node)} depends on the order along the axis", node)
     for d in acted_dims(node, len(x.dims)):
@@ -43,28 +43,28 @@ def pinned_dim_rule(cx, node, x, *args, **kwargs):
     return made if isinstance(node.meta["val"], (list, tuple)) else made[0]
 
 
-def argmax_rule(cx, node, x, *args, **kwargs):
+def axes_argmax(cx, node, x, *args, **kwargs):
     for d in acted_dims(node, len(x.dims)):
         pin(x.dims[d], Pin(f"{name(node)} depends on the order along the axis", node))
-    return reduce_rule(cx, node, x)
+    return axes_reduce(cx, node, x)
 
 
-def triangle_rule(cx, node, x, *args, **kwargs):
+def axes_triangle(cx, node, x, *args, **kwargs):
     for axis in x.dims[-2:]:
         pin(axis, Pin(f"{name(node)} depends on the order along the axis", node))
     return list(x.dims)
 
 
-def as_complex_rule(cx, node, x):
+def axes_as_complex(cx, node, x):
     pin(x.dims[-1], Pin("real and imaginary parts", node))
     return list(x.dims[:-1])
 
 
-def as_real_rule(cx, node, x):
+def axes_as_real(cx, node, x):
     return [*x.dims, Axis(2, pin=Pin("real and imaginary parts", node))]
 
 
-def glu_rule(cx, node, x, dim=-1):
+def axes_glu(cx, node, x, dim=-1):
     """The first half of an axis times the sigmoid of the second."""
     dims, why = list(x.dims), Pin("the two halves of the axis meet", node)
     first, second = cut(dims[dim], [dims[dim].size // 2], why)

@@ -4,16 +4,16 @@ import torch
 
 from s2ft_compile.passes.couple.axes import ONE, Axis, Pin, pin, unify
 
-from .context import Value, broadcast, node_dtype, shape, unknown_rule
+from .context import Value, axes_unknown, broadcast, node_dtype, shape
 
 
-def embedding_rule(cx, node, weight, index, *args, **kwargs):
+def axes_embedding(cx, node, weight, index, *args, **kwargs):
     pin(weight.dims[0], Pin("rows are looked up by index (embedding)", node))
     cx.project(node, weight, [1], [])
     return Value([*index.dims, weight.dims[1]])
 
 
-def index_rule(cx, node, x, indices):
+def axes_index(cx, node, x, indices):
     why = Pin("elements are looked up by index", node)
     used_dims = [d for d, index in enumerate(indices) if index is not None]
     for d in used_dims:
@@ -31,16 +31,16 @@ def masked_index(cx, node, x, indices, why):
     """x[mask]: what the mask covers becomes one axis, in order."""
     (d, mask), *more = [(d, i) for d, i in enumerate(indices) if i is not None]
     if more:
-        return unknown_rule(cx, node, x, *indices)
+        return axes_unknown(cx, node, x, *indices)
     for axis in [*mask.dims, *x.dims[d : d + len(mask.dims)]]:
         pin(axis, why)
     return [*x.dims[:d], Axis(shape(node)[d], pin=why), *x.dims[d + len(mask.dims) :]]
 
 
-def index_put_rule(cx, node, x, indices, values, *args):
+def axes_index_put(cx, node, x, indices, values, *args):
     """x with values written where indices say; the dimensions between stay as they are."""
     if any(i is not None and node_dtype(node, d) in (torch.bool, torch.uint8) for d, i in enumerate(indices)):
-        return unknown_rule(cx, node, x, *indices, values)
+        return axes_unknown(cx, node, x, *indices, values)
     why = Pin("elements are written by index", node)
     used_dims = [d for d, index in enumerate(indices) if index is not None]
     for d in used_dims:
@@ -54,7 +54,7 @@ def index_put_rule(cx, node, x, indices, values, *args):
     return list(x.dims)
 
 
-def index_add_rule(cx, node, x, dim, index, source, **kwargs):
+def axes_index_add(cx, node, x, dim, index, source, **kwargs):
     why = Pin("elements are written by index", node)
     dim %= len(x.dims)
     pin(x.dims[dim], why)
@@ -66,7 +66,7 @@ def index_add_rule(cx, node, x, dim, index, source, **kwargs):
     return list(x.dims)
 
 
-def scatter_rule(cx, node, x, dim, index, source=None, *args, **kwargs):
+def axes_scatter(cx, node, x, dim, index, source=None, *args, **kwargs):
     """x with elements written at positions along one dimension; the other dimensions are aligned one to one."""
     why = Pin("elements are written by index", node)
     others = [v for v in (index, source) if isinstance(v, Value)]
@@ -80,14 +80,14 @@ def scatter_rule(cx, node, x, dim, index, source=None, *args, **kwargs):
     return list(x.dims)
 
 
-def index_select_rule(cx, node, x, dim, index):
+def axes_index_select(cx, node, x, dim, index):
     dims = list(x.dims)
     pin(dims[dim], Pin("elements are looked up by index", node))
     dims[dim] = index.dims[0] if index.dims else ONE
     return dims
 
 
-def gather_rule(cx, node, x, dim, index, *args, **kwargs):
+def axes_gather(cx, node, x, dim, index, *args, **kwargs):
     pin(x.dims[dim], Pin("elements are looked up by index", node))
     dims = list(index.dims)
     for d, axis in enumerate(dims):

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 from s2ft_compile.passes.couple.axes import Axis, Pin, concat, pin, reshape, unify
 
-from .context import Value, name, shapes, tensors, unknown_rule
+from .context import Value, axes_unknown, name, shapes, tensors
 
 
-def recurrent_rule(cx, node, x, *args, **kwargs):
+def axes_recurrent(cx, node, x, *args, **kwargs):
     """lstm, gru, rnn over (time, batch, features): states is (layers · directions, batch, hidden)."""
     states, weights, biased, layers, _, _, both_ways, batch_first = _arguments(args)
     directions = 2 if both_ways else 1
     each = 4 if biased else 2
     if kwargs or len(x.dims) != 3 or len(weights) != each * layers * directions:  # packed, or with projections
-        return unknown_rule(cx, node, x, *args, *kwargs.values())
+        return axes_unknown(cx, node, x, *args, *kwargs.values())
     why = Pin(f"{name(node)} depends on the order along the axis", node)
     time, batch = (x.dims[1], x.dims[0]) if batch_first else (x.dims[0], x.dims[1])
     pin(time, why)
@@ -32,7 +32,7 @@ def recurrent_rule(cx, node, x, *args, **kwargs):
     return [out, *[[Axis(s.dims[0].size, pin=why), batch, s.dims[2]] for s in states]]
 
 
-def cell_rule(cx, node, x, state, *weights, **kwargs):
+def axes_cell(cx, node, x, state, *weights, **kwargs):
     """One step: (batch, features) and states (batch, hidden) to the next states."""
     states = tensors(state)
     why = Pin(f"{name(node)} of two axes that cannot be aligned", node)

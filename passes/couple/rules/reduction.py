@@ -5,7 +5,7 @@ from s2ft_compile.passes.couple.axes import ONE, Axis, Pin, pin, reshape, unify
 from .context import Value, acted_dims, argument, name, shapes, tensors
 
 
-def reduce_rule(cx, node, x, *args, **kwargs):
+def axes_reduce(cx, node, x, *args, **kwargs):
     """Symmetric in what it reduces: sum, mean, amax, var, norm, logsumexp."""
     gone, keep = acted_dims(node, len(x.dims)), bool(argument(node, "keepdim", False))
     cx.consumed += [x.dims[d] for d in gone]
@@ -14,7 +14,7 @@ def reduce_rule(cx, node, x, *args, **kwargs):
     return [list(dims) for _ in node.meta["val"]] if several else dims
 
 
-def layer_norm_rule(cx, node, x, normalized_shape, weight=None, bias=None, *args):
+def axes_layer_norm(cx, node, x, normalized_shape, weight=None, bias=None, *args):
     why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
     for param in (weight, bias):
         if isinstance(param, Value):  # rms_norm has its eps where layer_norm has the bias
@@ -26,7 +26,7 @@ def layer_norm_rule(cx, node, x, normalized_shape, weight=None, bias=None, *args
     return [list(x.dims), *[stats[: len(out)] for out in shapes(node)[1:]]]
 
 
-def group_norm_rule(cx, node, x, groups, weight=None, bias=None, *args, **kwargs):
+def axes_group_norm(cx, node, x, groups, weight=None, bias=None, *args, **kwargs):
     why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
     reshape([x.dims[1]], [groups, x.dims[1].size // groups], why)
     for param in (weight, bias):
@@ -35,7 +35,7 @@ def group_norm_rule(cx, node, x, groups, weight=None, bias=None, *args, **kwargs
     return list(x.dims)
 
 
-def spatial_rule(spatial: int):
+def axes_spatial(spatial: int):
     """Pooling, resizing: acts on the last `spatial` dimensions and on each of the others alike."""
 
     def rule(cx, node, x, *args, **kwargs):
@@ -48,7 +48,7 @@ def spatial_rule(spatial: int):
     return rule
 
 
-def batch_norm_rule(cx, node, x, *args, **kwargs):
+def axes_batch_norm(cx, node, x, *args, **kwargs):
     """Each channel (dimension 1) by itself, with weights and running statistics of its own."""
     why = Pin(f"{name(node)} of two axes that cannot be aligned", node)
     for value in tensors((args, kwargs)):
@@ -60,18 +60,18 @@ def batch_norm_rule(cx, node, x, *args, **kwargs):
     return [list(x.dims), *rest]
 
 
-def weight_norm_rule(cx, node, v, g, dim=0):
+def axes_weight_norm(cx, node, v, g, dim=0):
     """v / |v| × g, the norm over all dimensions but one."""
     unify(v.dims[dim], g.dims[dim], Pin(f"{name(node)} of two axes that cannot be aligned", node))
     return [list(v.dims), list(g.dims)]
 
 
-def whole_weight_norm_rule(cx, node, v, g, dim=0):
+def axes_whole_weight_norm(cx, node, v, g, dim=0):
     """One result; dim = -1: one norm for all of it."""
-    return list(v.dims) if dim == -1 else weight_norm_rule(cx, node, v, g, dim)[0]
+    return list(v.dims) if dim == -1 else axes_weight_norm(cx, node, v, g, dim)[0]
 
 
-def prelu_rule(cx, node, x, weight):
+def axes_prelu(cx, node, x, weight):
     if weight.sizes != [1] and weight.dims and len(x.dims) > 1:
         unify(x.dims[1], weight.dims[0], Pin(f"{name(node)} of two axes that cannot be aligned", node))
     return list(x.dims)

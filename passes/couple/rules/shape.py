@@ -2,38 +2,38 @@
 
 from s2ft_compile.passes.couple.axes import ONE, Axis, Pin, concat, cut, pin, product, reshape
 
-from .context import Value, argument, broadcast, name, shape, shapes, unknown_rule
+from .context import Value, argument, axes_unknown, broadcast, name, shape, shapes
 
 
-def reshape_rule(cx, node, x, *args, **kwargs):
+def axes_reshape(cx, node, x, *args, **kwargs):
     return reshape(x.dims, shape(node), Pin(f"{name(node)} from {x.sizes} to {shape(node)} mixes axes", node))
 
 
-def permute_rule(cx, node, x, order):
+def axes_permute(cx, node, x, order):
     return [x.dims[d] for d in order]
 
 
-def transpose_rule(cx, node, x, a=-2, b=-1):
+def axes_transpose(cx, node, x, a=-2, b=-1):
     dims = list(x.dims)
     if len(dims) > 1:
         dims[a], dims[b] = dims[b], dims[a]
     return dims
 
 
-def expand_rule(cx, node, x, *args, **kwargs):
+def axes_expand(cx, node, x, *args, **kwargs):
     out = shape(node)
     old = [ONE] * (len(out) - len(x.dims)) + list(x.dims)
     return [axis if axis.size == size else Axis(size) for axis, size in zip(old, out)]
 
 
-def repeat_rule(cx, node, x, repeats):
+def axes_repeat(cx, node, x, repeats):
     old = [ONE] * (len(repeats) - len(x.dims)) + list(x.dims)
     return [product([Axis(times), axis]) for times, axis in zip(repeats, old)]
 
 
-def repeat_interleave_rule(cx, node, x, repeats, dim=None, **kwargs):
+def axes_repeat_interleave(cx, node, x, repeats, dim=None, **kwargs):
     if dim is None:
-        return unknown_rule(cx, node, x)
+        return axes_unknown(cx, node, x)
     dims = list(x.dims)
     dims[dim] = product([dims[dim], Axis(repeats)])
     return dims
@@ -57,14 +57,14 @@ def slice_rule(cx, node, x, dim=0, start=None, end=None, step=1):
     return dims
 
 
-def slice_scatter_rule(cx, node, x, source, dim=0, start=None, end=None, step=1):
+def axes_slice_scatter(cx, node, x, source, dim=0, start=None, end=None, step=1):
     """x with a window of one axis replaced by `source`: that axis is the sum of what is left and of source's."""
     others = [Value([a for d, a in enumerate(v.dims) if d != dim % len(v.dims)], v.weight) for v in (x, source)]
     dims = broadcast(cx, node, *others)
     axis, size = x.dims[dim], source.dims[dim].size
     start = max(0, (start or 0) + (axis.size if (start or 0) < 0 else 0))
     if step != 1:
-        return unknown_rule(cx, node, x, source)
+        return axes_unknown(cx, node, x, source)
     if size == 0:
         dims.insert(dim % len(x.dims), axis)
         return dims
@@ -75,14 +75,14 @@ def slice_scatter_rule(cx, node, x, source, dim=0, start=None, end=None, step=1)
     return dims
 
 
-def select_scatter_rule(cx, node, x, source, dim, index):
+def axes_select_scatter(cx, node, x, source, dim, index):
     dim %= len(x.dims)
     source = Value([*source.dims[:dim], ONE, *source.dims[dim:]], source.weight)
     index %= x.dims[dim].size
-    return slice_scatter_rule(cx, node, x, source, dim, index, index + 1)
+    return axes_slice_scatter(cx, node, x, source, dim, index, index + 1)
 
 
-def narrow_rule(cx, node, x, dim, start, length):
+def axes_narrow(cx, node, x, dim, start, length):
     return slice_rule(cx, node, x, dim, start, start + length)
 
 
@@ -91,7 +91,7 @@ def window(axis: Axis, start: int, size: int, why: Pin) -> Axis:
     return pieces[0] if start == 0 else pieces[1]
 
 
-def select_rule(cx, node, x, dim, index):
+def axes_select(cx, node, x, dim, index):
     dims = list(x.dims)
     axis = dims.pop(dim)
     if axis.size > 1:
@@ -100,14 +100,14 @@ def select_rule(cx, node, x, dim, index):
     return dims
 
 
-def unbind_rule(cx, node, x, dim=0):
+def axes_unbind(cx, node, x, dim=0):
     dims = list(x.dims)
     axis = dims.pop(dim)
     pin(axis, Pin("the axis is taken apart (unbind)", node))
     return [list(dims) for _ in range(axis.size)]
 
 
-def split_rule(cx, node, x, sizes, dim=0):
+def axes_split(cx, node, x, sizes, dim=0):
     axis = x.dims[dim]
     widths = [out[dim] for out in shapes(node)]
     offsets, why = [sum(widths[:i]) for i in range(1, len(widths))], Pin(f"a split into {widths} crosses units", node)
@@ -122,7 +122,7 @@ def split_rule(cx, node, x, sizes, dim=0):
     return dims
 
 
-def cat_rule(cx, node, values, dim=0):
+def axes_cat(cx, node, values, dim=0):
     values = [v for v in values if 0 not in v.sizes]
     if not values:
         return [Axis(size) for size in shape(node)]
@@ -137,15 +137,15 @@ def cat_rule(cx, node, values, dim=0):
     return dims
 
 
-def stack_rule(cx, node, values, dim=0):
+def axes_stack(cx, node, values, dim=0):
     dims = broadcast(cx, node, *values)
     dims.insert(dim % (len(dims) + 1), Axis(len(values), pin=Pin("the axis stacks different tensors", node)))
     return dims
 
 
-def pad_rule(cx, node, x, pad, *args, **kwargs):
+def axes_pad(cx, node, x, pad, *args, **kwargs):
     if argument(node, "mode", "constant") != "constant":
-        return unknown_rule(cx, node, x)
+        return axes_unknown(cx, node, x)
     dims = list(x.dims)
     for i in range(len(pad) // 2):
         before, after = pad[2 * i], pad[2 * i + 1]
@@ -158,14 +158,14 @@ def pad_rule(cx, node, x, pad, *args, **kwargs):
     return dims
 
 
-def unfold_rule(cx, node, x, dim, size, step):
+def axes_unfold(cx, node, x, dim, size, step):
     dims, dim, why = list(x.dims), dim % len(x.dims), Pin(f"{name(node)} slides along the axis", node)
     pin(dims[dim], why)
     dims[dim] = Axis(shape(node)[dim], pin=why)
     return [*dims, Axis(size, pin=why)]
 
 
-def pixel_shuffle_rule(cx, node, x, factor):
+def axes_pixel_shuffle(cx, node, x, factor):
     """(..., C r r, H, W) -> (..., C, H r, W r)."""
     why = Pin(f"{name(node)} depends on the order along the axis", node)
     channels, inner = reshape([x.dims[-3]], [x.dims[-3].size // factor**2, factor**2], why)
@@ -174,7 +174,7 @@ def pixel_shuffle_rule(cx, node, x, factor):
     return [*x.dims[:-3], channels, *[Axis(size, pin=why) for size in shape(node)[-2:]]]
 
 
-def pixel_unshuffle_rule(cx, node, x, factor):
+def axes_pixel_unshuffle(cx, node, x, factor):
     why = Pin(f"{name(node)} depends on the order along the axis", node)
     for axis in x.dims[-2:]:
         pin(axis, why)
@@ -182,7 +182,7 @@ def pixel_unshuffle_rule(cx, node, x, factor):
     return [*x.dims[:-3], channels, *[Axis(size, pin=why) for size in shape(node)[-2:]]]
 
 
-def channel_shuffle_rule(cx, node, x, groups):
+def axes_channel_shuffle(cx, node, x, groups):
     """Channels (groups, each) -> (each, groups)."""
     why = Pin(f"{name(node)} into {groups} groups", node)
     group, each = reshape([x.dims[1]], [groups, x.dims[1].size // groups], why)
