@@ -39,7 +39,7 @@ def axes_repeat_interleave(cx, node, x, repeats, dim=None, **kwargs):
     return dims
 
 
-def slice_rule(cx, node, x, dim=0, start=None, end=None, step=1):
+def axes_slice(cx, node, x, dim=0, start=None, end=None, step=1):
     dims = list(x.dims)
     axis, size = dims[dim], shape(node)[dim]
     why = Pin(f"a slice of {size} of its {axis.size} elements crosses units", node)
@@ -83,7 +83,7 @@ def axes_select_scatter(cx, node, x, source, dim, index):
 
 
 def axes_narrow(cx, node, x, dim, start, length):
-    return slice_rule(cx, node, x, dim, start, start + length)
+    return axes_slice(cx, node, x, dim, start, start + length)
 
 
 def window(axis: Axis, start: int, size: int, why: Pin) -> Axis:
