@@ -9,13 +9,13 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from symmetry import outputs_of
 from torch import nn
 
 import s2ft_compile as s2ft
 from s2ft_compile.capture import capture, captures
 from s2ft_compile.examples import arguments, resized, several
 from s2ft_compile.passes.couple.couple import couple
+from s2ft_compile.testing import outputs_of
 
 
 class Feed(nn.Module):
