@@ -89,6 +89,14 @@ class Block:
         self.versions = None
         self._register()
 
+    def follow_shards(self) -> bool:
+        """Whether FSDP has replaced weight and delta by shards, which are the block's from then on."""
+        module, key = self.places[0]
+        held = module._parameters.get(key)
+        if held is not self.weight and hasattr(held, "placements"):
+            self.adopt()
+        return hasattr(self.weight, "placements")
+
     # --- the weight's values -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -116,6 +124,28 @@ class Block:
 
     def refresh(self) -> None:
         refresh([self])
+
+    @torch.no_grad()
+    def refresh_shards(self) -> None:
+        """Writes this process's part of the block. Gathers the delta, so every process has to get here."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        whole = self._wide(self.backup).add(self._wide(self.delta.full_tensor())).to(self.backup.dtype)
+        local = self.weight.to_local()
+        _, offsets = compute_local_shape_and_global_offset(
+            self.weight.shape, self.weight.device_mesh, self.weight.placements
+        )
+        for dim in range(whole.ndim):
+            if dim != self.dim:
+                whole = whole.narrow(dim, offsets[dim], local.shape[dim])
+        first, size, at = offsets[self.dim], local.shape[self.dim], 0
+        for start, length in self.ranges:
+            low, high = max(start, first), min(start + length, first + size)
+            if low < high:
+                local.narrow(self.dim, low - first, high - low).copy_(
+                    whole.narrow(self.dim, at + low - start, high - low)
+                )
+            at += length
 
     @torch.no_grad()
     def take_as_trained(self) -> None:
@@ -172,8 +202,8 @@ def refresh(blocks: Iterable[Block]) -> None:
     with _writing:
         together = []
         for block in blocks:
-            if not block.active or block.weight.is_meta:
-                continue
+            if not block.active or block.weight.is_meta or block.follow_shards():
+                continue  # shards are written where all processes are: after an optimizer's step
             if block.edited:
                 raise StateError(
                     f"{block.name} was changed in place, and the next write of its slice would undo a part of that. "

@@ -129,8 +129,11 @@ def live_states() -> list[State]:
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The deltas of a prepared model, for an optimizer."""
-    return [block.delta for block in state_of(model).blocks]
+    """The deltas of a prepared model, for an optimizer. Of a sharded one (FSDP2) they are its shards."""
+    blocks = state_of(model).blocks
+    for block in blocks:
+        block.follow_shards()
+    return [block.delta for block in blocks]
 
 
 @contextmanager
@@ -152,6 +155,12 @@ def _arranged(model: nn.Module, trained: bool) -> Iterator[None]:
 
 
 def _to_base_order(state: State, trained: bool) -> None:
+    if any([block.follow_shards() for block in state.blocks]):
+        raise StateError(
+            "this model is sharded (fully_shard), and no process has all of its weights; gather them with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict (full_state_dict), and load them into the "
+            "same model, prepared alike and not sharded"
+        )
     if trained:
         refresh([block for block in state.blocks if not block.edited])  # what somebody edited is kept
     else:
@@ -205,6 +214,9 @@ def _after_step(optimizer, args, kwargs) -> None:
     for state, blocks in _blocks_in(optimizer):
         if state.active:
             refresh(blocks)
+            for block in blocks:
+                if block.follow_shards():
+                    block.refresh_shards()
 
 
 def _closure(args, kwargs) -> Callable | None:
@@ -248,6 +260,8 @@ def _named(some: list[Block], blocks: list[Block]) -> str:
 
 def _blocks_in(optimizer) -> list[tuple[State, list[Block]]]:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for block in (b for state in _live for b in state.blocks):
+        block.follow_shards()
     found = [(state, [b for b in state.blocks if id(b.delta) in held]) for state in _live]
     return [(state, blocks) for state, blocks in found if blocks]
 

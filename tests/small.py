@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import s2ft_compile as s2ft
 
 U32 = 2.0**-24  # unit roundoff of float32, in which deltas and their gradients live
-# Reordered float64 sums: the relative difference of gradients, with room for the depth of these models (see s2ft_compile.testing).
+# Reordered float64 sums: the relative difference of gradients, with room for the depth of these models.
 NOISE64 = 1e-10
 QUICK = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking compiled models takes minutes
 INNER = ("aot_eager", "eager")  # without Inductor: seconds less for every test
