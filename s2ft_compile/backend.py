@@ -79,7 +79,7 @@ def _prove(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     given = dict(zip(map(id, inputs), gm.graph.find_nodes(op="placeholder")))
     for state in live_states():
         if state.active and state.permuted.axes:
-            weights = {given[id(t)]: (name, state.permuted) for name, t in state.tensors if id(t) in given}
+            weights = {given[id(t)]: (name, state.permuted) for name, t in state.tensors().items() if id(t) in given}
             if weights:
                 try:
                     state.left |= recheck(gm, weights, frozenset(state.left))

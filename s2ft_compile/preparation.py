@@ -107,21 +107,18 @@ def prepare(
     selections = trainable(model, several(example_inputs)[0], config, selections)
     orders = dense_orders(analysis, selections)
     base, index = fingerprint(model), moves_for(orders, analysis.layouts)
-    moves = [(parameters[name], dim, order) for (name, dim), order in index.items()]
-    frozen = [p for p in parameters.values() if p.requires_grad]
+    moves = [(name, dim, order) for (name, dim), order in index.items()]
+    frozen = [name for name, p in parameters.items() if p.requires_grad]
     with ExitStack() as undo:
-        for parameter, dim, order in moves:
-            move(parameter, dim, order)
-            undo.callback(move, parameter, dim, torch.argsort(order))
+        for name, dim, order in moves:
+            move(parameters[name], dim, order)
+            undo.callback(move, parameters[name], dim, torch.argsort(order))
         made = [_block(model, parameters[s.parameter_name], s, index) for s in selections]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-            undo.callback(parameter.requires_grad_, True)
+        for name in frozen:
+            parameters[name].requires_grad_(False)
+            undo.callback(parameters[name].requires_grad_, True)
         plan = Plan(config, base, tuple(piece for _, piece in made))
-        permuted = Permuted.of(analysis, orders)
-        state = State(
-            plan, [block for block, _ in made], moves, frozen, {**parameters, **dict(model.named_buffers())}, permuted
-        )
+        state = State(plan, [block for block, _ in made], moves, frozen, Permuted.of(analysis, orders))
         undo.callback(state.uninstall, model)
         state.install(model)
         undo.pop_all()

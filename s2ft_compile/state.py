@@ -7,7 +7,7 @@ W[block] == cast(W0 + delta) for every block.
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -27,25 +27,15 @@ _live: "weakref.WeakSet[State]" = weakref.WeakSet()
 
 
 class State:
-    """blocks: what trains. moves: (parameter, dim, gather index) that made the blocks dense. frozen: the parameters
-    that `prepare` froze. tensors: all parameters and buffers. permuted: the axes that are not in the base's order, and
-    left: those that a graph returned to others so. `active` is False while the weights are not the trained ones in
-    training order."""
+    """blocks: what trains. moves: (parameter, dim, gather index) that made the blocks dense. frozen: the names of
+    the parameters that `prepare` froze. permuted: the axes that are not in the base's order, and left: those that a
+    graph returned to others so. `active` is False while the weights are not the trained ones in training order."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        blocks: list[Block],
-        moves: list,
-        frozen: list[nn.Parameter],
-        tensors: Mapping[str, Tensor],
-        permuted: Permuted,
-    ):
+    def __init__(self, plan: Plan, blocks: list[Block], moves: list, frozen: list[str], permuted: Permuted):
         self.plan = plan
         self.blocks = blocks
         self.moves = moves
         self.frozen = frozen
-        self.tensors = list(tensors.items())
         self.permuted = permuted
         self.left: set[Crossing] = set()
         self.active = True
@@ -59,8 +49,20 @@ class State:
 
     def holds(self, parameters: list[Tensor]) -> bool:
         """Whether one of these parameters is trained, frozen or permuted here."""
-        held = [*self.frozen, *(m[0] for m in self.moves), *(p for b in self.blocks for p in (b.weight, b.delta))]
+        now = dict(self.model.named_parameters())
+        held = [now[name] for name in {*self.frozen, *(name for name, _, _ in self.moves)}]
+        held += [p for b in self.blocks for p in (b.weight, b.delta)]
         return not {id(p) for p in held}.isdisjoint(map(id, parameters))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's parameters and buffers, as they are now."""
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+    def move(self, back: bool) -> None:
+        """Brings the units into training order, or back into the base model's."""
+        now = dict(self.model.named_parameters())
+        for name, dim, index in reversed(self.moves) if back else self.moves:
+            move(now[name], dim, torch.argsort(index) if back else index)
 
     @torch._dynamo.disable
     def refresh(self) -> None:
@@ -70,6 +72,7 @@ class State:
 
     def install(self, model: nn.Module) -> None:
         """Lets reading a weight attach its delta, from `model` down."""
+        self.model = model
         setattr(model, NAME, self)
         for block in self.blocks:
             block.install()
@@ -94,17 +97,15 @@ def _check_loaded(model: nn.Module, state_dict, prefix, *_) -> None:
     state = find_state(model)
     if state is None:
         return
-    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
-    blocks = {id(b.weight): b for b in state.blocks}
-    for weight, block in ((b.weight, b) for b in state.blocks):
-        given = state_dict.get(prefix + names.get(id(weight), ""))
-        if given is not None:
-            block.check_loaded(block.name, given)
-    for weight, dim, _ in state.moves:
-        name = names.get(id(weight), "")
-        given = state_dict.get(prefix + name)
-        if given is not None and id(weight) not in blocks and given.shape == weight.shape and not given.is_meta:
-            check_same(name, given, weight, dim, torch.arange(weight.shape[dim]))
+    blocks, now = {b.name: b for b in state.blocks}, dict(model.named_parameters())
+    for name, dim in {**{b.name: b.dim for b in state.blocks}, **{name: dim for name, dim, _ in state.moves}}.items():
+        given, held = state_dict.get(prefix + name), now[name]
+        if given is None or given.is_meta or held.is_meta or given.shape != held.shape:
+            continue
+        if name in blocks:
+            blocks[name].check_loaded(name, given)
+        else:
+            check_same(name, given, held, dim, torch.arange(held.shape[dim]))
 
 
 def find_state(model: nn.Module) -> State | None:
@@ -146,8 +147,7 @@ def _arranged(model: nn.Module, trained: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, dim, index in state.moves:
-            move(parameter, dim, index)
+        state.move(back=False)
         for block in state.blocks:
             block.versions = None
         state._set_active(True)
@@ -168,8 +168,7 @@ def _to_base_order(state: State, trained: bool) -> None:
         for block in state.blocks:
             block.write(block.backup)
     state._set_active(False)
-    for parameter, dim, index in reversed(state.moves):
-        move(parameter, dim, torch.argsort(index))
+    state.move(back=True)
 
 
 def disabled(model: nn.Module):
@@ -194,8 +193,9 @@ def release(model: nn.Module) -> None:
     state, module = state_of(model), unwrap(model)
     _to_base_order(state, trained=True)
     state.uninstall(module)
-    for parameter in state.frozen:
-        parameter.requires_grad_(True)
+    now = dict(module.named_parameters())
+    for name in state.frozen:
+        now[name].requires_grad_(True)
     _live.discard(state)
 
 
@@ -228,7 +228,7 @@ def _check_not_stale(optimizer) -> None:
     held = [p for group in optimizer.param_groups for p in group["params"]]
     ids = {id(p) for p in held}
     for state in _live:
-        if any(id(p) in ids for p in state.frozen) and not any(id(b.delta) in ids for b in state.blocks):
+        if state.holds(held) and not any(id(b.delta) in ids for b in state.blocks):
             raise StateError(
                 f"this optimizer was made before the model was prepared: it holds {len(held)} parameters, but none of "
                 f"the {len(state.blocks)} slices. Call s2ft.prepare first, then make the optimizer, of "
