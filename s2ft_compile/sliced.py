@@ -247,7 +247,7 @@ def _read_eagerly(block: Block, weight: Tensor, delta: Tensor) -> Tensor:
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if own_delta and not own_weight:
         return weight
-    if own_weight and own_delta:
+    if own_weight and own_delta and not transformed:  # a transform may write nothing that it captured
         refresh([block])
     if transformed or (own_weight and not own_delta):
         return composed(weight, block.backup, delta, block.dim, block.ranges)

@@ -317,6 +317,22 @@ def test_functional_call_with_deltas_of_its_own():
     assert loss(model).item() == before, "the model has its own deltas again"
 
 
+def test_transforms_right_after_prepare_and_after_a_change():
+    """A read inside a transform has the delta, though it may not write the weight."""
+    _, model, plan = llama()
+    mlp, x = model.model.layers[0].mlp, torch.randn(4, 3, LLAMA["hidden_size"], dtype=torch.float64)
+    for _ in range(2):
+        mapped = torch.func.vmap(mlp)(x)
+        value, tangent = torch.func.jvp(mlp, (x,), (torch.ones_like(x),))
+        pulled = torch.func.vjp(mlp, x)[1](tangent)[0]
+        torch.testing.assert_close(mapped, mlp(x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(value, mlp(x), rtol=1e-12, atol=1e-12)
+        assert abs((pulled.sum() - tangent.pow(2).sum()).item()) <= 1e-9 * tangent.pow(2).sum().item()
+        with torch.no_grad():
+            for s in plan.slices:
+                s.delta.add_(0.1)
+
+
 def test_functional_call_with_weights_of_its_own():
     _, model, plan = llama()
     names = [s.parameter_name for s in plan.slices]
@@ -647,7 +663,9 @@ class Products(nn.Module):
 
     FORMS = {
         "linear": lambda x, W, b: F.linear(x, W, b),
+        "linear by keywords": lambda x, W, b: F.linear(input=x, weight=W, bias=b),
         "matmul": lambda x, W, b: x @ W.t() + b,
+        "matmul by keywords": lambda x, W, b: torch.matmul(input=x, other=W.transpose(dim0=0, dim1=1)) + b,
         "mT": lambda x, W, b: torch.matmul(x, W.mT) + b,
         "left": lambda x, W, b: (W @ x.mT).mT + b,
         "addmm": lambda x, W, b: torch.addmm(b, x.flatten(0, 1), W.T).unflatten(0, x.shape[:2]),

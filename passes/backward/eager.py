@@ -9,6 +9,7 @@ A view, a cast or an entry of it is such a tensor again. Everything else sees an
 full size, is cut to the slice: right, and said once.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -89,12 +90,20 @@ class AttachedWeight(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         rule = PARTIAL.get(func)
-        if rule is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if rule is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled() and _takes(rule, kwargs):
             made = rule(*args, **kwargs)
             if made is not NotImplemented:
                 return made
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+
+
+def _takes(rule: Callable, keywords: dict[str, Any]) -> bool:
+    """Whether a rule knows these keywords. Where it does not, the call is an ordinary one."""
+    code = rule.__code__
+    return bool(code.co_flags & inspect.CO_VARKEYWORDS) or keywords.keys() <= {
+        *code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    }
 
 
 def _is_attached(x: Any) -> bool:
@@ -147,11 +156,11 @@ class _Product(torch.autograd.Function):
         return dx, None, dd, db, None, None, None
 
 
-def _linear(x, weight, bias=None):
-    if not _is_attached(weight) or _is_attached(x) or _is_attached(bias) or weight.ndim != 2:
+def _linear(input, weight, bias=None):
+    if not _is_attached(weight) or _is_attached(input) or _is_attached(bias) or weight.ndim != 2:
         return NotImplemented
     W, D, where = weight.parts
-    x, W, bias = _cast_as_autocast_would(x, W, bias)
+    x, W, bias = _cast_as_autocast_would(input, W, bias)
     return _Product.apply(x, W, D, bias, where, True, F.linear)
 
 
