@@ -93,7 +93,7 @@ CASES = {
     "add of a row": (lambda a, b, c: aten.add(aten.mm(a, b), c), (*MM, (COLUMNS,)), (0, 1)),
     "scaled": (lambda a, b: aten.mul(aten.mm(a, b), 0.25), MM, (0, 1)),
     "plus a weight": (lambda a, b, c: aten.add(aten.mm(a, b), aten.sign(c)), (*MM, (ROWS, COLUMNS)), (0, 1)),
-    "expand": (lambda a, b: aten.expand(aten.mm(a, b), [2, ROWS, COLUMNS]), MM, (1, 2)),
+    "expand": (lambda a, b: aten.expand(aten.mm(a, b), [5, ROWS, COLUMNS]), MM, (1, 2)),
     "expand of a row": (lambda a, b: aten.expand(aten.mm(a, b), [ROWS, COLUMNS]), ((1, 5), (5, COLUMNS)), (0, 1)),
     "divided": (lambda a, b: aten.div(aten.neg(aten.mm(a, b)), 3.0), MM, (0, 1)),
     "view that joins it": (lambda a, b: aten.view(aten.mm(a, b), [48]), MM, (0,)),

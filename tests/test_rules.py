@@ -580,6 +580,16 @@ for _name in ("upsample_bilinear2d", "upsample_bicubic2d"):
 CASES["batch_norm"] = [batch_norm_case(aten.batch_norm.default, False)]
 for _name in ("_native_batch_norm_legit_no_training", "_batch_norm_no_update"):
     CASES[_name] = [batch_norm_case(only(_name))]
+CASES["_native_batch_norm_legit_functional"] = [
+    lambda r, training=training: (
+        lambda n: (
+            aten._native_batch_norm_legit_functional.default,
+            (r.t(3, n, 4), r.t(n), r.t(n), r.t(n), r.t(n), training, 0.1, 1e-5),
+            {},
+        )
+    )(r.n())
+    for training in (True, False)
+]
 CASES["_weight_norm_interface"] = [
     lambda r: (lambda n: (aten._weight_norm_interface.default, (r.t(n, 3, 2), r.t(n, 1, 1), 0), {}))(r.n()),
     lambda r: (lambda n: (aten._weight_norm_interface.default, (r.t(3, 2, n), r.t(1, 1, n), 2), {}))(r.n()),
