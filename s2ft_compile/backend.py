@@ -271,7 +271,7 @@ def drop_logits(gm: fx.GraphModule) -> list[int]:
 
     def frozen(node: fx.Node) -> bool:
         value = node.meta.get("example_value")
-        return value is not None and not value.requires_grad  # a weight with its delta, from attach, has no value
+        return value is not None and not value.requires_grad  # attach has a gradient
 
     dropped = chunk_loss_pass.chunk_loss(gm.graph, frozen)
     gm.recompile()

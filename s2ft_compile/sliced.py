@@ -116,8 +116,9 @@ class Block:
 
     @torch.no_grad()
     def trained(self) -> Tensor:
-        """cast(W0 + delta): the sum in the wider of the two types, rounded once."""
-        return self._wide(self.backup).add(self._wide(self.delta)).to(self.backup.dtype)
+        """cast(W0 + delta), of shards the whole: the sum in the wider of the two types, rounded once."""
+        delta = self.delta.full_tensor() if hasattr(self.delta, "placements") else self.delta
+        return self._wide(self.backup).add(self._wide(delta)).to(self.backup.dtype)
 
     def _wide(self, x: Tensor) -> Tensor:
         return x.to(torch.promote_types(self.backup.dtype, self.delta.dtype))
@@ -130,8 +131,7 @@ class Block:
         """Writes this process's part of the block. Gathers the delta, so every process has to get here."""
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        whole = self._wide(self.backup).add(self._wide(self.delta.full_tensor())).to(self.backup.dtype)
-        local = self.weight.to_local()
+        whole, local = self.trained(), self.weight.to_local()
         _, offsets = compute_local_shape_and_global_offset(
             self.weight.shape, self.weight.device_mesh, self.weight.placements
         )

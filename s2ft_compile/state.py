@@ -228,7 +228,9 @@ def _check_not_stale(optimizer) -> None:
     held = [p for group in optimizer.param_groups for p in group["params"]]
     ids = {id(p) for p in held}
     for state in _live:
-        if state.holds(held) and not any(id(b.delta) in ids for b in state.blocks):
+        if not any(id(b.delta) in ids for b in state.blocks) and state.holds(
+            held
+        ):  # the names are not walked each step
             raise StateError(
                 f"this optimizer was made before the model was prepared: it holds {len(held)} parameters, but none of "
                 f"the {len(state.blocks)} slices. Call s2ft.prepare first, then make the optimizer, of "
