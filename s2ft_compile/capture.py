@@ -145,11 +145,12 @@ def _steps(captured: Captured) -> list[str]:
 def _small_constants(program) -> dict[str, torch.Tensor]:
     lifted = program.graph_signature.inputs_to_lifted_tensor_constants.items()
     values = {name: program.constants.get(key) for name, key in lifted}
-    return {
-        name: t
-        for name, t in values.items()
-        if isinstance(t, torch.Tensor) and t.dtype == torch.int64 and t.numel() <= 64 and not t.is_meta
-    }
+    return {name: t for name, t in values.items() if isinstance(t, torch.Tensor) and is_small_index(t)}
+
+
+def is_small_index(t: torch.Tensor) -> bool:
+    """Whether a constant may be a list of positions that the model's code spells out, and has values to read."""
+    return t.dtype == torch.int64 and t.numel() <= 64 and not t.is_meta and type(t) is torch.Tensor
 
 
 def _uniform(program) -> dict[str, frozenset[int]]:

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from s2ft_compile.kernels import refresh as kernel
 from s2ft_compile.passes.backward.attach import attach
-from s2ft_compile.passes.backward.eager import attached, composed
+from s2ft_compile.passes.backward.eager import attached, composed, read_from
 
 from .errors import StateError
 
@@ -52,6 +52,7 @@ class Block:
     attached: bool = False  # whether a forward has used the delta, so that it can have a gradient
     owns_gradient: bool = False
     versions: tuple[int, int] | None = None  # of weight and delta when the block was last written
+    loading: bool = False  # whether load_state_dict may put another tensor in its place
 
     def __post_init__(self):
         self.starts, self.lengths = [s for s, _ in self.ranges], [n for _, n in self.ranges]
@@ -258,7 +259,17 @@ def _read_eagerly(block: Block, weight: Tensor, delta: Tensor) -> Tensor:
 
 
 def _property(key: str) -> property:
-    return property(lambda module: _read(module, key))
+    def replaced(module: nn.Module, value: Any) -> None:
+        raise _taken(module, key)
+
+    return property(lambda module: _read(module, key), replaced)
+
+
+def _taken(module: nn.Module, key: str) -> StateError:
+    return StateError(
+        f"{module.__dict__[HELD][key].name} has a slice that trains, and cannot be replaced, pruned or parametrized: do "
+        f"that before s2ft.prepare or after s2ft.release(model); load_state_dict changes its values"
+    )
 
 
 _classes: dict[tuple[type, tuple[str, ...]], type] = {}
@@ -299,6 +310,23 @@ class Sliced:
     def _sliced(self) -> list[Block]:
         return list(self.__dict__[HELD].values())
 
+    def register_parameter(self, name, param):
+        """`module.weight = ...` arrives here too. Who gives back what was read (tying weights) changes nothing."""
+        read = read_from(param)
+        held = self.__dict__[HELD].get(name)
+        if held is not None and not held.loading and param is not self._parameters.get(name):
+            if read is not self._parameters.get(name):
+                raise _taken(self, name)
+            return
+        if read is not None:  # under another name, as `torch.nn.utils.prune` keeps what it masks
+            raise _taken(self, next(k for k, b in self.__dict__[HELD].items() if b.weight is read))
+        super().register_parameter(name, param)
+
+    def __delattr__(self, name):
+        if name in self.__dict__[HELD]:
+            raise _taken(self, name)
+        super().__delattr__(name)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """The deltas are no part of the model's own state: the weights hold them."""
         refresh(self._sliced())
@@ -312,7 +340,11 @@ class Sliced:
         for key, block in keys.items():
             if prefix + key in state_dict:
                 block.check_loaded(prefix + key, state_dict[prefix + key])
+        for block in keys.values():
+            block.loading = True
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+        for block in keys.values():
+            block.loading = False
         for key, block in keys.items():
             if prefix + block.delta_key in missing_keys:
                 missing_keys.remove(prefix + block.delta_key)

@@ -50,7 +50,7 @@ class State:
     def holds(self, parameters: list[Tensor]) -> bool:
         """Whether one of these parameters is trained, frozen or permuted here."""
         now = dict(self.model.named_parameters())
-        held = [now[name] for name in {*self.frozen, *(name for name, _, _ in self.moves)}]
+        held = [now.get(name) for name in {*self.frozen, *(name for name, _, _ in self.moves)}]
         held += [p for b in self.blocks for p in (b.weight, b.delta)]
         return not {id(p) for p in held}.isdisjoint(map(id, parameters))
 

@@ -1,6 +1,7 @@
 """What the tests of training share: drawn and tiny Hugging Face models, the eager oracle, and snapshots of a model."""
 
 import copy
+from functools import cache
 
 import torch
 from drawn import Drawn, Spec, models
@@ -28,9 +29,15 @@ def drawn(**spec) -> Drawn:
 
 def prepared(targets=None, **spec) -> tuple[Drawn, nn.Module]:
     """A fixed drawn model, prepared; its `.make()` gives the base model."""
-    case = drawn(**spec)
+    targets = targets or {"ffn.out": 0.5, "attention.out": 1}
+    return copy.deepcopy(_prepared(tuple(targets.items()), tuple(spec.items())))
+
+
+@cache
+def _prepared(targets, spec) -> tuple[Drawn, nn.Module]:
+    case = drawn(**dict(spec))
     model = case.make()
-    s2ft.prepare(model, case.inputs, s2ft.S2FTConfig(targets=targets or {"ffn.out": 0.5, "attention.out": 1}))
+    s2ft.prepare(model, case.inputs, s2ft.S2FTConfig(targets=dict(targets)))
     return case, model
 
 

@@ -76,6 +76,28 @@ def test_a_cache_leaves_and_enters_by_head():
         checked(model, permuted, lambda m: m(tokens(length=1), past_key_values=held))
 
 
+class MultiQuery(nn.Module):
+    """Queries of four heads, one key and one value in one projection, taken apart by lists of positions; rotated keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 24, bias=False), nn.Linear(16, 16, bias=False)
+
+    def forward(self, x):
+        qkv = self.qkv(x).view(*x.shape[:2], 6, 4)
+        q, k, v = (t.transpose(1, 2) for t in (qkv[..., :-2, :], qkv[..., [-2], :], qkv[..., [-1], :]))
+        q, k = (torch.cat([-t[..., 2:], t[..., :2]], -1) + 0.5 * t for t in (q, k))
+        made = (q @ k.transpose(-1, -2)).softmax(-1) @ v.expand(-1, 4, -1, -1)
+        return self.out(made.transpose(1, 2).reshape(x.shape))
+
+
+def test_queries_keys_and_values_that_lists_of_positions_take_apart():
+    model, inputs = MultiQuery(), (torch.randn(2, 5, 16),)
+    analysis = s2ft.analyze(model, inputs)
+    assert "attention.out" in {m.role for c in analysis.couplings for m in c.members}
+    assert checked(model, of(analysis), lambda m: m(*inputs)) == [set()]
+
+
 class InPlace(Feed):
     def forward(self, x, order=False):
         h = self.up(x)

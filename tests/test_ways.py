@@ -5,11 +5,13 @@ import copy
 import io
 import threading
 import warnings
+from functools import cache
 
 import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from small import (
     LLAMA,
     NOISE64,
@@ -48,7 +50,12 @@ def no_warning_yet():
 
 
 def llama(**changes):
-    """(base in float64, the same prepared, its plan, tokens): a Hugging Face model of three layers."""
+    """(base in float64, the same prepared, its plan): a Hugging Face model of three layers."""
+    return copy.deepcopy(_llama(**changes))
+
+
+@cache
+def _llama(**changes):
     base = hf("llama", num_hidden_layers=DEPTH, **changes).double()
     model = copy.deepcopy(base)
     plan = s2ft.prepare(model, (tokens(),), s2ft.S2FTConfig(targets=TARGETS))
@@ -461,6 +468,44 @@ def test_an_edit_of_a_trained_weight_is_refused_and_not_half_undone():
         loss(model)
     s2ft.release(model)
     assert same_bits(model.get_parameter(name).sort(plan.slices[0].dim)[0], edited.sort(plan.slices[0].dim)[0])
+
+
+REPLACED = {
+    "assigned": lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros_like(layer._parameters["weight"]))),
+    "assigned, not as a parameter": lambda layer: setattr(layer, "weight", torch.zeros(16, 24)),
+    "deleted": lambda layer: delattr(layer, "weight"),
+    "its data": lambda layer: setattr(layer.weight, "data", torch.zeros(16, 24)),
+    "an entry": lambda layer: layer.weight.__setitem__(0, 0.0),
+    "in place": lambda layer: layer.weight.detach_().mul_(2),
+    "pruned": lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.3),
+    "normalized": lambda layer: torch.nn.utils.spectral_norm(layer, "weight"),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+def test_a_trained_weight_is_not_replaced(how):
+    _, model, _ = llama()
+    layer, before = model.model.layers[1].mlp.down_proj, loss(model)
+    with pytest.raises((StateError, TypeError), match="weight"):
+        REPLACED[how](layer)
+    assert layer._forward_pre_hooks == {} and torch.equal(loss(model), before)
+
+
+def test_a_weight_that_is_tied_again_is_the_same():
+    _, model, _ = llama(tie_word_embeddings=True)
+    before = snapshot(model)
+    model.tie_weights()
+    layer = model.model.layers[0].mlp.down_proj
+    layer.weight = layer.weight
+    assert_unchanged(model, before)
+
+
+def test_another_model_that_lost_a_weight_is_no_obstacle():
+    _, broken, _ = llama()
+    del broken.model.layers[1:]
+    _, model, _ = llama()
+    loss(model).backward()
+    torch.optim.SGD(s2ft.parameters(model), lr=0.1).step()
 
 
 def test_a_write_that_left_the_block_as_it_was_is_no_edit():

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from s2ft_compile.errors import StateError
+
 Ranges = Sequence[tuple[int, int]]
 
 
@@ -89,6 +91,11 @@ class AttachedWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if _writes(func) and args and _is_attached(args[0]):
+            raise StateError(
+                f"{args[0].parts[2].name} has a slice that trains: {func.__name__} on it would be lost, or undone in a "
+                f"part. Change weights before s2ft.prepare, by load_state_dict, or after s2ft.release(model)"
+            )
         rule = PARTIAL.get(func)
         if rule is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled() and _takes(rule, kwargs):
             made = rule(*args, **kwargs)
@@ -108,6 +115,20 @@ def _takes(rule: Callable, keywords: dict[str, Any]) -> bool:
 
 def _is_attached(x: Any) -> bool:
     return isinstance(x, AttachedWeight) and hasattr(x, "parts")
+
+
+def read_from(x: Any) -> Tensor | None:
+    """The weight that a read gave as this tensor."""
+    return x.parts[0] if _is_attached(x) else None
+
+
+def _writes(func: Callable) -> bool:
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "share_memory_")
+    return in_place or func in WRITES
+
+
+WRITES = {Tensor.__setitem__, Tensor.data.__set__, *(getattr(Tensor, f"__i{op}__") for op in ("add", "sub", "mul"))}
 
 
 # --- products --------------------------------------------------------------------------------------------------------

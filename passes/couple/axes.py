@@ -114,12 +114,31 @@ def split_product(axis: Axis, major: int) -> tuple[Axis, Axis] | None:
     if root.kind == PRODUCT:
         sides = split_factors(factors(root), major)
         return sides and (product(sides[0]), product(sides[1]))
-    halves = [split_product(t, t.size // minor) if t.size % minor == 0 else None for t in terms(root)]
+    halves = [_split_run(run, minor) for run in _runs(terms(root), minor)]
     if any(h is None for h in halves):
         return None
     for _, low in halves[1:]:
         unify(halves[0][1], low)
     return concat(high for high, _ in halves), halves[0][1]
+
+
+def _runs(parts: Sequence[Axis], minor: int) -> Iterator[list[Axis]]:
+    """The shortest runs of consecutive terms whose sizes are multiples of `minor`; what is left over comes last."""
+    run: list[Axis] = []
+    for part in parts:
+        run.append(part)
+        if sum(p.size for p in run) % minor == 0:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _split_run(run: Sequence[Axis], minor: int) -> tuple[Axis, Axis] | None:
+    size = sum(p.size for p in run)
+    if len(run) == 1 and size % minor == 0:
+        return split_product(run[0], size // minor)
+    return (ONE, concat(run)) if size == minor else None
 
 
 def split_factors(parts: Sequence[Axis], major: int) -> tuple[list[Axis], list[Axis]] | None:

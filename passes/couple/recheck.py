@@ -21,6 +21,7 @@ from torch import fx
 from torch._dynamo.utils import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from s2ft_compile.capture import is_small_index
 from s2ft_compile.errors import CompileError
 from s2ft_compile.layout import Layout, Leaf, Product, leaves
 from s2ft_compile.structure import Analysis
@@ -109,8 +110,14 @@ def _aten(graph: fx.GraphModule, weights: Weights) -> tuple[fx.GraphModule, Weig
     for module in traced.modules():
         if isinstance(module, fx.GraphModule):
             concretize(module.graph)
-            normalize(module.graph, {})
+            normalize(module.graph, _constants(module))
     return traced, known
+
+
+def _constants(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The values of small integer tensors that the forward made of Python numbers, by node."""
+    held = {n.name: getattr(module, n.target, None) for n in module.graph.find_nodes(op="get_attr")}
+    return {name: t for name, t in held.items() if isinstance(t, torch.Tensor) and is_small_index(t)}
 
 
 @cache
