@@ -25,7 +25,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from s2ft_compile.passes.backward import attach as attach_pass
 from s2ft_compile.passes.backward import chunk_loss as chunk_loss_pass
 from s2ft_compile.passes.backward import lower as lower_pass
-from s2ft_compile.passes.backward import slice_pushdown as pushdown_pass
+from s2ft_compile.passes.backward import pushdown as pushdown_pass
 from s2ft_compile.passes.couple.recheck import recheck
 
 from .capture import Inputs, unwrap

@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from s2ft_compile.passes.backward import slice_pushdown as slices
-from s2ft_compile.passes.backward.slice_pushdown import Editor
+from s2ft_compile.passes.backward import slice_rules as slices
+from s2ft_compile.passes.backward.pushdown import Slicer
 from s2ft_compile.passes.couple import rules as axes
 from s2ft_compile.passes.couple.axes import Axis, Pin, cut, pin, product, reshape, unify
 from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown
+from s2ft_compile.passes.editor import Mismatch
 
 from .errors import ConfigError
 
 __all__ = ["axis_rule", "slice_rule"]
-__all__ += ["Axis", "Context", "Editor", "Pin", "Value", "cut", "pin", "product", "reshape", "unify"]
+__all__ += ["Axis", "Context", "Mismatch", "Pin", "Slicer", "Value", "cut", "pin", "product", "reshape", "unify"]
 
 AxisRule = Callable[..., Any]
-SliceRule = Callable[[Editor, fx.Node, fx.Node, int], fx.Node | None]
+SliceRule = Callable[[Slicer, fx.Node, fx.Node, int], fx.Node | Mismatch | None]
 
 
 def axis_rule(operator: str, *, like: str | None = None) -> Callable[[AxisRule], AxisRule]:
@@ -44,11 +45,12 @@ def axis_rule(operator: str, *, like: str | None = None) -> Callable[[AxisRule],
 
 
 def slice_rule(operator: str, *, like: str | None = None) -> Callable[[SliceRule], SliceRule]:
-    """Registers (editor, node, x, dim) -> what computes the slice `node` of x along dim, or None where nothing can.
+    """Registers (slicer, node, x, dim) -> what computes the slice `node` of x along dim, or a `Mismatch("why not")`.
 
-    x is the operator's node, `node` the slice of its result. `editor.take(arg, d, node)` is the same slice of an
-    operand's dimension d, `editor.call(x.target, *args, like=x)` the operator on them. like: the rule of this operator
-    (with the same arguments), which needs none of its own. Raises `ConfigError` as `axis_rule` does.
+    x is the operator's node, `node` the slice of its result. `slicer.take(arg, d, node)` is the same slice of an
+    operand's dimension d, `slicer.push(arg, d, node)` that of an operand as large as the gradient, by its own rule, and
+    `slicer.call(x.target, *args, like=x)` the operator on them. like: the rule of this operator (with the same
+    arguments), which needs none of its own. Raises `ConfigError` as `axis_rule` does.
     """
     _check(operator)
     if like is not None:
@@ -93,9 +95,9 @@ def _first(known: list, like: str, kind: str) -> Any:
 def _in_place_of(known: Any, rule: SliceRule) -> SliceRule:
     """The known operator's rule, which computes the slice by the operator that it stands in for."""
 
-    def in_place(editor: Editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | None:
-        made = rule(editor, node, x, dim)
-        if made is not None and made.target is known:
+    def in_place(slicer: Slicer, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | Mismatch | None:
+        made = rule(slicer, node, x, dim)
+        if isinstance(made, fx.Node) and made.target is known:
             made.target = x.target
         return made
 

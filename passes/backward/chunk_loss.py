@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from s2ft_compile.passes.editor import Editor, Mismatch
+
 log = logging.getLogger(__name__)
 
 # Tokens in a chunk. Its product reads W once for this many FLOPs per byte, enough to be bound by arithmetic on a GPU,
@@ -152,7 +154,7 @@ def chunk_loss(graph: fx.Graph, frozen: Callable[[fx.Node], bool]) -> list[int]:
         )
     for loss in losses:
         head = _head(loss, frozen)
-        if isinstance(head, str):
+        if isinstance(head, Mismatch):
             log.warning("cross-entropy %s stays whole: %s", loss.name, head)
         elif readers := [u for n in head.logits for u in n.users if u not in (*head.logits, loss, output)]:
             log.warning("cross-entropy %s stays whole: %s reads the logits", loss.name, readers[0].name)
@@ -171,7 +173,7 @@ def keep_saved(graph: fx.Graph) -> None:
         node.args[1].meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
-def _head(loss: fx.Node, frozen: Callable[[fx.Node], bool]) -> Head | str:
+def _head(loss: fx.Node, frozen: Callable[[fx.Node], bool]) -> Head | Mismatch:
     """The head of a cross-entropy, or why it cannot be computed token by token."""
     options = inspect.signature(F.cross_entropy).bind(*loss.args, **loss.kwargs)
     options.apply_defaults()
@@ -179,9 +181,9 @@ def _head(loss: fx.Node, frozen: Callable[[fx.Node], bool]) -> Head | str:
     logits, labels = options["input"], options["target"]
     others = [name for name in ("weight", "size_average", "reduce", "label_smoothing") if options[name]]
     if others:
-        return f"it has {', '.join(others)}"
+        return Mismatch(f"it has {', '.join(others)}")
     if options["reduction"] == "none" or _value(logits).ndim != 2 or _value(labels).is_floating_point():
-        return "it is not one number for rows of logits and their labels"
+        return Mismatch("it is not one number for rows of logits and their labels")
     node, chain = logits, []
     while _rows(node, 1) is not None or _step(node):
         chain.insert(0, node)
@@ -191,39 +193,29 @@ def _head(loss: fx.Node, frozen: Callable[[fx.Node], bool]) -> Head | str:
         chain.insert(0, node)
         node = node.args[0]
     if node.target is not F.linear:
-        return f"between head and loss stands {node.name} ({node.target})"
+        return Mismatch(f"between head and loss stands {node.name} ({node.target})")
     if not all(p is None or frozen(p) for p in (*_operands(node)[1:], late)):
-        return "its head trains"
+        return Mismatch("its head trains")
     if any(n.target in AUTOCAST for n in _between(node, loss)):
-        return "head and loss differ in autocast"
+        return Mismatch("head and loss differ in autocast")
     return Head(node, late, tuple(chain), loss, options)
 
 
 def _replace(graph: fx.Graph, head: Head) -> None:
+    editor = Editor(graph)
+    editor.at = head.loss
     h, W, b = _operands(head.linear)
     tokens, chunks = _chunks(_value(head.options["input"]).shape[0])
     steps = [step for node in head.chain if (step := _step(node))]
-    with graph.inserting_before(head.loss):
-        if head.late is not None:
-            late = graph.call_method("flatten", (head.late,))
-            b = late if b is None else graph.call_function(operator.add, (b, late))
-        for node in head.chain:
-            if (args := _rows(node, _value(W).shape[1])) is not None:
-                h = graph.create_node(node.op, node.target, (h, *args), dict(node.kwargs))
-        made = graph.call_function(
-            CHUNKED,
-            (
-                h,
-                W,
-                b,
-                head.options["target"],
-                head.options["ignore_index"],
-                head.options["reduction"] == "mean",
-                [step for step, _ in steps],
-                [value for _, value in steps],
-                chunks,
-            ),
-        )
+    if head.late is not None:
+        late = editor.call(torch.flatten, head.late)
+        b = late if b is None else editor.call(operator.add, b, late)
+    for node in head.chain:
+        if (args := _rows(node, _value(W).shape[1])) is not None:
+            h = editor.again(node, h, *args)
+    labels, ignored, mean = (head.options[name] for name in ("target", "ignore_index", "reduction"))
+    names, values = [step for step, _ in steps], [value for _, value in steps]
+    made = editor.call(CHUNKED, h, W, b, labels, ignored, mean == "mean", names, values, chunks)
     head.loss.replace_all_uses_with(made)
     log.info("cross-entropy %s of %d tokens in %d chunks", head.loss.name, tokens, chunks)
 

@@ -23,8 +23,9 @@ from torch.utils import _pytree as pytree
 
 from s2ft_compile.kernels import slice_grad as _  # noqa: F401  (defines the operator)
 from s2ft_compile.kernels.support import capability
+from s2ft_compile.passes.editor import Editor
 
-from .slice_pushdown import ORIGIN, Editor, hoist
+from .pushdown import hoist
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -60,7 +61,6 @@ def lower(graph: fx.Graph, capability: tuple[int, int] | None) -> int:
             lowered += 1
     hoist(editor)
     graph.eliminate_dead_code()
-    graph.lint()
     log.info("lower: %d gradients to kernels", lowered)
     return lowered
 
@@ -147,23 +147,17 @@ def _in_place(editor: Editor, x: fx.Node) -> fx.Node:
 def see_through(graph: fx.Graph) -> None:
     """Replaces each slice_grad on a GPU with what it launches, as tracing would have done: Inductor then calls the
     kernel itself, without the operator's Python, and fuses the sum of its parts with what comes next."""
+    editor = Editor(graph)
     for node in graph.find_nodes(op="call_function", target=SLICE_GRAD):
         if node.meta["val"].is_cuda:
-            node.replace_all_uses_with(_inlined(graph, node))
+            editor.at = node
+            node.replace_all_uses_with(editor.inline(_launch(node), node.args, like=node))
             graph.erase_node(node)
-    graph.lint()
 
 
-def _inlined(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _launch(node: fx.Node) -> fx.Graph:
     values = [x.meta["val"] for x in node.args]
     with torch.no_grad(), values[0].fake_mode:
-        traced = make_fx(dispatch_functionalize(node.target))(*values).graph
-    traced.eliminate_dead_code()
-    copies = dict(zip(traced.find_nodes(op="placeholder"), node.args))
-    about = {k: v for k, v in node.meta.items() if k in ORIGIN}
-    with graph.inserting_before(node):
-        for inner in traced.nodes:
-            if inner.op == "call_function":
-                copies[inner] = graph.node_copy(inner, copies.__getitem__)
-                copies[inner].meta.update(about)
-    return copies[traced.find_nodes(op="output")[0].args[0]]
+        graph = make_fx(dispatch_functionalize(node.target))(*values).graph
+    graph.eliminate_dead_code()
+    return graph
