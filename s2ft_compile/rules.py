@@ -9,6 +9,10 @@ checks a rule of axes against the operator itself. Operators are named, so a rul
 """
 
 from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -102,3 +106,29 @@ def _in_place_of(known: Any, rule: SliceRule) -> SliceRule:
         return made
 
     return in_place
+
+
+# --- the key of compile caches -----------------------------------------------------------------------------------
+
+
+def rules_key() -> str:
+    """Another text whenever the code of a registered rule changes, or the file that defines one."""
+    tables = (axes.NAMED_AXIS_RULES, slices.NAMED_SLICE_RULES)
+    codes = [(name, _code(rule)) for table in tables for name, rule in sorted(table.items())]
+    return sha256(repr(codes).encode()).hexdigest()
+
+
+def _code(value: Any) -> Any:
+    """What a rule does, as far as text can say: of a function its code, what it captures and its file."""
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, [_code(constant) for constant in value.co_consts]
+    if not isinstance(value, FunctionType):
+        return repr(value)  # an operator's name; of any other object, its address: nothing is found in a cache then
+    file = Path(value.__code__.co_filename)
+    held = [_code(cell.cell_contents) for cell in value.__closure__ or ()]
+    return _code(value.__code__), repr(value.__defaults__), held, _digest(file) if file.is_file() else ""
+
+
+@cache
+def _digest(file: Path) -> str:
+    return sha256(file.read_bytes()).hexdigest()

@@ -70,6 +70,9 @@ def test_without_rules_nothing_is_coupled_and_no_gradient_sliced(tables):
     model = custom_operator.FeedForward().double()
     with pytest.raises(ConfigError, match="down cannot train .* by example.product"):
         s2ft.prepare(model, INPUTS, s2ft.S2FTConfig(targets={"ffn.out": 4}))
+    explained = s2ft.explain(model, INPUTS, s2ft.S2FTConfig(targets={"ffn.out": 4}))
+    why = explained.gradients["down", 0]
+    assert why.operator.startswith("example.product") and why.reason in explained.refused and not explained.steps
 
 
 def test_rules_of_ones_own(tables):

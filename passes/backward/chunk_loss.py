@@ -138,14 +138,15 @@ class Head(NamedTuple):
         return tuple(found)
 
 
-def chunk_loss(graph: fx.Graph, frozen: Callable[[fx.Node], bool]) -> list[int]:
-    """Rewrites a dynamo graph in place; returns which of its outputs were logits, and are no longer computed.
+def chunk_loss(graph: fx.Graph) -> int:
+    """Rewrites a dynamo graph in place; returns how many losses are chunked. Outputs that were their logits are None.
 
-    frozen: whether a node needs no gradient. Where nothing matches, or something else reads the logits, nothing
-    changes, and a warning says why.
+    Where nothing trains, nothing matches or something else reads the logits, nothing changes; a warning says why.
     """
+    if not any(str(n.target).startswith("s2ft.attach") for n in graph.nodes):
+        return 0
     output = graph.output_node()
-    returned, dropped = list(output.args[0]), set()
+    chunked, dropped = 0, set()
     losses = graph.find_nodes(op="call_function", target=F.cross_entropy)
     if not losses:
         log.warning(
@@ -153,18 +154,27 @@ def chunk_loss(graph: fx.Graph, frozen: Callable[[fx.Node], bool]) -> list[int]:
             "outside of the forward, or behind a graph break (TORCH_LOGS=graph_breaks says where)?"
         )
     for loss in losses:
-        head = _head(loss, frozen)
+        head = _head(loss)
         if isinstance(head, Mismatch):
             log.warning("cross-entropy %s stays whole: %s", loss.name, head)
         elif readers := [u for n in head.logits for u in n.users if u not in (*head.logits, loss, output)]:
             log.warning("cross-entropy %s stays whole: %s reads the logits", loss.name, readers[0].name)
         else:
             _replace(graph, head)
-            dropped |= {i for i, node in enumerate(returned) if node in head.logits}
-    output.args = (tuple(node for i, node in enumerate(output.args[0]) if i not in dropped),)
+            dropped |= set(head.logits)
+            chunked += 1
+    output.args = (tuple(None if node in dropped else node for node in output.args[0]),)
     graph.eliminate_dead_code()
-    graph.lint()
-    return sorted(dropped)
+    return chunked
+
+
+def whole_logits(graph: fx.Graph) -> str | None:
+    """What is wrong where the logits of a loss in chunks are computed nevertheless."""
+    heads = {loss.args[1] for loss in graph.find_nodes(op="call_function", target=CHUNKED)}
+    for node in graph.find_nodes(op="call_function", target=F.linear):
+        if _operands(node)[1] in heads:
+            return f"{node.name} computes all logits of a loss that is computed in chunks"
+    return None
 
 
 def keep_saved(graph: fx.Graph) -> None:
@@ -173,7 +183,21 @@ def keep_saved(graph: fx.Graph) -> None:
         node.args[1].meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
-def _head(loss: fx.Node, frozen: Callable[[fx.Node], bool]) -> Head | Mismatch:
+def unsaved(graph: fx.Graph) -> str | None:
+    """What is wrong where a dh may be computed again."""
+    for node in graph.find_nodes(op="call_function", target=KEEP):
+        if node.args[1].meta.get("recompute") is not CheckpointPolicy.MUST_SAVE:
+            return f"{node.args[1].name}, the gradient of a loss in chunks, is not marked as saved"
+    return None
+
+
+def _frozen(node: fx.Node) -> bool:
+    """Whether a node needs no gradient; what attach makes has one."""
+    value = node.meta.get("example_value")
+    return value is not None and not value.requires_grad
+
+
+def _head(loss: fx.Node) -> Head | Mismatch:
     """The head of a cross-entropy, or why it cannot be computed token by token."""
     options = inspect.signature(F.cross_entropy).bind(*loss.args, **loss.kwargs)
     options.apply_defaults()
@@ -194,7 +218,7 @@ def _head(loss: fx.Node, frozen: Callable[[fx.Node], bool]) -> Head | Mismatch:
         node = node.args[0]
     if node.target is not F.linear:
         return Mismatch(f"between head and loss stands {node.name} ({node.target})")
-    if not all(p is None or frozen(p) for p in (*_operands(node)[1:], late)):
+    if not all(p is None or _frozen(p) for p in (*_operands(node)[1:], late)):
         return Mismatch("its head trains")
     if any(n.target in AUTOCAST for n in _between(node, loss)):
         return Mismatch("head and loss differ in autocast")

@@ -42,6 +42,11 @@ TURNS = (aten.t.default, aten.transpose.int, aten.permute.default)
 VIEWS = (*TURNS, *SAME, aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.slice.Tensor)
 
 
+def lower_where_possible(graph: fx.Graph) -> int:
+    """`lower` for the devices that a joint graph's gradients are on."""
+    return lower(graph, graph_capability(graph))
+
+
 def graph_capability(graph: fx.Graph) -> tuple[int, int] | None:
     """The least capability of the devices of a joint graph's gradients, None if one of them has none."""
     found = [capability(device) for device in {root.meta["val"].device for root in _gradients(graph)}]
@@ -63,6 +68,13 @@ def lower(graph: fx.Graph, capability: tuple[int, int] | None) -> int:
     graph.eliminate_dead_code()
     log.info("lower: %d gradients to kernels", lowered)
     return lowered
+
+
+def rounded(graph: fx.Graph) -> str | None:
+    """What is wrong where kernels run, and a gradient is a product that is rounded before its cast all the same."""
+    if graph_capability(graph) is not None and (left := [g.name for g in _gradients(graph) if _terms(g, False)]):
+        return f"the gradient {left[0]} is a sum of rounded products, and no kernel"
+    return None
 
 
 def _gradients(graph: fx.Graph) -> list[fx.Node]:
@@ -161,3 +173,9 @@ def _launch(node: fx.Node) -> fx.Graph:
         graph = make_fx(dispatch_functionalize(node.target))(*values).graph
     graph.eliminate_dead_code()
     return graph
+
+
+def opaque(graph: fx.Graph) -> str | None:
+    """What is wrong where Inductor would call the operator of a kernel, and not the kernel."""
+    left = [n.name for n in graph.find_nodes(op="call_function", target=SLICE_GRAD) if n.meta["val"].is_cuda]
+    return f"the kernel of {left[0]} is left behind its operator" if left else None

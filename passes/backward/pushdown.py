@@ -89,7 +89,7 @@ def slice_pushdown(graph: fx.Graph) -> int:
     return len(attached)
 
 
-def nothing_attached(graph: fx.Graph) -> str | None:
+def attached(graph: fx.Graph) -> str | None:
     """What is wrong where a weight is attached, or a slice not pushed, in a graph. By the operators' names: a second
     import of `attach` would register them anew."""
     for node in graph.nodes:
