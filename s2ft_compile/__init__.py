@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .estimation import Estimate, estimate
+    from .explanation import Explanation, explain
     from .layers import compile_layers
     from .plan import Plan, Slice
     from .preparation import analyze, permute, prepare
@@ -50,6 +51,8 @@ __getattr__, __dir__ = attributes(
         "VerificationError": "errors",
         "Estimate": "estimation",
         "estimate": "estimation",
+        "Explanation": "explanation",
+        "explain": "explanation",
         "compile_layers": "layers",
         "Plan": "plan",
         "Slice": "plan",
@@ -75,6 +78,8 @@ __all__ = [
     "CompileOptions",
     "Estimate",
     "estimate",
+    "Explanation",
+    "explain",
     "analyze",
     "verify",
     "permute",

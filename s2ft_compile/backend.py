@@ -1,16 +1,15 @@
 """`torch.compile(model, backend="s2ft")`.
 
-dynamo graph ── attach deltas ──▶ joint graph ── slice pushdown, lower ──▶ Inductor. Every stage is a function of a
-graph; this module only puts them in order and hands them to AOTAutograd.
+Prepares a model at its first call, runs the passes of `pipeline` on its graphs, and hands them to AOTAutograd.
 """
 
 import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
-from pathlib import Path
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,23 +19,19 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import tracing
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from s2ft_compile.passes.backward import attach as attach_pass
-from s2ft_compile.passes.backward import chunk_loss as chunk_loss_pass
-from s2ft_compile.passes.backward import lower as lower_pass
-from s2ft_compile.passes.backward import slice_pushdown as pushdown_pass
-from s2ft_compile.passes.couple.recheck import recheck
+from s2ft_compile.passes.backward.attach import ATTACH
 
 from .capture import Inputs, unwrap
 from .config import CompileOptions, S2FTConfig
-from .errors import CompileError, ConfigError, StateError
-from .kernels import slice_grad as slice_grad_kernel
+from .errors import ConfigError, StateError
+from .pipeline import DYNAMO, JOINT, Pipeline
 from .preparation import prepare
 from .sliced import block_of, blocks_in, refresh
 from .state import live_states
 
 log = logging.getLogger(__name__)
+_numbers = count()
 
 
 def s2ft(
@@ -61,32 +56,13 @@ def s2ft(
         _prepare_or_check(example_inputs, config)
     weights = [i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter) and block_of(x) is not None]
     _check_config(example_inputs, weights, config)
-    _prove(gm, example_inputs)
-    graph, dropped = gm, []
-    if pairs and not how.logits:
-        graph = _copy(gm)
-        dropped = drop_logits(graph)
     log.info("%d of a graph's %d inputs are weights with a delta", len(pairs), len(example_inputs))
-    compiled = _compile(graph, example_inputs, how, inner_compile)
-    if pairs or weights:
-        compiled = _refreshed(compiled, pairs, weights, _replays(how))
-    return _with_none(compiled, dropped)
-
-
-def _prove(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """The analysis held for the traces that it saw; here is the graph that runs, perhaps another. Raises `CompileError`
-    where the order of a permuted axis matters in it."""
-    given = dict(zip(map(id, inputs), gm.graph.find_nodes(op="placeholder")))
-    for state in live_states():
-        if state.active and state.permuted.axes:
-            weights = {given[id(t)]: (name, state.permuted) for name, t in state.tensors().items() if id(t) in given}
-            if weights:
-                try:
-                    state.left |= recheck(gm, weights, frozenset(state.left))
-                except CompileError:
-                    raise
-                except Exception as error:  # a higher-order operator that no rule traces: what `prepare` proved stands
-                    log.warning("a graph could not be proved again (%s: %s)", type(error).__name__, error)
+    pipeline = Pipeline(how, next(_numbers))
+    graph = gm if how.logits else _copy(gm)
+    pipeline.run(DYNAMO, graph.graph, example_inputs)
+    graph.recompile()
+    compiled = _compile(graph, example_inputs, pipeline, inner_compile)
+    return _refreshed(compiled, pairs, weights, _replays(how)) if pairs or weights else compiled
 
 
 def attached_inputs(graph: fx.Graph) -> list[tuple[int, int]]:
@@ -96,7 +72,7 @@ def attached_inputs(graph: fx.Graph) -> list[tuple[int, int]]:
     return list(dict.fromkeys((positions[w], positions[d]) for w, d in found if w in positions and d in positions))
 
 
-ATTACHES = (torch.ops.s2ft.attach, attach_pass.ATTACH)
+ATTACHES = (torch.ops.s2ft.attach, ATTACH)
 
 
 def _refreshed(compiled: Callable, pairs: Sequence[tuple[int, int]], weights: Sequence[int], replays: bool) -> Callable:
@@ -122,20 +98,6 @@ def _refreshed(compiled: Callable, pairs: Sequence[tuple[int, int]], weights: Se
                     block.own_gradient()
         refresh(block for i in weights if (block := block_of(args[i])) is not None)
         return compiled(*args)
-
-    return run
-
-
-def _with_none(compiled: Callable, dropped: Sequence[int]) -> Callable:
-    """Puts None where the dynamo graph had an output that is no longer computed."""
-    if not dropped:
-        return compiled
-
-    def run(*args):
-        outputs = list(compiled(*args))
-        for position in dropped:
-            outputs.insert(position, None)
-        return outputs
 
     return run
 
@@ -241,46 +203,8 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-# what a compiled graph depends on besides itself: every file beside the passes and the kernels
-PASS_FILES = tuple(
-    str(file) for m in (attach_pass, slice_grad_kernel) for file in sorted(Path(m.__file__).parent.glob("*.py"))
-)
-
-
-@dataclass(frozen=True)
-class JointPasses(CustomGraphPass):
-    """What happens to a joint graph, in order, as Inductor's hook. Its uuid is its source, so caches stay valid."""
-
-    kernels: bool
-
-    def rewrite(self, joint: fx.Graph) -> None:
-        if pushdown_pass.slice_pushdown(joint):
-            chunk_loss_pass.keep_saved(joint)
-            lower_pass.lower(joint, lower_pass.graph_capability(joint) if self.kernels else None)
-
-    def __call__(self, graph: fx.Graph) -> None:
-        self.rewrite(graph)
-        lower_pass.see_through(graph)
-
-    def uuid(self) -> bytes:
-        return get_hash_for_files(PASS_FILES, str(self.kernels))
-
-
-def drop_logits(gm: fx.GraphModule) -> list[int]:
-    """`chunk_loss` on a dynamo graph; the positions of the outputs it no longer has."""
-
-    def frozen(node: fx.Node) -> bool:
-        value = node.meta.get("example_value")
-        return value is not None and not value.requires_grad  # attach has a gradient
-
-    dropped = chunk_loss_pass.chunk_loss(gm.graph, frozen)
-    gm.recompile()
-    return dropped
-
-
-def _compile(
-    gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions, inner_compile: Callable | None
-) -> Callable:
+def _compile(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, inner_compile: Callable | None) -> Callable:
+    how = pipeline.how
     if how.inner == "eager":
         return gm
     functorch = torch._functorch.config.patch(
@@ -291,8 +215,8 @@ def _compile(
     )
     with functorch:
         if how.inner == "aot_eager":
-            return _aot_eager(gm, inputs, how)
-        return _inductor(gm, inputs, how, inner_compile)
+            return _aot_eager(gm, inputs, pipeline)
+        return _inductor(gm, inputs, pipeline, inner_compile)
 
 
 def _replays(how: CompileOptions) -> bool:
@@ -309,21 +233,18 @@ def _mode_options(how: CompileOptions) -> dict[str, Any]:
 
 
 def _inductor(
-    gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions, inner_compile: Callable | None
+    gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, inner_compile: Callable | None
 ) -> Callable:
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**_mode_options(how), "joint_custom_pre_pass": JointPasses(how.kernels)}
+    patches = {**_mode_options(pipeline.how), "joint_custom_pre_pass": pipeline}
     replaced = {"inner_compile": inner_compile} if inner_compile else {}
     return compile_fx(gm, list(inputs), config_patches=patches, **replaced)
 
 
-def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions) -> Callable:
+def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline) -> Callable:
     return aot_autograd(
-        fw_compiler=boxed,
-        bw_compiler=boxed,
-        inference_compiler=boxed,
-        partition_fn=partial(_partition, JointPasses(how.kernels)),
+        fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed, partition_fn=partial(_partition, pipeline)
     )(gm, list(inputs))
 
 
@@ -333,7 +254,7 @@ def boxed(gm: fx.GraphModule, inputs) -> Callable:
     return make_boxed_func(gm.forward)
 
 
-def _partition(passes: JointPasses, joint: fx.GraphModule, inputs, **kwargs):
-    passes.rewrite(joint.graph)
+def _partition(pipeline: Pipeline, joint: fx.GraphModule, inputs, **kwargs):
+    pipeline.rewrite(joint.graph, JOINT)
     joint.recompile()
     return min_cut_rematerialization_partition(joint, inputs, **kwargs)

@@ -147,6 +147,9 @@ class CompileOptions:
         full logits exist. Forwards without gradients return them all the same.
     mode: of Inductor, one of `MODES`. The same as torch.compile's, which allows no options beside it.
     kernels: whether the gradients of slices are Triton kernels on a GPU that has them. False: products of aten.
+    off: the names of passes (`s2ft_compile.pipeline.PASSES`) to leave out, to find out which one is to blame. Without
+        "slice_pushdown" gradients are made at full size, and without "recheck" a graph that is not proved runs.
+    trace: a folder for what each pass does to each graph, as text before and after.
     """
 
     inner: str = "inductor"
@@ -154,6 +157,8 @@ class CompileOptions:
     logits: bool = True
     mode: str | None = None
     kernels: bool = True
+    off: Sequence[str] = ()
+    trace: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.inner not in INNER:
@@ -166,6 +171,13 @@ class CompileOptions:
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.mode is not None:
             check_choice("mode", self.mode, MODES)
+        if isinstance(self.off, str) or not all(isinstance(name, str) for name in self.off):
+            raise ConfigError(f"off is a list of names of passes, got {self.off!r}")
+        object.__setattr__(self, "off", tuple(self.off))
+        if self.trace is not None:
+            if not isinstance(self.trace, (str, os.PathLike)) or os.path.isfile(self.trace):
+                raise ConfigError(f"trace is a folder to write to, got {self.trace!r}")
+            object.__setattr__(self, "trace", os.fspath(self.trace))
 
 
 def qualified_name(selection: str | Callable[..., Any]) -> str:

@@ -7,7 +7,7 @@ read from those two graphs; nothing runs.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -77,9 +77,7 @@ def estimate(
     unlabelled = {k: v for k, v in kwargs.items() if "label" not in k}
     plain = S2FTConfig(config.targets, budget=_plain(config.budget), top_layers=config.top_layers)
     prepare(model, Inputs(args, unlabelled), plain)
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    fake = _with_fake_storage(model.train(), mode)
-    graphs = _graphs(fake, *pytree.tree_map_only(Tensor, partial(_fake, mode), (args, kwargs)), options, mode)
+    fake, graphs = graphs_of_step(model, args, kwargs, options)
     return _summed(fake, graphs, (args, kwargs))
 
 
@@ -99,26 +97,29 @@ def _fake(mode: FakeTensorMode, t: Tensor) -> Tensor:
     return nn.Parameter(made, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else made
 
 
-def _graphs(model: nn.Module, args, kwargs, options: CompileOptions, mode: FakeTensorMode) -> list[fx.GraphModule]:
-    """What Inductor would be given of one step: a forward and a backward, or more of each after graph breaks."""
+def graphs_of_step(
+    model: nn.Module, args: Any, kwargs: Any, options: CompileOptions
+) -> tuple[nn.Module, list[fx.GraphModule]]:
+    """A prepared model with fake storage, and what Inductor would be given of one training step of it: a forward and a
+    backward, or more of each after graph breaks. Nothing runs."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    model = _with_fake_storage(model.train(), mode)
+    args, kwargs = pytree.tree_map_only(Tensor, partial(_fake, mode), (args, kwargs))
     found: list[fx.GraphModule] = []
 
     def keep(gm: fx.GraphModule, inputs, **_) -> Callable:
         found.append(gm)
         return boxed(gm, inputs)
 
-    net = torch.compile(
-        model,
-        backend=partial(s2ft, inner_compile=keep),
-        options={"activation_budget": options.activation_budget, "logits": options.logits},
-    )
+    how = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("inner", "mode")}
+    net = torch.compile(model, backend=partial(s2ft, inner_compile=keep), options=how)
     with mode:
         output = net(*args, **kwargs)
         loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else None
         if loss is None:
             loss = sum(t.float().sum() for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
         loss.backward()
-    return found
+    return model, found
 
 
 # --- from graphs to bytes ----------------------------------------------------------------------------------------

@@ -9,24 +9,29 @@ checks a rule of axes against the operator itself. Operators are named, so a rul
 """
 
 from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import fx
 
-from s2ft_compile.passes.backward import slice_pushdown as slices
-from s2ft_compile.passes.backward.slice_pushdown import Editor
+from s2ft_compile.passes.backward import slice_rules as slices
+from s2ft_compile.passes.backward.pushdown import Slicer
 from s2ft_compile.passes.couple import rules as axes
 from s2ft_compile.passes.couple.axes import Axis, Pin, cut, pin, product, reshape, unify
 from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown
+from s2ft_compile.passes.editor import Mismatch
 
 from .errors import ConfigError
 
 __all__ = ["axis_rule", "slice_rule"]
-__all__ += ["Axis", "Context", "Editor", "Pin", "Value", "cut", "pin", "product", "reshape", "unify"]
+__all__ += ["Axis", "Context", "Mismatch", "Pin", "Slicer", "Value", "cut", "pin", "product", "reshape", "unify"]
 
 AxisRule = Callable[..., Any]
-SliceRule = Callable[[Editor, fx.Node, fx.Node, int], fx.Node | None]
+SliceRule = Callable[[Slicer, fx.Node, fx.Node, int], fx.Node | Mismatch | None]
 
 
 def axis_rule(operator: str, *, like: str | None = None) -> Callable[[AxisRule], AxisRule]:
@@ -44,11 +49,12 @@ def axis_rule(operator: str, *, like: str | None = None) -> Callable[[AxisRule],
 
 
 def slice_rule(operator: str, *, like: str | None = None) -> Callable[[SliceRule], SliceRule]:
-    """Registers (editor, node, x, dim) -> what computes the slice `node` of x along dim, or None where nothing can.
+    """Registers (slicer, node, x, dim) -> what computes the slice `node` of x along dim, or a `Mismatch("why not")`.
 
-    x is the operator's node, `node` the slice of its result. `editor.take(arg, d, node)` is the same slice of an
-    operand's dimension d, `editor.call(x.target, *args, like=x)` the operator on them. like: the rule of this operator
-    (with the same arguments), which needs none of its own. Raises `ConfigError` as `axis_rule` does.
+    x is the operator's node, `node` the slice of its result. `slicer.take(arg, d, node)` is the same slice of an
+    operand's dimension d, `slicer.push(arg, d, node)` that of an operand as large as the gradient, by its own rule, and
+    `slicer.call(x.target, *args, like=x)` the operator on them. like: the rule of this operator (with the same
+    arguments), which needs none of its own. Raises `ConfigError` as `axis_rule` does.
     """
     _check(operator)
     if like is not None:
@@ -93,10 +99,36 @@ def _first(known: list, like: str, kind: str) -> Any:
 def _in_place_of(known: Any, rule: SliceRule) -> SliceRule:
     """The known operator's rule, which computes the slice by the operator that it stands in for."""
 
-    def in_place(editor: Editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | None:
-        made = rule(editor, node, x, dim)
-        if made is not None and made.target is known:
+    def in_place(slicer: Slicer, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | Mismatch | None:
+        made = rule(slicer, node, x, dim)
+        if isinstance(made, fx.Node) and made.target is known:
             made.target = x.target
         return made
 
     return in_place
+
+
+# --- the key of compile caches -----------------------------------------------------------------------------------
+
+
+def rules_key() -> str:
+    """Another text whenever the code of a registered rule changes, or the file that defines one."""
+    tables = (axes.NAMED_AXIS_RULES, slices.NAMED_SLICE_RULES)
+    codes = [(name, _code(rule)) for table in tables for name, rule in sorted(table.items())]
+    return sha256(repr(codes).encode()).hexdigest()
+
+
+def _code(value: Any) -> Any:
+    """What a rule does, as far as text can say: of a function its code, what it captures and its file."""
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, [_code(constant) for constant in value.co_consts]
+    if not isinstance(value, FunctionType):
+        return repr(value)  # an operator's name; of any other object, its address: nothing is found in a cache then
+    file = Path(value.__code__.co_filename)
+    held = [_code(cell.cell_contents) for cell in value.__closure__ or ()]
+    return _code(value.__code__), repr(value.__defaults__), held, _digest(file) if file.is_file() else ""
+
+
+@cache
+def _digest(file: Path) -> str:
+    return sha256(file.read_bytes()).hexdigest()

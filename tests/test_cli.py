@@ -100,6 +100,19 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+# explain
+
+
+def test_explain_shows_passes_and_reasons_and_leaves_a_trace(base, tmp_path):
+    result = invoke("explain", base, "--targets", "ffn.out=2", "--off", "lower", "--trace", tmp_path / "trace")
+    assert result.exit_code == 0, result.output
+    for expected in ("slice_pushdown: 8 operators changed", "cannot be sliced", "rows are looked up by index"):
+        assert expected in result.output
+    assert len(list((tmp_path / "trace").glob("*-slice_pushdown.after.txt"))) == 1
+    assert not list((tmp_path / "trace").glob("*-lower.*"))
+    assert "there is no pass 'lowered' to be off; valid: recheck" in refused("explain", base, "--off", "lowered")
+
+
 # inspect
 
 

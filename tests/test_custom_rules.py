@@ -8,7 +8,7 @@ import torch
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError
-from s2ft_compile.passes.backward import slice_pushdown
+from s2ft_compile.passes.backward import slice_rules
 from s2ft_compile.passes.couple import rules as axes
 from s2ft_compile.passes.couple.rules.contraction import axes_mm
 from s2ft_compile.rules import Value, axis_rule, pin, slice_rule, unify
@@ -22,13 +22,13 @@ NAME, INPUTS = "example::product", (torch.randn(8, 16, dtype=torch.float64),)
 @pytest.fixture
 def tables(monkeypatch):
     """Both tables, as they were again after the test."""
-    for table in (axes.NAMED_AXIS_RULES, slice_pushdown.NAMED_SLICE_RULES):
+    for table in (axes.NAMED_AXIS_RULES, slice_rules.NAMED_SLICE_RULES):
         for name in (NAME, "other::op"):
             if name in table:
                 monkeypatch.setitem(table, name, table[name])
             else:
                 monkeypatch.delitem(table, name, raising=False)
-    return axes.NAMED_AXIS_RULES, slice_pushdown.NAMED_SLICE_RULES
+    return axes.NAMED_AXIS_RULES, slice_rules.NAMED_SLICE_RULES
 
 
 def gradients(model) -> dict:
@@ -70,6 +70,9 @@ def test_without_rules_nothing_is_coupled_and_no_gradient_sliced(tables):
     model = custom_operator.FeedForward().double()
     with pytest.raises(ConfigError, match="down cannot train .* by example.product"):
         s2ft.prepare(model, INPUTS, s2ft.S2FTConfig(targets={"ffn.out": 4}))
+    explained = s2ft.explain(model, INPUTS, s2ft.S2FTConfig(targets={"ffn.out": 4}))
+    why = explained.gradients["down", 0]
+    assert why.operator.startswith("example.product") and why.reason in explained.refused and not explained.steps
 
 
 def test_rules_of_ones_own(tables):

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import s2ft_compile as s2ft
 from s2ft_compile.errors import CompileError
 from s2ft_compile.passes.backward.attach import ATTACH, TAKE, attach
-from s2ft_compile.passes.backward.slice_pushdown import SLICE_RULES, slice_pushdown
+from s2ft_compile.passes.backward.pushdown import slice_pushdown
+from s2ft_compile.passes.backward.slice_rules import SLICE_RULES
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

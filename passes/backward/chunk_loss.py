@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from s2ft_compile.passes.editor import Editor, Mismatch
+
 log = logging.getLogger(__name__)
 
 # Tokens in a chunk. Its product reads W once for this many FLOPs per byte, enough to be bound by arithmetic on a GPU,
@@ -136,14 +138,15 @@ class Head(NamedTuple):
         return tuple(found)
 
 
-def chunk_loss(graph: fx.Graph, frozen: Callable[[fx.Node], bool]) -> list[int]:
-    """Rewrites a dynamo graph in place; returns which of its outputs were logits, and are no longer computed.
+def chunk_loss(graph: fx.Graph) -> int:
+    """Rewrites a dynamo graph in place; returns how many losses are chunked. Outputs that were their logits are None.
 
-    frozen: whether a node needs no gradient. Where nothing matches, or something else reads the logits, nothing
-    changes, and a warning says why.
+    Where nothing trains, nothing matches or something else reads the logits, nothing changes; a warning says why.
     """
+    if not any(str(n.target).startswith("s2ft.attach") for n in graph.nodes):
+        return 0
     output = graph.output_node()
-    returned, dropped = list(output.args[0]), set()
+    chunked, dropped = 0, set()
     losses = graph.find_nodes(op="call_function", target=F.cross_entropy)
     if not losses:
         log.warning(
@@ -151,18 +154,27 @@ def chunk_loss(graph: fx.Graph, frozen: Callable[[fx.Node], bool]) -> list[int]:
             "outside of the forward, or behind a graph break (TORCH_LOGS=graph_breaks says where)?"
         )
     for loss in losses:
-        head = _head(loss, frozen)
-        if isinstance(head, str):
+        head = _head(loss)
+        if isinstance(head, Mismatch):
             log.warning("cross-entropy %s stays whole: %s", loss.name, head)
         elif readers := [u for n in head.logits for u in n.users if u not in (*head.logits, loss, output)]:
             log.warning("cross-entropy %s stays whole: %s reads the logits", loss.name, readers[0].name)
         else:
             _replace(graph, head)
-            dropped |= {i for i, node in enumerate(returned) if node in head.logits}
-    output.args = (tuple(node for i, node in enumerate(output.args[0]) if i not in dropped),)
+            dropped |= set(head.logits)
+            chunked += 1
+    output.args = (tuple(None if node in dropped else node for node in output.args[0]),)
     graph.eliminate_dead_code()
-    graph.lint()
-    return sorted(dropped)
+    return chunked
+
+
+def whole_logits(graph: fx.Graph) -> str | None:
+    """What is wrong where the logits of a loss in chunks are computed nevertheless."""
+    heads = {loss.args[1] for loss in graph.find_nodes(op="call_function", target=CHUNKED)}
+    for node in graph.find_nodes(op="call_function", target=F.linear):
+        if _operands(node)[1] in heads:
+            return f"{node.name} computes all logits of a loss that is computed in chunks"
+    return None
 
 
 def keep_saved(graph: fx.Graph) -> None:
@@ -171,7 +183,21 @@ def keep_saved(graph: fx.Graph) -> None:
         node.args[1].meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
-def _head(loss: fx.Node, frozen: Callable[[fx.Node], bool]) -> Head | str:
+def unsaved(graph: fx.Graph) -> str | None:
+    """What is wrong where a dh may be computed again."""
+    for node in graph.find_nodes(op="call_function", target=KEEP):
+        if node.args[1].meta.get("recompute") is not CheckpointPolicy.MUST_SAVE:
+            return f"{node.args[1].name}, the gradient of a loss in chunks, is not marked as saved"
+    return None
+
+
+def _frozen(node: fx.Node) -> bool:
+    """Whether a node needs no gradient; what attach makes has one."""
+    value = node.meta.get("example_value")
+    return value is not None and not value.requires_grad
+
+
+def _head(loss: fx.Node) -> Head | Mismatch:
     """The head of a cross-entropy, or why it cannot be computed token by token."""
     options = inspect.signature(F.cross_entropy).bind(*loss.args, **loss.kwargs)
     options.apply_defaults()
@@ -179,9 +205,9 @@ def _head(loss: fx.Node, frozen: Callable[[fx.Node], bool]) -> Head | str:
     logits, labels = options["input"], options["target"]
     others = [name for name in ("weight", "size_average", "reduce", "label_smoothing") if options[name]]
     if others:
-        return f"it has {', '.join(others)}"
+        return Mismatch(f"it has {', '.join(others)}")
     if options["reduction"] == "none" or _value(logits).ndim != 2 or _value(labels).is_floating_point():
-        return "it is not one number for rows of logits and their labels"
+        return Mismatch("it is not one number for rows of logits and their labels")
     node, chain = logits, []
     while _rows(node, 1) is not None or _step(node):
         chain.insert(0, node)
@@ -191,39 +217,29 @@ def _head(loss: fx.Node, frozen: Callable[[fx.Node], bool]) -> Head | str:
         chain.insert(0, node)
         node = node.args[0]
     if node.target is not F.linear:
-        return f"between head and loss stands {node.name} ({node.target})"
-    if not all(p is None or frozen(p) for p in (*_operands(node)[1:], late)):
-        return "its head trains"
+        return Mismatch(f"between head and loss stands {node.name} ({node.target})")
+    if not all(p is None or _frozen(p) for p in (*_operands(node)[1:], late)):
+        return Mismatch("its head trains")
     if any(n.target in AUTOCAST for n in _between(node, loss)):
-        return "head and loss differ in autocast"
+        return Mismatch("head and loss differ in autocast")
     return Head(node, late, tuple(chain), loss, options)
 
 
 def _replace(graph: fx.Graph, head: Head) -> None:
+    editor = Editor(graph)
+    editor.at = head.loss
     h, W, b = _operands(head.linear)
     tokens, chunks = _chunks(_value(head.options["input"]).shape[0])
     steps = [step for node in head.chain if (step := _step(node))]
-    with graph.inserting_before(head.loss):
-        if head.late is not None:
-            late = graph.call_method("flatten", (head.late,))
-            b = late if b is None else graph.call_function(operator.add, (b, late))
-        for node in head.chain:
-            if (args := _rows(node, _value(W).shape[1])) is not None:
-                h = graph.create_node(node.op, node.target, (h, *args), dict(node.kwargs))
-        made = graph.call_function(
-            CHUNKED,
-            (
-                h,
-                W,
-                b,
-                head.options["target"],
-                head.options["ignore_index"],
-                head.options["reduction"] == "mean",
-                [step for step, _ in steps],
-                [value for _, value in steps],
-                chunks,
-            ),
-        )
+    if head.late is not None:
+        late = editor.call(torch.flatten, head.late)
+        b = late if b is None else editor.call(operator.add, b, late)
+    for node in head.chain:
+        if (args := _rows(node, _value(W).shape[1])) is not None:
+            h = editor.again(node, h, *args)
+    labels, ignored, mean = (head.options[name] for name in ("target", "ignore_index", "reduction"))
+    names, values = [step for step, _ in steps], [value for _, value in steps]
+    made = editor.call(CHUNKED, h, W, b, labels, ignored, mean == "mean", names, values, chunks)
     head.loss.replace_all_uses_with(made)
     log.info("cross-entropy %s of %d tokens in %d chunks", head.loss.name, tokens, chunks)
 

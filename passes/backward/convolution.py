@@ -9,18 +9,22 @@ import operator
 import torch
 from torch import fx
 
+from s2ft_compile.passes.editor import Mismatch
+
 aten = torch.ops.aten
 BACKWARD = aten.convolution_backward.default
 
 
-def push_convolution(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | None:
+def push_convolution(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | Mismatch:
     maker, index = x.args
     dY, X, W, _, *geometry, transposed, padding, groups, _ = maker.args
     if index == 2:
         over = [d for d in range(dY.meta["val"].ndim) if d != 1]
         return editor.call(aten.sum.dim_IntList, editor.take(dY, 1, node), over, like=x)
-    if index != 1 or dim > 1 or (transposed and groups > 1):
-        return None
+    if index != 1 or dim > 1:
+        return Mismatch("only channels of a convolution's kernel are sliced")
+    if transposed and groups > 1:
+        return Mismatch("a transposed convolution in groups has no slice rule")
     size = W.meta["val"].shape
     if groups > 1:
         dY, X, groups = _grouped(editor, node, dY, X, size, groups, dim)

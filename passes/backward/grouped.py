@@ -11,16 +11,21 @@ from typing import Any
 import torch
 from torch import fx
 
+from s2ft_compile.passes.editor import Mismatch
+
 aten = torch.ops.aten
 BACKWARD, FORWARD = "transformers::grouped_mm_fallback_backward", "grouped_mm_fallback"
+WHOLE = "the rows of an expert are known in the step only, so a slice of experts cannot be told apart"
 ALIGNED = 16  # bytes: of the strides that aten._grouped_mm takes
 
 
-def push_grouped_mm(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | None:
+def push_grouped_mm(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | Mismatch:
     """A slice of Xᵀ · dY by groups is that of the operand whose columns it takes, filled up to a stride that works."""
     a, b, *rest = x.args
-    if dim == 0 or a.meta["val"].ndim != 2 or b.meta["val"].ndim != 2:
-        return None
+    if a.meta["val"].ndim != 2 or b.meta["val"].ndim != 2:
+        return Mismatch("it is no product of two matrices")
+    if dim == 0:
+        return Mismatch(WHOLE)
     columns = editor.call(aten.permute.default, a, [1, 0], like=x) if dim == 1 else b
     sliced, size = editor.take(columns, 1, node), node.meta["val"].shape[dim]
     if missing := -size % (ALIGNED // sliced.meta["val"].itemsize):
@@ -30,11 +35,13 @@ def push_grouped_mm(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | No
     return editor.call(aten.slice.Tensor, made, dim, 0, size, like=x) if missing else made
 
 
-def push_output(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | None:
+def push_output(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | Mismatch:
     """dW of the fallback's backward(X, W, offsets, dY): the same of sliced operands."""
     maker, index = x.args
-    if not _is_backward(maker) or index != 1 or dim == 0:
-        return None
+    if not _is_backward(maker) or index != 1:
+        return Mismatch("it is one of several results, and has no slice rule")
+    if dim == 0:
+        return Mismatch(WHOLE)
     X, W, offsets, dY = maker.args
     X, dY = (editor.take(X, 1, node), dY) if dim == 1 else (X, editor.take(dY, 1, node))
     made = editor.call(maker.target, X, editor.take(W, dim, node), offsets, dY, like=maker)

@@ -23,8 +23,9 @@ from torch.utils import _pytree as pytree
 
 from s2ft_compile.kernels import slice_grad as _  # noqa: F401  (defines the operator)
 from s2ft_compile.kernels.support import capability
+from s2ft_compile.passes.editor import Editor
 
-from .slice_pushdown import ORIGIN, Editor, hoist
+from .pushdown import hoist
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -39,6 +40,11 @@ CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 SAME = (aten.alias.default, aten.detach.default)
 TURNS = (aten.t.default, aten.transpose.int, aten.permute.default)
 VIEWS = (*TURNS, *SAME, aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.slice.Tensor)
+
+
+def lower_where_possible(graph: fx.Graph) -> int:
+    """`lower` for the devices that a joint graph's gradients are on."""
+    return lower(graph, graph_capability(graph))
 
 
 def graph_capability(graph: fx.Graph) -> tuple[int, int] | None:
@@ -60,9 +66,15 @@ def lower(graph: fx.Graph, capability: tuple[int, int] | None) -> int:
             lowered += 1
     hoist(editor)
     graph.eliminate_dead_code()
-    graph.lint()
     log.info("lower: %d gradients to kernels", lowered)
     return lowered
+
+
+def rounded(graph: fx.Graph) -> str | None:
+    """What is wrong where kernels run, and a gradient is a product that is rounded before its cast all the same."""
+    if graph_capability(graph) is not None and (left := [g.name for g in _gradients(graph) if _terms(g, False)]):
+        return f"the gradient {left[0]} is a sum of rounded products, and no kernel"
+    return None
 
 
 def _gradients(graph: fx.Graph) -> list[fx.Node]:
@@ -147,23 +159,23 @@ def _in_place(editor: Editor, x: fx.Node) -> fx.Node:
 def see_through(graph: fx.Graph) -> None:
     """Replaces each slice_grad on a GPU with what it launches, as tracing would have done: Inductor then calls the
     kernel itself, without the operator's Python, and fuses the sum of its parts with what comes next."""
+    editor = Editor(graph)
     for node in graph.find_nodes(op="call_function", target=SLICE_GRAD):
         if node.meta["val"].is_cuda:
-            node.replace_all_uses_with(_inlined(graph, node))
+            editor.at = node
+            node.replace_all_uses_with(editor.inline(_launch(node), node.args, like=node))
             graph.erase_node(node)
-    graph.lint()
 
 
-def _inlined(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _launch(node: fx.Node) -> fx.Graph:
     values = [x.meta["val"] for x in node.args]
     with torch.no_grad(), values[0].fake_mode:
-        traced = make_fx(dispatch_functionalize(node.target))(*values).graph
-    traced.eliminate_dead_code()
-    copies = dict(zip(traced.find_nodes(op="placeholder"), node.args))
-    about = {k: v for k, v in node.meta.items() if k in ORIGIN}
-    with graph.inserting_before(node):
-        for inner in traced.nodes:
-            if inner.op == "call_function":
-                copies[inner] = graph.node_copy(inner, copies.__getitem__)
-                copies[inner].meta.update(about)
-    return copies[traced.find_nodes(op="output")[0].args[0]]
+        graph = make_fx(dispatch_functionalize(node.target))(*values).graph
+    graph.eliminate_dead_code()
+    return graph
+
+
+def opaque(graph: fx.Graph) -> str | None:
+    """What is wrong where Inductor would call the operator of a kernel, and not the kernel."""
+    left = [n.name for n in graph.find_nodes(op="call_function", target=SLICE_GRAD) if n.meta["val"].is_cuda]
+    return f"the kernel of {left[0]} is left behind its operator" if left else None

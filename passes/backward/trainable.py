@@ -1,7 +1,7 @@
 """Which weights' gradients can be sliced, found before anything is changed.
 
 One joint graph of the model with fake tensors, each candidate `attach`ed to a delta of one row; slice pushdown runs on
-each gradient by itself, and what it refuses is the answer. A model that cannot be traced so says nothing: the
+each gradient by itself, and where it does not match is the answer. A model that cannot be traced so says nothing: the
 first step then refuses what this would have.
 """
 
@@ -17,11 +17,12 @@ from torch.utils import _pytree as pytree
 
 from s2ft_compile.capture import arguments, inference_mode_of, tied_names
 from s2ft_compile.config import S2FTConfig
-from s2ft_compile.errors import CompileError, ConfigError
+from s2ft_compile.errors import ConfigError
+from s2ft_compile.passes.editor import Mismatch
 from s2ft_compile.passes.select.select import Selection
 
 from .attach import TAKE, attach
-from .slice_pushdown import Editor, _pushed
+from .pushdown import Slicer
 
 log = logging.getLogger(__name__)
 Place = tuple[str, int]
@@ -37,13 +38,13 @@ def trainable(
     for s in selections:
         why = refused.get((s.parameter_name, s.dim))
         if why and (not left or not any(role in config.targets for role in s.roles)):
-            raise ConfigError(f"{s.parameter_name} cannot train along dim {s.dim}: {why}")
+            raise ConfigError(f"{s.parameter_name} cannot train along dim {s.dim}: its gradient would be {why}")
         if why:
-            log.warning("%s is left out of %s: %s", s.parameter_name, ", ".join(s.roles), why)
+            log.warning("%s is left out of %s: its gradient would be %s", s.parameter_name, ", ".join(s.roles), why)
     return left
 
 
-def refused_gradients(model: nn.Module, example_inputs: Any, places: Sequence[Place]) -> dict[Place, str]:
+def refused_gradients(model: nn.Module, example_inputs: Any, places: Sequence[Place]) -> dict[Place, Mismatch]:
     """The places (parameter, dim) whose gradient has no slice rule -> why."""
     try:
         graph = _joint_graph(model, example_inputs, places)
@@ -52,13 +53,14 @@ def refused_gradients(model: nn.Module, example_inputs: Any, places: Sequence[Pl
         return {}
     gradients = graph.output_node().args[0]
     gradients = gradients[-len(places) :] if places else []
-    editor, refused = Editor(graph), {}
+    slicer, refused = Slicer(graph), {}
     for place, gradient in zip(places, gradients):
         for node in _takes(gradient):
-            try:
-                node.replace_all_uses_with(_pushed(editor, node))
-            except CompileError as error:
-                refused[place] = str(error)
+            made = slicer.pushed(node)
+            if isinstance(made, Mismatch):
+                refused[place] = made
+            else:
+                node.replace_all_uses_with(made)
     return refused
 
 

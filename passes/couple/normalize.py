@@ -12,11 +12,14 @@ computes the same values as before.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import fx
+
+from s2ft_compile.passes.editor import Editor
 
 aten = torch.ops.aten
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unflatten.int}
@@ -73,18 +76,19 @@ def concretize(graph: fx.Graph) -> None:
 
 def normalize(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None:
     """Rewrites slices in disguise, in place. constants: the values of small integer tensors, by placeholder."""
+    editor = Editor(graph, nullcontext())  # sizes may be made up, which no fake mode knows
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
             continue
-        for taker, part in list(_parts(node, constants)):
-            with graph.inserting_before(node):
-                made = _pushed(graph, part, node)
+        editor.at = node
+        for taker, part in list(_parts(editor, node, constants)):
+            made = _pushed(editor, part, node)
             if made is not None:
                 taker.replace_all_uses_with(made)
     graph.eliminate_dead_code()
 
 
-def _parts(node: fx.Node, constants) -> Iterator[tuple[fx.Node, Part]]:
+def _parts(editor: Editor, node: fx.Node, constants) -> Iterator[tuple[fx.Node, Part]]:
     """(the node whose value it is, what it takes) for each value that a node takes out of another."""
     target, args = node.target, node.args
     if not args or not isinstance(args[0], fx.Node) or not isinstance(args[0].meta.get("val"), torch.Tensor):
@@ -94,16 +98,16 @@ def _parts(node: fx.Node, constants) -> Iterator[tuple[fx.Node, Part]]:
         dim = args[1] % len(shape)
         yield node, Part(x, dim, args[2] % shape[dim], 1, True)
     elif target is aten.slice.Tensor and not any(isinstance(a, fx.Node) for a in args[1:]):
-        yield from _sliced(node, x, *args[1:])
+        yield from _sliced(editor, node, x, *args[1:])
     elif target is aten.index.Tensor:
-        yield from _indexed(node, x, args[1], constants)
+        yield from _indexed(editor, node, x, args[1], constants)
     elif isinstance(node.meta["val"], (list, tuple)) and len(node.meta["val"]) <= MAX_PIECES:
         if target in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int):
             yield from _split(node, x)
 
 
 def _sliced(
-    node: fx.Node, x: fx.Node, dim: int = 0, start=None, end=None, step: int = 1
+    editor: Editor, node: fx.Node, x: fx.Node, dim: int = 0, start=None, end=None, step: int = 1
 ) -> Iterator[tuple[fx.Node, Part]]:
     whole = x.meta["val"].shape[dim]
     start = min(max(0, (start or 0) + (whole if (start or 0) < 0 else 0)), whole)
@@ -112,13 +116,12 @@ def _sliced(
         yield node, Part(x, dim, start, size)
     elif step > 1 and whole % step == 0 and start < step and size == whole // step:
         shape = list(x.meta["val"].shape)
-        with node.graph.inserting_before(node):
-            pairs = call(node, aten.reshape.default, x, [*shape[:dim], size, step, *shape[dim + 1 :]])
-            made = call(node, aten.select.int, pairs, dim + 1, start)
+        pairs = editor.call(aten.reshape.default, x, [*shape[:dim], size, step, *shape[dim + 1 :]], like=node)
+        made = editor.call(aten.select.int, pairs, dim + 1, start, like=node)
         node.replace_all_uses_with(made)
 
 
-def _indexed(node: fx.Node, x: fx.Node, indices, constants) -> Iterator[tuple[fx.Node, Part]]:
+def _indexed(editor: Editor, node: fx.Node, x: fx.Node, indices, constants) -> Iterator[tuple[fx.Node, Part]]:
     used = [(d, i) for d, i in enumerate(indices) if i is not None]
     if len(used) != 1:
         return
@@ -131,8 +134,7 @@ def _indexed(node: fx.Node, x: fx.Node, indices, constants) -> Iterator[tuple[fx
     found = [v % x.meta["val"].shape[dim] for v in values.reshape(-1).tolist()]
     if found == list(range(found[0], found[0] + len(found))):
         part = Part(x, dim, found[0], len(found), values.dim() == 0)
-        with node.graph.inserting_before(node):
-            made = take(node, part)
+        made = _taken(editor, part, node)
         node.replace_all_uses_with(made)
         yield made, part
 
@@ -148,21 +150,13 @@ def _split(node: fx.Node, x: fx.Node) -> Iterator[tuple[fx.Node, Part]]:
         start += size
 
 
-def call(like: fx.Node, target, *args) -> fx.Node:
-    """A new node, with its value's shape and the place in the model that `like` came from."""
-    node = like.graph.call_function(target, args)
-    node.meta = {k: like.meta[k] for k in ("stack_trace", "nn_module_stack") if k in like.meta}
-    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
-    return node
-
-
-def take(like: fx.Node, part: Part) -> fx.Node:
+def _taken(editor: Editor, part: Part, like: fx.Node) -> fx.Node:
     if part.drop:
-        return call(like, aten.select.int, part.source, part.dim, part.start)
-    return call(like, aten.slice.Tensor, part.source, part.dim, part.start, part.start + part.size)
+        return editor.call(aten.select.int, part.source, part.dim, part.start, like=like)
+    return editor.call(aten.slice.Tensor, part.source, part.dim, part.start, part.start + part.size, like=like)
 
 
-def _pushed(graph: fx.Graph, part: Part, like: fx.Node) -> fx.Node | None:
+def _pushed(editor: Editor, part: Part, like: fx.Node) -> fx.Node | None:
     """The same value, taken before the view that split its axis; None if no such view is near."""
     path, x, dim = [], part.source, part.dim
     while (step := _through(x, dim)) is not None:
@@ -174,20 +168,13 @@ def _pushed(graph: fx.Graph, part: Part, like: fx.Node) -> fx.Node | None:
     source, at, below = found
     shape, m = list(x.meta["val"].shape), prod(below)
     merged = [*shape[:dim], shape[dim] * m, *shape[dim + 1 + len(below) :]]
-    made = call(like, aten.reshape.default, source, merged)
-    made = call(like, aten.slice.Tensor, made, dim, part.start * m, (part.start + part.size) * m)
-    made = call(like, aten.reshape.default, made, [*shape[:dim], part.size, *below, *shape[dim + 1 + len(below) :]])
+    made = editor.call(aten.reshape.default, source, merged, like=like)
+    made = editor.call(aten.slice.Tensor, made, dim, part.start * m, (part.start + part.size) * m, like=like)
+    split = [*shape[:dim], part.size, *below, *shape[dim + 1 + len(below) :]]
+    made = editor.call(aten.reshape.default, made, split, like=like)
     for step in reversed(path):
-        made = call(like, step.target, made, *step.args[1:]) if not step.kwargs else _again(like, step, made)
-    return call(like, aten.squeeze.dim, made, part.dim) if part.drop else made
-
-
-def _again(like: fx.Node, step: fx.Node, x: fx.Node) -> fx.Node:
-    node = call(like, aten.alias.default, x)
-    node.target, node.kwargs = step.target, dict(step.kwargs)
-    node.meta["val"] = step.target(x.meta["val"], *step.args[1:], **step.kwargs)
-    node.args = (x, *step.args[1:])
-    return node
+        made = editor.call(step.target, made, *step.args[1:], like=like, **step.kwargs)
+    return editor.call(aten.squeeze.dim, made, part.dim, like=like) if part.drop else made
 
 
 def _through(node: fx.Node, dim: int) -> tuple[fx.Node, int] | None:

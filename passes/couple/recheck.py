@@ -27,7 +27,7 @@ from s2ft_compile.layout import Layout, Leaf, Product, leaves
 from s2ft_compile.structure import Analysis
 
 from .axes import ATOM, PRODUCT, SUM, Axis, Pin, atoms, find, unify
-from .couple import _Inference, _source_line, _values
+from .inference import Inference, source_line, values
 from .normalize import concretize, normalize
 from .rules import rule_for
 from .rules.context import Context, Value, axes_unknown
@@ -149,7 +149,7 @@ def _fake(places: Sequence[fx.Node]):
         yield stack.enter_context(mode)
 
 
-class _Piece(_Inference):
+class _Piece(Inference):
     """Axis inference over a graph whose inputs and outputs are free."""
 
     def __init__(self, weights: Weights):
@@ -210,7 +210,7 @@ class _Piece(_Inference):
     def _returned(self, made: Any) -> None:
         """What the graph returns: the permuted axes in it leave."""
         roots = {find(axis): key for key, axis in self.permuted.items()}
-        for value in _values(made):
+        for value in values(made):
             self.leaving |= {roots[atom] for axis in value.dims for atom in atoms(axis) if atom in roots}
 
     def broken(self, left: Collection[Crossing] | None) -> tuple[Axis | None, str] | None:
@@ -261,7 +261,7 @@ class _Stepped(_Piece):
                 for leaf in leaves(p.layouts.get((name, d), Leaf(-1, 1)))
                 if leaf.axis in p.axes and find(self.permuted.get((p, leaf.axis), root)) is root
             ]
-            line = _source_line(node)
+            line = source_line(node)
             raise CompileError(
                 f"this graph is not the one that was prepared: {', '.join(dict.fromkeys(places[:4]))} is in training "
                 f"order, and {why}: {node.target}{f' at {line}' if line else ''}. Give prepare an example that takes "

@@ -1,4 +1,4 @@
-"""The command line: `s2ft inspect`, `estimate`, `verify`, `train`, `export`, `merge`, `extract` and `demo`."""
+"""The command line, `s2ft`: a function for each command, which imports what it needs inside."""
 
 import json
 import shutil
@@ -96,6 +96,34 @@ def estimate(
             print(json.dumps({**asdict(made), "total": made.total}))
         else:
             out.print(table(made))
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
+    batch: Annotated[int, typer.Option(help="Sequences in a forward.")] = 1,
+    seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 16,
+    targets: Annotated[str, typer.Option(help="What trains, as for `s2ft train`.")] = "ffn.out=0.03",
+    logits: Annotated[bool, typer.Option(help="Whether a step returns its logits; `s2ft train` does not.")] = False,
+    off: Annotated[list[str] | None, typer.Option(help="A pass to leave out; may be repeated.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="A folder for every graph before and after each pass.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Show what each pass of the compiler changes, and which gradients and axes stay as they are, and why.
+
+    No weights are read, and nothing runs.
+    """
+    with reported(err, debug):
+        from s2ft_compile.explanation import explain as run
+
+        from .estimate import structure_and_step
+        from .options import parse_targets
+
+        how = CompileOptions(logits=logits, off=off or (), trace=trace)
+        with err.status(f"compiling {model} without weights"):
+            loaded, inputs = structure_and_step(model, batch, seq, "auto")
+            made = run(loaded, inputs, S2FTConfig(parse_targets(targets)), how)
+        out.print(str(made), highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()

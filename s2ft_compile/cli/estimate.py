@@ -17,6 +17,12 @@ def estimate_folder(
     model: str, batch: int, length: int, dtype: str, config: S2FTConfig, options: CompileOptions
 ) -> Estimate:
     """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels."""
+    loaded, inputs = structure_and_step(model, batch, length, dtype)
+    return estimate(loaded, inputs, config, options)
+
+
+def structure_and_step(model: str, batch: int, length: int, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model without storage, and the inputs of one training step, with labels where it takes them."""
     check_choice("dtype", dtype, DTYPES)
     if batch < 1 or length < 2:
         raise ConfigError(f"a step has at least 1 sequence of 2 tokens, got {batch} of {length}")
@@ -26,7 +32,7 @@ def estimate_folder(
     inputs = example_inputs(loaded, batch, length)
     if takes_labels(loaded):
         inputs |= _labels(loaded, inputs)
-    return estimate(loaded, inputs, config, options)
+    return loaded, inputs
 
 
 def _labels(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,16 +1,11 @@
-"""Stage 5, slice pushdown: a joint graph that computes only the trained blocks' gradients.
-
-In the joint graph the gradient of a delta is `take` (a slice) of a full gradient dW. Two theorems move the `take` up
-until no full dW is left:
+"""Slice rules: how a slice of an operator's result is computed from slices of its operands.
 
     take ∘ f = f ∘ take          f permutes or views dimensions, or works elementwise
     take ∘ contract = contract ∘ take    rows of A·B are rows of A, columns are columns of B
 
-Then `attach(W, D)` is replaced by W, which already holds its value, and what nothing reads any more is removed.
-Ensures: every gradient of a delta is computed at the delta's own size.
+A rule is (slicer, node, x, dim) -> what computes `node`, a take of x along dim, without all of x; or a `Mismatch`.
 """
 
-import logging
 import operator
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -19,136 +14,29 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
-from s2ft_compile.errors import CompileError
+from s2ft_compile.passes.editor import Mismatch
 
 from . import convolution
-from .attach import ATTACH, TAKE
-from .grouped import push_grouped_mm, push_output, without_weight_gradients
+from .attach import TAKE
+from .grouped import push_grouped_mm, push_output
 
-log = logging.getLogger(__name__)
 aten = torch.ops.aten
 MAX_COPIES = 64  # of a slice's ranges, one for each index of the dimensions that a view joins before it
 
 
-def slice_pushdown(graph: fx.Graph) -> int:
-    """Rewrites a joint graph in place; returns how many weights were attached in it.
-
-    Raises `CompileError` if a gradient of a frozen weight would have to be computed at full size.
-    """
-    attached = graph.find_nodes(op="call_function", target=ATTACH)
-    taken = [n for n in graph.find_nodes(op="call_function", target=TAKE)]
-    if not attached and not taken:
-        _check_none_left(graph)
-        return 0
-    editor = Editor(graph)
-    for node in attached:
-        node.replace_all_uses_with(node.args[0])
-    for node in taken:
-        node.replace_all_uses_with(_pushed(editor, node))
-    graph.eliminate_dead_code()
-    without_weight_gradients(editor, graph)
-    convolution.without_weight_gradients(graph)
-    for node in graph.find_nodes(op="call_function", target=TAKE):
-        _lower(editor, node)
-    hoist(editor)
-    graph.eliminate_dead_code()
-    graph.lint()
-    _check_none_left(graph)
-    log.info("slice pushdown: %d weights, %d gradients sliced", len(attached), len(taken))
-    return len(attached)
-
-
-def _check_none_left(graph: fx.Graph) -> None:
-    """By the operators' names: a second import of `attach` registers them anew, and its nodes would not be found."""
-    left = [
-        n for n in graph.nodes if n.op == "call_function" and str(n.target).startswith(("s2ft.attach", "s2ft.take"))
-    ]
-    if left:
-        raise CompileError(
-            f"{left[0].target} ({left[0].name}) is left in the graph, so a gradient of a frozen weight would be "
-            f"computed at its full size; was a module of s2ft_compile imported under a second name?"
-        )
-
-
-ORIGIN = ("stack_trace", "seq_nr", "partitioner_tag")  # of a node's meta: where it comes from, and which half it is in
-
-
-class Editor:
-    """Adds nodes with their fake values, next to the node that is being rewritten."""
-
-    def __init__(self, graph: fx.Graph):
-        self.graph = graph
-        values = [n.meta.get("val") for n in graph.find_nodes(op="placeholder")]
-        modes = [v.fake_mode for v in values if isinstance(v, torch.Tensor) and hasattr(v, "fake_mode")]
-        self.mode: FakeTensorMode = modes[0]
-        self.at: fx.Node | None = None
-        self.made: set[fx.Node] = set()
-
-    def call(self, target: Callable, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
-        """Inserts target(*args) before `self.at`; keeps `like`'s trace information."""
-        with self.graph.inserting_before(self.at):
-            node = self.graph.call_function(target, args, kwargs)
-        self.made.add(node)
-        if like is not None:
-            node.meta.update({k: v for k, v in like.meta.items() if k in ORIGIN})
-        with self.mode:
-            fakes = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
-            node.meta["val"] = target(*fakes[0], **fakes[1])
-        return node
-
-    def take(self, x: fx.Node, dim: int, how: fx.Node) -> fx.Node:
-        return self.take_ranges(x, dim, *how.args[2:])
-
-    def take_ranges(self, x: fx.Node, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> fx.Node:
-        return self.call(TAKE, x, dim % x.meta["val"].ndim, list(starts), list(lengths))
-
-
-def _pushed(editor: Editor, node: fx.Node) -> fx.Node:
-    """What computes `node` (a take of a gradient) without its full-size input."""
-    editor.at = node
-    x, dim = node.args[:2]
-    rule = rule_for(x.target) if x.op == "call_function" else None
-    made = rule(editor, node, x, dim) if rule else None
-    if made is None:
-        maker = x.args[0] if x.target is operator.getitem else x
-        raise CompileError(
-            f"the gradient of a frozen weight would be computed at its full size {list(x.meta['val'].shape)} by "
-            f"{maker.target} ({maker.name}), which has no slice rule for dimension {dim}; "
-            f"choose other targets than this weight"
-        )
-    return made
-
-
-def _recurse(editor: Editor, x: fx.Node, dim: int, how: fx.Node) -> fx.Node:
-    """The pushed-down slice of `x`, still part of the gradient's way."""
-    return _recurse_ranges(editor, x, dim, *how.args[2:])
-
-
-def _recurse_ranges(editor: Editor, x: fx.Node, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> fx.Node:
-    here = editor.at
-    result = _pushed(editor, editor.take_ranges(x, dim, starts, lengths))
-    editor.at = here
-    return result
-
-
-# --- rules: (editor, take node, what it takes from, dim) -> its replacement, or None ---------------------------
-
-
 def push_permute(editor, node, x, dim):
     order = x.args[1]
-    return editor.call(aten.permute.default, _recurse(editor, x.args[0], order[dim] % len(order), node), order, like=x)
+    return editor.call(aten.permute.default, editor.push(x.args[0], order[dim] % len(order), node), order, like=x)
 
 
 def push_transpose(editor, node, x, dim):
     rank = x.meta["val"].ndim
     a, b = (d % rank for d in (x.args[1:3] if len(x.args) > 2 else (0, 1)))
     if rank < 2:
-        return _recurse(editor, x.args[0], dim, node)
+        return editor.push(x.args[0], dim, node)
     source = {a: b, b: a}.get(dim, dim)
-    return editor.call(aten.transpose.int, _recurse(editor, x.args[0], source, node), a, b, like=x)
+    return editor.call(aten.transpose.int, editor.push(x.args[0], source, node), a, b, like=x)
 
 
 def push_view(editor, node, x, dim):
@@ -156,15 +44,17 @@ def push_view(editor, node, x, dim):
     old, new = x.args[0].meta["val"].shape, x.meta["val"].shape
     for source in range(len(old)):
         if old[source] == new[dim] and prod(old[:source]) == prod(new[:dim]):
-            inner = _recurse(editor, x.args[0], source, node)
+            inner = editor.push(x.args[0], source, node)
             shape = list(new)
             shape[dim] = node.meta["val"].shape[dim]
             return editor.call(aten.reshape.default, inner, shape, like=x)
-    return _split_view(editor, node, x, dim) or _merging_view(editor, node, x, dim)
+    made = _split_view(editor, node, x, dim)
+    return _merging_view(editor, node, x, dim) if made is None else made
 
 
 def _split_view(editor, node, x, dim):
-    """The dimension is one of several that the view made of one: its ranges recur for each index of those before it."""
+    """The dimension is one of several that the view made of one: its ranges recur for each index of those before it.
+    None where it is not."""
     old, new = list(x.args[0].meta["val"].shape), list(x.meta["val"].shape)
     starts, lengths = node.args[2:]
     for source, first in product(range(len(old)), range(dim + 1)):
@@ -173,9 +63,9 @@ def _split_view(editor, node, x, dim):
             continue
         before, after = prod(new[first:dim]), prod(new[dim + 1 : last])
         if before > MAX_COPIES:
-            return None
+            return Mismatch(f"its view divides a dimension into {before} before this one, above {MAX_COPIES}")
         moved = [(k * new[dim] + s) * after for k in range(before) for s in starts]
-        inner = _recurse_ranges(editor, x.args[0], source, moved, [n * after for n in lengths] * before)
+        inner = editor.push_ranges(x.args[0], source, moved, [n * after for n in lengths] * before)
         shape = [*new[:dim], node.meta["val"].shape[dim], *new[dim + 1 :]]
         return editor.call(aten.reshape.default, inner, shape, like=x)
     return None
@@ -187,13 +77,13 @@ def _merging_view(editor, node, x, dim):
     ends = product(range(len(old)), range(2, len(old) + 1))
     found = [(i, j) for i, j in ends if prod(old[i:j]) == new[dim] and prod(old[:i]) == prod(new[:dim]) and j - i > 1]
     if not found:
-        return None
+        return Mismatch("its view joins and divides dimensions at once")
     source, inner = found[0][0], new[dim] // old[found[0][0]]
     positions = [s + k for s, n in zip(*node.args[2:]) for k in range(n)]
     touched = sorted({p // inner for p in positions})
     if len(touched) == old[source]:
-        return None  # all of it
-    made = _recurse_ranges(editor, x.args[0], source, *_ranges(touched))
+        return Mismatch("its view joins dimensions, and the slice touches every index of the first of them")
+    made = editor.push_ranges(x.args[0], source, *_ranges(touched))
     made = editor.call(aten.reshape.default, made, [*new[:dim], len(touched) * inner, *new[dim + 1 :]], like=x)
     if len(positions) == len(touched) * inner:
         return made
@@ -239,14 +129,14 @@ def push_sum(editor, node, x, dim):
     keepdim = len(x.args) > 2 and x.args[2]
     kept = list(range(rank)) if keepdim else [d for d in range(rank) if d not in gone]
     if kept[dim] in gone:
-        return None
+        return Mismatch("it is summed over the slice's dimension")
     return editor.call(aten.sum.dim_IntList, editor.take(source, kept[dim], node), sorted(gone), bool(keepdim), like=x)
 
 
 def push_embedding(editor, node, x, dim):
     grad, *rest = x.args
     if dim != 1:
-        return None
+        return Mismatch("any row of an embedding may be read, so its rows cannot be told apart before the step")
     return editor.call(aten.embedding_dense_backward.default, editor.take(grad, -1, node), *rest, like=x)
 
 
@@ -256,17 +146,17 @@ def push_index_put(editor, node, x, dim):
     at = next(i for i, arg in enumerate(rest) if isinstance(arg, (list, tuple)))
     indices, values, from_end = rest[at], rest[at + 1], dim - base.meta["val"].ndim
     if dim < len(indices) or None in indices or values.meta["val"].shape[from_end] != base.meta["val"].shape[dim]:
-        return None
+        return Mismatch("rows are added along an indexed dimension, which the indices of a step decide")
     values = editor.take(values, from_end, node)
-    return editor.call(x.target, _recurse(editor, base, dim, node), *rest[: at + 1], values, *rest[at + 2 :], like=x)
+    return editor.call(x.target, editor.push(base, dim, node), *rest[: at + 1], values, *rest[at + 2 :], like=x)
 
 
 def push_slice_scatter(editor, node, x, dim):
     base, values, at, *rest = x.args if len(x.args) > 2 else (*x.args, 0)
     if at % base.meta["val"].ndim == dim:
-        return None
+        return Mismatch("the slice lies along the dimension that is written to")
     values = editor.take(values, dim, node)
-    return editor.call(x.target, _recurse(editor, base, dim, node), values, at, *rest, like=x)
+    return editor.call(x.target, editor.push(base, dim, node), values, at, *rest, like=x)
 
 
 def push_slice_backward(editor, node, x, dim):
@@ -282,12 +172,12 @@ def _window(editor, node, x, dim):
     """Ranges of zeros with values in a window of the same dimension: those of the values, and zeros around them."""
     values, size, _, start, end, step = x.args
     if step != 1:
-        return None
+        return Mismatch(f"it is written to in steps of {step} along the slice's dimension")
     start, end = (min(p + size[dim] if p < 0 else p, size[dim]) for p in (start, end))
     positions = [s + k for s, n in zip(*node.args[2:]) for k in range(n)]
     inside = [p - start for p in positions if start <= p < end]
     before, after = sum(p < start for p in positions), sum(p >= end for p in positions)
-    made = _recurse_ranges(editor, values, dim, *_ranges(inside or [0]))
+    made = editor.push_ranges(values, dim, *_ranges(inside or [0]))
     if not inside:
         return editor.call(aten.new_zeros.default, made, list(node.meta["val"].shape), like=x)
     pad = [0, 0] * (len(size) - 1 - dim) + [before, after]
@@ -299,8 +189,8 @@ def push_select_backward(editor, node, x, dim):
     values, size, at, index = x.args
     at %= len(size)
     if at == dim:
-        return None
-    values = _recurse(editor, values, dim - (at < dim), node)
+        return Mismatch("the slice lies along the dimension of the selected index")
+    values = editor.push(values, dim - (at < dim), node)
     size = [*size[:dim], node.meta["val"].shape[dim], *size[dim + 1 :]]
     return editor.call(x.target, values, size, at, index, like=x)
 
@@ -309,22 +199,22 @@ def push_select_scatter(editor, node, x, dim):
     base, values, at, index = x.args
     at %= base.meta["val"].ndim
     if at == dim:
-        return None
-    values = _recurse(editor, values, dim - (at < dim), node)
-    return editor.call(x.target, _recurse(editor, base, dim, node), values, at, index, like=x)
+        return Mismatch("the slice lies along the dimension of the selected index")
+    values = editor.push(values, dim - (at < dim), node)
+    return editor.call(x.target, editor.push(base, dim, node), values, at, index, like=x)
 
 
 def push_cat(editor, node, x, dim):
     """Along another dimension each part's slice; along the same, what the ranges take of each part."""
     parts, at = x.args[0], (x.args[1] if len(x.args) > 1 else 0) % x.meta["val"].ndim
     if at != dim:
-        return editor.call(x.target, [_recurse(editor, part, dim, node) for part in parts], at, like=x)
+        return editor.call(x.target, [editor.push(part, dim, node) for part in parts], at, like=x)
     positions = [s + k for s, n in zip(*node.args[2:]) for k in range(n)]
     made, offset = [], 0
     for part in parts:
         size = part.meta["val"].shape[dim]
         if inside := [p - offset for p in positions if offset <= p < offset + size]:
-            made.append(_recurse_ranges(editor, part, dim, *_ranges(inside)))
+            made.append(editor.push_ranges(part, dim, *_ranges(inside)))
         offset += size
     return made[0] if len(made) == 1 else editor.call(x.target, made, dim, like=x)
 
@@ -355,14 +245,11 @@ def push_elementwise(editor, node, x, dim):
             return arg
         if arg.op != "call_function":  # what is given can be sliced as it is
             return editor.take(arg, source, node)
-        needed, here = len(arg.users) > 1, editor.at
-        try:
-            return _recurse(editor, arg, source, node)
-        except CompileError:
-            if not needed:
-                raise
-            editor.at = here
+        needed = len(arg.users) > 1
+        made = editor.push(arg, source, node)
+        if isinstance(made, Mismatch) and needed:
             return editor.take(arg, source, node)  # something else needs all of it, too: a weight's computed scale
+        return made
 
     return editor.call(x.target, *[sliced(a) for a in x.args], like=x, **x.kwargs)
 
@@ -372,15 +259,15 @@ def push_expand(editor, node, x, dim):
     source, size = x.args[0], list(node.meta["val"].shape)
     inner = dim - len(size) + source.meta["val"].ndim
     if inner >= 0 and source.meta["val"].shape[inner] != 1:
-        source = _recurse(editor, source, inner, node)
+        source = editor.push(source, inner, node)
     return editor.call(aten.expand.default, source, size, like=x)
 
 
 def push_take(editor, node, x, dim):
     """A slice of a slice along another dimension: they commute."""
     if x.args[1] == dim:
-        return None
-    return editor.call(TAKE, _recurse(editor, x.args[0], dim, node), *x.args[1:], like=x)
+        return Mismatch("it is a slice along the same dimension")
+    return editor.call(TAKE, editor.push(x.args[0], dim, node), *x.args[1:], like=x)
 
 
 SLICE_RULES: dict[Any, Callable] = {
@@ -428,27 +315,3 @@ def rule_for(target: Any) -> Callable | None:
     if isinstance(target, torch._ops.OpOverload) and target._schema.name in NAMED_SLICE_RULES:
         return NAMED_SLICE_RULES[target._schema.name]
     return push_elementwise if torch.Tag.pointwise in getattr(target, "tags", ()) else None
-
-
-# --- what is left of the takes: slices of activations ----------------------------------------------------------
-
-
-def _lower(editor: Editor, node: fx.Node) -> None:
-    """A copy of the slice, so that saving it for the backward does not keep the whole activation alive."""
-    editor.at = node
-    x, dim, starts, lengths = node.args
-    pieces = [editor.call(aten.slice.Tensor, x, dim, s, s + n) for s, n in zip(starts, lengths)]
-    if len(pieces) == 1:
-        made = editor.call(aten.clone.default, pieces[0], memory_format=torch.contiguous_format)
-    else:
-        made = editor.call(aten.cat.default, pieces, dim)
-    node.replace_all_uses_with(made)
-    editor.graph.erase_node(node)
-
-
-def hoist(editor: Editor) -> None:
-    """Computes slices and their gradients as soon as they can be. Autograd gets to the weights last of all, which would
-    keep the dY of every layer alive until the end of the backward."""
-    for node in list(editor.graph.nodes):
-        if node in editor.made and (latest := max(node.all_input_nodes, default=None)) and latest.op != "placeholder":
-            latest.append(node)

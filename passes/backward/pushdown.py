@@ -1,0 +1,125 @@
+"""Stage 5, slice pushdown: a joint graph that computes only the trained blocks' gradients.
+
+In the joint graph the gradient of a delta is `take` (a slice) of a full gradient dW. The slice rules move the `take` up
+until no full dW is left. Then `attach(W, D)` is replaced by W, which already holds its value, and what nothing reads
+any more is removed.
+Ensures: every gradient of a delta is computed at the delta's own size.
+"""
+
+import logging
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from s2ft_compile.errors import CompileError
+from s2ft_compile.passes.editor import Editor, Mismatch
+
+from . import convolution, grouped
+from .attach import ATTACH, TAKE
+from .slice_rules import rule_for
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+
+class Slicer(Editor):
+    """What slice rules work with. In place of a slice there may be the `Mismatch` that says why there is none."""
+
+    def take(self, x: fx.Node, dim: int, like: fx.Node) -> fx.Node:
+        """The ranges of the take `like`, of x along dim: of an activation, a weight or what else there is anyway."""
+        return self.take_ranges(x, dim, *like.args[2:])
+
+    def take_ranges(self, x: fx.Node, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> fx.Node:
+        return self.call(TAKE, x, dim % x.meta["val"].ndim, list(starts), list(lengths))
+
+    def push(self, x: fx.Node, dim: int, like: fx.Node) -> fx.Node | Mismatch:
+        """The same of an x that only the gradient needs, and that must not be computed in full: by its own rule."""
+        return self.push_ranges(x, dim, *like.args[2:])
+
+    def push_ranges(self, x: fx.Node, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> fx.Node | Mismatch:
+        here = self.at
+        made = self.pushed(self.take_ranges(x, dim, starts, lengths))
+        self.at = here
+        return made
+
+    def pushed(self, node: fx.Node) -> fx.Node | Mismatch:
+        """What computes `node` (a take of a gradient) without its full-size input."""
+        self.at = node
+        x, dim = node.args[:2]
+        rule = rule_for(x.target) if x.op == "call_function" else None
+        made = rule(self, node, x, dim) if rule else None
+        if made is None:
+            made = Mismatch(f"it has no slice rule for dimension {dim}")
+        if isinstance(made, Mismatch) and not made.operator:
+            maker = x.args[0] if x.target is operator.getitem else x
+            return replace(made, operator=f"{maker.target} ({maker.name})", size=tuple(x.meta["val"].shape))
+        return made
+
+
+def slice_pushdown(graph: fx.Graph) -> int:
+    """Rewrites a joint graph in place; returns how many weights were attached in it.
+
+    Raises `CompileError` if a gradient of a frozen weight would have to be computed at full size.
+    """
+    attached = graph.find_nodes(op="call_function", target=ATTACH)
+    taken = graph.find_nodes(op="call_function", target=TAKE)
+    if not attached and not taken:
+        return 0
+    slicer = Slicer(graph)
+    for node in attached:
+        node.replace_all_uses_with(node.args[0])
+    for node in taken:
+        made = slicer.pushed(node)
+        if isinstance(made, Mismatch):
+            raise CompileError(
+                f"the gradient of a frozen weight would be {made}; choose other targets than this weight"
+            )
+        node.replace_all_uses_with(made)
+    graph.eliminate_dead_code()
+    grouped.without_weight_gradients(slicer, graph)
+    convolution.without_weight_gradients(graph)
+    for node in graph.find_nodes(op="call_function", target=TAKE):
+        _lower(slicer, node)
+    hoist(slicer)
+    graph.eliminate_dead_code()
+    log.info("slice pushdown: %d weights, %d gradients sliced", len(attached), len(taken))
+    return len(attached)
+
+
+def attached(graph: fx.Graph) -> str | None:
+    """What is wrong where a weight is attached, or a slice not pushed, in a graph. By the operators' names: a second
+    import of `attach` would register them anew."""
+    for node in graph.nodes:
+        if node.op == "call_function" and str(node.target).startswith(("s2ft.attach", "s2ft.take")):
+            return (
+                f"{node.target} ({node.name}) is left in the graph, so a gradient of a frozen weight would be computed "
+                f"at its full size; was a module of s2ft_compile imported under a second name?"
+            )
+    return None
+
+
+# --- what is left of the takes: slices of activations ----------------------------------------------------------
+
+
+def _lower(slicer: Slicer, node: fx.Node) -> None:
+    """A copy of the slice, so that saving it for the backward does not keep the whole activation alive."""
+    slicer.at = node
+    x, dim, starts, lengths = node.args
+    pieces = [slicer.call(aten.slice.Tensor, x, dim, s, s + n) for s, n in zip(starts, lengths)]
+    if len(pieces) == 1:
+        made = slicer.call(aten.clone.default, pieces[0], memory_format=torch.contiguous_format)
+    else:
+        made = slicer.call(aten.cat.default, pieces, dim)
+    node.replace_all_uses_with(made)
+    slicer.graph.erase_node(node)
+
+
+def hoist(editor: Editor) -> None:
+    """Computes slices and their gradients as soon as they can be. Autograd gets to the weights last of all, which would
+    keep the dY of every layer alive until the end of the backward."""
+    for node in list(editor.graph.nodes):
+        if node in editor.made and (latest := max(node.all_input_nodes, default=None)) and latest.op != "placeholder":
+            latest.append(node)

@@ -1,0 +1,142 @@
+"""Axis inference: the rules applied to every node of a graph once, from its inputs to its outputs."""
+
+import operator
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from s2ft_compile.capture import Captured
+from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown, shapes
+
+from .axes import Axis, Pin, atoms, pin
+from .rules import rule_for
+
+INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph")
+
+
+class Inference:
+    """Applies the rules to every node once. `env` maps nodes to values (or lists of them)."""
+
+    def __init__(self, captured: Captured, parameters: dict[str, Value] | None = None):
+        self.cx = Context()
+        self.env: dict[fx.Node, Any] = {}
+        self.parameters = parameters or {
+            name: Value([Axis(size) for size in shape], weight=True) for name, shape in captured.shapes.items()
+        }
+        for name, other in captured.overlapping.items():
+            what = f"it shares memory with {other}, which is not the same parameter"
+            what = "elements of it share memory (it is expanded)" if other == name else what
+            pin_all(self.parameters[name], Pin(what))
+        self.names, self.uniform = captured.parameters, captured.uniform
+        placeholders = (n for n in captured.graph_module.graph.nodes if n.op == "placeholder" and n.users)
+        self.used = {self.names[n.name] for n in placeholders if n.name in self.names}
+
+    def run(self, module: fx.GraphModule, inputs: list | None) -> Any:
+        """Interprets a graph; `inputs` are a subgraph's arguments, None for the model's own graph."""
+        placeholders = iter(inputs or ())
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                self.env[node] = next(placeholders) if inputs is not None else self._source(node)
+            elif node.op == "get_attr":
+                held = getattr(module, node.target, None)
+                self.env[node] = held if isinstance(held, fx.GraphModule) else self._constant(node)
+            elif node.op == "call_function":
+                self.env[node] = self._call(node)
+            elif node.op == "output":
+                result = fx.node.map_arg(node.args[0], lambda n: self.env[n])
+                if inputs is None:
+                    self._returned(result)
+                return result
+
+    def _returned(self, result: Any) -> None:
+        pin_all(result, Pin("it is an output of the model"))
+
+    def _source(self, node: fx.Node) -> Any:
+        if node.name in self.names:
+            return self.parameters[self.names[node.name]]
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor):
+            return val
+        fixed = node.name.startswith(("b_", "c_"))
+        why = Pin(f"it meets {node.name}, which varies along it" if fixed else "it is an input of the model")
+        alike = self.uniform.get(node.name, ())  # zeros are the same in any order
+        return Value([Axis(n, pin=None if d in alike else why) for d, n in enumerate(val.shape)], weight=fixed)
+
+    def _constant(self, node: fx.Node) -> Any:
+        val = node.meta.get("val")
+        why = Pin(f"it meets {node.name}, which varies along it")
+        return Value([Axis(s, pin=why) for s in val.shape], weight=True) if isinstance(val, torch.Tensor) else val
+
+    def _call(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
+        if node.target is operator.getitem:
+            return args[0][args[1]] if isinstance(args[0], (list, tuple)) else None
+        graphs = [i for i, a in enumerate(args) if isinstance(a, fx.GraphModule)]
+        if len(graphs) == 1 and isinstance(node.target, torch._ops.HigherOrderOperator) and _inlines(node):
+            return self.run(args[graphs[0]], [a for a in args[graphs[0] + 1 :] if not isinstance(a, str)])
+        if not _has_tensor(node.meta.get("val")):
+            return None
+        made = self._apply(node, args, kwargs)
+        operands = list(values((args, kwargs)))
+        weight = all(v.weight for v in operands)
+        scores = any(v.scores for v in operands)
+        if isinstance(made, Value):
+            return made
+        if isinstance(node.meta["val"], (list, tuple)):
+            return [Value(d, weight, scores) for d in made]
+        return Value(made, weight, scores)
+
+    def _apply(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        """The rule's result; where sizes depend on data, sums of made-up sizes can contradict a real one: refused."""
+        try:
+            made = rule_for(node.target)(self.cx, node, *args, **kwargs)
+            several = made if isinstance(node.meta["val"], (list, tuple)) else [made]
+            found = [[d.size for d in (m.dims if isinstance(m, Value) else m)] for m in several]
+            if found[: len(shapes(node))] != shapes(node):
+                raise ValueError(f"rule for {node.target} made {found} where the graph has {shapes(node)}")
+            return made
+        except (IndexError, ValueError, AttributeError):
+            if not any(n.meta.get("made up") for n in (node, *node.all_input_nodes)):
+                raise
+            return axes_unknown(self.cx, node, *args, **kwargs)
+
+
+def _inlines(node: fx.Node) -> bool:
+    """Whether a higher-order operator runs its graph once, on the arguments after it (no_grad, autocast, regions)."""
+    return node.target.name().startswith(INLINED)
+
+
+def values(tree: Any) -> Iterator[Value]:
+    if isinstance(tree, Value):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from values(item)
+    elif isinstance(tree, dict):
+        yield from values(list(tree.values()))
+
+
+def _has_tensor(val: Any) -> bool:
+    return any(isinstance(v, torch.Tensor) for v in (val if isinstance(val, (list, tuple)) else [val]))
+
+
+def pin_all(tree: Any, why: Pin) -> None:
+    for value in values(tree):
+        for axis in value.dims:
+            pin(axis, why)
+
+
+def atoms_of(axes: Iterable[Axis]) -> set[Axis]:
+    return {atom for axis in axes for atom in atoms(axis) if atom.size > 1}
+
+
+def source_line(node: fx.Node | None) -> str:
+    """The innermost line of the model's own code that made the node."""
+    if node is None or not node.meta.get("stack_trace"):
+        return ""
+    frames = re.findall(r'File "([^"]+)", line (\d+)(?:, in \S+)?\n\s*(.*)', node.meta["stack_trace"])
+    mine = [f for f in frames if "/torch/" not in f[0]] or frames
+    return f"{mine[-1][0]}:{mine[-1][1]} ({mine[-1][2].strip()})" if mine else ""
