@@ -3,7 +3,7 @@
     python benchmarks/layers.py [--quick] [--depths 8,16,32] [--rounds 1]
 
 A Llama shape of hidden size 256 and 512 tokens a step, on two cores; CPU seconds of the process, so that what else runs
-on the machine counts less. Later steps are timed in turn in one process at the middle depth: the ratio of medians.
+on the machine counts less. Later steps are taken in turn in one process at the middle depth: the ratio of medians.
 Writes benchmarks/results/layers.json.
 """
 
@@ -78,9 +78,9 @@ def later(depth: int, hidden: int) -> float:
     seconds = {how: [] for how in steps}
     for _ in range(3 + STEPS):
         for how, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
-            seconds[how].append(time.perf_counter() - start)
+            seconds[how].append(time.process_time() - start)
     return median(seconds["layers"][3:]) / median(seconds["whole"][3:])
 
 
@@ -91,6 +91,7 @@ def in_a_process(*arguments: str) -> float:
             "TORCHINDUCTOR_CACHE_DIR": cache,
             "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait would count as work
         }
         run = subprocess.run(
             [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True, check=True
