@@ -130,11 +130,18 @@ class Block:
     def refresh(self) -> None:
         refresh([self])
 
+    def write_own(self, values: Tensor) -> None:
+        """Copies a whole block into what this process has of the weight, without its version counter."""
+        if not self.follow_shards():
+            self.write(values, quietly=True)
+        else:
+            for local, part in self._local_parts(self.weight, values):
+                local.copy_(part)
+
     @torch.no_grad()
     def refresh_shards(self) -> None:
         """Writes this process's part of the block. Gathers the delta, so every process has to get here."""
-        for local, part in self._local_parts(self.weight, self.trained()):
-            local.copy_(part)
+        self.write_own(self.trained())
 
     def _local_parts(self, weight: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What this process holds of the block in a sharded weight, beside the same part of the whole block."""
@@ -149,7 +156,10 @@ class Block:
         for start, length in self.ranges:
             low, high = max(start, first), min(start + length, first + size)
             if low < high:
-                yield local.narrow(self.dim, low - first, high - low), whole.narrow(self.dim, at + low - start, high - low)
+                yield (
+                    local.narrow(self.dim, low - first, high - low),
+                    whole.narrow(self.dim, at + low - start, high - low),
+                )
             at += length
 
     @torch.no_grad()

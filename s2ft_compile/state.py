@@ -93,7 +93,7 @@ class State:
             model._weight_conversions = self._conversions
         model.__dict__.pop(NAME, None)
 
-    def _set_active(self, active: bool) -> None:
+    def set_active(self, active: bool) -> None:
         self.active = active
         for block in self.blocks:
             block.active = active
@@ -109,9 +109,9 @@ def _check_loaded(model: nn.Module, state_dict, prefix, *_) -> None:
     absent = [n for n in blocks if prefix + n not in state_dict and prefix + blocks[n].delta_name not in state_dict]
     if absent and (unknown := [k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in known]):
         raise StateError(
-            f"the weights to load have nothing for {absent[0]}, which trains, but {unknown[0]}, which this model does not "
-            f"have: they are named for another class, or as transformers stores them. Save and load the prepared model's "
-            f"own state_dict(), or load the others before s2ft.prepare"
+            f"the weights to load have nothing for {absent[0]}, which trains, but {unknown[0]}, which this model does "
+            f"not have: they are named for another class, or as transformers stores them. Save and load the prepared "
+            f"model's own state_dict(), or load the others before s2ft.prepare"
         )
     for name, dim in {**{b.name: b.dim for b in state.blocks}, **{name: dim for name, dim, _ in state.moves}}.items():
         given, held = state_dict.get(prefix + name), now[name]
@@ -165,7 +165,7 @@ def _arranged(model: nn.Module, trained: bool) -> Iterator[None]:
         state.move(back=False)
         for block in state.blocks:
             block.versions = None
-        state._set_active(True)
+        state.set_active(True)
         refresh(state.blocks)
 
 
@@ -182,7 +182,7 @@ def _to_base_order(state: State, trained: bool) -> None:
         state.refresh()
         for block in state.blocks:
             block.write(block.backup)
-    state._set_active(False)
+    state.set_active(False)
     state.move(back=True)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of trainers: every one holds the deltas in float32, and a run that goes on from one ends where it would have.
+"""Checkpoints of trainers: each holds the deltas in float32, and a run that goes on from it ends where it would have.
 
 Nothing of this package is called to save or to load: the deltas are a part of `state_dict()`.
 """
@@ -20,7 +20,7 @@ CONFIG = s2ft.S2FTConfig(targets={"attention.out": 1, "ffn.in": 3, "ffn.out": 5}
 
 
 def made(dtype=torch.bfloat16, config=CONFIG, **changes):
-    """A prepared model: bfloat16, whose weights alone hold next to nothing of small steps. Prepared once, copied then."""
+    """A prepared model: bfloat16, whose weights alone hold next to nothing of small steps."""
     key = str((dtype, config, changes))
     if key not in _made:
         _made[key] = hf("llama", num_hidden_layers=1, **changes).to(dtype).train()
@@ -204,7 +204,7 @@ def test_a_mean_of_two_checkpoints_is_taken():
     assert all(torch.equal(b.read(), b.trained()) for b in state_of(model).blocks)
 
 
-# --- accelerate, plain loops -------------------------------------------------------------------------------------------
+# --- accelerate, plain loops ----------------------------------------------------------------------------------------
 
 
 def test_accelerate_saves_and_loads_its_state(tmp_path):
