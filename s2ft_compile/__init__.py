@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .layers import compile_layers
     from .plan import Plan, Slice
     from .preparation import analyze, permute, prepare
+    from .reference import Reference, base_values
     from .state import disabled, is_prepared, parameters, release
     from .structure import Analysis, Coupling, Member, Refusal
     from .verification import Verification, verify
@@ -59,6 +60,8 @@ __getattr__, __dir__ = attributes(
         "analyze": "preparation",
         "permute": "preparation",
         "prepare": "preparation",
+        "Reference": "reference",
+        "base_values": "reference",
         "disabled": "state",
         "is_prepared": "state",
         "parameters": "state",
@@ -87,6 +90,8 @@ __all__ = [
     "parameters",
     "release",
     "disabled",
+    "Reference",
+    "base_values",
     "is_prepared",
     "exporters",
     "AdapterBank",

@@ -28,6 +28,10 @@ class ExportError(S2FTError, RuntimeError):
     """A model or an output path that cannot be exported to."""
 
 
+class TrainingError(S2FTError, RuntimeError):
+    """A run of `s2ft train` that stopped: diverged, out of memory, or asked to."""
+
+
 class CompileError(S2FTError, RuntimeError):
     """A graph whose backward could not be rewritten."""
 

@@ -11,7 +11,7 @@ of one layer, a frame that a compiler gave up. Compiled, the read is the operato
 
 import copyreg
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,11 @@ class Block:
     def _register(self) -> None:
         _blocks[self.weight] = _blocks[self.delta] = self
 
+    @property
+    def delta_name(self) -> str:
+        """What the delta is called in the model, as `name` is the weight's."""
+        return self.name.removesuffix(self.places[0][1]) + self.delta_key
+
     # --- the modules -------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
@@ -118,8 +123,7 @@ class Block:
     @torch.no_grad()
     def trained(self) -> Tensor:
         """cast(W0 + delta), of shards the whole: the sum in the wider of the two types, rounded once."""
-        delta = self.delta.full_tensor() if hasattr(self.delta, "placements") else self.delta
-        return self._wide(self.backup).add(self._wide(delta)).to(self.backup.dtype)
+        return self._wide(self.backup).add(self._wide(whole(self.delta))).to(self.backup.dtype)
 
     def _wide(self, x: Tensor) -> Tensor:
         return x.to(torch.promote_types(self.backup.dtype, self.delta.dtype))
@@ -127,33 +131,61 @@ class Block:
     def refresh(self) -> None:
         refresh([self])
 
+    def write_own(self, values: Tensor) -> None:
+        """Copies a whole block into what this process has of the weight, without its version counter."""
+        if not self.follow_shards():
+            self.write(values, quietly=True)
+        else:
+            for local, part in self._local_parts(self.weight, values):
+                local.copy_(part)
+
     @torch.no_grad()
     def refresh_shards(self) -> None:
         """Writes this process's part of the block. Gathers the delta, so every process has to get here."""
+        self.write_own(self.trained())
+
+    def _local_parts(self, weight: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What this process holds of the block in a sharded weight, beside the same part of the whole block."""
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        whole, local = self.trained(), self.weight.to_local()
-        _, offsets = compute_local_shape_and_global_offset(
-            self.weight.shape, self.weight.device_mesh, self.weight.placements
-        )
+        local = weight.to_local()
+        _, offsets = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
         for dim in range(whole.ndim):
             if dim != self.dim:
-                whole = whole.narrow(dim, offsets[dim], local.shape[dim])
+                whole = whole.narrow(dim, min(offsets[dim], whole.shape[dim]), local.shape[dim])
         first, size, at = offsets[self.dim], local.shape[self.dim], 0
         for start, length in self.ranges:
             low, high = max(start, first), min(start + length, first + size)
             if low < high:
-                local.narrow(self.dim, low - first, high - low).copy_(
-                    whole.narrow(self.dim, at + low - start, high - low)
+                yield (
+                    local.narrow(self.dim, low - first, high - low),
+                    whole.narrow(self.dim, at + low - start, high - low),
                 )
             at += length
 
     @torch.no_grad()
     def take_as_trained(self) -> None:
-        """The delta becomes what the weight holds now."""
-        self.delta.copy_(self._wide(self.read()) - self._wide(self.backup))
+        """The delta becomes what the weight holds now. Of shards, every process has to get here."""
+        delta = self._wide(self.part_of(whole(self.weight))) - self._wide(self.backup)
+        self.delta.copy_(as_sharded(delta, self.delta))
         self.versions = None
         self.refresh()
+
+    def loaded(self, weight: bool, delta: bool) -> None:
+        """After a load of either or both. The base's block is what was loaded, where the model had no values before."""
+        if self.backup.is_meta and weight and not self.weight.is_meta:
+            if delta and whole(self.delta).any():
+                raise StateError(
+                    f"{self.name} was prepared without values (on the meta device), so the base model's weights have "
+                    f"to be loaded before those of a checkpoint"
+                )
+            self.backup = self.part_of(whole(self.weight.detach())).clone()
+        if self.weight.is_meta or self.delta.is_meta:
+            return
+        if delta:
+            self.refresh_shards() if self.follow_shards() else self.refresh()
+        elif weight and not self._is_trained(self.weight, self.delta, exact=True):
+            self.take_as_trained()
 
     @property
     def edited(self) -> bool:
@@ -164,13 +196,35 @@ class Block:
             and not torch.equal(self.read(), self.trained())
         )
 
-    def check_loaded(self, name: str, weight: Tensor) -> None:
-        """Raises `StateError` for a weight that differs from this one outside of the block."""
-        if weight.shape == self.weight.shape and not weight.is_meta and not self.weight.is_meta:
-            frozen = torch.ones(weight.shape[self.dim], dtype=torch.bool)
-            for start, length in self.ranges:
-                frozen[start : start + length] = False
-            check_same(name, weight, self.weight, self.dim, frozen.nonzero().squeeze(1))
+    def check_loaded(self, name: str, weight: Tensor, delta: Tensor | None = None) -> None:
+        """Raises `StateError` for a weight that differs from this one outside of the block, or in the block from the
+        base's with this delta."""
+        if any(t.is_meta for t in (weight, self.weight, self.backup)) or weight.shape != self.weight.shape:
+            return
+        frozen = torch.ones(weight.shape[self.dim], dtype=torch.bool)
+        for start, length in self.ranges:
+            frozen[start : start + length] = False
+        check_same(name, weight, self.weight, self.dim, frozen.nonzero().squeeze(1))
+        if delta is not None and delta.shape == self.delta.shape and weight.dtype == self.backup.dtype:
+            if not self._is_trained(weight, delta):
+                raise StateError(
+                    f"the weights to load are not of this prepared model's base, or train other units of it: {name} is "
+                    f"not the base's with the delta beside it. Prepare the same base with the same configuration"
+                )
+
+    @torch.no_grad()
+    def _is_trained(self, weight: Tensor, delta: Tensor, exact: bool = False) -> bool:
+        """Whether a weight's block is cast(W0 + delta): up to the rounding of means over checkpoints, or exactly.
+        Of a sharded weight each process looks at its own part."""
+        made = self._wide(self.backup).add(self._wide(whole(delta).to(self.backup.device))).to(self.backup.dtype)
+        if hasattr(weight, "placements"):
+            parts = list(self._local_parts(weight, made))
+        else:
+            parts = [(self.part_of(weight.detach()).to(made.device), made)]
+        if exact:
+            return all(torch.equal(held, part) for held, part in parts)
+        room = 4 * torch.finfo(made.dtype).eps * made.abs().max()
+        return all(((held - part).abs() <= room).all() for held, part in parts)
 
     def own_gradient(self) -> None:
         """From now on copies the delta's gradients out of the memory they are made in."""
@@ -179,7 +233,23 @@ class Block:
             self.owns_gradient = True
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor: of shards, gathered, so every process has to get here."""
+    return tensor.full_tensor() if hasattr(tensor, "placements") else tensor
+
+
+def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as the shards of another, if that has some."""
+    if not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def check_same(name: str, given: Tensor, held: Tensor, dim: int, index: Tensor) -> None:
+    if hasattr(given, "placements") or hasattr(held, "placements"):
+        return
     given, held = (t.index_select(dim, index.to(t.device)) for t in (given, held.detach()))
     if not torch.equal(given.to(held), held):
         raise StateError(
@@ -328,18 +398,19 @@ class Sliced:
         super().__delattr__(name)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """The deltas are no part of the model's own state: the weights hold them."""
+        """The float32 deltas are a part of the state: the weights alone, rounded, would not resume bit for bit."""
         refresh(self._sliced())
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for block in self._sliced():
-            destination.pop(prefix + block.delta_key, None)
+            if block.places[0][0] is not self:  # of a tied weight it is stored once
+                destination.pop(prefix + block.delta_key, None)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
-        """A block that is loaded is taken as trained; a delta that is loaded is the delta."""
+        """A delta that is loaded is the delta; a block that is loaded without one is taken as trained."""
         keys = dict(self.__dict__[HELD])
         for key, block in keys.items():
             if prefix + key in state_dict:
-                block.check_loaded(prefix + key, state_dict[prefix + key])
+                block.check_loaded(prefix + key, state_dict[prefix + key], state_dict.get(prefix + block.delta_key))
         for block in keys.values():
             block.loading = True
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
@@ -350,11 +421,9 @@ class Sliced:
                 missing_keys.remove(prefix + block.delta_key)
             for module, other in block.places:  # of a tied weight that was assigned
                 module._parameters[other] = self._parameters[key]
+                module._parameters[block.delta_key] = self._parameters[block.delta_key]
             block.adopt()
-            if prefix + block.delta_key in state_dict:
-                block.refresh()
-            elif prefix + key in state_dict:
-                block.take_as_trained()
+            block.loaded(weight=prefix + key in state_dict, delta=prefix + block.delta_key in state_dict)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         """Deltas move with their weights, but stay float32 under `model.half()` and its kin."""

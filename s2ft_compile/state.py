@@ -41,6 +41,7 @@ class State:
         self.active = True
         self.warned = False  # of slices without a gradient
         self._hook = None  # of loading
+        self._conversions: list | None = None  # of names in files, by transformers
         _live.add(self)
 
     def __setstate__(self, values):  # copy.deepcopy and pickle arrive here
@@ -77,6 +78,10 @@ class State:
         for block in self.blocks:
             block.install()
         self._hook = model.register_load_state_dict_pre_hook(_check_loaded)
+        if hasattr(model, "save_pretrained"):
+            # transformers stores experts under other names, which its Trainer does not turn back when it resumes
+            self._conversions = model.__dict__.get("_weight_conversions")
+            model._weight_conversions = []
 
     def uninstall(self, model: nn.Module) -> None:
         """The inverse: no delta is among the model's parameters, and its modules have the classes they had."""
@@ -84,9 +89,11 @@ class State:
             self._hook.remove()
         for block in self.blocks:
             block.uninstall()
+        if model.__dict__.pop("_weight_conversions", None) is not None and self._conversions is not None:
+            model._weight_conversions = self._conversions
         model.__dict__.pop(NAME, None)
 
-    def _set_active(self, active: bool) -> None:
+    def set_active(self, active: bool) -> None:
         self.active = active
         for block in self.blocks:
             block.active = active
@@ -98,12 +105,20 @@ def _check_loaded(model: nn.Module, state_dict, prefix, *_) -> None:
     if state is None:
         return
     blocks, now = {b.name: b for b in state.blocks}, dict(model.named_parameters())
+    known = {*now, *(n for n, _ in model.named_buffers())}
+    absent = [n for n in blocks if prefix + n not in state_dict and prefix + blocks[n].delta_name not in state_dict]
+    if absent and (unknown := [k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in known]):
+        raise StateError(
+            f"the weights to load have nothing for {absent[0]}, which trains, but {unknown[0]}, which this model does "
+            f"not have: they are named for another class, or as transformers stores them. Save and load the prepared "
+            f"model's own state_dict(), or load the others before s2ft.prepare"
+        )
     for name, dim in {**{b.name: b.dim for b in state.blocks}, **{name: dim for name, dim, _ in state.moves}}.items():
         given, held = state_dict.get(prefix + name), now[name]
         if given is None or given.is_meta or held.is_meta or given.shape != held.shape:
             continue
         if name in blocks:
-            blocks[name].check_loaded(name, given)
+            blocks[name].check_loaded(name, given, state_dict.get(prefix + blocks[name].delta_name))
         else:
             check_same(name, given, held, dim, torch.arange(held.shape[dim]))
 
@@ -150,7 +165,7 @@ def _arranged(model: nn.Module, trained: bool) -> Iterator[None]:
         state.move(back=False)
         for block in state.blocks:
             block.versions = None
-        state._set_active(True)
+        state.set_active(True)
         refresh(state.blocks)
 
 
@@ -167,7 +182,7 @@ def _to_base_order(state: State, trained: bool) -> None:
         state.refresh()
         for block in state.blocks:
             block.write(block.backup)
-    state._set_active(False)
+    state.set_active(False)
     state.move(back=True)
 
 

@@ -176,9 +176,12 @@ def test_debug_shows_the_traceback(tmp_path):
 # train
 
 
+COMPLETE = ["adapter", "checkpoints", "log.jsonl", "merged", "metrics.json", "plan.json", "run.json"]
+
+
 def test_train_leaves_a_complete_folder(run):
     output, printed = run
-    assert sorted(p.name for p in output.iterdir()) == ["adapter", "merged", "metrics.json"]
+    assert sorted(p.name for p in output.iterdir()) == COMPLETE
     assert [p.name for p in output.parent.iterdir()] == ["run"]  # nothing temporary is left
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["loss_after"] < metrics["loss_before"] - 0.1
@@ -199,7 +202,8 @@ def test_train_changes_only_what_was_selected(run, base):
 def test_the_merged_folder_has_the_tokenizer_and_the_measured_loss(run, text):
     from transformers import AutoTokenizer
 
-    from s2ft_compile.cli.data import read_records, split, tokenize
+    from s2ft_compile.cli.data import split, tokenize
+    from s2ft_compile.cli.records import read_records
     from s2ft_compile.cli.train import loss
 
     output, _ = run
@@ -315,7 +319,8 @@ def test_train_leaves_the_units_of_an_excluded_adapter_alone(run, base, text, tm
 
 def test_a_selection_that_looks_at_data_looks_at_the_training_data(base, text, tmp_path):
     import s2ft_compile as s2ft
-    from s2ft_compile.cli.data import example_inputs, read_records, split, tokenize
+    from s2ft_compile.cli.data import example_inputs, split, tokenize
+    from s2ft_compile.cli.records import read_records
 
     output, given = (
         tmp_path / "run",

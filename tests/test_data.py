@@ -5,18 +5,8 @@ import json
 import pytest
 import torch
 
-from s2ft_compile.cli.data import (
-    IGNORE,
-    Records,
-    cut,
-    example_inputs,
-    load_config,
-    load_model,
-    pad,
-    read_records,
-    split,
-    tokenize,
-)
+from s2ft_compile.cli.data import IGNORE, cut, example_inputs, load_config, load_model, pad, split, tokenize
+from s2ft_compile.cli.records import Records, read_records
 from s2ft_compile.errors import ConfigError
 
 TEXT = "the quick brown fox jumps over the lazy dog. "

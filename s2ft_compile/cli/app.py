@@ -150,14 +150,25 @@ def verify(
 
 @app.command()
 def train(
-    model: Model,
+    ctx: typer.Context,
+    model: Annotated[str, typer.Option("--model", help="The base model: a Hugging Face folder, or a hub id.")] = "",
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            "--data", help="Plain text, or JSONL with `text`, `prompt`/`completion` or `messages` on every line."
+            "--data",
+            help="Plain text; JSON lines, a JSON array, CSV or parquet with `text`, `prompt`/`completion`, `messages`, "
+            "`instruction`/`output` or `conversations` in every row; or a hub data set, OWNER/NAME[:SPLIT].",
         ),
-    ],
-    output: Output,
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="The folder to write; must not exist yet, but for --resume.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A YAML file of these options; what is typed wins.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT, with its options.")
+    ] = False,
     targets: Annotated[
         str,
         typer.Option(help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs."),
@@ -185,7 +196,16 @@ def train(
     ] = None,
     calibration_batches: Annotated[int, typer.Option(help="Batches of the data that a selection looks at.")] = 4,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: one pass over the data]")] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW; cosine decay.")] = 1e-3,
+    epochs: Annotated[float, typer.Option(help="Passes over the data, where --steps is not given.")] = 1.0,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW, after the warm-up.")] = 1e-3,
+    schedule: Annotated[
+        str, typer.Option(help="Of the rate: cosine, linear, constant or constant_with_warmup.")
+    ] = "cosine",
+    warmup: Annotated[
+        float | None, typer.Option(help="Steps, or below 1 a share of them. [default: a tenth, at most 10]")
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="Pulls the weights towards the base model's.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of a step's gradients; 0: any.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence, at most.")] = 512,
     grad_accum: Annotated[int, typer.Option(help="Forwards in an optimizer step.")] = 1,
@@ -204,39 +224,45 @@ def train(
         ),
     ] = False,
     held_out: Annotated[float, typer.Option(help="Share of the data that is only measured, before and after.")] = 0.05,
+    packing: Annotated[bool, typer.Option("--packing", help="Several examples in a block, each for itself.")] = False,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints (of the slices; they are small).")] = 200,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep: the last ones, and the best.")] = 2,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between measurements of what is held out. [default: none]")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="End after N measurements that are no better, with the best. [default: do not]")
+    ] = None,
+    report_to: Annotated[
+        str, typer.Option(help="none, tensorboard or wandb; OUTPUT/log.jsonl is always written.")
+    ] = "none",
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a causal language model; leaves OUTPUT/adapter, OUTPUT/merged and OUTPUT/metrics.json.
+    """Fine-tune a causal language model; leaves OUTPUT/adapter, merged, metrics.json, log.jsonl and checkpoints.
+
+    Ctrl-C ends the step and writes a checkpoint, from which --resume goes on.
 
     Example: s2ft train --model ./llama --data notes.txt --output run --targets
     ffn.out=0.03,attention.out=0.05
     """
     with reported(err, debug):
-        from .options import TrainOptions, parse_targets
+        from .options import RUN, TrainOptions, layered, parse_targets
         from .train import report
         from .train import train as run
 
-        folders = [_adapter_folder(path) for path in exclude or ()]
-        config = S2FTConfig(parse_targets(targets), selection, not smallest, budget, seed, top_layers, folders)
-        options = TrainOptions(
-            model=model,
-            data=data,
-            output=output,
-            s2ft=config,
-            steps=steps,
-            lr=lr,
-            batch_size=batch_size,
-            seq_len=seq_len,
-            grad_accum=grad_accum,
-            seed=seed,
-            dtype=dtype,
-            inner=inner,
-            held_out=held_out,
-            calibration_batches=calibration_batches,
-            activation_budget=activation_budget,
-            by_layer=by_layer,
-        )
-        out.print(report(run(options, out), output))
+        values = layered(ctx, config, output / RUN if resume and output and (output / RUN).is_file() else None)
+        for name in ("data", "output"):
+            values[name] = values[name] and Path(values[name])
+        missing = [f"--{name}" for name in ("model", "data", "output") if not values[name]]
+        if missing:
+            raise ConfigError(f"{', '.join(missing)} is missing: type it, or write it into the file of --config")
+        given = {name: value for name, value in values.items() if name != "debug"}
+        names = ("targets", "selection", "smallest", "budget", "top_layers", "exclude")
+        targets, selection, smallest, budget, top_layers, exclude = (values.pop(name) for name in names)
+        folders = [_adapter_folder(Path(path)) for path in exclude or ()]
+        s2ft = S2FTConfig(parse_targets(targets), selection, not smallest, budget, values["seed"], top_layers, folders)
+        rest = {name: value for name, value in values.items() if name not in ("config", "debug")}
+        out.print(report(run(TrainOptions(s2ft=s2ft, given=given, **rest), out), values["output"]))
 
 
 @export_app.command("merged")

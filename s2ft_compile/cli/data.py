@@ -1,17 +1,16 @@
-"""What a person brings: a model folder, its tokenizer and a file of text, checked and turned into tensors.
+"""What a person brings: a model folder, its tokenizer and records of text (`records`), turned into tensors.
 
-Every block of tokens has the same length, so a training run compiles once: running text is cut into blocks,
-examples are padded on the right. There is no attention mask: under causal attention nothing looks at the
-padding that follows it, and its labels are `IGNORE`.
+Every block of tokens has the same length, so a training run compiles once: running text is cut into blocks, examples
+are padded on the right, or packed. There is no attention mask: under causal attention nothing looks at the padding that
+follows it, and its labels are `IGNORE`. Of packed examples each starts at position 0 again, from which transformers
+tells that it looks at none before it.
 """
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,90 +18,10 @@ from torch import nn
 from s2ft_compile.config import check_choice
 from s2ft_compile.errors import ConfigError
 
+from .records import Records
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 IGNORE = -100  # the label that a cross-entropy skips
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-FORMS = (
-    '{"text": "..."}',
-    '{"prompt": "...", "completion": "..."}',
-    '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
-)
-VALID = f"valid: a plain text file, or a .jsonl file whose lines are all {', or all '.join(FORMS)}"
-
-
-# Files ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Records:
-    """The rows of a data file, all of one form: `text`, `prompt` (with `completion`) or `messages`."""
-
-    form: str
-    rows: tuple[Mapping[str, Any], ...]
-
-
-def read_records(path: Path) -> Records:
-    """A plain text or JSONL file as records. Raises `ConfigError` with the line and the valid forms."""
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"data file {path} {what}; {VALID}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"data file {path} is not UTF-8 text (byte {error.start}); {VALID}") from None
-    if not text.strip():
-        raise ConfigError(f"data file {path} is empty; {VALID}")
-    if path.suffix.lower() not in JSON_SUFFIXES:
-        return Records("text", ({"text": text},))
-    rows = [_row(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    forms = [form for _, form, _ in rows]
-    for number, form, _ in rows:
-        if form != forms[0]:
-            raise ConfigError(f"{path}, line {number}: has {form!r}, but line {rows[0][0]} has {forms[0]!r}; {VALID}")
-    return Records(forms[0], tuple(row for _, _, row in rows))
-
-
-def _row(path: Path, number: int, line: str) -> tuple[int, str, Mapping]:
-    """(line number, form, row) of one line of JSON."""
-
-    def refuse(found):
-        raise ConfigError(f"{path}, line {number}: {found}; {VALID}")
-
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        refuse(f"not JSON ({error.msg} at column {error.colno})")
-    if not isinstance(row, dict):
-        refuse(f"a JSON object was expected, found {_kind(row)}")
-    form = next((form for form in ("text", "prompt", "messages") if form in row), None)
-    if form is None:
-        refuse(f"none of the known fields, found {', '.join(map(repr, row)) or 'an empty object'}")
-    if any("\ud800" <= c <= "\udfff" for c in json.dumps(row, ensure_ascii=False)):
-        refuse("half of a surrogate pair (\\ud800 to \\udfff), which is no text")
-    if form == "messages":
-        _check_messages(row["messages"], refuse)
-    for field in {"text": ("text",), "prompt": ("prompt", "completion")}.get(form, ()):
-        if not isinstance(row.get(field), str):
-            refuse(f"{field!r} is {_kind(row[field]) if field in row else 'missing'}, a string was expected")
-        if not row[field] and field != "prompt":
-            refuse(f"{field!r} is empty")
-    return number, form, row
-
-
-def _check_messages(messages: Any, refuse) -> None:
-    if not isinstance(messages, list) or not messages:
-        refuse(f"'messages' is {_kind(messages)}, a list of messages was expected")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            refuse("a message needs the strings 'role' and 'content'")
-    if all(message["role"] != "assistant" for message in messages):
-        refuse("no message has the role 'assistant', so there is nothing to train on")
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return "an empty list" if value == [] else names.get(type(value), "a number")
 
 
 # Tokens -----------------------------------------------------------------------------------------------------
@@ -120,25 +39,29 @@ class Blocks:
     labels: torch.Tensor
     truncated: int = 0
     dropped: int = 0
+    position_ids: torch.Tensor | None = None  # of packed examples
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def __getitem__(self, index) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        positions = {} if self.position_ids is None else {"position_ids": self.position_ids[index]}
+        return {"input_ids": self.input_ids[index], "labels": self.labels[index], **positions}
 
     def take(self, indices) -> "Blocks":
-        return Blocks(self.input_ids[indices], self.labels[indices])
+        positions = None if self.position_ids is None else self.position_ids[indices]
+        return Blocks(self.input_ids[indices], self.labels[indices], position_ids=positions)
 
 
-def tokenize(records: Records, tokenizer, seq_len: int) -> Blocks:
-    """Records as blocks of at most `seq_len` tokens. Raises `ConfigError` when they are too few or do not
-    fit.
+def tokenize(records: Records, tokenizer, seq_len: int, packing: bool = False) -> Blocks:
+    """Records as blocks of at most `seq_len` tokens; with packing, several examples in one. Raises `ConfigError` when
+    they are too few or do not fit.
     """
     if records.form == "text":
         return cut(_encode(tokenizer, [row["text"] for row in records.rows], end=True), seq_len)
     encode = _encode_prompt if records.form == "prompt" else _chat_encoder(tokenizer)
-    return pad([encode(tokenizer, row) for row in records.rows], seq_len, _pad_id(tokenizer))
+    examples = [encode(tokenizer, row) for row in records.rows]
+    return (pack if packing else pad)(examples, seq_len, _pad_id(tokenizer))
 
 
 def cut(documents: Sequence[Sequence[int]], seq_len: int) -> Blocks:
@@ -156,10 +79,34 @@ def cut(documents: Sequence[Sequence[int]], seq_len: int) -> Blocks:
     return Blocks(blocks, blocks.clone())
 
 
-def pad(examples: Sequence[tuple[list[int], list[bool]]], seq_len: int, pad_id: int) -> Blocks:
-    """(tokens, which of them to learn) of each example, cut at `seq_len` and padded on the right to one
-    length.
-    """
+Example = tuple[list[int], list[bool]]  # tokens, and which of them to learn
+
+
+def pad(examples: Sequence[Example], seq_len: int, pad_id: int) -> Blocks:
+    """Each example cut at `seq_len` and padded on the right to one length."""
+    kept = _learnable(examples, seq_len)
+    longest = max(len(tokens) for tokens, _ in kept)
+    return _filled([[example] for example in kept], min(seq_len, -(-longest // 16) * 16), pad_id, examples)
+
+
+def pack(examples: Sequence[Example], seq_len: int, pad_id: int) -> Blocks:
+    """Examples cut at `seq_len`, the longest first, each into the fullest block that has room for it (TRL's "bfd")."""
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
+    kept = _learnable(examples, seq_len)
+    lengths = Dataset.from_dict({"input_ids": [[i] * len(tokens) for i, (tokens, _) in enumerate(kept)]})
+    rows = pack_dataset(lengths, seq_len, "bfd")["input_ids"]
+    groups = [[kept[i] for i in dict.fromkeys(row)] for row in rows]
+    if len(groups) < 2:
+        raise ConfigError(
+            f"all {len(kept)} examples fit into one block of {seq_len} tokens, and at least two blocks are needed (one "
+            f"to train on, one held out); use a shorter sequence, or no packing"
+        )
+    return _filled(groups, seq_len, pad_id, examples, positions=True)
+
+
+def _learnable(examples: Sequence[Example], seq_len: int) -> list[Example]:
     kept = [(tokens[:seq_len], learn[:seq_len]) for tokens, learn in examples]
     kept = [(tokens, learn) for tokens, learn in kept if any(learn[1:])]  # the first token is never predicted
     if len(kept) < 2:
@@ -167,27 +114,38 @@ def pad(examples: Sequence[tuple[list[int], list[bool]]], seq_len: int, pad_id: 
             f"{len(kept)} of {len(examples)} examples have something to learn within {seq_len} tokens, "
             f"at least two are needed; the longest has {max(len(t) for t, _ in examples)} tokens"
         )
-    longest = max(len(tokens) for tokens, _ in kept)
-    length = min(seq_len, -(-longest // 16) * 16)
-    input_ids = torch.full((len(kept), length), pad_id, dtype=torch.int64)
-    labels = torch.full((len(kept), length), IGNORE, dtype=torch.int64)
-    for i, (tokens, learn) in enumerate(kept):
-        ids = torch.tensor(tokens, dtype=torch.int64)
-        input_ids[i, : len(ids)] = ids
-        labels[i, : len(ids)] = torch.where(torch.tensor(learn), ids, IGNORE)
-    truncated = sum(len(tokens) > seq_len for tokens, _ in examples)
-    return Blocks(input_ids, labels, truncated, len(examples) - len(kept))
+    return kept
+
+
+def _filled(groups: list[list[Example]], length: int, pad_id: int, examples, positions: bool = False) -> Blocks:
+    """A block for each group of examples, one after the other, and padding behind them."""
+    input_ids = torch.full((len(groups), length), pad_id, dtype=torch.int64)
+    labels = torch.full((len(groups), length), IGNORE, dtype=torch.int64)
+    places = torch.zeros((len(groups), length), dtype=torch.int64)
+    for i, group in enumerate(groups):
+        at = 0
+        for tokens, learn in group:
+            ids, end = torch.tensor(tokens, dtype=torch.int64), at + len(tokens)
+            input_ids[i, at:end] = ids
+            labels[i, at:end] = torch.where(torch.tensor(learn), ids, IGNORE)
+            labels[i, at] = IGNORE  # of which the token before it, of another example, is no context
+            places[i, at:end] = torch.arange(len(tokens))
+            at = end
+        places[i, at:] = torch.arange(length - at)
+    seen = sum(len(group) for group in groups)
+    truncated = sum(len(tokens) > length for tokens, _ in examples)
+    return Blocks(input_ids, labels, truncated, len(examples) - seen, places if positions else None)
 
 
 def split(blocks: Blocks, share: float, seed: int, shuffle: bool) -> tuple[Blocks, Blocks]:
-    """(to train on, held out): the last blocks of a text, a random draw of examples; at least one of each,
-    and no more than 64 held out, which is measured twice.
+    """(to train on, held out): the last blocks of a text, a random draw of examples; at least one of each but for a
+    share of 0, and no more than 64 held out, which is measured twice.
     """
-    count = min(max(1, round(share * len(blocks))), 64, len(blocks) - 1)
+    count = min(max(1, round(share * len(blocks))), 64, len(blocks) - 1) if share else 0
     order = torch.arange(len(blocks))
     if shuffle:
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-    return blocks.take(order[:-count]), blocks.take(order[-count:])
+    return blocks.take(order[: len(blocks) - count]), blocks.take(order[len(blocks) - count :])
 
 
 def _encode(tokenizer, texts: list[str], end: bool) -> list[list[int]]:
@@ -206,23 +164,52 @@ def _encode_prompt(tokenizer, row: Mapping[str, str]) -> tuple[list[int], list[b
 
 
 def _chat_encoder(tokenizer):
-    """(tokenizer, row) -> (tokens, which to learn): the assistant's turns, or all of it if they cannot be
-    told.
-    """
+    """(tokenizer, row) -> (tokens, which to learn): the assistant's turns, and never another's."""
     template = assistant_template(tokenizer)
+    if template is None:
+        return _encode_chat_by_prefixes
 
     def encode(tokenizer, row):
         encoded = tokenizer.apply_chat_template(
-            row["messages"],
-            tokenize=True,
-            return_dict=True,
-            chat_template=template,
-            return_assistant_tokens_mask=bool(template),
+            row["messages"], tokenize=True, return_dict=True, chat_template=template, return_assistant_tokens_mask=True
         )
-        tokens = encoded["input_ids"]
-        return tokens, [bool(m) for m in encoded["assistant_masks"]] if template else [True] * len(tokens)
+        return encoded["input_ids"], [bool(m) for m in encoded["assistant_masks"]]
 
     return encode
+
+
+def _encode_chat_by_prefixes(tokenizer, row) -> Example:
+    """For a template without marks: an assistant's turn is what the conversation up to it adds to the one before it.
+
+    Raises `ConfigError` where a template writes earlier turns in another way once later ones follow.
+    """
+    messages = row["messages"]
+
+    def written(count: int, prompt: bool = False) -> str:
+        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+
+    whole, spans = written(len(messages)), []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, until = (written(i, prompt=True) if i else ""), written(i + 1)
+            if not whole.startswith(before) or not whole.startswith(until):
+                raise ConfigError(
+                    "the tokenizer's chat template neither marks what the assistant says ({% generation %}) nor keeps "
+                    "earlier turns as they are when later ones follow, so the user's turns cannot be told from the "
+                    "assistant's; add the marks to the template, or use the fields 'prompt' and 'completion'"
+                )
+            spans.append((len(before), len(until)))
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            "the tokenizer's chat template does not mark what the assistant says ({% generation %}), and this "
+            "tokenizer does not tell which text a token is of; add the marks to the template"
+        )
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    learn = [
+        any(start < end and low < end and start < high for start, end in spans)
+        for low, high in encoded["offset_mapping"]
+    ]
+    return encoded["input_ids"], learn
 
 
 def assistant_template(tokenizer) -> str | None:

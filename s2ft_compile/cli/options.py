@@ -1,8 +1,11 @@
 """What `s2ft train` is asked for, and what can be refused before anything slow."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,15 +13,25 @@ from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.config import ROLES, CompileOptions, S2FTConfig, check_choice, is_glob
 from s2ft_compile.errors import ConfigError, ExportError
 
-from .data import DTYPES, Records, load_config, model_class, read_records
+from .data import DTYPES, load_config, model_class
+from .records import Records, read_records
+
+COUNTS = ("batch_size", "grad_accum", "seq_len", "calibration_batches", "save_every", "keep")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+REPORTS = ("none", "tensorboard", "wandb")
+PLAN, RUN = "plan.json", "run.json"  # what a run is made of, and what was asked for
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Everything `s2ft train` takes. steps: optimizer steps, None for one pass over the data. held_out: the
+    """Everything `s2ft train` takes. steps: optimizer steps; None for `epochs` passes over the data. held_out: the
     share of the blocks that is only measured. batch_size: blocks in a forward. calibration_batches: how many
     batches of the training blocks a selection looks at, if it looks at data. activation_budget: see
-    `CompileOptions`. by_layer: see `compile_layers`. Raises `ConfigError` when it is made.
+    `CompileOptions`. by_layer: see `compile_layers`. warmup: steps, or below 1 a share of them; None for a tenth, at
+    most 10. clip: the largest norm of a step's gradients, 0 for none. save_every, eval_every: in steps. keep: how many
+    checkpoints. patience: evaluations without an improvement, after which the run ends with its best deltas. resume:
+    goes on from the last checkpoint in `output`. given: what was asked for, as it was written. Raises `ConfigError`
+    when it is made.
     """
 
     model: str
@@ -37,18 +50,51 @@ class TrainOptions:
     calibration_batches: int = 4
     activation_budget: float = 1.0
     by_layer: bool = False
+    epochs: float = 1.0
+    packing: bool = False
+    warmup: float | None = None
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    save_every: int = 200
+    keep: int = 2
+    eval_every: int | None = None
+    patience: int | None = None
+    report_to: str = "none"
+    resume: bool = False
+    given: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "grad_accum", "seq_len", "calibration_batches"):
+        for name in (*COUNTS, "steps", "eval_every", "patience"):
             least, value = (2 if name == "seq_len" else 1), getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is at least {least}, got {value}")
         if not 0 < self.lr < 100:
             raise ConfigError(f"lr is a positive number such as 1e-3, got {self.lr}")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out is a share between 0 and 1, got {self.held_out}")
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"held_out is a share from 0 to less than 1, got {self.held_out}")
+        if not 0 < self.epochs < 1e6:
+            raise ConfigError(f"epochs is a positive number, got {self.epochs}")
+        for name in ("weight_decay", "clip", "warmup"):
+            if not 0 <= (getattr(self, name) or 0) < 1e9:
+                raise ConfigError(f"{name} is a number from 0, got {getattr(self, name)}")
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("report_to", self.report_to, REPORTS)
+        if self.patience and not self.eval_every:
+            raise ConfigError("patience counts evaluations: it needs eval_every, the steps between two of them")
+        if self.eval_every and not self.held_out:
+            raise ConfigError("eval_every needs data that is held out, and held_out is 0")
         check_choice("dtype", self.dtype, DTYPES)
         CompileOptions(self.inner, self.activation_budget)
+
+    def total_steps(self, blocks: int) -> int:
+        """Optimizer steps of the run over this many blocks."""
+        return self.steps or max(1, int(self.epochs * (blocks // (self.batch_size * self.grad_accum))))
+
+    def warmup_steps(self, steps: int) -> int:
+        if self.warmup is None:
+            return min(10, steps // 10)
+        return int(self.warmup if self.warmup >= 1 else self.warmup * steps)
 
 
 def parse_targets(text: str) -> dict[str, int | float]:
@@ -69,6 +115,53 @@ def parse_targets(text: str) -> dict[str, int | float]:
     return targets
 
 
+def layered(ctx: Any, *files: Path | None) -> dict[str, Any]:
+    """The options of a command: what was typed, else what the first of these YAML (or JSON) files says, else defaults.
+
+    Raises `ConfigError` for a file that cannot be read, a name that is no option, and a value of another type.
+    """
+    known = {p.name: p for p in ctx.command.params if p.name not in ("config", "resume", "debug", "help")}
+    typed = {
+        n for n in known if (source := ctx.get_parameter_source(n)) and source.name not in ("DEFAULT", "DEFAULT_MAP")
+    }
+    values, settled = dict(ctx.params), set(typed)
+    for path in filter(None, files):
+        for name, value in _mapping(path).items():
+            key = str(name).replace("-", "_")
+            if key not in known:
+                valid = ", ".join(sorted(n.replace("_", "-") for n in known))
+                raise ConfigError(f"{path}: unknown option {name!r}; valid: {valid}")
+            if key not in settled:
+                values[key] = _typed(path, known[key], ctx, value)
+                settled.add(key)
+    return values
+
+
+def _mapping(path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        made = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(made, dict):
+        raise ConfigError(f"{path} is no map of options, such as `lr: 0.001`")
+    return made
+
+
+def _typed(path: Path, parameter: Any, ctx: Any, value: Any) -> Any:
+    """A value of a file as the command line would have taken it."""
+    if value is None:
+        return None
+    if parameter.name == "targets" and isinstance(value, dict):
+        value = ",".join(f"{target}={amount}" for target, amount in value.items())
+    given = [str(v) for v in value] if isinstance(value, list) else value if isinstance(value, bool) else str(value)
+    try:
+        return parameter.process_value(ctx, given)
+    except Exception as error:  # click's, whose text names the type
+        raise ConfigError(f"{path}: {parameter.name} is {value!r}: {getattr(error, 'message', error)}") from error
+
+
 def _amount(name: str, text: str) -> int | float:
     for kind in (int, float):
         try:
@@ -82,7 +175,9 @@ def _amount(name: str, text: str) -> int | float:
 
 def check(options: TrainOptions) -> Records:
     """Everything that can be refused without loading weights; the data file's records."""
-    _check_output(options.output)
+    _check_output(options.output, options.resume)
+    if options.report_to != "none" and find_spec(options.report_to) is None:
+        raise ConfigError(f"--report-to {options.report_to} needs the package: pip install {options.report_to}")
     config = load_config(options.model)
     _check_causal(options.model, config)
     _check_globs(config, options.s2ft)
@@ -91,9 +186,15 @@ def check(options: TrainOptions) -> Records:
     return read_records(options.data)
 
 
-def _check_output(output: Path) -> None:
-    """What `exporters.files.new_directory` refuses, before anything slow."""
+def _check_output(output: Path, resume: bool) -> None:
+    """That a run finds its folder new, and one that goes on finds what it wrote."""
     output = Path(output)
+    if resume:
+        if not (output / PLAN).is_file():
+            raise ConfigError(f"{output} has no run to go on with: {PLAN} is missing; start it without --resume")
+        return
+    if (output / PLAN).is_file():
+        raise ExportError(f"output folder {output} holds a run already: go on with --resume, or name a new folder")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         what = "is not empty" if output.is_dir() else "is a file"
         raise ExportError(

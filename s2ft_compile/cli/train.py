@@ -1,10 +1,16 @@
-"""`s2ft train`: a model folder and a data file in, an adapter, a merged model and metrics out.
+"""`s2ft train`: a model and a data set in, an adapter, a merged model and metrics out; checkpoints on the way.
 
-The loop is transformers' Trainer. TRL supplies the chat templates that mark what an assistant says; its
-SFTTrainer replaces the model's forward by one that computes the head outside the compiled graph, so it is not
-used.
+The loop is transformers' Trainer, with its checkpoints, schedules, clipping, early stopping and reports. TRL supplies
+packing, and the chat templates that mark what an assistant says; its SFTTrainer replaces the model's forward by one that
+computes the head outside the compiled graph, and makes batches of many shapes, so it is not used.
+A checkpoint holds the deltas, not the frozen weights: the base model is read again where a run goes on.
 """
 
+import hashlib
+import json
+import re
+import shutil
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,54 +23,52 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from s2ft_compile.errors import ConfigError
+from s2ft_compile.errors import ConfigError, ExportError, S2FTError, TrainingError
 from s2ft_compile.exporters import save_adapter, save_merged
-from s2ft_compile.exporters.files import new_directory
 from s2ft_compile.layers import compile_layers
+from s2ft_compile.plan import Plan
 from s2ft_compile.preparation import prepare
-from s2ft_compile.state import parameters
+from s2ft_compile.state import parameters, state_of
 
 from .data import Blocks, example_inputs, load_model, load_tokenizer, split, tokenize
-from .options import TrainOptions, check
+from .options import PLAN, RUN, TrainOptions, check
 from .terminal import counter, progress, versions, write_json
 
 WARM_UP = 3  # steps left out of the timings: the first ones compile
+EARLY = 100  # steps after which the loss should have fallen
+LOG, CHECKPOINTS, WEIGHTS = "log.jsonl", "checkpoints", "model.safetensors"
 
 
 def train(options: TrainOptions, console: Console) -> dict[str, Any]:
-    """Runs the whole job and returns what it wrote to metrics.json. Raises an `S2FTError`, leaving nothing
-    behind.
+    """Runs the whole job and returns what it wrote to metrics.json.
+
+    Raises an `S2FTError`: leaving nothing behind before the first checkpoint, and all checkpoints after it.
     """
     started = time.perf_counter()
     records = check(options)
     tokenizer = load_tokenizer(options.model)
     with console.status("tokenizing"):
-        blocks = tokenize(records, tokenizer, options.seq_len)
+        blocks = tokenize(records, tokenizer, options.seq_len, options.packing)
     training, held_out = split(blocks, options.held_out, options.seed, shuffle=records.form != "text")
-    if len(training) < options.batch_size:
-        raise ConfigError(
-            f"the data gives {len(training)} blocks of {blocks.input_ids.shape[1]} tokens to train on, "
-            f"less than one batch of {options.batch_size}; use a batch size of at most {len(training)}"
-        )
-    if len(training) < options.batch_size * options.grad_accum:
-        batches = len(training) // options.batch_size
-        raise ConfigError(
-            f"the data gives {batches} batches of {options.batch_size} to train on, less than one optimizer step of "
-            f"{options.grad_accum}; use a gradient accumulation of at most {batches}"
-        )
-    with new_directory(options.output) as work:
+    _check_batches(training, options)
+    with _folder(options) as work:
         with console.status("loading the model"):
             model = load_model(options.model, options.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
             plan = prepare(model, example_inputs(model), options.s2ft, calibration(model, training, options))
+        _remember(work, options, plan, blocks)
         with progress(console) as bars:
             before = loss(model, held_out, options.batch_size, on_batch=counter(bars, "loss before"))
-            times = fit(model, training, options, work, bars)
+            times = fit(model, training, held_out, options, work, bars)
             after = loss(model, held_out, options.batch_size, on_batch=counter(bars, "loss after"))
         with console.status("writing adapter and merged model"):
+            for name in ("adapter", "merged"):  # of an earlier run that was resumed with more steps
+                shutil.rmtree(work / name, ignore_errors=True)
             save_adapter(model, work / "adapter")
             save_merged(model, work / "merged")
             tokenizer.save_pretrained(work / "merged")
@@ -80,11 +84,97 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
             "examples_dropped": blocks.dropped,
             "seconds": time.perf_counter() - started,
             "device": str(next(model.parameters()).device),
-            "options": asdict(options),
+            "options": {k: v for k, v in asdict(options).items() if k != "given"},
             "versions": versions(),
         }
         write_json(work / "metrics.json", metrics)
     return metrics
+
+
+def _check_batches(training: Blocks, options: TrainOptions) -> None:
+    if len(training) < options.batch_size:
+        raise ConfigError(
+            f"the data gives {len(training)} blocks of {training.input_ids.shape[1]} tokens to train on, "
+            f"less than one batch of {options.batch_size}; use a batch size of at most {len(training)}"
+        )
+    if len(training) < options.batch_size * options.grad_accum:
+        batches = len(training) // options.batch_size
+        raise ConfigError(
+            f"the data gives {batches} batches of {options.batch_size} to train on, less than one optimizer step of "
+            f"{options.grad_accum}; use a gradient accumulation of at most {batches}"
+        )
+
+
+# --- the output folder ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _folder(options: TrainOptions) -> Iterator[Path]:
+    """The output folder, made where it is not there; after an error it is gone again, unless it has a checkpoint."""
+    work = Path(options.output)
+    made = [folder for folder in (work, *work.parents) if not folder.exists()]
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"could not write {work}: {error}") from error
+    try:
+        yield work
+    except BaseException as error:
+        last = last_checkpoint(work)
+        if last is None and not options.resume:
+            shutil.rmtree(work, ignore_errors=True)
+            for folder in made[1:]:
+                folder.rmdir()
+        raise _as_one_line(error, last) from error
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The last checkpoint that is complete: Trainer writes its state behind everything else."""
+    found = {}
+    for folder in (work / CHECKPOINTS).glob("checkpoint-*"):
+        try:
+            found[json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]] = folder
+        except (OSError, ValueError, KeyError):
+            continue
+    return found[max(found)] if found else None
+
+
+def _as_one_line(error: BaseException, last: Path | None) -> BaseException:
+    """What went wrong while training, and what is left, as an error for a person."""
+    text, left = str(error), f"; {last} is complete, go on with --resume" if last else ""
+    if isinstance(error, (KeyboardInterrupt, Interrupted)):
+        return TrainingError(f"stopped{left or ', before there was a checkpoint'}")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in text:
+        return TrainingError(
+            f"out of memory: use a smaller batch (and more gradient accumulation), shorter sequences or a smaller "
+            f"activation budget; `s2ft estimate` predicts what a step takes{left}"
+        )
+    if isinstance(error, S2FTError):
+        return type(error)(f"{text}{left}") if last else error
+    if isinstance(error, (OSError, SafetensorError)) or re.search(r"os error|No space left|iostream|file write", text):
+        return ExportError(f"could not write: {text.splitlines()[0]}{left}")
+    return error
+
+
+def _remember(work: Path, options: TrainOptions, plan: Plan, blocks: Blocks) -> None:
+    """Writes what the run is made of; of one that goes on, raises `ConfigError` where something else is."""
+    data = hashlib.sha256(blocks.input_ids.numpy().tobytes() + blocks.labels.numpy().tobytes()).hexdigest()
+    now = {"batches": [options.batch_size, options.grad_accum, options.held_out, options.seed], "data": data}
+    if options.resume:
+        then = json.loads((work / PLAN).read_text(encoding="utf-8"))
+        differ = [name for name in now if then[name] != now[name]]
+        if differ:
+            raise ConfigError(
+                f"{work} was begun with other {' and '.join(differ)}; a run goes on with the same, or anew"
+            )
+        old = Plan.from_dict(then["plan"])
+        if old.fingerprint != plan.fingerprint:
+            raise ConfigError(f"{work} was begun from another base model than {options.model}")
+        if old.to_dict()["slices"] != plan.to_dict()["slices"]:
+            raise ConfigError(f"{work} was begun with other slices: {old.config}; this is {plan.config}")
+        return
+    write_json(work / PLAN, {**now, "plan": plan.to_dict()})
+    write_json(work / RUN, {k: v for k, v in options.given.items() if k not in ("resume", "config")})
 
 
 def calibration(model: nn.Module, blocks: Blocks, options: TrainOptions) -> Iterator[dict[str, torch.Tensor]]:
@@ -96,58 +186,130 @@ def calibration(model: nn.Module, blocks: Blocks, options: TrainOptions) -> Iter
         yield {k: v.to(device) for k, v in chosen[start : start + options.batch_size].items()}
 
 
-def fit(model: nn.Module, blocks: Blocks, options: TrainOptions, work: Path, bars: Progress) -> list[float]:
-    """Trains a prepared model through torch.compile(backend="s2ft") and Trainer; the seconds of each step."""
-    from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
+def fit(
+    model: nn.Module, blocks: Blocks, held_out: Blocks, options: TrainOptions, work: Path, bars: Progress
+) -> list[float]:
+    """Trains a prepared model, compiled, with Trainer, from its last checkpoint if it has one; each step's seconds."""
+    steps = options.total_steps(len(blocks))
+    with _compiled(model, options):
+        watch = _watch(bars, steps, options, work)
+        trainer = _trainer(model, blocks, held_out, options, work, steps, watch)
+        start = last_checkpoint(work)
+        watch.trim(start)
+        with watch.interruptible():
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+    if watch.interrupted:
+        raise Interrupted
+    model.eval()
+    return watch.seconds
 
-    steps = options.steps or max(1, len(blocks) // (options.batch_size * options.grad_accum))
+
+class Interrupted(Exception):
+    """A person, or the system, asked the run to stop; its checkpoint was written."""
+
+
+def optimizer_of(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    """Every choice of an optimizer is made here. Decay pulls towards the base model."""
+    return torch.optim.AdamW(parameters(model), lr=options.lr, weight_decay=options.weight_decay, fused=True)
+
+
+@contextmanager
+def _compiled(model: nn.Module, options: TrainOptions) -> Iterator[None]:
+    how = {"inner": options.inner, "activation_budget": options.activation_budget}
+    with _without_cache(model):
+        compiled = compile_layers(model, **how) if options.by_layer else [model]
+        if not options.by_layer:
+            model.compile(backend="s2ft", options={**how, "logits": False})
+        try:
+            yield
+        finally:
+            for module in compiled:
+                module._compiled_call_impl = None  # what compile() set; the exporters want the plain call
+
+
+def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: int, watch):
+    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, default_data_collator
+
+    class SliceTrainer(Trainer):
+        """Its checkpoints hold the deltas alone, and it measures what is held out as this command does, eagerly."""
+
+        def _save(self, output_dir=None, state_dict=None):
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({b.delta_name: b.delta.detach() for b in state_of(self.model).blocks}, folder / WEIGHTS)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            load_deltas(self.model, Path(resume_from_checkpoint))
+
+        def _load_best_model(self):
+            load_deltas(self.model, Path(self.state.best_model_checkpoint))
+
+        def evaluate(self, *_, **__):
+            metrics = {"eval_loss": loss(self.model, held_out, options.batch_size)}
+            self.log(dict(metrics))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    evaluated = "steps" if options.eval_every else "no"
     arguments = TrainingArguments(
-        output_dir=str(work),
+        output_dir=str(work / CHECKPOINTS),
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.grad_accum,
         learning_rate=options.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(10, steps // 10),
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup_steps(steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.clip,
         seed=options.seed,
         dataloader_drop_last=True,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
+        save_strategy="steps",
+        save_steps=options.eval_every if options.patience else options.save_every,
+        save_total_limit=options.keep,
+        eval_strategy=evaluated,
+        eval_steps=options.eval_every,
+        load_best_model_at_end=options.patience is not None,
+        metric_for_best_model="eval_loss" if options.patience else None,
+        greater_is_better=False if options.patience else None,
+        report_to=options.report_to,
         disable_tqdm=True,
         use_cpu=next(model.parameters()).device.type == "cpu",
         remove_unused_columns=False,
     )
     _use_one_gpu(arguments)
-    with _without_cache(model):
-        how = {"inner": options.inner, "activation_budget": options.activation_budget}
-        compiled = compile_layers(model, **how) if options.by_layer else [model]
-        if not options.by_layer:
-            model.compile(backend="s2ft", options={**how, "logits": False})
-        optimizer = torch.optim.AdamW(parameters(model), lr=options.lr, weight_decay=0.0, fused=True)
-        watch = _watch(bars, steps)
-        trainer = Trainer(
-            model,
-            arguments,
-            default_data_collator,
-            train_dataset=blocks,
-            callbacks=[watch],
-            optimizers=(optimizer, None),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    for module in compiled:
-        module._compiled_call_impl = None  # what compile() set; the exporters want the plain call
-    model.eval()
-    return watch.seconds
+    early = [EarlyStoppingCallback(options.patience)] if options.patience else []
+    trainer = SliceTrainer(
+        model,
+        arguments,
+        default_data_collator,
+        train_dataset=blocks,
+        eval_dataset=held_out,
+        callbacks=[watch, *early],
+        optimizers=(optimizer_of(model, options), None),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def load_deltas(model: nn.Module, checkpoint: Path) -> None:
+    """Puts the deltas of a checkpoint of this command into the model it was made from, prepared alike."""
+    try:
+        deltas = load_file(checkpoint / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{checkpoint} is damaged ({error}); remove it to go on from the one before") from error
+    expected = {b.delta_name for b in state_of(model).blocks}
+    if deltas.keys() != expected:
+        raise ConfigError(f"{checkpoint} has other slices than this model: {sorted(deltas.keys() ^ expected)[0]}")
+    model.load_state_dict(deltas, strict=False)
 
 
 @torch.no_grad()
 def loss(
     model: nn.Module, blocks: Blocks, batch_size: int, on_batch: Callable[[int, int], None] | None = None
 ) -> float:
-    """Cross-entropy per learned token, in nats. Eager: a second compilation would cost more."""
+    """Cross-entropy per learned token, in nats; NaN without blocks. Eager: a second compilation would cost more."""
     device = next(model.parameters()).device
     model.eval()
     total, count = 0.0, 0
@@ -161,17 +323,48 @@ def loss(
                 count += tokens
             if on_batch:
                 on_batch(number, len(batches))
-    return total / max(count, 1)
+    return total / count if count else float("nan")
 
 
-def _watch(bars: Progress, steps: int):
-    """A Trainer callback that shows the progress and times the steps."""
+def _watch(bars: Progress, steps: int, options: TrainOptions, work: Path):
+    """A Trainer callback that shows the progress, logs every step, and stops for a person or for what is not finite."""
     from transformers import TrainerCallback
+
+    tokens = options.batch_size * options.grad_accum * options.seq_len
 
     class Watch(TrainerCallback):
         def __init__(self):
             self.seconds: list[float] = []
+            self.losses: list[float] = []
+            self.interrupted = False
             self.task = bars.add_task("training (the first step compiles)", total=steps)
+
+        def trim(self, start: Path | None) -> None:
+            """Leaves in the log what lies before the checkpoint that the run goes on from."""
+            step, path = int(start.name.rsplit("-")[-1]) if start else 0, work / LOG
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [line for line in lines if _step_of(line) <= step]
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+        @contextmanager
+        def interruptible(self):
+            """The first Ctrl-C lets the step end and its checkpoint be written; the second ends at once."""
+
+            def ask(number, frame):
+                if self.interrupted:
+                    raise KeyboardInterrupt
+                self.interrupted = True
+                bars.console.print("stopping after this step, with a checkpoint; once more stops at once")
+
+            try:
+                before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            except ValueError:  # not in the main thread
+                before = {}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
         def on_step_begin(self, args, state, control, **kwargs):
             self.began = time.perf_counter()
@@ -180,14 +373,68 @@ def _watch(bars: Progress, steps: int):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - self.began)
+            if self.interrupted:
+                control.should_save = control.should_training_stop = True
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if logs and "loss" in logs:
+            if "loss" in logs:
+                for name in ("loss", "grad_norm"):
+                    if not torch.isfinite(torch.tensor(float(logs.get(name, 0.0)))):
+                        raise TrainingError(
+                            f"the {name.replace('grad_norm', 'gradient')} of step {state.global_step} is "
+                            f"{float(logs[name])}: training diverged; a lower learning rate, a longer warm-up or a "
+                            f"closer look at the data may help"
+                        )
+                self.losses.append(float(logs["loss"]))
+                if len(self.losses) == EARLY and (problem := hardly_learns(self.losses, options.lr)):
+                    bars.console.print(f"[yellow]{problem}[/]")
                 bars.update(
                     self.task, completed=state.global_step, description=f"training, loss {float(logs['loss']):.3f}"
                 )
+            self._write(state.global_step, logs)
+
+        def _write(self, step: int, logs: Mapping[str, Any]) -> None:
+            names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "eval_loss"}
+            line = {"step": step, **{new: float(logs[old]) for old, new in names.items() if old in logs}}
+            if "loss" in logs and self.seconds:
+                line |= {"seconds": self.seconds[-1], "tokens_per_second": tokens / self.seconds[-1], **_memory()}
+            if len(line) > 1:
+                with open(work / LOG, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
 
     return Watch()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # cut off when the process was killed
+        return float("inf")
+
+
+def _memory() -> dict[str, int]:
+    """The most that was allocated so far, in bytes: of the GPU, or else of the process."""
+    if torch.cuda.is_available():
+        return {"memory": torch.cuda.max_memory_allocated()}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    return {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def hardly_learns(losses: list[float], lr: float) -> str | None:
+    """What to say where the loss of the first steps has not fallen by twice its standard error."""
+    size = max(len(losses) // 4, 2)
+    first, last = losses[:size], losses[-size:]
+    error = ((statistics.variance(first) + statistics.variance(last)) / size) ** 0.5
+    fell = statistics.fmean(first) - statistics.fmean(last)
+    if fell > 2 * error:
+        return None
+    return (
+        f"the loss has hardly fallen in {len(losses)} steps ({statistics.fmean(first):.4f} to "
+        f"{statistics.fmean(last):.4f}): a learning rate of {lr:g} may be too low to learn"
+    )
 
 
 @contextmanager
@@ -225,13 +472,13 @@ def _sizes(model: nn.Module, plan) -> dict[str, Any]:
 def _speed(seconds: list[float], options: TrainOptions, blocks: Blocks) -> dict[str, Any]:
     """Step time and tokens per second without the first steps, which compile."""
     tokens = options.batch_size * options.grad_accum * blocks.input_ids.shape[1]
-    median = statistics.median(seconds[WARM_UP:] or seconds[-1:])
+    median = statistics.median(seconds[WARM_UP:] or seconds[-1:] or [float("nan")])
     return {
         "steps": len(seconds),
         "tokens_per_step": tokens,
         "step_ms": 1e3 * median,
         "tokens_per_second": tokens / median,
-        "first_step_seconds": seconds[0],
+        "first_step_seconds": seconds[0] if seconds else None,
     }
 
 
@@ -239,12 +486,14 @@ def report(metrics: Mapping[str, Any], output: Path) -> Table:
     """The table that ends a run."""
     table = Table(title="s2ft train", show_header=False)
     rows = {
-        "held-out loss": f"{metrics['loss_before']:.4f} → {metrics['loss_after']:.4f}",
+        "held-out loss": f"{metrics['loss_before']:.4f} → {metrics['loss_after']:.4f}"
+        if metrics["held_out_blocks"]
+        else "nothing was held out",
         "trainable": f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,} parameters "
         f"({metrics['trainable_fraction']:.2%})",
         "steps": f"{metrics['steps']} × {metrics['tokens_per_step']:,} tokens",
         "step time": f"{metrics['step_ms']:.1f} ms, {metrics['tokens_per_second']:,.0f} tokens/s "
-        f"(first step, with compilation: {metrics['first_step_seconds']:.1f} s)",
+        f"(first step, with compilation: {metrics['first_step_seconds'] or 0:.1f} s)",
         "data": f"{metrics['blocks']} blocks, {metrics['held_out_blocks']} held out",
         "adapter": str(Path(output) / "adapter"),
         "merged model": str(Path(output) / "merged"),
