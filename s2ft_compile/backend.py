@@ -319,7 +319,10 @@ def _inductor(
 
 
 def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], how: CompileOptions) -> Callable:
+    from torch._inductor.decomposition import select_decomp_table
+
     return aot_autograd(
+        decompositions=select_decomp_table(),  # as Inductor's, and as `prepare` looked at gradients
         fw_compiler=boxed,
         bw_compiler=boxed,
         inference_compiler=boxed,

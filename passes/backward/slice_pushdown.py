@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from s2ft_compile.errors import CompileError
 
 from . import convolution
+from .along import ALONG_RULES, WEIGHT_NORM, push_weight_norm
 from .attach import ATTACH, TAKE
 from .grouped import push_grouped_mm, push_output, without_weight_gradients
 
@@ -86,6 +87,7 @@ class Editor:
         self.mode: FakeTensorMode = modes[0]
         self.at: fx.Node | None = None
         self.made: set[fx.Node] = set()
+        self.needed = _needed(graph)
 
     def call(self, target: Callable, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
         """Inserts target(*args) before `self.at`; keeps `like`'s trace information."""
@@ -104,6 +106,31 @@ class Editor:
 
     def take_ranges(self, x: fx.Node, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> fx.Node:
         return self.call(TAKE, x, dim % x.meta["val"].ndim, list(starts), list(lengths))
+
+    def push(self, x: fx.Node, dim: int, how: fx.Node) -> fx.Node:
+        """The same slice of an x that only the gradient needs, by its own rule."""
+        return _recurse(self, x, dim, how)
+
+    def sliced(self, x: fx.Node, dim: int, how: fx.Node) -> fx.Node:
+        """A slice of an operand: of what is there anyway (an input, an activation, a weight's computed scale) or else
+        by its own rule."""
+        there = x.op != "call_function" or x in self.needed
+        return self.take(x, dim, how) if there else self.push(x, dim, how)
+
+    def push_ranges(self, x: fx.Node, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> fx.Node:
+        return _recurse_ranges(self, x, dim, starts, lengths)
+
+
+def _needed(graph: fx.Graph) -> set[fx.Node]:
+    """What the graph computes for more than slices of gradients."""
+    found: set[fx.Node] = set()
+    stack = [graph.output_node()]
+    while stack:
+        node = stack.pop()
+        if node not in found and node.target is not TAKE:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
 
 
 def _pushed(editor: Editor, node: fx.Node) -> fx.Node:
@@ -240,7 +267,8 @@ def push_sum(editor, node, x, dim):
     kept = list(range(rank)) if keepdim else [d for d in range(rank) if d not in gone]
     if kept[dim] in gone:
         return None
-    return editor.call(aten.sum.dim_IntList, editor.take(source, kept[dim], node), sorted(gone), bool(keepdim), like=x)
+    sliced = editor.sliced(source, kept[dim], node)
+    return editor.call(aten.sum.dim_IntList, sliced, sorted(gone), bool(keepdim), like=x)
 
 
 def push_embedding(editor, node, x, dim):
@@ -331,8 +359,8 @@ def push_cat(editor, node, x, dim):
 
 def push_result(editor, node, x, dim):
     """One of an operator's several results."""
-    rule = convolution.push_convolution if x.args[0].target is convolution.BACKWARD else push_output
-    return rule(editor, node, x, dim)
+    rules = {convolution.BACKWARD: convolution.push_convolution, WEIGHT_NORM: push_weight_norm}
+    return rules.get(x.args[0].target, push_output)(editor, node, x, dim)
 
 
 def push_constant(editor, node, x, dim):
@@ -353,16 +381,7 @@ def push_elementwise(editor, node, x, dim):
         source = dim - rank + value.ndim
         if source < 0 or value.shape[source] == 1:
             return arg
-        if arg.op != "call_function":  # what is given can be sliced as it is
-            return editor.take(arg, source, node)
-        needed, here = len(arg.users) > 1, editor.at
-        try:
-            return _recurse(editor, arg, source, node)
-        except CompileError:
-            if not needed:
-                raise
-            editor.at = here
-            return editor.take(arg, source, node)  # something else needs all of it, too: a weight's computed scale
+        return editor.sliced(arg, source, node)
 
     return editor.call(x.target, *[sliced(a) for a in x.args], like=x, **x.kwargs)
 
@@ -416,6 +435,7 @@ SLICE_RULES: dict[Any, Callable] = {
     aten.detach.default: push_elementwise,
     torch.ops.prims.convert_element_type.default: push_elementwise,
     TAKE: push_take,
+    **ALONG_RULES,
 }
 
 
