@@ -252,7 +252,7 @@ def test_train_takes_jsonl_and_its_options(base, tmp_path, row):
         ({"--targets": "ffn.out"}, "not of the form ROLE=AMOUNT"),
         ({"--targets": "ffn.out=many"}, "'many' is no amount"),
         ({"--targets": "ffn.out=1.5"}, "a ratio lies in (0, 1]"),
-        ({"--targets": "ffn.out=0.001"}, "the smallest ratio that works is 0.02083"),
+        ({"--targets": "ffn.out=0"}, "a number of units is at least 1"),
         ({"--targets": "ffn.out=49"}, "use 1 to 48"),
         ({"--selection": "best"}, "unknown selection 'best'; valid: random, weight"),
         ({"--budget": "all"}, "unknown budget 'all'"),

@@ -132,6 +132,7 @@ CASES = {
     "select": (lambda a, b: aten.select(aten.bmm(a, b), 1, 1), ((4, 2, 5), (4, 5, 6)), (0, 1)),
     "index": (lambda a, b: aten.index(aten.mm(a, b), [None, torch.tensor([3, 0, 3])]), MM, (0,)),
     "pad": (lambda a, b: aten.constant_pad_nd(aten.mm(a, b), [0, 0, 2, 1], 3.0), ((5, 5), (5, COLUMNS)), (0, 1)),
+    "pad that crops": (lambda a, b: aten.constant_pad_nd(aten.mm(a, b), [1, -2, -1, -3]), MM, (0,)),
     "scatter_add": (
         lambda a, b: aten.scatter_add(aten.mm(a, b), 1, torch.tensor([[0, 2]] * ROWS), aten.mm(a, b[:, :2])),
         MM,

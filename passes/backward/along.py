@@ -25,7 +25,7 @@ def acts_along(*positions: int, last: int = 0) -> Callable:
         acted = {d % rank for d in given} | set(range(rank - last, rank))
         if dim in acted or not acted:
             return None
-        return editor.call(x.target, editor.push(x.args[0], dim, node), *x.args[1:], like=x, **x.kwargs)
+        return editor.call(x.target, editor.sliced(x.args[0], dim, node), *x.args[1:], like=x, **x.kwargs)
 
     return rule
 
@@ -42,14 +42,14 @@ def push_reduced(editor, node, x, dim):
     kept = list(range(rank)) if keepdim else [d for d in range(rank) if d not in gone]
     if kept[dim] in gone:
         return None
-    return editor.call(x.target, editor.push(source, kept[dim], node), *x.args[1:], like=x, **x.kwargs)
+    return editor.call(x.target, editor.sliced(source, kept[dim], node), *x.args[1:], like=x, **x.kwargs)
 
 
 def push_slice(editor, node, x, dim):
     source, at, start, end, step = [*x.args, *(0, None, None, 1)[len(x.args) - 1 :]]
     at %= x.meta["val"].ndim
     if at != dim:
-        return editor.call(x.target, editor.push(source, dim, node), at, start, end, step, like=x)
+        return editor.call(x.target, editor.sliced(source, dim, node), at, start, end, step, like=x)
     size = source.meta["val"].shape[dim]
     start = min(max(0, (start or 0) + (size if (start or 0) < 0 else 0)), size)
     starts, lengths = node.args[2:]
@@ -59,7 +59,7 @@ def push_slice(editor, node, x, dim):
 def push_select(editor, node, x, dim):
     source, at, index = x.args
     at %= source.meta["val"].ndim
-    return editor.call(x.target, editor.push(source, dim + (dim >= at), node), at, index, like=x)
+    return editor.call(x.target, editor.sliced(source, dim + (dim >= at), node), at, index, like=x)
 
 
 def push_index(editor, node, x, dim):
@@ -68,7 +68,7 @@ def push_index(editor, node, x, dim):
     used = [d for d, index in enumerate(indices) if index is not None]
     if len(used) != 1 or dim == used[0] or indices[used[0]].meta["val"].ndim != 1:
         return None
-    return editor.call(x.target, editor.push(source, dim, node), indices, like=x)
+    return editor.call(x.target, editor.sliced(source, dim, node), indices, like=x)
 
 
 def push_pad(editor, node, x, dim):
@@ -77,10 +77,10 @@ def push_pad(editor, node, x, dim):
     place = 2 * (rank - 1 - dim)
     before, after = pad[place : place + 2] if place < len(pad) else (0, 0)
     if not before and not after:
-        return editor.call(x.target, editor.push(source, dim, node), pad, *value, like=x)
+        return editor.call(x.target, editor.sliced(source, dim, node), pad, *value, like=x)
     size, positions = source.meta["val"].shape[dim], [s + k for s, n in zip(*node.args[2:]) for k in range(n)]
     inside = [p - before for p in positions if before <= p < before + size]
-    if before < 0 or after < 0 or not inside:
+    if not inside:
         return None
     made = editor.push_ranges(source, dim, *runs(inside))
     around = [sum(p < before for p in positions), sum(p >= before + size for p in positions)]
@@ -99,7 +99,7 @@ def push_scatter_add(editor, node, x, dim):
     sizes = {n.meta["val"].shape[dim] for n in (base, index, values)}
     if at % x.meta["val"].ndim == dim or len(sizes) > 1:
         return None
-    base, values = editor.push(base, dim, node), editor.push(values, dim, node)
+    base, values = editor.sliced(base, dim, node), editor.sliced(values, dim, node)
     return editor.call(x.target, base, at, editor.take(index, dim, node), values, like=x)
 
 
@@ -109,7 +109,7 @@ def push_weight_norm(editor, node, x, dim):
     dW, v, g, norms, at = maker.args
     if at != dim:
         return None
-    operands = [editor.push(dW, dim, node), *(editor.take(t, dim, node) for t in (v, g, norms))]
+    operands = [editor.sliced(dW, dim, node), *(editor.take(t, dim, node) for t in (v, g, norms))]
     return editor.call(operator.getitem, editor.call(WEIGHT_NORM, *operands, at, like=maker), index, like=x)
 
 

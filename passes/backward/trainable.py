@@ -20,7 +20,7 @@ from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import CompileError, ConfigError
 from s2ft_compile.passes.select.select import Selection
 
-from .attach import TAKE, attach
+from .attach import ATTACH, TAKE, attach
 from .slice_pushdown import Editor, _pushed
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,8 @@ def refused_gradients(model: nn.Module, example_inputs: Any, places: Sequence[Pl
     gradients = graph.output_node().args[0]
     gradients = gradients[-len(places) :] if places else []
     editor, refused = Editor(graph), {}
+    for node in graph.find_nodes(op="call_function", target=ATTACH):
+        node.replace_all_uses_with(node.args[0])
     for place, gradient in zip(places, gradients):
         for node in _takes(gradient):
             try:
