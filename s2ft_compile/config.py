@@ -18,6 +18,10 @@ ROLES = (
     "ffn.in",
     "moe.out",
     "moe.in",
+    "ssm.out",
+    "ssm.in",
+    "conv.out",
+    "conv.in",
 )
 # What ranks units -> what it needs: nothing, the weight alone, or of batches of data activations or gradients. Its
 # function is in `passes/select/selections.py`.

@@ -122,7 +122,13 @@ def test_inspect_json_adds_up(base):
     model = load(base)
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
     down = sum(p.numel() for n, p in model.named_parameters() if "down_proj" in n)
-    assert facts["targets"]["ffn.out"] == {"weights": 2, "parameters": down, "share": down / facts["parameters"]}
+    assert facts["targets"]["ffn.out"] == {
+        "weights": 2,
+        "parameters": down,
+        "share": down / facts["parameters"],
+        "units": [48, 48],
+        "default": [1, 1],
+    }
     ffn = [c for c in facts["couplings"] if c["role"] == "ffn"]
     assert [(c["layer"], c["units"]) for c in ffn] == [(0, 48), (1, 48)]
     assert all(r["reason"] for r in facts["refusals"])
