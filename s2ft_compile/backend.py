@@ -243,8 +243,14 @@ def _inductor(
 
 
 def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline) -> Callable:
+    from torch._inductor.decomposition import select_decomp_table
+
     return aot_autograd(
-        fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed, partition_fn=partial(_partition, pipeline)
+        decompositions=select_decomp_table(),  # as Inductor's, and as `prepare` looked at gradients
+        fw_compiler=boxed,
+        bw_compiler=boxed,
+        inference_compiler=boxed,
+        partition_fn=partial(_partition, pipeline),
     )(gm, list(inputs))
 
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from math import ceil
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,6 +18,10 @@ ROLES = (
     "ffn.in",
     "moe.out",
     "moe.in",
+    "ssm.out",
+    "ssm.in",
+    "conv.out",
+    "conv.in",
 )
 # What ranks units -> what it needs: nothing, the weight alone, or of batches of data activations or gradients. Its
 # function is in `passes/select/selections.py`.
@@ -37,30 +40,24 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 
 def units_for(amount: int | float, available: int, what: str) -> int:
-    """How many of `available` units an amount from `targets` stands for: a ratio is rounded down.
+    """How many of `available` units an amount from `targets` stands for: a ratio is rounded down, to 1 at least.
 
-    Raises `ConfigError` when that is not between 1 and `available`, naming the smallest amount that works.
+    Raises `ConfigError` for a number of units that there are not.
     """
     if isinstance(amount, Integral):
         if amount > available:
             raise ConfigError(f"{what} asks for {amount} units, but there are {available}; use 1 to {available}")
         return int(amount)
-    units = int(amount * available + 1e-9)  # 0.29 * 100 is 28.999999999999996
-    if units == 0:
-        raise ConfigError(
-            f"{what} = {amount} is less than one of {available} units; the smallest ratio that works is "
-            f"{ceil(1e6 / available) / 1e6:g}, or ask for 1 unit"
-        )
-    return units
+    return max(1, int(amount * available + 1e-9))  # 0.29 * 100 is 28.999999999999996
 
 
 @dataclass(frozen=True)
 class S2FTConfig:
     """Which slices of a model train.
 
-    targets: role (see `ROLES`) or glob on parameter names -> ratio in (0, 1] (a float) or number of units (an int).
-        A unit is a query head for `attention.out` and `attention.query`, a kv head for `attention.key` and
-        `attention.value`, a channel for `ffn.*`, a channel of every expert for `moe.*`.
+    targets: role (see `ROLES`) or glob on parameter names -> ratio in (0, 1] (a float; at least one unit) or number
+        of units (an int). A unit is a query head for `attention.out` and `attention.query`, a kv head for
+        `attention.key` and `attention.value`, a channel for `ffn.*`, a channel of every expert for `moe.*`.
     selection: how units are ranked. One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and
         "gradient" are the paper's R, W, A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see
         `passes/select/scores.py` and `calibrate.py` for what each one is. Those in `CALIBRATED` need batches of data.

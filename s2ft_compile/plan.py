@@ -34,17 +34,20 @@ class Slice:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """config: what was asked for. fingerprint: of the base weights. slices: one for each parameter that trains."""
+    """config: what was asked for. fingerprint: of the base weights. slices: one for each parameter that trains.
+    notes: where something else trains than what was asked for, in words."""
 
     config: S2FTConfig
     fingerprint: str
     slices: tuple[Slice, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "version": PLAN_VERSION,
             "config": self.config.to_dict(),
             "fingerprint": self.fingerprint,
+            "notes": list(self.notes),
             "slices": [
                 {
                     "parameter_name": s.parameter_name,
@@ -68,7 +71,8 @@ class Plan:
             if values["version"] != PLAN_VERSION:
                 raise ConfigError(f"plan version {values['version']!r}; this release reads version {PLAN_VERSION}")
             slices = tuple(map(_slice, values["slices"]))
-            return cls(S2FTConfig.from_dict(values["config"]), str(values["fingerprint"]), slices)
+            notes = tuple(map(str, values.get("notes", ())))
+            return cls(S2FTConfig.from_dict(values["config"]), str(values["fingerprint"]), slices, notes)
         except (LookupError, TypeError, RuntimeError, ValueError, ArithmeticError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -87,7 +91,7 @@ class Plan:
         lines = [f"{len(self.slices)} slices, {trained:,} parameters train"]
         for s in self.slices:
             lines.append(f"  {s.parameter_name}[{s.dim}]: {len(s.indices)} of {s.shape[s.dim]} ({', '.join(s.roles)})")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
 def _slice(values: Mapping[str, Any]) -> Slice:

@@ -17,7 +17,7 @@ from s2ft_compile.passes.couple.recheck import Permuted
 from s2ft_compile.passes.permute import dense_orders, move, moves_for, ranges
 from s2ft_compile.passes.select.calibrate import Loss, calibrate
 from s2ft_compile.passes.select.calibrate import check as check_calibration
-from s2ft_compile.passes.select.select import Selection, Taken, select, targeted_bands
+from s2ft_compile.passes.select.select import Selection, Taken, raised, select, targeted_bands
 
 from .capture import captures, unwrap
 from .config import CALIBRATED, S2FTConfig
@@ -104,7 +104,10 @@ def prepare(
     analysis = analyze(model, example_inputs, train=train)
     selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss), taken)
     _check_trainable(selections, parameters)
-    selections = trainable(model, several(example_inputs)[0], config, selections)
+    wanted, selections = selections, trainable(model, several(example_inputs)[0], config, selections)
+    notes = (*raised(analysis, config), *_left_out(wanted, selections))
+    for note in notes:
+        log.info("%s", note)
     orders = dense_orders(analysis, selections)
     base, index = fingerprint(model), moves_for(orders, analysis.layouts)
     moves = [(name, dim, order) for (name, dim), order in index.items()]
@@ -117,7 +120,7 @@ def prepare(
         for name in frozen:
             parameters[name].requires_grad_(False)
             undo.callback(parameters[name].requires_grad_, True)
-        plan = Plan(config, base, tuple(piece for _, piece in made))
+        plan = Plan(config, base, tuple(piece for _, piece in made), notes)
         state = State(plan, [block for block, _ in made], moves, frozen, Permuted.of(analysis, orders))
         undo.callback(state.uninstall, model)
         state.install(model)
@@ -158,6 +161,12 @@ def _check_trainable(selections: Sequence[Selection], parameters) -> None:
         dtype = parameters[s.parameter_name].dtype
         if not dtype.is_floating_point:
             raise ConfigError(f"{s.parameter_name} is {dtype}; only floating-point weights train")
+
+
+def _left_out(wanted: Sequence[Selection], selections: Sequence[Selection]) -> list[str]:
+    kept = {s.parameter_name for s in selections}
+    names = [s.parameter_name for s in wanted if s.parameter_name not in kept]
+    return [f"left out, since their gradients have no slice rule: {', '.join(names)}"] if names else []
 
 
 def _block(model: nn.Module, weight: nn.Parameter, selection: Selection, index) -> tuple[Block, Slice]:

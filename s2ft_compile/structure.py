@@ -24,7 +24,7 @@ class Member(NamedTuple):
 class Coupling:
     """An axis of the model whose units may be permuted in any order without changing its outputs.
 
-    role: attention, ffn, moe, residual or other. units: how many can be permuted. members: every parameter
+    role: attention, ffn, moe, ssm, conv, residual or other. units: how many can be permuted. members: every parameter
     dimension that a permutation has to reorder; `layouts` says where the units lie along each.
     """
 

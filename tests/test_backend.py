@@ -70,7 +70,7 @@ def test_torch_logs_show_what_each_stage_did():
         ({"iner": "eager"}, "unknown option 'iner'; valid options: targets, selection, .*inner"),
         ({"inner": "onnx"}, "unknown inner backend 'onnx'; valid: inductor, aot_eager, eager"),
         ({"targets": {"ffn.aut": 1}}, "'ffn.aut' is neither a role"),
-        ({"targets": {"ffn.out": 0.01}}, "smallest ratio that works is 0.125"),
+        ({"targets": {"ffn.out": 9}}, "asks for 9 units, but there are 8"),
     ],
 )
 def test_options_that_are_wrong_are_refused_and_the_model_is_unchanged(options, message):

@@ -135,7 +135,13 @@ def test_inspect_json_adds_up(base):
     model = load(base)
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
     down = sum(p.numel() for n, p in model.named_parameters() if "down_proj" in n)
-    assert facts["targets"]["ffn.out"] == {"weights": 2, "parameters": down, "share": down / facts["parameters"]}
+    assert facts["targets"]["ffn.out"] == {
+        "weights": 2,
+        "parameters": down,
+        "share": down / facts["parameters"],
+        "units": [48, 48],
+        "default": [1, 1],
+    }
     ffn = [c for c in facts["couplings"] if c["role"] == "ffn"]
     assert [(c["layer"], c["units"]) for c in ffn] == [(0, 48), (1, 48)]
     assert all(r["reason"] for r in facts["refusals"])
@@ -269,7 +275,7 @@ def test_train_takes_jsonl_and_its_options(base, tmp_path, row):
         ({"--targets": "ffn.out"}, "not of the form ROLE=AMOUNT"),
         ({"--targets": "ffn.out=many"}, "'many' is no amount"),
         ({"--targets": "ffn.out=1.5"}, "a ratio lies in (0, 1]"),
-        ({"--targets": "ffn.out=0.001"}, "the smallest ratio that works is 0.02083"),
+        ({"--targets": "ffn.out=0"}, "a number of units is at least 1"),
         ({"--targets": "ffn.out=49"}, "use 1 to 48"),
         ({"--selection": "best"}, "unknown selection 'best'; valid: random, weight"),
         ({"--budget": "all"}, "unknown budget 'all'"),

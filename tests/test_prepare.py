@@ -197,7 +197,6 @@ def test_a_damaged_plan_is_refused(edit, message):
 BAD = {
     "unknown role": (dict(config={"attention.vaule": 1}), ConfigError, "is neither a role"),
     "a role it lacks": (dict(config={"*.nothing.*": 1}), ConfigError, "is neither a role"),
-    "too small a ratio": (dict(config={"ffn.out": 0.01}), ConfigError, "the smallest ratio that works is 0.125"),
     "too many units": (dict(config={"ffn.out": 9}), ConfigError, "use 1 to 8"),
     "one bad target of two": (dict(config={"ffn.out": 2, "attention.key": 3}), ConfigError, "use 1 to 2"),
     "a dict for a config": (

@@ -8,6 +8,7 @@ import transformers.integrations.moe  # noqa: F401  its operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import LLAMA, QUICK, U32, assert_gradients, compiled, full_gradients, hf, prepared, tokens
+from test_trainable import Accumulated
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -115,6 +116,29 @@ CASES = {
         ((4, 5), (5, COLUMNS)),
         (0, 1),
     ),
+    "cumsum": (lambda a, b: aten.cumsum(aten.mm(a, b), 1), MM, (0,)),
+    "cumprod": (lambda a, b: aten.cumprod(aten.mm(a, b), 0), MM, (1,)),
+    "flip": (lambda a, b: aten.flip(aten.mm(a, b), [-1]), MM, (0,)),
+    "rev": (lambda a, b: prims.rev(aten.mm(a, b), [0]), MM, (1,)),
+    "roll": (lambda a, b: aten.roll(aten.mm(a, b), [2], [1]), MM, (0,)),
+    "tril": (lambda a, b: aten.tril(aten.bmm(a, b)), ((4, 3, 5), (4, 5, 4)), (0,)),
+    "triu": (lambda a, b: aten.triu(aten.bmm(a, b)), ((4, 3, 5), (4, 5, 4)), (0,)),
+    "mean": (lambda a, b: aten.mean(aten.mm(a, b), [1], True), MM, (0,)),
+    "mean of the other": (lambda a, b: aten.mean(aten.mm(a, b), [0]), MM, (0,)),
+    "amax": (lambda a, b: aten.amax(aten.mm(a, b), [-1]), MM, (0,)),
+    "amin": (lambda a, b: aten.amin(aten.mm(a, b), [0], True), MM, (1,)),
+    "sum of what nothing else reads": (lambda a, b: aten.sum(aten.mm(a, b), [0]), MM, (0,)),
+    "slice": (lambda a, b: aten.slice(aten.mm(a, b), 0, -7, 6), MM, (0, 1)),
+    "slice with a step": (lambda a, b: aten.slice(aten.mm(a, b), 0, 1, 8, 2), MM, (1,)),
+    "select": (lambda a, b: aten.select(aten.bmm(a, b), 1, 1), ((4, 2, 5), (4, 5, 6)), (0, 1)),
+    "index": (lambda a, b: aten.index(aten.mm(a, b), [None, torch.tensor([3, 0, 3])]), MM, (0,)),
+    "pad": (lambda a, b: aten.constant_pad_nd(aten.mm(a, b), [0, 0, 2, 1], 3.0), ((5, 5), (5, COLUMNS)), (0, 1)),
+    "pad that crops": (lambda a, b: aten.constant_pad_nd(aten.mm(a, b), [1, -2, -1, -3]), MM, (0,)),
+    "scatter_add": (
+        lambda a, b: aten.scatter_add(aten.mm(a, b), 1, torch.tensor([[0, 2]] * ROWS), aten.mm(a, b[:, :2])),
+        MM,
+        (0,),
+    ),
     "a long way": (
         lambda a, b: aten._to_copy(
             aten.view(aten.permute(aten.mm(b.t(), a.t()), [1, 0]), [ROWS, 1, COLUMNS]) * 2.0, dtype=torch.float32
@@ -155,6 +179,29 @@ def test_gradients_of_looked_up_rows_are_sliced_along_the_channels(case):
         pushed(lambda g, i: take(ROWS_ADDED[case](g, i), 1, ranges), (grad, ids))
         with pytest.raises(CompileError, match="computed at its full size"):
             pushed(lambda g, i: take(ROWS_ADDED[case](g, i), 0, ranges), (grad, ids))
+
+
+@pytest.mark.parametrize("at", (0, 1))
+def test_gradients_behind_a_weight_norm_are_sliced_along_what_has_a_norm_of_its_own(at):
+    size = [1, 1]
+    size[at] = (ROWS, COLUMNS)[at]
+    v, g, (a, b) = randn(ROWS, COLUMNS), randn(*size), (randn(*shape) for shape in MM)
+
+    def gradients(v, g, a, b):
+        norms = v.norm(dim=1 - at, keepdim=True)
+        return aten._weight_norm_interface_backward(aten.mm(a, b), v, g, norms, at)
+
+    for index in (0, 1):
+        gm = graph_of(lambda *args: take(gradients(*args)[index], at, [(1, 3)]), v, g, a, b)
+        expected = gm(v, g, a, b)
+        slice_pushdown(gm.graph)
+        gm.recompile()
+        torch.testing.assert_close(gm(v, g, a, b), expected, rtol=1e-12, atol=1e-12)
+        assert not [
+            n for n in gm.graph.find_nodes(op="call_function", target=aten.mm.default) if n.meta["val"].numel() == 48
+        ]
+        with pytest.raises(CompileError, match="computed at its full size"):
+            pushed(lambda *args: take(gradients(*args)[0], 1 - at, [(1, 3)]), (v, g, a, b))
 
 
 GEOMETRIES = {  # (dY, X, W), stride, padding, dilation, transposed, groups
@@ -381,11 +428,21 @@ def test_a_gradient_without_a_rule_names_its_operator(case):
     assert name in str(error.value) and "choose other targets" in str(error.value)
 
 
-def test_a_weight_whose_gradient_has_no_rule_is_refused_at_compile_time():
-    case, model = prepared({"blocks.0.norm1.weight": 2, "ffn.out": 2})
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="native_layer_norm_backward") as error:
-        case.loss(compiled(model))
+def test_a_weight_whose_gradient_has_no_rule_is_refused_at_compile_time(monkeypatch):
+    """Where `prepare` could not look at gradients."""
+    monkeypatch.setattr("s2ft_compile.preparation.trainable", lambda model, inputs, config, selections: selections)
+    model, x = Accumulated(), torch.randn(2, 4, 8)
+    s2ft.prepare(model, (x,), s2ft.S2FTConfig({"u": 2}))
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="logcumsumexp") as error:
+        compiled(model)(x)
     assert isinstance(error.value.inner_exception, CompileError)
+
+
+def test_norms_train():
+    case, model = prepared({"blocks.0.norm1.weight": 2, "ffn.out": 2})
+    full = full_gradients(case.make(), case.loss)
+    case.loss(compiled(model)).backward()
+    assert_gradients(s2ft.state.state_of(model).plan, full, 1e-10)
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------

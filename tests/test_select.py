@@ -10,11 +10,11 @@ from small import QUICK, cases, configs, hf, tokens
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.config import SELECTIONS, units_for
+from s2ft_compile.config import SELECTIONS, S2FTConfig, units_for
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.select import scores
 from s2ft_compile.passes.select.scores import low_rank_squares
-from s2ft_compile.passes.select.select import select
+from s2ft_compile.passes.select.select import raised, select
 from s2ft_compile.passes.select.selections import SCORES
 
 
@@ -127,21 +127,13 @@ def test_a_ratio_is_rounded_down(ratio, available, units):
     assert units_for(ratio, available, "x") == units
 
 
-@given(st.integers(1, 10_000))
-def test_the_ratio_that_an_error_names_works(available):
-    if available == 1:
-        return
-    with pytest.raises(ConfigError, match="smallest ratio that works is") as error:
-        units_for(0.5 / available, available, "x")
-    named = float(str(error.value).split("works is ")[1].split(",")[0])
-    assert units_for(named, available, "x") == 1
-
-
-def test_a_ratio_too_small_names_the_smallest_that_works(analyzed):
-    with pytest.raises(ConfigError, match=r"'ffn.out' = 0.03 is less than one of 24 units; .* works is 0.041667"):
-        chosen(analyzed("llama"), targets={"ffn.out": 0.03})
-    with pytest.raises(ConfigError, match=r"less than one of 2 units; .* works is 0.5"):
-        chosen(analyzed("llama"), targets={"attention.value": 0.4})
+@pytest.mark.parametrize("budget, units, of", [("layer", 2, "24"), ("model", 1, "48")])
+def test_a_ratio_below_one_unit_is_one_unit_and_said(analyzed, budget, units, of):
+    model, analysis = analyzed("llama")
+    config = S2FTConfig(targets={"ffn.out": 0.01, "attention.value": 0.5}, budget=budget)
+    found = select(analysis, config, dict(model.named_parameters()))
+    assert sum(len(s.indices) for s in found if s.roles == ("ffn.out",)) == units
+    assert raised(analysis, config) == (f"ffn.out: 0.01 of {of} units is less than one, and 1 trains",)
 
 
 def test_a_number_of_units_too_large_says_how_many_there_are(analyzed):

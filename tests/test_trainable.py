@@ -10,8 +10,8 @@ import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError
 
 
-class Summed(nn.Module):
-    """A hidden layer whose weight is summed along its rows, for whose gradient there is no rule; and another."""
+class Accumulated(nn.Module):
+    """A hidden layer whose weight is accumulated along its rows, for whose gradient there is no rule; and another."""
 
     def __init__(self):
         super().__init__()
@@ -19,7 +19,7 @@ class Summed(nn.Module):
         self.l, self.m = nn.Linear(8, 16), nn.Linear(16, 8)
 
     def forward(self, x):
-        x = x + self.d(F.linear(x, self.u.cumsum(1).tanh()).relu())
+        x = x + self.d(F.linear(x, self.u.logcumsumexp(1).tanh()).relu())
         return x + self.m(self.l(x).relu())
 
 
@@ -27,13 +27,13 @@ X = torch.randn(2, 4, 8)
 
 
 def test_a_weight_without_a_slice_rule_is_left_out_of_a_role(caplog):
-    plan = s2ft.prepare(Summed(), (X,), s2ft.S2FTConfig({"ffn.in": 2}))
+    plan = s2ft.prepare(Accumulated(), (X,), s2ft.S2FTConfig({"ffn.in": 2}))
     assert [s.parameter_name for s in plan.slices] == ["l.weight"]
     assert any("u is left out of ffn.in" in record.getMessage() for record in caplog.records)
 
 
 def test_a_weight_without_a_slice_rule_is_refused_by_name_and_nothing_changes():
-    model = Summed()
+    model = Accumulated()
     before = {n: p.clone() for n, p in model.named_parameters()}
     with pytest.raises(ConfigError, match="u cannot train along dim 0"):
         s2ft.prepare(model, (X,), s2ft.S2FTConfig({"u": 2}))

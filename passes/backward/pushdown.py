@@ -28,6 +28,10 @@ aten = torch.ops.aten
 class Slicer(Editor):
     """What slice rules work with. In place of a slice there may be the `Mismatch` that says why there is none."""
 
+    def __init__(self, graph: fx.Graph):
+        super().__init__(graph)
+        self.needed = _needed(graph)
+
     def take(self, x: fx.Node, dim: int, like: fx.Node) -> fx.Node:
         """The ranges of the take `like`, of x along dim: of an activation, a weight or what else there is anyway."""
         return self.take_ranges(x, dim, *like.args[2:])
@@ -39,6 +43,12 @@ class Slicer(Editor):
         """The same of an x that only the gradient needs, and that must not be computed in full: by its own rule."""
         return self.push_ranges(x, dim, *like.args[2:])
 
+    def sliced(self, x: fx.Node, dim: int, like: fx.Node) -> fx.Node | Mismatch:
+        """A slice of an operand: of what is there anyway (an input, an activation, a weight's computed scale), or else
+        by its own rule."""
+        there = x.op != "call_function" or x in self.needed
+        return self.take(x, dim, like) if there else self.push(x, dim, like)
+
     def push_ranges(self, x: fx.Node, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> fx.Node | Mismatch:
         here = self.at
         made = self.pushed(self.take_ranges(x, dim, starts, lengths))
@@ -49,6 +59,9 @@ class Slicer(Editor):
         """What computes `node` (a take of a gradient) without its full-size input."""
         self.at = node
         x, dim = node.args[:2]
+        if x.op == "placeholder":  # a piece of the model that returned its weight: the gradient comes in from outside
+            log.warning("the gradient of a frozen weight is computed at its full size %s", list(x.meta["val"].shape))
+            return node
         rule = rule_for(x.target) if x.op == "call_function" else None
         made = rule(self, node, x, dim) if rule else None
         if made is None:
@@ -57,6 +70,18 @@ class Slicer(Editor):
             maker = x.args[0] if x.target is operator.getitem else x
             return replace(made, operator=f"{maker.target} ({maker.name})", size=tuple(x.meta["val"].shape))
         return made
+
+
+def _needed(graph: fx.Graph) -> set[fx.Node]:
+    """What the graph computes for more than slices of gradients."""
+    found: set[fx.Node] = set()
+    stack = [graph.output_node()]
+    while stack:
+        node = stack.pop()
+        if node not in found and node.target is not TAKE:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
 
 
 def slice_pushdown(graph: fx.Graph) -> int:

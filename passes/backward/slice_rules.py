@@ -18,6 +18,7 @@ from torch import fx
 from s2ft_compile.passes.editor import Mismatch
 
 from . import convolution
+from .along import ALONG_RULES, WEIGHT_NORM, push_weight_norm
 from .attach import TAKE
 from .grouped import push_grouped_mm, push_output
 
@@ -130,7 +131,8 @@ def push_sum(editor, node, x, dim):
     kept = list(range(rank)) if keepdim else [d for d in range(rank) if d not in gone]
     if kept[dim] in gone:
         return Mismatch("it is summed over the slice's dimension")
-    return editor.call(aten.sum.dim_IntList, editor.take(source, kept[dim], node), sorted(gone), bool(keepdim), like=x)
+    sliced = editor.sliced(source, kept[dim], node)
+    return editor.call(aten.sum.dim_IntList, sliced, sorted(gone), bool(keepdim), like=x)
 
 
 def push_embedding(editor, node, x, dim):
@@ -221,8 +223,8 @@ def push_cat(editor, node, x, dim):
 
 def push_result(editor, node, x, dim):
     """One of an operator's several results."""
-    rule = convolution.push_convolution if x.args[0].target is convolution.BACKWARD else push_output
-    return rule(editor, node, x, dim)
+    rules = {convolution.BACKWARD: convolution.push_convolution, WEIGHT_NORM: push_weight_norm}
+    return rules.get(x.args[0].target, push_output)(editor, node, x, dim)
 
 
 def push_constant(editor, node, x, dim):
@@ -243,13 +245,7 @@ def push_elementwise(editor, node, x, dim):
         source = dim - rank + value.ndim
         if source < 0 or value.shape[source] == 1:
             return arg
-        if arg.op != "call_function":  # what is given can be sliced as it is
-            return editor.take(arg, source, node)
-        needed = len(arg.users) > 1
-        made = editor.push(arg, source, node)
-        if isinstance(made, Mismatch) and needed:
-            return editor.take(arg, source, node)  # something else needs all of it, too: a weight's computed scale
-        return made
+        return editor.sliced(arg, source, node)
 
     return editor.call(x.target, *[sliced(a) for a in x.args], like=x, **x.kwargs)
 
@@ -303,6 +299,7 @@ SLICE_RULES: dict[Any, Callable] = {
     aten.detach.default: push_elementwise,
     torch.ops.prims.convert_element_type.default: push_elementwise,
     TAKE: push_take,
+    **ALONG_RULES,
 }
 
 

@@ -21,7 +21,7 @@ from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.editor import Mismatch
 from s2ft_compile.passes.select.select import Selection
 
-from .attach import TAKE, attach
+from .attach import ATTACH, TAKE, attach
 from .pushdown import Slicer
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ def refused_gradients(model: nn.Module, example_inputs: Any, places: Sequence[Pl
     gradients = graph.output_node().args[0]
     gradients = gradients[-len(places) :] if places else []
     slicer, refused = Slicer(graph), {}
+    for node in graph.find_nodes(op="call_function", target=ATTACH):
+        node.replace_all_uses_with(node.args[0])
     for place, gradient in zip(places, gradients):
         for node in _takes(gradient):
             made = slicer.pushed(node)

@@ -126,25 +126,31 @@ def _pin_unread(inferences: Sequence[Inference]) -> None:
 
 
 def _freeze(axis: Axis, roles: FirstRoles, ids: dict[Axis, int]) -> Layout:
-    """The layout of a parameter's dimension. A role that a handle on the way down carries holds for all below it."""
+    """The layout of a parameter's dimension. A role that a handle on the way down carries holds for all below it, and
+    where there is none that of its other factors."""
 
-    def walk(handle: Axis, mark: str | None, uses: set[str], own: bool) -> Layout:
+    def walk(
+        handle: Axis, marks: tuple[str | None, str | None], uses: set[str], own: bool, last: Axis | None
+    ) -> Layout:
         if own:
-            mark, uses = mark or handle.role, uses | handle.uses
+            marks, uses = (marks[0] or handle.role, marks[1]), uses | handle.uses
+            last = handle if "out" in handle.uses else last  # what contracts it
         own = own and handle.alias is None
         root = find(handle)
         if root.parts:
-            parts = [walk(p, mark, uses, own) for p in root.parts]
+            beside = next((p.role for p in root.parts if p.role), None) if own and root.kind == PRODUCT else None
+            parts = [walk(p, (marks[0], marks[1] or beside), uses, own, last) for p in root.parts]
             if root.kind == PRODUCT and all(leaf.size == 1 for leaf in leaves(parts[-1])):
                 parts[-1] = _with_role(parts[-1], end_roles(parts[-2])[0])  # every other element of a larger unit
             parts = tuple(parts)
             return Product(parts) if root.kind == PRODUCT else Sum(parts)
         group = roles.of(root)
         whole = group == "moe" and root in roles.experts  # an expert, not a channel of it
-        role = "moe.expert" if whole else member_role(group, mark, uses)
+        output = group != "attention" or last is None or roles.is_output(root, last)
+        role = "moe.expert" if whole else member_role(group, marks[0] or marks[1], uses, output)
         return Leaf(ids.setdefault(root, len(ids)), root.size, role)
 
-    return walk(axis.twin or axis, None, set(), True)
+    return walk(axis.twin or axis, (None, None), set(), True, None)
 
 
 def _with_role(layout: Layout, role: str | None) -> Layout:

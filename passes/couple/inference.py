@@ -85,9 +85,11 @@ class Inference:
         scores = any(v.scores for v in operands)
         if isinstance(made, Value):
             return made
+        rows = [v.looked_up for v in operands if not v.weight and v.dims]
+        looked_up = rows[0] if rows and all(rows) else ()
         if isinstance(node.meta["val"], (list, tuple)):
-            return [Value(d, weight, scores) for d in made]
-        return Value(made, weight, scores)
+            return [Value(d, weight, scores, looked_up) for d in made]
+        return Value(made, weight, scores, looked_up)
 
     def _apply(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         """The rule's result; where sizes depend on data, sums of made-up sizes can contradict a real one: refused."""

@@ -189,6 +189,10 @@ def _through(node: fx.Node, dim: int) -> tuple[fx.Node, int] | None:
     if node.target is aten.transpose.int:
         a, b = node.args[1] % rank, node.args[2] % rank
         return x, {a: b, b: a}.get(dim, dim)
+    if node.target is aten.unsqueeze.default and dim != (at := node.args[1] % rank):
+        return x, dim - (dim > at)
+    if node.target is aten.squeeze.dim and x.meta["val"].dim() == rank + 1:
+        return x, dim + (dim >= node.args[1] % (rank + 1))
     return None
 
 

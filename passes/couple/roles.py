@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from .axes import Axis
+from .axes import PRODUCT, Axis, find
 from .inference import Inference, atoms_of
 from .rules.context import Value
 
@@ -14,20 +14,22 @@ MIXES = {aten.matmul.default, aten.bmm.default, aten.einsum.default}
 
 
 class Roles:
-    """What each atom is for: which axes are heads, attention, experts or the residual stream."""
+    """What each atom is for: heads and attention, experts, the residual stream, channels of sequence mixers, of
+    convolutions and of FFNs."""
 
     def __init__(self, inference: Inference):
-        cx = inference.cx
+        cx, parameters = inference.cx, list(inference.parameters.values())
+        held = atoms_of(axis for value in parameters for axis in value.dims)
         self.heads = atoms_of(cx.heads)
+        for kept, contracted in cx.pairs:  # queries of several heads may share a key that has none
+            if atoms_of(contracted) & held:
+                self.heads |= atoms_of(kept) & held
         self.attention = atoms_of(cx.attention) | self.heads
+        for value in parameters:
+            self.attention |= {atom for axis in value.dims for atom in _beside(axis, self.heads)}
         self.experts = atoms_of(cx.experts) - self.heads  # weights of their own for each head are no experts
+        self.contractions = cx.contractions
         self.projections = [(atoms_of(p.produced), atoms_of(p.contracted)) for p in cx.projections.values()]
-        self.residual = _residual_atoms(inference)
-        self.moe = set(self.experts)
-        for value in inference.parameters.values():
-            inside = atoms_of(value.dims)
-            if inside & self.experts:
-                self.moe |= inside
         self.produced_at: dict[Axis, list] = {}
         self.contracted_at: dict[Axis, list] = {}
         for projection in self.projections:
@@ -35,25 +37,82 @@ class Roles:
                 self.produced_at.setdefault(atom, []).append(projection)
             for atom in projection[1]:
                 self.contracted_at.setdefault(atom, []).append(projection)
+        self.residual = _residual_atoms(inference)
+        self.residual |= {a for a in _residual_atoms(inference, True) - self.residual if self._is_stream(a)}
+        self.moe = set(self.experts)
+        for value in parameters:
+            inside = atoms_of(value.dims)
+            if inside & self.experts:
+                self.moe |= inside
+        self.convolved = atoms_of(cx.convolved)
+        self.ssm = {a for axis in cx.filtered if self._mixes(atoms_of([axis])) for a in atoms_of([axis])}
+        self.ssm |= {a for a in atoms_of(cx.spectral) - self.residual if self._ends(a)}
+        # what is made of the channels to steer them: steps, states
+        steered = {a for atom in self.ssm for made, _ in self.contracted_at.get(atom, ()) for a in made}
+        self.steering = {a for a in steered - self.ssm if all(read & self.ssm for _, read in self.produced_at[a])}
 
     def of(self, atom: Axis) -> str:
         if atom in self.residual:
             return "residual"
+        if atom in self.ssm:
+            return "ssm"
+        if atom in self.steering:
+            return "other"
         if atom in self.attention and atom not in self.experts:
             return "attention"
         if atom in self.moe:
             return "moe"
+        if atom in self.convolved:
+            return "conv"
         return "ffn" if self._is_ffn(atom) else "other"
+
+    def is_output(self, handle: Axis) -> bool:
+        """Whether what a weight contracts along this axis of it ends attention."""
+        made = self.contractions.get(id(handle))
+        return made is None or not atoms_of(made) & self.attention - self.residual
+
+    def _is_stream(self, atom: Axis) -> bool:
+        """Whether an axis to which one sum adds is a stream of its own, and not inside an FFN around another."""
+        makers, takers = self.produced_at.get(atom, []), self.contracted_at.get(atom, [])
+        around = {a for _, read in makers for a in read & self.residual}
+        return atom not in self.heads and not any(made & around for made, _ in takers)
+
+    def _mixes(self, atoms: set[Axis]) -> bool:
+        """Whether channels that are filtered along a sequence are read for more than the way back into the residual
+        stream: a state-space model's steps and states, a recurrence's gates."""
+        takers = [made for atom in atoms for made, _ in self.contracted_at.get(atom, [])]
+        returns = [bool(made & self.residual) for made in takers]
+        return any(returns) and not all(returns) and not atoms & self.residual
+
+    def _ends(self, atom: Axis) -> bool:
+        return any(made & self.residual for made, _ in self.contracted_at.get(atom, []))
 
     def _is_ffn(self, atom: Axis) -> bool:
         """Produced from the residual stream and contracted back into it, with no attention between; in a model
-        without a residual stream, produced and then contracted into anything but attention."""
+        without a residual stream, produced and then contracted into anything but attention. Aside from that it may
+        be contracted into what returns to it or to the stream (a low-rank adapter, a gate)."""
         makers, takers = self.produced_at.get(atom, []), self.contracted_at.get(atom, [])
         if not makers or not takers:
             return False
         if not self.residual:
             return not any(made & self.attention for made, _ in takers)
-        return any(read & self.residual for _, read in makers) and all(made & self.residual for made, _ in takers)
+        ends = self.residual | {atom}
+        back = [bool(made & self.residual) for made, _ in takers]
+        aside = [made for (made, _), returns in zip(takers, back) if not returns]
+        returning = all(made and all(self._returns(a, ends) for a in made) for made in aside)
+        return any(read & self.residual for _, read in makers) and any(back) and returning
+
+    def _returns(self, atom: Axis, ends: set[Axis]) -> bool:
+        takers = self.contracted_at.get(atom, [])
+        return atom not in self.attention and bool(takers) and all(made & ends for made, _ in takers)
+
+
+def _beside(axis: Axis, heads: set[Axis]) -> set[Axis]:
+    """What is inside a head: the other factors of a product with heads."""
+    root = find(axis)
+    if root.kind == PRODUCT and any(atoms_of([part]) & heads for part in root.parts):
+        return atoms_of([root])
+    return {atom for part in root.parts for atom in _beside(part, heads)}
 
 
 class FirstRoles:
@@ -78,9 +137,13 @@ class FirstRoles:
     def of(self, atom: Axis) -> str:
         return self._in(self._first.get(atom, 0)).of(atom)
 
+    def is_output(self, atom: Axis, handle: Axis) -> bool:
+        return self._in(self._first.get(atom, 0)).is_output(handle)
 
-def _residual_atoms(inference: Inference) -> set[Axis]:
-    """The axes along which a sum joins a tensor with what a projection made of that very tensor."""
+
+def _residual_atoms(inference: Inference, one: bool = False) -> set[Axis]:
+    """The axes along which a sum joins a tensor with what a projection made of that very tensor. one: also where that
+    tensor came right out of a projection, with no sum before."""
     env, projections = inference.env, inference.cx.projections
     order = {node: i for i, node in enumerate(env)}
     made_anywhere = atoms_of(axis for p in projections.values() for axis in p.produced)
@@ -92,19 +155,27 @@ def _residual_atoms(inference: Inference) -> set[Axis]:
         wanted = atoms_of(env[node].dims) & made_anywhere - found
         if len(operands) == 2 and not any(env[a].weight for a in operands) and wanted:
             for skip, branch in (operands, operands[::-1]):
-                sources = _carried(skip, env, wanted, projections)
+                sources = _carried(skip, env, wanted, projections, one)
                 found |= wanted & atoms_of(_branch_projections(sources, branch, order, projections))
     return found
 
 
-def _carried(skip: fx.Node, env, wanted: set[Axis], projections) -> set[fx.Node]:
-    """The nodes that a skip connection carries: itself and, up to the sum before, what it was mixed or scaled from."""
+def _carried(skip: fx.Node, env, wanted: set[Axis], projections, one: bool = False) -> set[fx.Node]:
+    """The nodes that a skip connection carries: itself and, up to the sum before, what it was mixed or scaled from. A
+    projection that makes another axis (a mixer of several streams) carries it, too."""
     found, stack = set(), [skip]
     while stack:
         node = stack.pop()
-        if node in found or node in projections:
+        if node in found:
             continue
+        if node in projections:
+            if not wanted & atoms_of(env[node].dims) - atoms_of(projections[node].produced):
+                found |= {node} if one else set()
+                continue
+            stack += [n for n in node.all_input_nodes if isinstance(env.get(n), Value) and not env[n].weight]
         found.add(node)
+        if node in projections:
+            continue
         if node.op == "call_function" and node.target is not aten.add.Tensor:
             inputs = [n for n in node.all_input_nodes if isinstance(env.get(n), Value)]
             held = [n for n in inputs if wanted & atoms_of(env[n].dims)]
@@ -132,7 +203,7 @@ def _branch_projections(sources: set[fx.Node], branch, order, projections) -> li
     return produced if reads else []
 
 
-def member_role(group: str, mark: str | None, uses: set[str]) -> str:
-    if uses == {"out"}:
+def member_role(group: str, mark: str | None, uses: set[str], output: bool = True) -> str:
+    if uses == {"out"} and output:
         return f"{group}.out"
     return f"{group}.{mark}" if group == "attention" and mark else f"{group}.in"

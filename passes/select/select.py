@@ -5,21 +5,24 @@ and down of one layer) share one ranking of their units, so that a channel is ch
 of it, in any of these bands, is changed by an adapter that is excluded.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from math import fsum, inf, prod
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from s2ft_compile.config import ROLES, SELECTIONS, S2FTConfig, is_glob, matches, qualified_name, units_for
 from s2ft_compile.errors import ConfigError
-from s2ft_compile.layout import coordinates, end_roles, leaves, role_mask
+from s2ft_compile.layout import Layout, coordinates, end_roles, leaves, role_mask
 from s2ft_compile.structure import Analysis
 
 from .selections import SCORES
 
+log = logging.getLogger(__name__)
 Taken = Mapping[str, Sequence[tuple[int, Tensor]]]  # parameter -> (dim, indices) that excluded adapters change
 
 
@@ -78,6 +81,19 @@ def select(
     )
 
 
+def raised(analysis: Analysis, config: S2FTConfig) -> tuple[str, ...]:
+    """A line for each ratio that stands for less than one unit, of which one trains."""
+    lines = []
+    for target, bands in targeted_bands(analysis, config).items():
+        amount, units = config.targets[target], {b.group: len(b.positions) for b in bands}
+        pools = units.values() if config.budget == "layer" else [sum(units.values())]
+        small = [n for n in pools if not isinstance(amount, Integral) and amount * n < 1 - 1e-9]
+        if small:
+            of = f"{min(small)}" if min(small) == max(small) else f"{min(small)} to {max(small)}"
+            lines.append(f"{target}: {amount:g} of {of} units is less than one, and 1 trains")
+    return tuple(lines)
+
+
 def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:
     """Target -> the bands it may train a part of. Raises `ConfigError` where there are none."""
     if not analysis.couplings:
@@ -110,20 +126,27 @@ def bands(analysis: Analysis, names: Sequence[str] | None = None) -> list[Band]:
         if names is not None and name not in names:
             continue
         for role in end_roles(layout):
-            mask = role_mask(layout, role)
-            axes = [
-                a
-                for a in dict.fromkeys(leaf.axis for leaf in leaves(layout) if leaf.size > 1)
-                if (coordinates(layout, a)[mask] >= 0).any()
-            ]
-            if role.startswith("attention."):
-                axes = [a for a in axes if a in analysis.heads]  # a unit is a whole head
-            elif not axes:
-                continue
-            units = prod(int(coordinates(layout, a).max()) + 1 for a in axes)
-            if all(a in analysis.free for a in axes) and int(mask.sum()) % units == 0:  # else not one unit everywhere
-                group = tuple(axes) or (name, dim)
-                found.append(Band(name, dim, role, group, _unit_positions(layout, mask, axes)))
+            if role is not None:
+                found += _bands_of_part(analysis, name, dim, layout, role)
+    return found
+
+
+def _bands_of_part(analysis: Analysis, name: str, dim: int, layout: Layout, role: str) -> list[Band]:
+    """The bands of the positions that have a role: one for each set of axes that positions lie in, where those are
+    free. A unit is a head in attention, and elsewhere what an axis may permute, whole along axes in a fixed order."""
+    mask, attention = role_mask(layout, role), role.startswith("attention.")
+    axes = [a for a in dict.fromkeys(leaf.axis for leaf in leaves(layout) if leaf.size > 1)]
+    axes = [a for a in axes if a in (analysis.heads if attention else analysis.free)]
+    inside = [coordinates(layout, a) >= 0 for a in axes]
+    pattern = sum((lies.long() << i for i, lies in enumerate(inside)), torch.zeros(layout.size, dtype=torch.int64))
+    found = []
+    for bits in dict.fromkeys(pattern[mask].tolist()):
+        chosen = [a for i, a in enumerate(axes) if bits >> i & 1]
+        part = mask & (pattern == bits)
+        units = prod(int(coordinates(layout, a).max()) + 1 for a in chosen)
+        if (chosen or attention) and all(a in analysis.free for a in chosen) and int(part.sum()) % units == 0:
+            group = tuple(chosen) or (name, dim)
+            found.append(Band(name, dim, role, group, _unit_positions(layout, part, chosen)))
     return found
 
 
@@ -153,7 +176,19 @@ def _bands_of_role(role: str, analysis: Analysis) -> list[Band]:
         raise ConfigError(
             f"no parameter of this model has the role {role!r}; roles found: {', '.join(valid) or 'none'}"
         )
-    return found
+    return _one_dim_each(found)
+
+
+def _one_dim_each(found: Sequence[Band]) -> list[Band]:
+    """Of a weight that has a role along several dimensions, the bands along the one with the most units."""
+    units: dict[str, dict[int, int]] = {}
+    for band in found:
+        dims = units.setdefault(band.parameter_name, {})
+        dims[band.dim] = dims.get(band.dim, 0) + len(band.positions)
+    best = {name: max(dims, key=dims.__getitem__) for name, dims in units.items()}
+    for name in (name for name, dims in units.items() if len(dims) > 1):
+        log.info("%s has one role along dims %s; dim %d trains", name, sorted(units[name]), best[name])
+    return [band for band in found if band.dim == best[band.parameter_name]]
 
 
 def _bands_of_glob(glob: str, analysis: Analysis) -> list[Band]:

@@ -4,16 +4,20 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
+from itertools import takewhile
 from string import Template
 from typing import Any
 
 from rich.table import Table
 from torch import nn
 
-from s2ft_compile.config import ROLES
+from s2ft_compile.config import ROLES, S2FTConfig, units_for
+from s2ft_compile.errors import ConfigError
+from s2ft_compile.passes.select.select import targeted_bands
 from s2ft_compile.structure import Analysis, Coupling
 
 LAYER = re.compile(r"\.(\d+)\.")
+SHARE = S2FTConfig().targets["ffn.out"]  # the default share
 
 
 def describe(model: nn.Module, analysis: Analysis) -> dict[str, Any]:
@@ -22,7 +26,7 @@ def describe(model: nn.Module, analysis: Analysis) -> dict[str, Any]:
     return {
         "model": type(model).__name__,
         "parameters": sum(sizes.values()),
-        "couplings": [_coupling(c, sizes) for c in analysis.couplings],
+        "couplings": [_coupling(c, analysis, sizes) for c in analysis.couplings],
         "targets": {role: _target(role, analysis, sizes) for role in ROLES},
         "refusals": [
             {
@@ -44,22 +48,42 @@ def page(facts: Mapping[str, Any]) -> str:
     return template.substitute(facts=json.dumps(facts).replace("<", "\\u003c"))  # ends no script element early
 
 
-def _coupling(coupling: Coupling, sizes: Mapping[str, int]) -> dict[str, Any]:
+def _kind(coupling: Coupling, analysis: Analysis) -> str:
+    """What one of a coupling's units is; in attention a unit to select is a head, which several axes may make up."""
+    if coupling.role == "attention":
+        return "heads" if coupling.axis in analysis.heads else "channels of a head"
+    return "channels"
+
+
+def _coupling(coupling: Coupling, analysis: Analysis, sizes: Mapping[str, int]) -> dict[str, Any]:
     names = dict.fromkeys(m.parameter_name for m in coupling.members)
     return {
         "layer": _layer(names),
         "role": coupling.role,
         "units": coupling.units,
+        "kind": _kind(coupling, analysis),
         "parameters": sum(sizes[n] for n in names),
         "members": [m._asdict() for m in coupling.members],
     }
 
 
 def _target(role: str, analysis: Analysis, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """What ratio 1 of a role would train: every parameter that has a dimension with that role."""
-    names = {m.parameter_name for c in analysis.couplings for m in c.members if m.role == role}
+    """What a role may train of: its weights, and how many units its layers have, fewest and most. default: what the
+    default share of them is."""
+    try:
+        bands = targeted_bands(analysis, S2FTConfig({role: 1}))[role]
+    except ConfigError:  # no weight has it
+        bands = []
+    names = dict.fromkeys(b.parameter_name for b in bands)
+    units = sorted({len(b.positions) for b in bands})
     trained = sum(sizes[n] for n in names)
-    return {"weights": len(names), "parameters": trained, "share": trained / max(sum(sizes.values()), 1)}
+    return {
+        "weights": len(names),
+        "parameters": trained,
+        "share": trained / max(sum(sizes.values()), 1),
+        "units": [units[0], units[-1]] if units else [],
+        "default": [units_for(SHARE, n, role) for n in (units[0], units[-1])] if units else [],
+    }
 
 
 def _layer(names: Iterable[str]) -> int | None:
@@ -78,7 +102,7 @@ def _couplings(facts: Mapping[str, Any]) -> Table:
     table = Table(
         "layers",
         "role",
-        "units",
+        "axis",
         "parameters of each",
         "permuted together",
         title=f"{facts['model']}: {facts['parameters']:,} parameters, {len(facts['couplings'])} couplings",
@@ -86,21 +110,28 @@ def _couplings(facts: Mapping[str, Any]) -> Table:
     for layers, coupling in _merge(facts["couplings"]):
         members = ", ".join(f"{_shorten(m['parameter_name'])}[{m['dim']}]" for m in coupling["members"][:6])
         more = f", and {len(coupling['members']) - 6} more" if len(coupling["members"]) > 6 else ""
-        table.add_row(layers, coupling["role"], str(coupling["units"]), f"{coupling['parameters']:,}", members + more)
+        axis = f"{coupling['units']} {coupling['kind']}"
+        table.add_row(layers, coupling["role"], axis, f"{coupling['parameters']:,}", members + more)
     return table
 
 
 def _targets(facts: Mapping[str, Any]) -> Table:
-    table = Table("target", "weights", "parameters", "share", title="what a target would train with ratio 1")
+    share = f"{SHARE:g} of a layer"
+    table = Table("target", "units of a layer", share, "weights", "parameters", "share", title="what can train")
     for role, target in facts["targets"].items():
         if target["weights"]:
-            table.add_row(role, str(target["weights"]), f"{target['parameters']:,}", f"{target['share']:.1%}")
+            counts = (_between(*target[key]) for key in ("units", "default"))
+            table.add_row(role, *counts, str(target["weights"]), f"{target['parameters']:,}", f"{target['share']:.1%}")
     return table
+
+
+def _between(low: int, high: int) -> str:
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _refusals(facts: Mapping[str, Any]) -> Table:
     table = Table(
-        "layers", "units", "parameters", "why", title=f"{len(facts['refusals'])} axes that must keep their order"
+        "layers", "size", "parameters", "why", title=f"{len(facts['refusals'])} axes that must keep their order"
     )
     for layers, refusal in _merge(facts["refusals"]):
         members = ", ".join(f"{_shorten(m['parameter_name'])}[{m['dim']}]" for m in refusal["members"][:4])
@@ -110,13 +141,26 @@ def _refusals(facts: Mapping[str, Any]) -> Table:
 
 
 def _merge(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """(layers, row) with rows that differ only in their layer as one."""
+    """(layers, row) with rows that differ only in their layer as one. A layer is what the names of all members begin
+    with; its numbers may be several (stage and block)."""
     groups: dict[tuple, tuple[list, Mapping[str, Any]]] = {}
     for row in rows:
-        members = tuple((LAYER.sub(".*.", m["parameter_name"], count=1), m["dim"]) for m in row["members"])
+        names = [m["parameter_name"].split(".") for m in row["members"]]
+        common = list(takewhile(lambda parts: len(set(parts)) == 1, zip(*(n[:-1] for n in names))))
+        numbers = [parts[0] for parts in common if parts[0].isdigit()]
+        path = ["*" if parts[0].isdigit() else parts[0] for parts in common]
+        members = tuple((*path, *n[len(common) :], m["dim"]) for n, m in zip(names, row["members"]))
         key = (row.get("role"), row["units"], row.get("reason"), members)
-        groups.setdefault(key, ([], row))[0].append(row["layer"])
-    return [(_spans([i for i in layers if i is not None]), row) for layers, row in groups.values()]
+        groups.setdefault(key, ([], row))[0].append(tuple(map(int, numbers)))
+    return [(_places(layers), row) for layers, row in groups.values()]
+
+
+def _places(layers: list[tuple[int, ...]]) -> str:
+    """(0,), (1,), (5,) as `0-1, 5`; (0, 0), (0, 1), (1, 0) as `0.0-1, 1.0`."""
+    by_stage: dict[tuple[int, ...], list[int]] = {}
+    for layer in layers:
+        by_stage.setdefault(layer[:-1], []).extend(layer[-1:])
+    return ", ".join(".".join(map(str, (*stage, _spans(last)))) for stage, last in by_stage.items())
 
 
 def _spans(numbers: list[int]) -> str:

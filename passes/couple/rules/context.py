@@ -16,12 +16,14 @@ class Value:
     """A tensor as axis inference sees it.
 
     dims: an axis per dimension. weight: computed from parameters and constants alone. scores: comes out of a
-    product of two activations (attention scores), so a product with it applies them to the values.
+    product of two activations (attention scores), so a product with it applies them to the values. looked_up: of rows
+    of a weight that were picked by index, the axis they were picked along (the experts of each token).
     """
 
     dims: Sequence[Axis]
     weight: bool = False
     scores: bool = False
+    looked_up: tuple[Axis, ...] = ()
 
     @property
     def sizes(self) -> list[int]:
@@ -43,6 +45,11 @@ class Context:
     heads: list[Axis] = field(default_factory=list)  # batch axes of such a product
     attention: list[Axis] = field(default_factory=list)  # every axis of such a product
     experts: list[Axis] = field(default_factory=list)  # batch axes of a product with a weight
+    pairs: list[tuple[list[Axis], list[Axis]]] = field(default_factory=list)  # (kept, contracted) of scores
+    convolved: list[Axis] = field(default_factory=list)  # channels that kernels of several positions read or make
+    filtered: list[Axis] = field(default_factory=list)  # channels that each have a filter along a sequence
+    spectral: list[Axis] = field(default_factory=list)  # channels whose sequences are transformed (Fourier)
+    contractions: dict[int, list[Axis]] = field(default_factory=dict)  # id of a weight's axis -> what it is made into
     consumed: list[Axis] = field(default_factory=list)  # axes that a contraction or a reduction sums over
     projections: dict[Any, Projection] = field(default_factory=dict)  # by node
 
@@ -51,6 +58,8 @@ class Context:
         for dims, use in ((produced, "in"), (contracted, "out")):
             for d in dims:
                 weight.dims[d].uses.add(use)
+        for d in contracted:
+            self.contractions.setdefault(id(weight.dims[d]), []).extend(weight.dims[p] for p in produced)
         made = self.projections.setdefault(node, Projection())
         made.produced.extend(weight.dims[d] for d in produced)
         made.contracted.extend(weight.dims[d] for d in contracted)

@@ -17,15 +17,19 @@ def contract(cx, node, left: Value, right: Value, batch, contracted, left_free, 
     for a, b in [*batch, *contracted]:
         unify(left.dims[a], right.dims[b], why)
     cx.consumed += [left.dims[a] for a, _ in contracted]
-    if left.weight:
+    of_weight = [v.weight or bool(v.looked_up) for v in (left, right)]
+    if of_weight[0]:
         cx.project(node, left, left_free, [a for a, _ in contracted])
-    if right.weight:
+    if of_weight[1]:
         cx.project(node, right, right_free, [b for _, b in contracted])
     both = [_activation(left, a, right, b) for a, b in batch]
     scores = False
-    if left.weight or right.weight:
-        cx.experts += both
+    if any(of_weight):
+        cx.experts += [*both, *left.looked_up, *right.looked_up]
     else:
+        if not (left.scores or right.scores):
+            kept = [*[left.dims[d] for d in left_free], *[right.dims[d] for d in right_free]]
+            cx.pairs.append((kept, [left.dims[a] for a, _ in contracted]))
         scores = cx.product(left, right, both)
     dims = [*both, *[left.dims[d] for d in left_free], *[right.dims[d] for d in right_free]]
     return Value(dims, left.weight and right.weight, scores)
@@ -219,8 +223,12 @@ def axes_convolution(cx, node, x, weight, bias=None, *args, **kwargs):
     unify(group_x, group_w, why)
     unify(inner, weight.dims[1], why)
     cx.consumed.append(inner)
+    spread = any(axis.size > 1 for axis in weight.dims[2:])
     if inner.size > 1 or groups == 1:
         cx.project(node, weight, [0], [1])
+        cx.convolved += [weight.dims[0], inner] if spread else []
+    elif spread and len(weight.dims) == 3:
+        cx.filtered.append(weight.dims[0])
     add_bias(bias, [weight.dims[0]], node)
     spatial = [Axis(size, pin=why) for size in shape(node)[2:]]
     depthwise = inner.size == 1 and x.dims[1].size == weight.dims[0].size

@@ -43,6 +43,13 @@ def axes_pinned_dim(cx, node, x, *args, **kwargs):
     return made if isinstance(node.meta["val"], (list, tuple)) else made[0]
 
 
+def axes_fourier(cx, node, x, *args, **kwargs):
+    """Each output along the dimensions is made of all inputs along them; the others are transformed one by one."""
+    dims = acted_dims(node, len(x.dims))
+    cx.spectral += [axis for d, axis in enumerate(x.dims) if d not in dims]
+    return axes_pinned_dim(cx, node, x, *args, **kwargs)
+
+
 def axes_argmax(cx, node, x, *args, **kwargs):
     for d in acted_dims(node, len(x.dims)):
         pin(x.dims[d], Pin(f"{name(node)} depends on the order along the axis", node))

@@ -24,7 +24,9 @@ def axes_index(cx, node, x, indices):
     rest = [axis for d, axis in enumerate(x.dims) if d not in used_dims]
     adjacent = used_dims[-1] - used_dims[0] + 1 == len(used_dims)
     first = used_dims[0] if adjacent else 0
-    return [*rest[:first], *where, *rest[first:]]
+    picked = tuple(x.dims[d] for d in used_dims) if x.weight and len(rest) > 1 else ()
+    weight = x.weight and all(indices[d].weight for d in used_dims)
+    return Value([*rest[:first], *where, *rest[first:]], weight, x.scores, () if weight else picked)
 
 
 def masked_index(cx, node, x, indices, why):

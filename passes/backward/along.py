@@ -1,0 +1,130 @@
+"""Slice rules of operators that act along some dimensions and treat the others alike.
+
+    take ∘ f = f ∘ take     along any dimension that f does not act along (a cumulative sum of rows, row by row)
+
+Along a dimension of which f keeps a window (slice, pad) the ranges move with it.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+WEIGHT_NORM = aten._weight_norm_interface_backward.default
+
+
+def acts_along(*positions: int, last: int = 0) -> Callable:
+    """The rule of an operator f(x, ...) of x's shape that acts along what the arguments at `positions` say, or along
+    the `last` dimensions."""
+
+    def rule(editor, node, x, dim):
+        rank = x.meta["val"].ndim
+        given = [a for p in positions if len(x.args) > p for a in _listed(x.args[p])]
+        acted = {d % rank for d in given} | set(range(rank - last, rank))
+        if dim in acted or not acted:
+            return None
+        return editor.call(x.target, editor.sliced(x.args[0], dim, node), *x.args[1:], like=x, **x.kwargs)
+
+    return rule
+
+
+def _listed(value: Any) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def push_reduced(editor, node, x, dim):
+    """mean, amax, var, ... of (x, dims, keepdim): what is reduced is not sliced."""
+    source, keepdim = x.args[0], bool(x.kwargs.get("keepdim", x.args[2] if len(x.args) > 2 else False))
+    rank, given = source.meta["val"].ndim, _listed(x.args[1]) if len(x.args) > 1 and x.args[1] is not None else []
+    gone = {d % rank for d in given} or set(range(rank))
+    kept = list(range(rank)) if keepdim else [d for d in range(rank) if d not in gone]
+    if kept[dim] in gone:
+        return None
+    return editor.call(x.target, editor.sliced(source, kept[dim], node), *x.args[1:], like=x, **x.kwargs)
+
+
+def push_slice(editor, node, x, dim):
+    source, at, start, end, step = [*x.args, *(0, None, None, 1)[len(x.args) - 1 :]]
+    at %= x.meta["val"].ndim
+    if at != dim:
+        return editor.call(x.target, editor.sliced(source, dim, node), at, start, end, step, like=x)
+    size = source.meta["val"].shape[dim]
+    start = min(max(0, (start or 0) + (size if (start or 0) < 0 else 0)), size)
+    starts, lengths = node.args[2:]
+    return editor.push_ranges(source, dim, [start + s for s in starts], lengths) if step == 1 else None
+
+
+def push_select(editor, node, x, dim):
+    source, at, index = x.args
+    at %= source.meta["val"].ndim
+    return editor.call(x.target, editor.sliced(source, dim + (dim >= at), node), at, index, like=x)
+
+
+def push_index(editor, node, x, dim):
+    """One dimension in the order of a list of positions."""
+    source, indices = x.args
+    used = [d for d, index in enumerate(indices) if index is not None]
+    if len(used) != 1 or dim == used[0] or indices[used[0]].meta["val"].ndim != 1:
+        return None
+    return editor.call(x.target, editor.sliced(source, dim, node), indices, like=x)
+
+
+def push_pad(editor, node, x, dim):
+    source, pad, *value = x.args
+    rank = x.meta["val"].ndim
+    place = 2 * (rank - 1 - dim)
+    before, after = pad[place : place + 2] if place < len(pad) else (0, 0)
+    if not before and not after:
+        return editor.call(x.target, editor.sliced(source, dim, node), pad, *value, like=x)
+    size, positions = source.meta["val"].shape[dim], [s + k for s, n in zip(*node.args[2:]) for k in range(n)]
+    inside = [p - before for p in positions if before <= p < before + size]
+    if not inside:
+        return None
+    made = editor.push_ranges(source, dim, *runs(inside))
+    around = [sum(p < before for p in positions), sum(p >= before + size for p in positions)]
+    return editor.call(x.target, made, [*pad[:place], *around, *pad[place + 2 :]], *value, like=x)
+
+
+def runs(positions: list[int]) -> tuple[list[int], list[int]]:
+    """(starts, lengths) of the runs of ascending positions."""
+    starts = [p for i, p in enumerate(positions) if i == 0 or p != positions[i - 1] + 1]
+    ends = [p + 1 for i, p in enumerate(positions) if i + 1 == len(positions) or p + 1 != positions[i + 1]]
+    return starts, [e - s for s, e in zip(starts, ends)]
+
+
+def push_scatter_add(editor, node, x, dim):
+    base, at, index, values = x.args
+    sizes = {n.meta["val"].shape[dim] for n in (base, index, values)}
+    if at % x.meta["val"].ndim == dim or len(sizes) > 1:
+        return None
+    base, values = editor.sliced(base, dim, node), editor.sliced(values, dim, node)
+    return editor.call(x.target, base, at, editor.take(index, dim, node), values, like=x)
+
+
+def push_weight_norm(editor, node, x, dim):
+    """v / |v| × g, each of the norms along all dimensions but one: (dv, dg) along that one."""
+    maker, index = x.args
+    dW, v, g, norms, at = maker.args
+    if at != dim:
+        return None
+    operands = [editor.sliced(dW, dim, node), *(editor.take(t, dim, node) for t in (v, g, norms))]
+    return editor.call(operator.getitem, editor.call(WEIGHT_NORM, *operands, at, like=maker), index, like=x)
+
+
+ALONG_RULES: dict[Any, Callable] = {
+    **{op: acts_along(1) for op in (aten.cumsum.default, aten.cumprod.default, aten.flip.default)},
+    torch.ops.prims.rev.default: acts_along(1),
+    aten.roll.default: acts_along(2),
+    aten.tril.default: acts_along(last=2),
+    aten.triu.default: acts_along(last=2),
+    aten.mean.dim: push_reduced,
+    aten.amax.default: push_reduced,
+    aten.amin.default: push_reduced,
+    aten.slice.Tensor: push_slice,
+    aten.select.int: push_select,
+    aten.index.Tensor: push_index,
+    aten.constant_pad_nd.default: push_pad,
+    aten.scatter_add.default: push_scatter_add,
+}

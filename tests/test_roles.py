@@ -1,0 +1,198 @@
+"""What axes are for, read off the graph: models whose modules have no telling names."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import s2ft_compile as s2ft
+from s2ft_compile.capture import capture
+from s2ft_compile.passes.couple.couple import couple
+from s2ft_compile.passes.select.select import targeted_bands
+
+
+class Packed(nn.Module):
+    """nn.MultiheadAttention: one weight for queries, keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.m = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return x + self.m(x, x, x, need_weights=False)[0]
+
+
+class Absorbed(nn.Module):
+    """Attention over latents: keys' and values' projection applied to queries and results, all heads share latents."""
+
+    def __init__(self, heads=2, latent=5, key=4, value=3):
+        super().__init__()
+        self.sizes = heads, key, value
+        self.a, self.b = nn.Linear(8, heads * key), nn.Linear(8, latent)
+        self.c, self.d = nn.Linear(latent, heads * (key + value), bias=False), nn.Linear(heads * value, 8)
+
+    def forward(self, x):
+        heads, key, value = self.sizes
+        q, latent = self.a(x).unflatten(-1, (heads, key)).transpose(1, 2), self.b(x)
+        by_key, by_value = self.c.weight.view(heads, key + value, -1).split([key, value], 1)
+        scores = torch.einsum("bhtr,bsr->bhts", q @ by_key, latent)
+        y = torch.einsum("bhtr,hvr->bhtv", torch.einsum("bhts,bsr->bhtr", scores.softmax(-1), latent), by_value)
+        return x + self.d(y.transpose(1, 2).flatten(2))
+
+
+class Adapted(nn.Module):
+    """An FFN with low-rank adapters on both of its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.c, self.d, self.e, self.f = (nn.Linear(*s, bias=False) for s in ((8, 2), (2, 12), (12, 3), (3, 8)))
+
+    def forward(self, x):
+        h = (self.a(x) + self.d(self.c(x))).relu()
+        return x + self.b(h) + self.f(self.e(h))
+
+
+class Once(nn.Module):
+    """A stream with one sum, right behind a projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(5, 8), nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.a(x[..., :5])
+        return self.d(x + self.c(self.b(x).relu()))
+
+
+class Streams(nn.Module):
+    """Several residual streams, mixed by a matrix in each layer."""
+
+    def __init__(self, streams=3):
+        super().__init__()
+        self.n = streams
+        self.a, self.z = nn.Linear(8, 6), nn.Linear(6, 8)
+        self.mix, self.read, self.write = (
+            nn.ParameterList([torch.randn(*shape) for _ in range(2)])
+            for shape in ((streams, streams), (streams,), (streams, 1))
+        )
+        self.up = nn.ModuleList([nn.Linear(6, 12) for _ in range(2)])
+        self.down = nn.ModuleList([nn.Linear(12, 6) for _ in range(2)])
+
+    def forward(self, x):
+        x = self.a(x)
+        h = x.unsqueeze(-2).expand(*x.shape[:-1], self.n, 6)
+        for mix, read, write, up, down in zip(self.mix, self.read, self.write, self.up, self.down):
+            y = down(up(torch.einsum("btnd,n->btd", h, read)).relu())
+            h = torch.einsum("nm,btmd->btnd", mix, h) + y.unsqueeze(-2) * write
+        return self.z(h.sum(-2))
+
+
+class Scan(nn.Module):
+    """A selective state-space model: channels filtered along the sequence, whose steps and states they decide."""
+
+    def __init__(self, inner=12, states=3, rank=2):
+        super().__init__()
+        self.sizes = rank, states, states
+        self.a, self.z = nn.Linear(8, 2 * inner), nn.Linear(inner, 8)
+        self.filter = nn.Conv1d(inner, inner, 3, groups=inner, padding=2)
+        self.steer, self.step = nn.Linear(inner, rank + 2 * states), nn.Linear(rank, inner)
+        self.decay = nn.Parameter(torch.rand(inner, states))
+
+    def forward(self, x):
+        h, gate = self.a(x).chunk(2, -1)
+        h = F.silu(self.filter(h.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+        step, write, read = self.steer(h).split(self.sizes, -1)
+        step = F.softplus(self.step(step)).unsqueeze(-1)
+        state, made = torch.zeros_like(step[:, 0] * self.decay), []
+        for t in range(x.shape[1]):
+            state = torch.exp(-step[:, t] * self.decay) * state + step[:, t] * write[:, t, None] * h[:, t, :, None]
+            made.append((state @ read[:, t, :, None]).squeeze(-1))
+        return x + self.z(torch.stack(made, 1) * F.silu(gate))
+
+
+class Spectral(nn.Module):
+    """Long convolutions by Fourier transforms."""
+
+    def __init__(self, length=9):
+        super().__init__()
+        self.a, self.z, self.kernel = nn.Linear(8, 12), nn.Linear(12, 8), nn.Parameter(torch.randn(12, length))
+
+    def forward(self, x):
+        h, n = self.a(x).transpose(1, 2), 2 * x.shape[1]
+        spectrum = torch.fft.rfft(h, n=n) * torch.fft.rfft(self.kernel[:, : x.shape[1]], n=n)
+        return x + self.z(torch.fft.irfft(spectrum, n=n)[..., : x.shape[1]].transpose(1, 2))
+
+
+class Convolved(nn.Module):
+    """A residual block of convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv1d(8, 12, 3, padding=1), nn.Conv1d(12, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = x.transpose(1, 2)
+        return x + self.b(self.a(x).relu())
+
+
+class Picked(nn.Module):
+    """Experts by index, one product for every token with the weights of its own."""
+
+    def __init__(self, experts=3):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(experts, 24, 8)), nn.Parameter(torch.randn(experts, 8, 12))
+        self.route = nn.Linear(8, experts)
+
+    def forward(self, x):
+        flat = x.reshape(-1, 8)
+        scores, expert = self.route(flat).max(-1)
+        gate, up = (self.up[expert] @ flat.unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+        y = (self.down[expert] @ (gate.relu() * up).unsqueeze(-1)).squeeze(-1) * scores[:, None]
+        return x + y.view(x.shape)
+
+
+ROLES = {  # model -> (parameter, dim, what it is, units), each of which one coupling has
+    Packed: [
+        ("m.in_proj_weight", 0, "attention.query", 2),
+        ("m.in_proj_weight", 0, "attention.key", 2),
+        ("m.in_proj_weight", 0, "attention.value", 2),
+        ("m.out_proj.weight", 1, "attention.out", 2),
+    ],
+    Absorbed: [
+        ("a.weight", 0, "attention.query", 2),
+        ("d.weight", 1, "attention.out", 2),
+        ("b.weight", 0, "attention.key", 5),
+    ],
+    Adapted: [("a.weight", 0, "ffn.in", 12), ("b.weight", 1, "ffn.out", 12), ("c.weight", 0, "other.in", 2)],
+    Once: [("a.weight", 0, "residual.in", 8), ("c.weight", 1, "ffn.out", 12)],
+    Streams: [
+        ("a.weight", 0, "residual.in", 6),
+        ("mix.1", 1, "other.out", 3),
+        ("up.0.weight", 0, "ffn.in", 12),
+        ("down.1.weight", 1, "ffn.out", 12),
+    ],
+    Scan: [("a.weight", 0, "ssm.in", 12), ("z.weight", 1, "ssm.out", 12), ("steer.weight", 0, "other.in", 3)],
+    Spectral: [("a.weight", 0, "ssm.in", 12), ("kernel", 0, "ssm.in", 12), ("z.weight", 1, "ssm.out", 12)],
+    Convolved: [("a.weight", 0, "conv.in", 12), ("b.weight", 1, "conv.out", 12)],
+    Picked: [("up", 1, "moe.in", 12), ("down", 2, "moe.out", 12)],
+}
+
+
+@pytest.mark.parametrize("make", ROLES)
+def test_a_graph_says_what_axes_are_for(make):
+    torch.manual_seed(0)
+    analysis = couple(capture(make(), (torch.randn(2, 4, 8),)))
+    found = {(*member, c.units) for c in analysis.couplings for member in c.members}
+    assert found >= set(ROLES[make]), "\n".join(map(str, analysis.couplings))
+
+
+def test_queries_keys_and_values_of_one_weight_train_apart():
+    torch.manual_seed(0)
+    analysis = couple(capture(Packed(), (torch.randn(2, 4, 8),)))
+    places = {}
+    for role in ("attention.query", "attention.key", "attention.value"):
+        (band,) = targeted_bands(analysis, s2ft.S2FTConfig({role: 1}))[role]
+        assert band.positions.shape == (2, 4)
+        places[role] = set(band.positions.flatten().tolist())
+    assert [min(rows) for rows in places.values()] == [0, 8, 16] and len(set().union(*places.values())) == 24
