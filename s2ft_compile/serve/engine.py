@@ -11,7 +11,6 @@ import itertools
 import logging
 import os
 import threading
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field
@@ -91,14 +90,15 @@ class Engine:
 
     def __init__(self, model: nn.Module, limits: Limits = Limits(), ends: Sequence[int] = ()):
         self.bank, self.limits, self.ends = AdapterBank(model), limits, tuple(ends)
-        self.generated, self.steps = Counter(), 0  # tokens, by adapter; forwards
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.steps = 0  # forwards
         self._requests: dict[str, Request] = {}
         self._leaving: set[str] = set()
         self._changing = threading.Lock()
         self._ids = itertools.count()
         self._sampling: list[Request | None] = []
         self._batch: AbstractContextManager | None = None
-        self._manager = _manager(self.bank.model, limits, self.ends)
+        self._manager = _manager(model, limits, self.ends)
         self._manager.logit_processor = _sampler(self)
         self._hooks = [
             self.bank.model.register_forward_pre_hook(self._before),
@@ -220,7 +220,6 @@ class Engine:
                 if output.error:
                     raise Unavailable(f"the request failed: {output.error}")
                 fresh, sent = output.generated_tokens[sent:], len(output.generated_tokens)
-                self.generated[request.adapter] += len(fresh)
                 yield fresh
         finally:
             if not done:

@@ -78,14 +78,14 @@ class Asked(BaseModel):
 
 
 class Completion(Asked):
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(min_length=1)
+    prompt: str | list[str] | list[int] | list[list[int]]
 
     @property
     def new(self) -> int:
         return self.max_tokens or 16
 
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
 
@@ -109,13 +109,18 @@ class NewAdapter(BaseModel):
 def parsed(kind: type[BaseModel], body: bytes) -> Any:
     """Raises `ConfigError` with what is wrong in one line."""
     try:
-        return kind.model_validate(json.loads(body))
+        values = json.loads(body)
+        if not isinstance(values, dict):
+            raise ConfigError("the body is no JSON object")
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"][:2]))
         raise ConfigError(
             f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
         ) from error
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the body is no JSON: {error}") from error
 

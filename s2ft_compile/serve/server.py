@@ -123,7 +123,7 @@ class Server:
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]
-        size = len(self.tokenizer)
+        size = self.engine.vocabulary
         if odd := [token for token in prompt if not 0 <= token < size]:
             raise ConfigError(f"{odd[0]} is no token; valid: 0 to {size - 1}")
         return prompt
