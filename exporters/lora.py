@@ -15,6 +15,10 @@ A program scales B A by alpha / rank, which is 1 here by each of their rules:
 In the layout "padded" every module has the rank r = `lora_alpha`; in "pattern", which is smaller where ranks differ,
 llama.cpp scales what is below the widest rank by too much.
 
+A parameter of three dimensions (experts, each a matrix) is one such pair for each expert, all of one rank. PEFT wraps
+parameters by name (`target_parameters`), and stores the pairs of E experts as one: A (E r, in), B (out, r E), where
+column k E + e of B is column k of expert e's.
+
 PEFT's `merge_and_unload` gives the bits of `save_merged` (but for the sign of a weight that is -0.0), in bfloat16 and
 float16 too: it keeps A and B in float32 and rounds the sum once. With `safe_merge=True`, or loaded with
 `autocast_adapter_dtype=False`, it rounds the delta before it adds, and entries differ by up to about one unit in the
@@ -27,7 +31,7 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +40,7 @@ from torch import Tensor, nn
 
 from s2ft_compile.adapters.apply import check_fits
 from s2ft_compile.adapters.format import CONFIG, WEIGHTS, Adapter, read_adapter
-from s2ft_compile.adapters.layers import linear_layers
+from s2ft_compile.adapters.layers import held_as, is_conv1d, linear_layers
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.plan import Slice
@@ -54,16 +58,30 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lo
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """One module's A (r, in) and B (out, r), float32. error: relative, in the Frobenius norm; 0 where exact."""
+    """A (r, in) and B (out, r), float32, of a module; (E, r, in) and (E, out, r) of a parameter.
 
-    module: str
+    target: the module's or parameter's name. stored: what PEFT's files call it. error: relative, in the Frobenius norm;
+    0 where exact.
+    """
+
+    target: str
+    stored: str
     A: Tensor
     B: Tensor
     error: float = 0.0
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[-2]
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.A.dim() == 3
+
+    def tensors(self) -> dict[str, Tensor]:
+        A, B = (self.A.flatten(0, 1), self.B.permute(1, 2, 0).flatten(1)) if self.is_parameter else (self.A, self.B)
+        name = f"base_model.model.{self.stored}"
+        return {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
 
 
 def save_lora(
@@ -83,30 +101,24 @@ def save_lora(
     next of `VLLM_RANKS`; or an int, a limit that "padded" pads to. A module that needs more is refused, or with
     `truncate` cut to the limit by SVD, and the error is logged.
 
+    Batched experts (parameters of three dimensions) are for PEFT alone, by its `target_parameters`.
+
     Raises `ExportError` for slices that no LoRA has (embeddings, biases, tied weights, weights that no linear layer
     holds), a rank above the limit, or a folder that exists; `ConfigError` for an option that is unknown.
     """
     _check_options(layout, ranks)
     module, source = unwrap(model), adapter_source(model, adapter)
-    holders = linear_layers(module, source)
     with new_directory(directory) as folder:
-        factors = [_factors(s, *holders[s.parameter_name]) for s in source.slices]
-        factors = [_fitted(f, ranks, truncate) for f in factors]
+        factors = [_fitted(f, ranks, truncate) for f in _all_factors(module, source)]
         widest = max(f.rank for f in factors)
         padded_to = ranks if isinstance(ranks, int) else _rounded(widest, ranks)
         factors = [_padded(f, padded_to if layout == "padded" else _rounded(f.rank, ranks)) for f in factors]
-        transposed = any(flip for _, flip in holders.values())
-        tensors = {
-            f"base_model.model.{f.module}.lora_{side}.weight": getattr(f, side).contiguous()
-            for f in factors
-            for side in "AB"
-        }
-        save_tensors(tensors, folder / WEIGHTS)
-        config = _config(module, factors, transposed)
+        save_tensors({name: tensor for f in factors for name, tensor in f.tensors().items()}, folder / WEIGHTS)
+        config = _config(module, factors)
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-        errors = {f.module: f.error for f in factors if f.error}
+        errors = {f.target: f.error for f in factors if f.error}
         (folder / CARD).write_text(
-            card(source, LORA.format(vllm=_for_vllm(config["r"]), llama_cpp=_for_llama_cpp(config)), errors),
+            card(source, LORA.format(vllm=_for_vllm(config), llama_cpp=_for_llama_cpp(config)), errors),
             encoding="utf-8",
         )
     log.info("LoRA written to %s: %d modules, ranks up to %d", directory, len(factors), config["r"])
@@ -136,22 +148,56 @@ def adapter_source(model: nn.Module, adapter: str | os.PathLike | None) -> Adapt
 # --- factors -----------------------------------------------------------------------------------------------
 
 
-def _factors(s: Slice, layer: str, transposed: bool) -> Factors:
+def _all_factors(module: nn.Module, source: Adapter) -> list[Factors]:
+    """Of the linear layers that hold slices, and of the parameters of experts. Raises `ExportError`."""
+    experts = [s for s in source.slices if len(s.shape) == 3]
+    linear = replace(source, plan=replace(source.plan, slices=tuple(s for s in source.slices if len(s.shape) != 3)))
+    holders = linear_layers(module, linear)
+    made = [
+        _factors(s, layer := holders[s.parameter_name][0], layer, holders[s.parameter_name][1]) for s in linear.slices
+    ]
+    if experts and any(flip for _, flip in holders.values()):
+        raise ExportError("PEFT's LoRA has no experts beside layers whose weights are stored (in, out)")
+    named = held_as(module)
+    for s in experts:
+        layer, _, key = s.parameter_name.rpartition(".")
+        if s.dim == 0 or not layer or len(named[s.parameter_name]) > 1:
+            why = (
+                "its slices are whole experts" if s.dim == 0 else "it is tied" if layer else "the model itself holds it"
+            )
+            raise ExportError(f"{s.parameter_name} cannot be a LoRA: {why}. `save_adapter` and `save_merged` take it")
+        holder = module.get_submodule(layer)
+        beside = [
+            k
+            for k, _ in holder.named_parameters(recurse=False)
+            if any(e.parameter_name == f"{layer}.{k}" for e in experts)
+        ]
+        # PEFT wraps a module once for each of its parameters, the first of them innermost
+        stored = layer + ".base_layer" * (len(beside) - 1 - beside.index(key))
+        made.append(_factors(s, s.parameter_name, stored, bool(getattr(holder, "is_transposed", False))))
+    return made
+
+
+def _factors(s: Slice, target: str, stored: str, transposed: bool) -> Factors:
+    """transposed: the matrices are stored (in, out)."""
     if s.delta.dtype != torch.float32:
         raise ExportError(f"the delta of {s.parameter_name} is {s.delta.dtype}; a LoRA in float32 would not be exact")
-    delta, dim = (s.delta.T, 1 - s.dim) if transposed else (s.delta, s.dim)
-    size = s.shape[s.dim]
-    one_hot = torch.zeros(len(s.indices), size)
-    one_hot[torch.arange(len(s.indices)), s.indices] = 1
-    return Factors(layer, one_hot, delta) if dim == 1 else Factors(layer, delta, one_hot.T)
+    delta = s.delta.transpose(-1, -2) if transposed else s.delta
+    one_hot = torch.zeros(*delta.shape[:-2], len(s.indices), s.shape[s.dim])
+    one_hot[..., torch.arange(len(s.indices)), s.indices] = 1
+    columns = (s.dim == len(s.shape) - 1) != transposed
+    return Factors(target, stored, *((one_hot, delta) if columns else (delta, one_hot.transpose(-1, -2))))
 
 
 def _rounded(rank: int, ranks: int | str) -> int:
     return VLLM_RANKS[bisect_left(VLLM_RANKS, rank)] if ranks == "vllm" else rank
 
 
-def _for_vllm(rank: int) -> str:
-    """How vLLM serves a LoRA of this rank: its limit is one of its list."""
+def _for_vllm(config: Mapping[str, Any]) -> str:
+    """How vLLM serves a LoRA of this configuration: its limit of the rank is one of its list."""
+    rank = config["r"]
+    if "target_parameters" in config:
+        return "not for it, since experts have other names there; `save_merged` is"
     if rank > VLLM_RANKS[-1]:
         return f"does not take it, since its rank {rank} is above {VLLM_RANKS[-1]}"
     return f"`--enable-lora --max-lora-rank {_rounded(rank, 'vllm')} --lora-modules name=this-folder`"
@@ -159,6 +205,8 @@ def _for_vllm(rank: int) -> str:
 
 def _for_llama_cpp(config: Mapping[str, Any]) -> str:
     """How llama.cpp runs a LoRA of this configuration: it knows one alpha, and divides it by each tensor's rank."""
+    if "target_parameters" in config:
+        return "not for it, since its converter has no experts; `save_merged` is"
     if config["rank_pattern"]:
         return 'does not take it right, since its modules have several ranks; `save_lora(..., layout="padded")` does'
     return "`convert_lora_to_gguf.py this-folder --base BASE --outtype f32`, then `--lora` with the file"
@@ -172,37 +220,40 @@ def _fitted(f: Factors, ranks: int | str, truncate: bool) -> Factors:
     if not truncate:
         whose = "which is vLLM's limit" if ranks == "vllm" else "the rank that was asked for"
         raise ExportError(
-            f"{f.module} needs rank {f.rank}, above {limit}, {whose}. Train fewer units, merge the "
+            f"{f.target} needs rank {f.rank}, above {limit}, {whose}. Train fewer units, merge the "
             f"adapter instead, or pass truncate=True for the nearest LoRA of that rank"
         )
     U, S, V = torch.linalg.svd(f.B.double() @ f.A.double(), full_matrices=False)
-    error = float(S[limit:].norm() / S.norm()) if S.any() else 0.0
-    log.warning("%s: rank %d cut to %d, relative error %.3g", f.module, f.rank, limit, error)
-    root = S[:limit].sqrt()
-    return Factors(f.module, (root[:, None] * V[:limit]).float(), (U[:, :limit] * root).float(), error)
+    error = float(S[..., limit:].norm() / S.norm()) if S.any() else 0.0
+    log.warning("%s: rank %d cut to %d, relative error %.3g", f.target, f.rank, limit, error)
+    root = S[..., :limit].sqrt()
+    A, B = root[..., None] * V[..., :limit, :], U[..., :limit] * root[..., None, :]
+    return replace(f, A=A.float(), B=B.float(), error=error)
 
 
 def _padded(f: Factors, rank: int) -> Factors:
     more = rank - f.rank
-    return Factors(f.module, nn.functional.pad(f.A, (0, 0, 0, more)), nn.functional.pad(f.B, (0, more)), f.error)
+    return replace(f, A=nn.functional.pad(f.A, (0, 0, 0, more)), B=nn.functional.pad(f.B, (0, more)))
 
 
 # --- the configuration -------------------------------------------------------------------------------------
 
 
-def _config(module: nn.Module, factors: Sequence[Factors], transposed: bool) -> dict[str, Any]:
+def _config(module: nn.Module, factors: Sequence[Factors]) -> dict[str, Any]:
     """Every module has a pattern, longer names first: PEFT takes the first one that a module's name ends with."""
-    ranks = {f.module: f.rank for f in sorted(factors, key=lambda f: -len(f.module))}
+    ranks = {f.target: f.rank for f in sorted(factors, key=lambda f: -len(f.target))}
     widest = max(ranks.values())
     pattern = ranks if len(set(ranks.values())) > 1 else {}
+    layers, parameters = ([f.target for f in factors if f.is_parameter == kind] for kind in (False, True))
     return {
-        **peft_config(module, [f.module for f in factors]),
+        **peft_config(module, layers),
+        **({"target_parameters": parameters} if parameters else {}),
         "peft_type": "LORA",
         "r": widest,
         "lora_alpha": widest,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "fan_in_fan_out": transposed,
+        "fan_in_fan_out": any(is_conv1d(module.get_submodule(layer)) for layer in layers),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,

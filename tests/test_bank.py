@@ -1,6 +1,7 @@
 """Many adapters behind one model: switched and fused bit for bit, and one for each row of a batch."""
 
 import copy
+import gc
 import threading
 
 import pytest
@@ -121,6 +122,49 @@ def test_each_row_is_that_of_its_adapter_alone(folder, ids, seed):
     for i, name in enumerate(ids):
         close(found[i], alone(folder, name)(inputs[i : i + 1]).logits[0].detach())
     close(bank.model(inputs).logits.detach(), alone(folder, None)(inputs).logits.detach())  # nothing is left behind
+
+
+@given(st.lists(st.tuples(st.sampled_from([*TARGETS, None]), st.integers(1, 4)), min_size=1, max_size=6))
+def test_packed_requests_have_the_adapters_of_their_tokens(folder, requests):
+    """Of one token each, and of several, in one row of a layer whose slices are rows and columns."""
+    ids, lengths = [name for name, _ in requests], [length for _, length in requests]
+    bank, x = bank_of(folder), torch.randn(1, sum(lengths), 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), bank.batch(ids, lengths):
+        found = bank.model.model.layers[1].mlp(x).split(lengths, 1)
+    for name, part, y in zip(ids, x.split(lengths, 1), found):
+        close(y, alone(folder, name).model.layers[1].mlp(part).detach())
+
+
+def live_bytes() -> int:
+    gc.collect()
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if is_dense(t)}
+    return sum(held.values())
+
+
+def is_dense(value: object) -> bool:
+    return type(value) in (torch.Tensor, nn.Parameter) and value.layout is torch.strided and value.device.type == "cpu"
+
+
+def test_a_removed_adapter_gives_its_memory_back(folder):
+    """Whatever was done with it: stacks, blocks of weights, deltas; and an adapter that only runs in batches costs its
+    deltas and their stacks, no copies of blocks."""
+    bank = bank_of(folder)
+    with torch.no_grad(), bank.batch(["a", "b"]):
+        bank.model(tokens())
+    before = live_bytes()
+    bank.add("again", folder / "a")
+    numbers = sum(s.delta.numel() for s in read_adapter(folder / "a").slices)
+    with torch.no_grad(), bank.batch(["again", "b"]):
+        bank.model(tokens())
+    added = live_bytes() - before
+    assert added >= 2 * 4 * numbers
+    bank.activate("again")
+    assert live_bytes() - before - added >= 2 * 4 * numbers  # the blocks with it and without
+    bank.fuse({"again": 0.5, "b": 1.0})
+    bank.remove("again")
+    with torch.no_grad(), bank.batch(["a", "b"]):
+        bank.model(tokens())
+    assert live_bytes() == before
 
 
 def test_fused_and_transposed_layers(tmp_path_factory):
@@ -296,6 +340,9 @@ def test_calls_that_do_not_fit_are_refused_and_change_nothing(folder, tmp_path):
     for wrong in ("a", [], [0], [["a"]], None):
         with pytest.raises(AdapterError, match="a name or None for each row"), bank.batch(wrong):
             pytest.fail("the block must not run")
+    for wrong in ([1], [1, 0], [2, 3, 4]):
+        with pytest.raises(AdapterError, match="positive length each, 2 in all"), bank.batch(["b", "c"], wrong):
+            pytest.fail("the block must not run")
     with pytest.raises(StateError, match="a is active"), bank.batch(["b"]):
         pytest.fail("the block must not run")
     assert same(weights(bank.model), before) and bank.active == ("a",)
@@ -310,6 +357,8 @@ def test_calls_that_do_not_fit_are_refused_and_change_nothing(folder, tmp_path):
             pytest.fail("the block must not run")
         with pytest.raises(StateError, match="2 adapters, and 3 rows"):
             bank.model(tokens(3))
+    with bank.batch(["b", "c"], [2, 3]), pytest.raises(StateError, match="5 tokens, and 8 rows"):
+        bank.model(tokens(1))
     bank.activate("b")  # nothing is left locked
 
 

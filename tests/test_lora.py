@@ -1,6 +1,7 @@
 """The adapter as a LoRA: PEFT loads it and merges to our bits, in every layout, and what is no LoRA is refused."""
 
 import copy
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
-from small import U32, assert_weights, hf, randomize, tokens
+from small import LLAMA, U32, assert_weights, hf, randomize, tokens
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError, ExportError
@@ -93,19 +95,70 @@ def test_peft_merges_to_the_bits_of_the_merged_model(tmp_path, kind, layout, ran
     st.integers(0, 1),
     st.booleans(),
     st.integers(0, 9),
+    st.integers(0, 3),
     st.integers(0, 99),
 )
-def test_the_factors_are_the_delta(n, other, size, dim, transposed, more, seed):
-    """B A is the slice of zeros with the delta at its indices, whatever the shape and however it is padded."""
+def test_the_factors_are_the_delta(n, other, size, dim, transposed, more, experts, seed):
+    """B A is the slice of zeros with the delta at its indices, whatever the shape and however it is padded; of experts,
+    for each, and PEFT's way of reading them (einsum of the reshaped factors) gives it back too."""
     n, random = min(n, size), torch.Generator().manual_seed(seed)
-    shape = (size, other) if dim == 0 else (other, size)
+    batch, shape = ((experts,), (size, other)) if experts else ((), (size, other))
+    shape = batch + (shape if dim == 0 else shape[::-1])
+    dim += len(batch)
     indices = torch.randperm(size, generator=random)[:n].sort().values
-    delta = torch.randn(shape[0] if dim else n, n if dim else shape[1], generator=random)
+    delta = torch.randn([n if d == dim else extent for d, extent in enumerate(shape)], generator=random)
     s = s2ft.Slice("layer.weight", dim, indices, shape, (), delta)
-    f = lora._padded(lora._factors(s, "layer", transposed), n + more)
+    f = lora._padded(lora._factors(s, "layer", "layer", transposed), n + more)
     expected = torch.zeros(shape).index_copy_(dim, indices, delta)
-    assert f.rank == n + more and f.B.shape[1] == n + more
-    assert torch.equal(f.B @ f.A, expected.T if transposed else expected)
+    expected = expected.transpose(-1, -2) if transposed else expected
+    assert f.rank == n + more and f.B.shape[-1] == n + more
+    assert torch.equal(f.B @ f.A, expected)
+    if experts:
+        A, B = f.tensors().values()
+        A, B = A.reshape(experts, -1, A.shape[1]), B.reshape(B.shape[0], -1, experts)
+        assert torch.equal(torch.einsum("o r e, e r i -> e o i", B, A), expected)
+
+
+MOE = {"moe.out": 5, "attention.out": 1}
+
+
+@pytest.mark.parametrize("targets", [MOE, {**MOE, "moe.in": 3}, {"moe.in": 3}])
+@pytest.mark.parametrize("layout", lora.LAYOUTS)
+def test_experts_are_targeted_parameters_of_peft(tmp_path, targets, layout):
+    """One parameter of a module, or both, in which case PEFT nests them."""
+    fields = {**LLAMA, "num_hidden_layers": 1, "hidden_size": 12}
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(MixtralConfig(**fields, num_local_experts=3)).eval()
+    model = copy.deepcopy(base)
+    s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets=targets))
+    randomize(model)
+    save_lora(model, tmp_path / "lora", layout)
+    assert_peft_gives(base, model, tmp_path / "lora")
+    text = (tmp_path / "lora" / "README.md").read_text()
+    assert "vLLM: not for it" in text and "llama.cpp: not for it" in text
+
+
+def test_experts_stored_the_other_way_are_marked_by_their_module():
+    """Some libraries store an expert (in, out), and say so on the module, where PEFT looks."""
+    model, random = Experts(), torch.Generator().manual_seed(0)
+    s = s2ft.Slice("up", 2, torch.tensor([0, 3]), (3, 4, 5), (), torch.randn(3, 4, 2, generator=random))
+    holder = nn.Sequential(model)
+    source = lora.Adapter(s2ft.Plan(s2ft.S2FTConfig(), "", (dataclasses.replace(s, parameter_name="0.up"),)), {})
+    (f,) = lora._all_factors(holder, source)
+    assert f.A.shape == (3, 2, 4) and f.B.shape == (3, 5, 2)
+    assert torch.equal((f.B @ f.A).transpose(1, 2), torch.zeros(3, 4, 5).index_copy_(2, s.indices, s.delta))
+    for name, of, dim, match in (("0.up", holder, 0, "whole experts"), ("up", model, 2, "the model itself")):
+        plan = s2ft.Plan(s2ft.S2FTConfig(), "", (dataclasses.replace(s, parameter_name=name, dim=dim),))
+        with pytest.raises(ExportError, match=match):
+            lora._all_factors(of, lora.Adapter(plan, {}))
+
+
+class Experts(nn.Module):
+    is_transposed = True
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 4, 5))
 
 
 def test_every_program_scales_what_is_written_by_one(tmp_path):
@@ -235,12 +288,12 @@ def test_a_rank_above_the_limit_is_refused_or_truncated_with_its_error(tmp_path,
 
 
 def test_vllm_takes_no_rank_above_512():
-    f = lora.Factors("layer", torch.zeros(513, 600), torch.zeros(4, 513))
+    f = lora.Factors("layer", "layer", torch.zeros(513, 600), torch.zeros(4, 513))
     with pytest.raises(ExportError, match="rank 513, above 512, which is vLLM's limit"):
         lora._fitted(f, "vllm", truncate=False)
     assert lora._fitted(f, "vllm", truncate=True).rank == 4 and lora._fitted(f, "exact", truncate=False) is f
     assert [lora._rounded(r, "vllm") for r in (1, 2, 8, 9, 257, 512)] == [1, 8, 8, 16, 320, 512]
-    assert "rank 513 is above 512" in lora._for_vllm(513) and "--max-lora-rank 16 " in lora._for_vllm(9)
+    assert "rank 513 is above 512" in lora._for_vllm({"r": 513}) and "--max-lora-rank 16 " in lora._for_vllm({"r": 9})
 
 
 class Odd(nn.Module):

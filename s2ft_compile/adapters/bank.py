@@ -21,7 +21,7 @@ from s2ft_compile.plan import Slice
 from s2ft_compile.state import is_prepared
 
 from .apply import check_fits, summed
-from .batched import Picked, Stack
+from .batched import Packed, Picked, Stack
 from .format import Adapter, read_adapter
 from .layers import linear_layers
 
@@ -29,10 +29,9 @@ Written = tuple[nn.Parameter, int, Tensor, Tensor]  # weight, dim, indices, valu
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
-    """An adapter on the model's device, and its blocks with and without it."""
+class Blocks:
+    """What an adapter's blocks of the weights are with it and without."""
 
-    adapter: Adapter
     tuned: tuple[Written, ...]
     base: tuple[Written, ...]
 
@@ -42,7 +41,8 @@ class _Now(threading.local):
 
     def __init__(self):  # once in every thread
         self.rows: int | None = None
-        self.picked: Mapping[str, tuple[Picked, ...]] = {}
+        self.packed = False  # whether the rows are tokens, in one row of the model
+        self.picked: Mapping[str, tuple[Picked | Packed, ...]] = {}
 
 
 class AdapterBank:
@@ -61,7 +61,8 @@ class AdapterBank:
             )
         self.model = unwrap(model)
         self.active: tuple[str, ...] = ()  # the names whose sum the weights hold
-        self._entries: dict[str, Entry] = {}
+        self._adapters: dict[str, Adapter] = {}  # on the model's device
+        self._blocks: dict[str, Blocks] = {}  # of those that were activated
         self._undo: tuple[Written, ...] = ()
         self._stacks: Mapping[str, tuple[Stack, ...]] | None = None
         self._hooked: set[str] = set()
@@ -71,7 +72,7 @@ class AdapterBank:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._entries)
+        return tuple(self._adapters)
 
     # --- which adapters there are ---
 
@@ -81,30 +82,31 @@ class AdapterBank:
         if not isinstance(name, str) or not name:
             raise AdapterError(f"an adapter's name is a text, got {name!r}")
         with self._exclusive():
-            if name in self._entries:
+            if name in self._adapters:
                 raise AdapterError(f"there is an adapter {name!r} already; remove it first")
             before = self._written()
             self._switch((), (), ())
             try:
                 check_fits(self.model, read)
-                self._entries = {**self._entries, name: _entry(self.model, read)}
+                self._adapters = {**self._adapters, name: _placed(self.model, read)}
             finally:
                 self._switch(*before)
             self._stacks = None
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter; the base model's weights are back if it was active."""
+        """Forgets an adapter, and frees its memory; the base model's weights are back if it was active."""
         with self._exclusive():
-            self._entry(name)
+            self._adapter(name)
             if name in self.active:
                 self._switch((), (), ())
-            self._entries = {n: e for n, e in self._entries.items() if n != name}
+            self._adapters = {n: a for n, a in self._adapters.items() if n != name}
+            self._blocks.pop(name, None)
             self._stacks = None
 
-    def _entry(self, name: str) -> Entry:
-        if name not in self._entries:
-            raise AdapterError(f"no adapter {name!r}; there are: {', '.join(map(repr, self._entries)) or 'none'}")
-        return self._entries[name]
+    def _adapter(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            raise AdapterError(f"no adapter {name!r}; there are: {', '.join(map(repr, self._adapters)) or 'none'}")
+        return self._adapters[name]
 
     # --- in the weights ---
 
@@ -114,8 +116,20 @@ class AdapterBank:
             if name is None:
                 self._switch((), (), ())
             else:
-                entry = self._entry(name)
-                self._switch((name,), entry.tuned, entry.base)
+                blocks = self._blocks_of(name)
+                self._switch((name,), blocks.tuned, blocks.base)
+
+    def _blocks_of(self, name: str) -> Blocks:
+        """Made when an adapter is first activated: a bank that runs batches only does not hold them."""
+        adapter = self._adapter(name)
+        if name not in self._blocks:
+            before = self._written()
+            self._switch((), (), ())
+            try:
+                self._blocks[name] = _blocks(self.model, adapter)
+            finally:
+                self._switch(*before)
+        return self._blocks[name]
 
     def fuse(self, weights: Mapping[str, float]) -> dict[tuple[str, str], int]:
         """Makes the weights cast(W0 + sum of weight * delta), and returns how many entries each two adapters share.
@@ -126,11 +140,11 @@ class AdapterBank:
         if not isinstance(weights, Mapping) or not all(map(_finite, weights.values())):
             raise AdapterError(f"a sum maps names to finite numbers, as {{'law': 1.0}}; got {weights!r}")
         with self._exclusive():
-            entries, before = {name: self._entry(name) for name in weights}, self._written()
+            adapters, before = {name: self._adapter(name) for name in weights}, self._written()
             self._switch((), (), ())
             parts: dict[str, list[tuple[Slice, float]]] = {}
-            for name, entry in entries.items():
-                for s in entry.adapter.slices:
+            for name, adapter in adapters.items():
+                for s in adapter.slices:
                     parts.setdefault(s.parameter_name, []).append((s, float(weights[name])))
             held = dict(self.model.named_parameters())
             tuned = tuple((held[name], *summed(held[name], some)) for name, some in parts.items())
@@ -139,7 +153,7 @@ class AdapterBank:
                 raise AdapterError(f"with {dict(weights)} the sum is not finite in {over[0]}, of {held[over[0]].dtype}")
             base = tuple((W, dim, indices, W.detach().index_select(dim, indices)) for W, dim, indices, _ in tuned)
             self._switch(tuple(weights), tuned, base)
-            return {(a, b): _shared(entries[a], entries[b]) for a, b in combinations(entries, 2)}
+            return {(a, b): _shared(adapters[a], adapters[b]) for a, b in combinations(adapters, 2)}
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -164,39 +178,52 @@ class AdapterBank:
     # --- one for each row ---
 
     @contextmanager
-    def batch(self, ids: Sequence[str | None]) -> Iterator[None]:
+    def batch(self, ids: Sequence[str | None], lengths: Sequence[int] | None = None) -> Iterator[None]:
         """A block in which row i of every forward uses the adapter ids[i], or the base model where it is None.
 
-        Rows may be repeated (beams) or flattened with their tokens. Raises `AdapterError` for an unknown name,
-        `StateError` while an adapter is active, `ExportError` for slices of weights that no linear layer holds.
+        Rows may be repeated (beams) or flattened with their tokens. lengths: of requests that are packed, one after the
+        other, into the one row of the model; ids[i] is then that of the lengths[i] tokens of request i. Raises
+        `AdapterError` for an unknown name or lengths that do not fit, `StateError` while an adapter is active,
+        `ExportError` for slices of weights that no linear layer holds.
         """
         listed = isinstance(ids, Sequence) and not isinstance(ids, str) and len(ids) > 0
         if not listed or not all(name is None or isinstance(name, str) for name in ids):
             raise AdapterError(f"a batch takes a list with a name or None for each row, got {ids!r}")
+        if lengths is not None and (len(lengths) != len(ids) or not all(n > 0 for n in lengths)):
+            raise AdapterError(f"packed requests have a positive length each, {len(ids)} in all; got {lengths!r}")
         with self._free:
             if self.active:
                 raise StateError(f"{', '.join(self.active)} is active; call activate(None) before a batch")
             if self._now.rows is not None:
                 raise StateError("a batch inside another one")
-            chosen = {name: k for k, name in enumerate(self._entries, 1)}
-            rows = [0 if name is None else chosen[name] if name in chosen else self._entry(name) for name in ids]
+            chosen = {name: k for k, name in enumerate(self._adapters, 1)}
+            rows = [0 if name is None else chosen[name] if name in chosen else self._adapter(name) for name in ids]
             stacks = self._prepared_stacks()
             self._batches += 1
         try:
-            picks, terms = torch.tensor(rows, device=next(self.model.parameters()).device), {}
-            self._now.picked = {name: tuple(s.picked(picks, terms) for s in some) for name, some in stacks.items()}
-            self._now.rows = len(rows)
+            self._now.picked = self._pick(stacks, rows, lengths)
+            self._now.rows, self._now.packed = sum(lengths or ()) or len(rows), lengths is not None
             yield
         finally:
-            self._now.rows, self._now.picked = None, {}
+            self._now.rows, self._now.packed, self._now.picked = None, False, {}
             with self._free:
                 self._batches -= 1
                 self._free.notify_all()
 
+    def _pick(
+        self, stacks: Mapping[str, tuple[Stack, ...]], rows: Sequence[int], lengths: Sequence[int] | None
+    ) -> Mapping[str, tuple[Picked | Packed, ...]]:
+        device, terms = next(self.model.parameters()).device, {}
+        ids = torch.tensor(rows, device=device)
+        if lengths is None:
+            return {name: tuple(s.picked(ids, terms) for s in some) for name, some in stacks.items()}
+        sizes = torch.tensor(lengths, device=device)
+        return {name: tuple(s.packed(ids, sizes, terms) for s in some) for name, some in stacks.items()}
+
     def _prepared_stacks(self) -> Mapping[str, tuple[Stack, ...]]:
         """Every layer's stacks, and a hook on each; a batch that runs keeps the ones it began with."""
         if self._stacks is None:
-            self._stacks = _stacks(self.model, [e.adapter for e in self._entries.values()])
+            self._stacks = _stacks(self.model, list(self._adapters.values()))
         for name in self._stacks.keys() - self._hooked:
             self._hooked.add(name)
             self.model.get_submodule(name).register_forward_hook(_hook(self._now, name), with_kwargs=True)
@@ -224,8 +251,9 @@ def _hook(now: _Now, name: str):
         if now.rows is None:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        if x.shape[0] % now.rows:
-            raise StateError(f"a batch of {now.rows} adapters, and {x.shape[0]} rows")
+        rows = x.numel() // x.shape[-1] if now.packed else x.shape[0]
+        if rows != now.rows if now.packed else rows % now.rows:
+            raise StateError(f"a batch of {now.rows} {'tokens' if now.packed else 'adapters'}, and {rows} rows")
         for picked in now.picked.get(name, ()):
             y = picked.add(x, y)
         return y
@@ -239,19 +267,24 @@ def _write(blocks: Sequence[Written]) -> None:
         W.index_copy_(dim, indices, values)
 
 
-@torch.no_grad()
-def _entry(model: nn.Module, adapter: Adapter) -> Entry:
+def _placed(model: nn.Module, adapter: Adapter) -> Adapter:
     held = dict(model.named_parameters())
     slices = [replace(s, delta=s.delta.to(held[s.parameter_name].device)) for s in adapter.slices]
-    tuned = tuple((held[s.parameter_name], *summed(held[s.parameter_name], [(s, 1.0)])) for s in slices)
-    base = tuple((W, dim, indices, W.index_select(dim, indices)) for W, dim, indices, _ in tuned)
-    return Entry(replace(adapter, plan=replace(adapter.plan, slices=tuple(slices))), tuned, base)
+    return replace(adapter, plan=replace(adapter.plan, slices=tuple(slices)))
 
 
-def _shared(a: Entry, b: Entry) -> int:
+@torch.no_grad()
+def _blocks(model: nn.Module, adapter: Adapter) -> Blocks:
+    """model: the base."""
+    held = dict(model.named_parameters())
+    tuned = tuple((held[s.parameter_name], *summed(held[s.parameter_name], [(s, 1.0)])) for s in adapter.slices)
+    return Blocks(tuned, tuple((W, dim, indices, W.index_select(dim, indices)) for W, dim, indices, _ in tuned))
+
+
+def _shared(a: Adapter, b: Adapter) -> int:
     """How many entries of weights both change."""
-    theirs, count = {s.parameter_name: s for s in b.adapter.slices}, 0
-    for s in a.adapter.slices:
+    theirs, count = {s.parameter_name: s for s in b.slices}, 0
+    for s in a.slices:
         other = theirs.get(s.parameter_name)
         if other is not None:
             size = torch.Size(s.shape).numel()

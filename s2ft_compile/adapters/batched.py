@@ -13,7 +13,7 @@ With 16 adapters, one token each, of 311 columns of a 2048 x 8192 weight, in bfl
 7.9 ms, as batched products of whole matrices 1.4 ms, as `sums_by_id` of blocks 0.65 ms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -50,6 +50,13 @@ class Stack:
             rank = torch.tensor(ranks, dtype=torch.int32, device=delta.device)
             return cls(contracts, index, delta, tuple(ranks), rank)
         return cls(contracts, index, in_blocks(delta), tuple(ranks), None)
+
+    def packed(self, ids: Tensor, lengths: Tensor, terms: dict[tuple, Tensor]) -> "Packed":
+        """ids: (N,) of the requests, lengths: (N,) how many tokens each has."""
+        each = ids.repeat_interleave(lengths)
+        if self.rank is not None or ids.device.type != "cpu" or len(each) == len(ids):
+            return Packed(self.picked(each, terms))
+        return Packed(Picked(self, each), {int(k): (each == k).nonzero().flatten() for k in ids.unique() if k})
 
     def picked(self, ids: Tensor, terms: dict[tuple, Tensor]) -> "Picked":
         """ids: (N,). terms: what other stacks of the same sizes have worked out for these ids, and this one adds to."""
@@ -99,6 +106,37 @@ class Picked:
         if x.shape[1] == 1:
             return sums_by_id(x, delta, self.terms)
         return products_by_id(x, delta.to(x.dtype), self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """What the tokens of a packed batch take from a stack: requests of several lengths, one after the other in one row.
+
+    each: a row for every token, which a GPU's kernel and a step of one token a request take. tokens: otherwise, adapter
+    -> the places of its tokens, so that each adapter's delta is read once.
+    """
+
+    each: Picked
+    tokens: Mapping[int, Tensor] | None = None
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """y (..., out) with the delta of each token added. x: (..., in), as many tokens as the batch has."""
+        flat, made = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if self.tokens is None:
+            return self.each.add(flat, made).view(y.shape)
+        stack, made = self.each.stack, made.clone()
+        for k, places in self.tokens.items():
+            if not (n := stack.ranks[k]):
+                continue
+            at, D = stack.index[k, :n], stack.delta[k]  # D in blocks: (blocks, k, width)
+            mine = flat.index_select(0, places)
+            if stack.contracts:
+                product = (mine.index_select(1, at) @ D[:, :n].to(x.dtype)).transpose(0, 1).flatten(1)
+                made.index_add_(0, places, product.to(y.dtype))
+            else:
+                product = (mine @ D.to(x.dtype)).transpose(0, 1).flatten(1)[:, :n]
+                made.index_put_((places[:, None], at), product.to(y.dtype), accumulate=True)
+        return made.view(y.shape)
 
 
 # --- products on a CPU ------------------------------------------------------------------------------------------------

@@ -423,6 +423,34 @@ def extract(
 
 
 @app.command()
+def serve(
+    base: Annotated[str, typer.Argument(help="The base model: a Hugging Face folder, or a hub id.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER: requests ask for it with model=NAME; may be repeated.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What requests call the base model. [default: its folder's]")] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0 takes one that is free.")] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="S2FT_API_KEY", help="What requests have to bring.")] = None,
+    adapter_root: Annotated[
+        Path | None, typer.Option(help="Let requests add adapters under this folder, and remove them.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a request. [default: the model's]")] = None,
+    max_requests: Annotated[int, typer.Option(help="Requests under way, running and waiting.")] = 256,
+    max_batch: Annotated[int, typer.Option(help="Requests that run in one batch.")] = 64,
+    cache_tokens: Annotated[int, typer.Option(help="Tokens in the cache of keys and values, on a CPU.")] = 1 << 15,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Serve a causal language model and adapters of it over HTTP, as OpenAI's API; adapters are mixed in one batch."""
+    with reported(err, debug):
+        from .serve import run
+
+        limits = dict(length=max_length, requests=max_requests, batch=max_batch, cache=cache_tokens)
+        run(base, adapter or [], name, host, port, api_key, adapter_root, limits, dtype, err)
+
+
+@app.command()
 def demo(
     output: Annotated[
         Path, typer.Option("--output", help="The demo's own folder; a previous demo in it is replaced.")
