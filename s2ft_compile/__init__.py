@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from .estimation import Estimate, estimate
     from .layers import compile_layers
+    from .optimizers import optimizer
     from .plan import Plan, Slice
     from .preparation import analyze, permute, prepare
     from .state import disabled, is_prepared, parameters, release
@@ -51,6 +52,7 @@ __getattr__, __dir__ = attributes(
         "Estimate": "estimation",
         "estimate": "estimation",
         "compile_layers": "layers",
+        "optimizer": "optimizers",
         "Plan": "plan",
         "Slice": "plan",
         "analyze": "preparation",
@@ -80,6 +82,7 @@ __all__ = [
     "permute",
     "prepare",
     "parameters",
+    "optimizer",
     "release",
     "disabled",
     "is_prepared",

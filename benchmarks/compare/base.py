@@ -19,8 +19,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, how long it is pretrained (steps of `blocks` blocks of `length` tokens) and tuned (`steps` of `rows` blocks
-    of text, or of `lines` short lines).
+    """A model, how long it is pretrained (steps of `blocks` blocks of `length` tokens) and tuned (`steps` of `rows`
+    blocks of text, or of `lines` short lines).
 
     rank: of the LoRA whose numbers every method but full fine-tuning trains as many as.
     """

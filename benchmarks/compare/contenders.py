@@ -23,8 +23,8 @@ Batch = dict[str, Tensor]
 class Contender:
     """kind: "full", "peft" or "s2ft". rate: the exponent of ten that the search for a learning rate starts at.
 
-    options: of PEFT's configuration, with its class's name as "config"; or of `S2FTConfig`, with what `targets` takes as
-    "parts". again: how often the units are chosen in a run.
+    options: of PEFT's configuration, with its class's name as "config"; or of `S2FTConfig`, with what `targets` takes
+    as "parts". again: how often the units are chosen in a run.
     """
 
     title: str
