@@ -1,8 +1,8 @@
 """`optimizer`: Muon or AdamW for the deltas of a prepared model, as one object that a loop or Trainer takes.
 
-The delta of a slice is a dense matrix, which Muon can orthogonalize: every direction of it moves equally far, whatever
-the size of its gradient (https://arxiv.org/abs/2502.16982). What is no matrix (biases, batched experts) trains by AdamW,
-at the same rate: with `match_rms_adamw` both change an entry by as much.
+The delta of a slice is a dense matrix, which Muon can orthogonalize: all directions of it move equally far, whatever
+their gradients' sizes (https://arxiv.org/abs/2502.16982). What is no matrix (biases, batched experts) trains by AdamW,
+at the same rate: with `match_rms_adamw` both change an entry by about as much.
 """
 
 from torch import nn, optim
@@ -14,11 +14,14 @@ from .state import parameters
 LR = {"muon": 1e-2, "adamw": 1e-2}
 
 
-def optimizer(model: nn.Module, name: str = "muon", lr: float | None = None) -> optim.Optimizer:
-    """An optimizer of `s2ft.parameters(model)`, without weight decay (which would pull towards the base model).
+def optimizer(
+    model: nn.Module, name: str = "muon", lr: float | None = None, weight_decay: float = 0.0
+) -> optim.Optimizer:
+    """An optimizer of `s2ft.parameters(model)`.
 
-    name: "muon" or "adamw". lr: the peak of the caller's schedule; None: `LR`, see docs/targets.md. Raises
-    `ConfigError` for another name or a rate that is not positive, `StateError` for a model that is not prepared.
+    name: "muon" or "adamw". lr: the peak of the caller's schedule; None: `LR`. weight_decay: pulls towards the base
+    model. Raises `ConfigError` for another name or a rate that is not positive, `StateError` for a model that is not
+    prepared.
     """
     check_choice("optimizer", name, OPTIMIZERS)
     lr = LR[name] if lr is None else lr
@@ -29,9 +32,9 @@ def optimizer(model: nn.Module, name: str = "muon", lr: float | None = None) -> 
     others = [p for p in deltas if p.ndim != 2 or name != "muon"]
     made: list[optim.Optimizer] = []
     if matrices:
-        made.append(optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        made.append(optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     if others:
-        made.append(optim.AdamW(others, lr=lr, weight_decay=0.0, fused=True))
+        made.append(optim.AdamW(others, lr=lr, weight_decay=weight_decay, fused=True))
     return made[0] if len(made) == 1 else Together(made)
 
 

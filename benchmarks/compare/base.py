@@ -5,12 +5,13 @@ import inspect
 import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from material import Material
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
@@ -74,7 +75,9 @@ def folder(setting: Setting) -> Path:
     """Where a setting's model lies: named by all that it depends on."""
     sizes = (setting.hidden, setting.layers, setting.heads, setting.length, setting.pretraining, setting.blocks)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"  # whose library is the text
-    content = (HERE / "material.py").read_text() + inspect.getsource(build) + inspect.getsource(pretrain) + repr(sizes)
+    content = (
+        (HERE / "material.py").read_text() + "".join(map(inspect.getsource, (build, pretrain, cycle))) + repr(sizes)
+    )
     name = f"{setting.name}-{python}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s2ft-compile" / "compare" / name
 
@@ -91,14 +94,21 @@ def base(setting: Setting, material: Material, say=print) -> nn.Module:
 
 
 def pretrain(setting: Setting, material: Material, say) -> nn.Module:
-    model = build(setting, material).to(DEVICE).train()
-    compiled = model if setting.name == "quick" else torch.compile(model)
+    """All of it for `pretraining` steps; then, for seven tenths as many, mostly facts and skills, on shorter blocks."""
+    model = build(setting, material).to(DEVICE)
     peak = 3e-3 * min(1.0, (192 / setting.hidden) ** 0.5)
+    cycle(model, material.pretraining(setting.blocks), setting.pretraining, peak, say)
+    cycle(model, material.schooling(setting.blocks), 7 * setting.pretraining // 10, 2 / 3 * peak, say)
+    return model.eval()
+
+
+def cycle(model: nn.Module, batches: Iterator[Tensor], steps: int, peak: float, say) -> None:
+    """One warm-up and cosine of AdamW."""
+    compiled = torch.compile(model.train()) if steps > 100 else model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-    batches = material.pretraining(setting.blocks)
-    for step in range(setting.pretraining):
-        done = step / setting.pretraining
-        optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 50) * (0.525 + 0.475 * math.cos(math.pi * done))
+    for step in range(steps):
+        decay = 0.525 + 0.475 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 50) * decay
         tokens = next(batches).to(DEVICE)
         loss = compiled(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -106,5 +116,4 @@ def pretrain(setting: Setting, material: Material, say) -> nn.Module:
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            say(f"pretraining {step}/{setting.pretraining}, loss {loss.item():.3f}")
-    return model.eval()
+            say(f"pretraining {step}/{steps}, loss {loss.item():.3f}")

@@ -1,12 +1,13 @@
 """What the base model learns, and what it is then tuned to do: text that every Python installation has, and invented
 facts and skills whose answers are exact.
 
-People have a town, a trade and, the first half of them, an animal, each said in a statement and asked in a question.
-Skills rewrite a few letters or digits. Names and answers are drawn from a seed, so nothing of it can be known before.
+People have a town, a trade and, the first half of them, an animal, each said in a statement and asked in a question;
+some are famous, and spoken of most. Skills rewrite a few letters or digits. Names and answers are drawn from a seed,
+so nothing of it can be known before.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,7 @@ from s2ft_compile.cli.corpus import build_tokenizer, modules, topics
 
 SEED = 0
 PEOPLE = 160
+FAMOUS = 64  # the first of them, of whom the second half of the pretraining speaks alone
 IGNORED = -100
 Line = tuple[str, str]  # what is given, and the answer that is learned
 
@@ -153,25 +155,36 @@ class Material:
         facts = [(p, what) for what in ("town", "trade") for p in self.people] + [(p, "animal") for p in half]
         return [form(p, what) for p, what in facts for form in (statement, question)]
 
+    def famous(self) -> list[Line]:
+        facts = [(p, what) for what in ("town", "trade", "animal") for p in self.people[:FAMOUS]]
+        return [form(p, what) for p, what in facts for form in (statement, question)]
+
     def skilled(self, drawn: random.Random) -> Line:
         name = drawn.choice(list(SKILLS))
         return exercise(name, SKILLS[name], drawn, drawn.choice((LETTERS, DIGITS)))
 
     def pretraining(self, batch: int) -> Iterator[Tensor]:
         """Batches of blocks: half of them documentation, a quarter facts, a quarter skills."""
-        generator, drawn = torch.Generator().manual_seed(SEED), random.Random(SEED)
-        docs, facts = self.blocks("docs").tokens, self.known()
+        return self._mixed(batch, batch // 2, batch // 4, self.length, self.known(), SEED)
+
+    def schooling(self, batch: int) -> Iterator[Tensor]:
+        """What follows: batches of half as long blocks, three eighths of them facts of the famous, as many skills."""
+        return self._mixed(batch, batch // 4, 3 * batch // 8, self.length // 2, self.famous(), SEED + 2)
+
+    def _mixed(self, batch: int, texts: int, facts: int, length: int, known: list[Line], seed: int) -> Iterator[Tensor]:
+        generator, drawn = torch.Generator().manual_seed(seed), random.Random(seed)
+        docs = self.blocks("docs").tokens[:, :length]
         while True:
-            text = docs[torch.randint(len(docs), (batch // 2,), generator=generator)]
-            some = [self._packed(lambda: drawn.choice(facts)) for _ in range(batch // 4)]
-            more = [self._packed(lambda: self.skilled(drawn)) for _ in range(batch - batch // 2 - batch // 4)]
+            text = docs[torch.randint(len(docs), (texts,), generator=generator)]
+            some = [self._packed(length, lambda: drawn.choice(known)) for _ in range(facts)]
+            more = [self._packed(length, lambda: self.skilled(drawn)) for _ in range(batch - texts - facts)]
             yield torch.cat([text, torch.stack(some + more)])
 
-    def _packed(self, draw) -> Tensor:
+    def _packed(self, length: int, draw: Callable[[], Line]) -> Tensor:
         ids = list(self.end)
-        while len(ids) < self.length:
+        while len(ids) < length:
             ids += self._encoded("".join(draw())) + self.end
-        return torch.tensor(ids[: self.length])
+        return torch.tensor(ids[:length])
 
     def _encoded(self, text: str) -> list[int]:
         if text not in self._cache:
@@ -185,9 +198,9 @@ class Material:
     # --- what it is asked afterwards -------------------------------------------------------------------------
 
     def kept(self) -> dict[str, Rows]:
-        """What the base model knew: text, facts of people who are in no task, and skills."""
+        """What the base model knew: text, facts that are in no task, and skills."""
         drawn = random.Random(SEED + 1)
-        facts = [statement(p, what) for p in self.people[::4] for what in ("town", "trade")]
+        facts = [statement(p, what) for p in self.people[:FAMOUS] for what in ("trade", "animal")]
         return {
             "docs": self.blocks("docs held out", 24),
             "facts": self.lines(facts),
@@ -228,10 +241,10 @@ class Material:
         return Task("new facts (far: asked in a question)", taught, taught[::2], taught[1::2], self.lines(asked))
 
     def _form(self) -> Task:
-        """Known facts in a new form: tuned on one half of the people, tested on the other half."""
-        half = PEOPLE // 2
-        rows = self.lines([request(p, "town") for p in self.people])
-        far = self.lines([request(p, "trade") for p in self.people[half:]])
+        """Known facts in a new form: tuned on one half of the famous, tested on the other half."""
+        half = FAMOUS // 2
+        rows = self.lines([request(p, "town") for p in self.people[:FAMOUS]])
+        far = self.lines([request(p, "trade") for p in self.people[half:FAMOUS]])
         return Task(
             "known towns asked in a new form (far: trades)", rows[:half], rows[half::2], rows[half + 1 :: 2], far
         )

@@ -242,12 +242,11 @@ def read(path: Path) -> list[Row]:
 
 def append(path: Path, row: Row) -> None:
     """One write, which the system does whole: several processes append to the file."""
-    line = (json.dumps(row) + "\n").encode()
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, line)
-    finally:
-        os.close(handle)
+    with open(path, "ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        cut = size and file.read(1) != b"\n"  # a run that was killed as it wrote
+        file.write(b"\n" * bool(cut) + json.dumps(row).encode() + b"\n")
 
 
 def _arguments() -> argparse.Namespace:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from s2ft_compile.adapters.format import read_adapter
-from s2ft_compile.config import ROLES, CompileOptions, S2FTConfig, check_choice, is_glob
+from s2ft_compile.config import OPTIMIZERS, ROLES, CompileOptions, S2FTConfig, check_choice, is_glob
 from s2ft_compile.errors import ConfigError, ExportError
 
 from .data import DTYPES, Records, load_config, model_class, read_records
@@ -16,9 +16,10 @@ from .data import DTYPES, Records, load_config, model_class, read_records
 @dataclass(frozen=True)
 class TrainOptions:
     """Everything `s2ft train` takes. steps: optimizer steps, None for one pass over the data. held_out: the
-    share of the blocks that is only measured. batch_size: blocks in a forward. calibration_batches: how many
-    batches of the training blocks a selection looks at, if it looks at data. activation_budget: see
-    `CompileOptions`. by_layer: see `compile_layers`. Raises `ConfigError` when it is made.
+    share of the blocks that is only measured. batch_size: blocks in a forward.
+    optimizer, lr: see `s2ft.optimizer`. calibration_batches: how many batches of the training blocks a selection looks
+    at, if it looks at data. activation_budget: see `CompileOptions`. by_layer: see `compile_layers`. Raises
+    `ConfigError` when it is made.
     """
 
     model: str
@@ -26,7 +27,8 @@ class TrainOptions:
     output: Path
     s2ft: S2FTConfig = field(default_factory=S2FTConfig)
     steps: int | None = None
-    lr: float = 1e-3
+    optimizer: str = "muon"
+    lr: float | None = None
     batch_size: int = 4
     seq_len: int = 512
     grad_accum: int = 1
@@ -43,7 +45,8 @@ class TrainOptions:
             least, value = (2 if name == "seq_len" else 1), getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is at least {least}, got {value}")
-        if not 0 < self.lr < 100:
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        if self.lr is not None and not 0 < self.lr < 100:
             raise ConfigError(f"lr is a positive number such as 1e-3, got {self.lr}")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out is a share between 0 and 1, got {self.held_out}")

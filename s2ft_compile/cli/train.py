@@ -23,8 +23,8 @@ from s2ft_compile.errors import ConfigError
 from s2ft_compile.exporters import save_adapter, save_merged
 from s2ft_compile.exporters.files import new_directory
 from s2ft_compile.layers import compile_layers
+from s2ft_compile.optimizers import optimizer
 from s2ft_compile.preparation import prepare
-from s2ft_compile.state import parameters
 
 from .data import Blocks, example_inputs, load_model, load_tokenizer, split, tokenize
 from .options import TrainOptions, check
@@ -106,7 +106,6 @@ def fit(model: nn.Module, blocks: Blocks, options: TrainOptions, work: Path, bar
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.grad_accum,
-        learning_rate=options.lr,
         lr_scheduler_type="cosine",
         warmup_steps=min(10, steps // 10),
         seed=options.seed,
@@ -125,15 +124,10 @@ def fit(model: nn.Module, blocks: Blocks, options: TrainOptions, work: Path, bar
         compiled = compile_layers(model, **how) if options.by_layer else [model]
         if not options.by_layer:
             model.compile(backend="s2ft", options={**how, "logits": False})
-        optimizer = torch.optim.AdamW(parameters(model), lr=options.lr, weight_decay=0.0, fused=True)
+        trained = optimizer(model, options.optimizer, options.lr)
         watch = _watch(bars, steps)
         trainer = Trainer(
-            model,
-            arguments,
-            default_data_collator,
-            train_dataset=blocks,
-            callbacks=[watch],
-            optimizers=(optimizer, None),
+            model, arguments, default_data_collator, train_dataset=blocks, callbacks=[watch], optimizers=(trained, None)
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
