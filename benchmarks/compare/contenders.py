@@ -57,7 +57,8 @@ VARIANTS = {
     "s2ft_random": _s2ft("units at random", selection="random"),
     "s2ft_weight": _s2ft("units with the largest weights", selection="weight"),
     "s2ft_columns": _s2ft("columns of down only", ("columns", 0)),
-    "s2ft_heads": _s2ft("a head of the output projection, the rest whole channels", ("channels", 1)),
+    "s2ft_heads": _s2ft("a head's columns of the output projection, the rest whole channels", ("channels", 1)),
+    "s2ft_values": _s2ft("the same, and a head's values", ("channels", 1, 1)),
     "s2ft_score": _s2ft("layers share by score", budget="score"),
     "s2ft_again": _s2ft("units chosen anew four times", again=4),
     "lora_muon": _peft("LoRA with Muon", optimizer="muon"),
@@ -112,12 +113,16 @@ def lora_numbers(setting: Setting) -> int:
     return setting.rank * setting.layers * (2 * (d + q) + 2 * (d + kv) + 3 * (d + ffn))
 
 
-def targets(setting: Setting, what: str, heads: int) -> dict[str, int]:
-    """Units of each layer: `heads` of the output projection, and columns of down, or whole channels, for the rest."""
-    left = lora_numbers(setting) // setting.layers - heads * setting.hidden * (setting.hidden // setting.heads // 2 * 2)
+def targets(setting: Setting, what: str, heads: int, values: int = 0) -> dict[str, int]:
+    """Units of each layer: `heads` of the output projection and `values` kv heads of the value projection; columns of
+    down, or whole channels, for the rest.
+    """
+    head = setting.hidden * (setting.hidden // setting.heads // 2 * 2)
+    left = lora_numbers(setting) // setting.layers - (heads + values) * head
     roles = ("ffn.out",) if what == "columns" else ("ffn.in", "ffn.out")
     units = round(left / setting.hidden / (1 if what == "columns" else 3))
-    return {**{role: units for role in roles}, **({"attention.out": heads} if heads else {})}
+    asked = {**{role: units for role in roles}, "attention.out": heads, "attention.value": values}
+    return {role: units for role, units in asked.items() if units}
 
 
 _known: dict[tuple, object] = {}  # a model's sizes -> its structures: every run has the same model

@@ -210,12 +210,13 @@ def main() -> None:
 
 
 _bench: Bench | None = None
+_parent = 0  # the process that asks
 
 
 def _start(setting: dict) -> None:
-    global _bench
+    global _bench, _parent
     torch.set_num_threads(1)
-    _bench = Bench(Setting(**setting))
+    _bench, _parent = Bench(Setting(**setting)), os.getppid()
 
 
 def _work(task: str, method: str, seeds: int, done: list[Row], rows: Path) -> str:
@@ -224,6 +225,8 @@ def _work(task: str, method: str, seeds: int, done: list[Row], rows: Path) -> st
     def write(row: Row) -> None:
         made.append(row)
         append(rows, row)
+        if os.getppid() != _parent:  # it was killed, and nobody waits for more
+            os._exit(1)
 
     job(_bench, task, method, seeds, done, write)
     return f"{task}, {method}: {len(made)} runs in {time.perf_counter() - began:.0f} s"
