@@ -7,13 +7,13 @@ STAMP := $(VENV)/.installed
 GPU_PY := $(if $(wildcard $(PY)),$(PY),PYTHONPATH=. python3)
 
 # Nothing here needs a model hub: tests and demo build their own models.
-test test-slow demo sweep: export HF_HUB_OFFLINE = 1
-test test-slow demo bench-cpu bench-adapters: export TOKENIZERS_PARALLELISM = false
+test test-slow demo compare sweep: export HF_HUB_OFFLINE = 1
+test test-slow demo bench-cpu bench-adapters compare: export TOKENIZERS_PARALLELISM = false
 # Where other work shares the cores, threads that spin while they wait make a step several times slower.
 demo: export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types wheel test test-slow gpu-test gpu-sanitize gpu-bench demo bench-cpu bench-adapters sweep clean
+.PHONY: help setup lint types wheel test test-slow gpu-test gpu-sanitize gpu-bench demo bench-cpu bench-adapters compare sweep clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -64,6 +64,12 @@ bench-cpu: $(STAMP)  ## step times and memory against LoRA and full fine-tuning 
 
 bench-adapters: $(STAMP)  ## switching, batches, files and merging of adapters (writes benchmarks/results/adapters.json)
 	$(PY) benchmarks/adapters.py
+
+# Runs that are in build/compare-default.jsonl are not run again.
+compare: $(STAMP)  ## quality: S²FT, LoRA and others, each at its best rate, by what they learn and forget (resumes)
+	mkdir -p build
+	$(PY) -W ignore benchmarks/compare/run.py --rows build/compare-default.jsonl
+	$(PY) benchmarks/compare/report.py build/compare-default.jsonl --figure build/compare.svg
 
 sweep: $(STAMP)  ## couplings of every model type of transformers (half an hour; writes benchmarks/results/sweep.json)
 	$(PY) benchmarks/sweep.py --mapping all

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .estimation import Estimate, estimate
     from .explanation import Explanation, explain
     from .layers import compile_layers
+    from .optimizers import optimizer
     from .plan import Plan, Slice
     from .preparation import analyze, permute, prepare
     from .reference import Reference, base_values
@@ -55,6 +56,7 @@ __getattr__, __dir__ = attributes(
         "Explanation": "explanation",
         "explain": "explanation",
         "compile_layers": "layers",
+        "optimizer": "optimizers",
         "Plan": "plan",
         "Slice": "plan",
         "analyze": "preparation",
@@ -88,6 +90,7 @@ __all__ = [
     "permute",
     "prepare",
     "parameters",
+    "optimizer",
     "release",
     "disabled",
     "Reference",

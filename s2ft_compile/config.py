@@ -35,6 +35,7 @@ SELECTIONS: Mapping[str, str] = {
 }
 CALIBRATED = tuple(name for name, needs in SELECTIONS.items() if needs in ("activations", "gradients"))
 BUDGETS = ("layer", "model", "score")
+OPTIMIZERS = ("muon", "adamw")
 INNER = ("inductor", "aot_eager", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 

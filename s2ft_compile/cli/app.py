@@ -197,7 +197,8 @@ def train(
     calibration_batches: Annotated[int, typer.Option(help="Batches of the data that a selection looks at.")] = 4,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: one pass over the data]")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data, where --steps is not given.")] = 1.0,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW, after the warm-up.")] = 1e-3,
+    optimizer: Annotated[str, typer.Option(help="muon (for slices that are matrices), or adamw.")] = "muon",
+    lr: Annotated[float | None, typer.Option(help="Learning rate, after the warm-up. [default: 0.01]")] = None,
     schedule: Annotated[
         str, typer.Option(help="Of the rate: cosine, linear, constant or constant_with_warmup.")
     ] = "cosine",

@@ -2,7 +2,8 @@
 
 A language model is pretrained on the standard library's documentation, then fine-tuned on its source code
 with `torch.compile(model, backend="s2ft")`, exported three ways, and all forms are compared on the same
-batch. Everything trains for a budget of seconds, so a slow machine takes fewer steps rather than longer.
+batch. Full fine-tuning and, where PEFT is installed, a LoRA of as many numbers take the same steps beside it.
+Everything trains for a budget of seconds, so a slow machine takes fewer steps rather than longer.
 """
 
 import math
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from s2ft_compile import exporters
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ExportError
+from s2ft_compile.optimizers import optimizer
 from s2ft_compile.preparation import prepare
-from s2ft_compile.state import parameters
 
 from .corpus import Text, corpus
 from .data import example_inputs
@@ -33,10 +34,11 @@ from .train import loss
 
 SEED = 0
 BATCH, LENGTH = 4, 128
-TIMED = 12  # interleaved steps of full and S²FT fine-tuning that count, after
-WARM_UP = 3  # steps that compile and settle
+WARM_UP = 3  # steps that compile and settle, and do not count
+METHODS = {"s2ft": "S²FT", "lora": "LoRA", "full": "full"}
 MARK = ".s2ft-demo"  # a file that says: this folder is the demo's own
-TARGETS = {"ffn.out": 0.1, "attention.out": 2}  # a tenth of the channels and two of six heads in each layer
+TARGETS = {"ffn.in": 0.06, "ffn.out": 0.06}  # whole channels, 40 of 672 in each layer
+RATES = {"full": 1e-3, "s2ft": 1e-2, "lora": 1e-2}  # of this size and these steps, as benchmarks/compare found them
 
 
 def run(output: Path, seconds: float, console: Console) -> dict[str, Any]:
@@ -55,19 +57,24 @@ def run(output: Path, seconds: float, console: Console) -> dict[str, Any]:
         before = losses(model, docs, code)
 
         tuned = load(output / "base")
-        plan = prepare(tuned, example_inputs(tuned), S2FTConfig(targets=TARGETS, seed=SEED))
-        ours = Stepper(tuned, torch.optim.AdamW(parameters(tuned), lr=1e-2, weight_decay=0.0, fused=True), "s2ft")
-        full.reset(lr=5e-4)
-        finetuned = train_for(0.4 * seconds, 1000, code, [ours, full], bars, "fine-tuning on source code")
-        after = losses(tuned, docs, code)
+        batches = [{"input_ids": x, "labels": x} for x in code.train.input_ids[: 4 * BATCH].split(BATCH)]
+        config = S2FTConfig(targets=TARGETS, selection="gradient")
+        plan = prepare(tuned, example_inputs(tuned), config, batches)
+        trained = sum(s.delta.numel() for s in plan.slices)
+        ours = Stepper(tuned, optimizer(tuned, lr=RATES["s2ft"]), "s2ft")
+        full.reset(lr=RATES["full"])
+        others = {"full": full, **lora(output / "base", trained)}
+        steps = train_for(0.4 * seconds, 1000, code, [ours, *others.values()], bars, "fine-tuning on source code")
+        after = measured(ours, docs, code)
+        beside = {name: measured(stepper, docs, code) for name, stepper in others.items()}
     with console.status("exporting merged, adapter and ONNX, and running each"):
         forms = compare(ours, tokenizer, output, code.held_out.input_ids[:BATCH])
-    trained, total = sum(s.delta.numel() for s in plan.slices), sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in load(output / "base").parameters())
     summary = {
         "base_loss": before["code"],
-        "tuned_loss": after["code"],
+        "tuned_loss": after["code_loss"],
         "docs_base_loss": before["docs"],
-        "docs_tuned_loss": after["docs"],
+        "docs_tuned_loss": after["docs_loss"],
         "parameters": total,
         "trainable_parameters": trained,
         "trainable_fraction": trained / total,
@@ -75,9 +82,10 @@ def run(output: Path, seconds: float, console: Console) -> dict[str, Any]:
         "s2ft_step_ms": ours.step_ms(),
         "full_step_ms": full.step_ms(),
         "full_over_s2ft_step_time": full.step_ms() / ours.step_ms(),
+        "methods": {"s2ft": after, **beside},
         "tokens_per_step": BATCH * LENGTH,
         "pretraining_steps": pretrained,
-        "finetuning_steps": finetuned,
+        "finetuning_steps": steps,
         "seconds": time.perf_counter() - started,
         "versions": versions(),
     }
@@ -142,9 +150,9 @@ class Stepper:
 
     def step(self, tokens: Tensor, done: float) -> float:
         """One step at a share `done` of the run, which sets the learning rate; the loss."""
-        self.optimizer.param_groups[0]["lr"] = (
-            self.peak * min(1.0, done * 20 + 0.1) * (0.55 + 0.45 * math.cos(math.pi * done))
-        )
+        rate = self.peak * min(1.0, done * 20 + 0.1) * (0.55 + 0.45 * math.cos(math.pi * done))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.model.train()
         began = time.perf_counter()
         value = self.compiled(input_ids=tokens, labels=tokens).loss
@@ -160,14 +168,23 @@ class Stepper:
         return self.compiled(input_ids=tokens, labels=tokens).logits.detach()
 
     def step_ms(self) -> float:
-        return 1e3 * statistics.median(self.seconds[WARM_UP : WARM_UP + TIMED])
+        return 1e3 * statistics.median(self.seconds[WARM_UP:])
+
+    def numbers(self) -> int:
+        return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+
+    def training_bytes(self) -> int:
+        """Of gradients and of the optimizer's state: float32."""
+        return sum(4 * p.numel() * (1 + _states(self.optimizer.state[p])) for p in self.optimizer.state)
+
+
+def _states(state: dict[str, Any]) -> int:
+    return sum(isinstance(value, Tensor) and value.ndim > 0 for value in state.values())
 
 
 def train_for(seconds: float, most: int, text: Text, steppers: list[Stepper], bars: Progress, title: str) -> int:
-    """Trains the first stepper for about `seconds`, without its first steps, which compile, or `most` steps.
-
-    The other steppers do the first steps too, on the same batches, so that their times can be compared.
-    Returns the number of steps.
+    """Trains all on the same batches, in turn, for about `seconds` in all, without the first steps, which compile, or
+    `most` steps. Returns the number of steps.
     """
     generator = torch.Generator().manual_seed(SEED)
     task = bars.add_task(title, total=most)
@@ -176,15 +193,41 @@ def train_for(seconds: float, most: int, text: Text, steppers: list[Stepper], ba
         batch = text.train.input_ids[torch.randint(len(text.train), (BATCH,), generator=generator)]
         if step == WARM_UP:
             began = time.perf_counter()
-        value = steppers[0].step(batch, done)
-        if step < WARM_UP + TIMED:
-            for other in steppers[1:]:
-                other.step(batch, done)
+        value, *_ = [stepper.step(batch, done) for stepper in steppers]
         step += 1
         spent = time.perf_counter() - began if began else 0.0
-        done = max(spent / seconds if step >= WARM_UP + TIMED else min(spent / seconds, 0.9), step / most)
-        bars.update(task, completed=step, total=max(step, round(step / done)), description=f"{title}, loss {value:.2f}")
+        done = max(spent / seconds, step / most) if step > 4 * WARM_UP else 0.0
+        bars.update(task, completed=step, total=max(step, round(step / done)) if done else most)
+        bars.update(task, description=f"{title}, loss {value:.2f}")
     return step
+
+
+def lora(folder: Path, numbers: int) -> dict[str, Stepper]:
+    """PEFT's LoRA on all linear layers, of about as many numbers; none where PEFT is not installed."""
+    try:
+        import peft
+    except ImportError:
+        return {}
+    model = load(folder)
+    linears = [m for m in model.model.modules() if isinstance(m, nn.Linear)]
+    rank = max(1, round(numbers / sum(m.in_features + m.out_features for m in linears)))
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(model, config)
+    leaves = [p for p in tuned.parameters() if p.requires_grad]
+    return {
+        "lora": Stepper(tuned, torch.optim.AdamW(leaves, lr=RATES["lora"], weight_decay=0.0, fused=True), "inductor")
+    }
+
+
+def measured(stepper: Stepper, docs: Text, code: Text) -> dict[str, float]:
+    found = losses(stepper.model, docs, code)
+    return {
+        "code_loss": found["code"],
+        "docs_loss": found["docs"],
+        "numbers": stepper.numbers(),
+        "training_bytes": stepper.training_bytes(),
+        "step_ms": stepper.step_ms(),
+    }
 
 
 def losses(model: nn.Module, docs: Text, code: Text) -> dict[str, float]:
@@ -260,27 +303,20 @@ def continuation(model: nn.Module, tokenizer, prompt: str) -> str:
 
 def report(summary: dict[str, Any]) -> Table:
     """The table that ends the demo."""
-    table = Table("", "before", "after", title="s2ft demo")
-    table.add_row(
-        "held-out loss, source code (tuned on)", f"{summary['base_loss']:.3f}", f"{summary['tuned_loss']:.3f}"
-    )
-    table.add_row(
-        "held-out loss, documentation", f"{summary['docs_base_loss']:.3f}", f"{summary['docs_tuned_loss']:.3f}"
-    )
+    methods = {name: summary["methods"][name] for name in METHODS if name in summary["methods"]}
+    table = Table("", "before", *(METHODS[name] for name in methods), title="s2ft demo")
+    rows = {
+        "held-out loss, source code (tuned on)": (f"{summary['base_loss']:.3f}", "code_loss", "{:.3f}"),
+        "held-out loss, documentation": (f"{summary['docs_base_loss']:.3f}", "docs_loss", "{:.3f}"),
+        "numbers that train": ("", "numbers", "{:,}"),
+        f"step of {summary['tokens_per_step']:,} tokens, ms": ("", "step_ms", "{:.0f}"),
+        "gradients and optimizer, kB": ("", "training_kb", "{:,.0f}"),
+    }
+    for title, (before, key, form) in rows.items():
+        values = [m["training_bytes"] / 1e3 if key == "training_kb" else m[key] for m in methods.values()]
+        table.add_row(title, before, *map(form.format, values))
     table.add_section()
-    table.add_row("", "full", "S²FT")
-    table.add_row(
-        "parameters that train",
-        f"{summary['parameters']:,}",
-        f"{summary['trainable_parameters']:,} ({summary['trainable_fraction']:.1%})",
-    )
-    table.add_row(
-        f"step time, {summary['tokens_per_step']:,} tokens",
-        f"{summary['full_step_ms']:.0f} ms",
-        f"{summary['s2ft_step_ms']:.0f} ms ({summary['full_over_s2ft_step_time']:.2f}× as fast)",
-    )
-    table.add_section()
-    table.add_row("largest difference of logits to the trained model", "", "")
+    table.add_row(f"S²FT, {summary['finetuning_steps']} steps: largest difference of logits to the trained model")
     for name, title in (("merged", "merged folder"), ("adapter", "base + adapter"), ("onnx", "ONNX Runtime")):
         table.add_row(f"  {title}", "", f"{summary[f'{name}_max_abs_diff']:.1e}")
     table.add_row("base + adapter = merged, bit for bit", "", "yes" if summary["adapter_bitwise"] else "no")

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from s2ft_compile.adapters.format import read_adapter
-from s2ft_compile.config import ROLES, CompileOptions, S2FTConfig, check_choice, is_glob
+from s2ft_compile.config import OPTIMIZERS, ROLES, CompileOptions, S2FTConfig, check_choice, is_glob
 from s2ft_compile.errors import ConfigError, ExportError
+from s2ft_compile.optimizers import LR
 
 from .data import DTYPES, load_config, model_class
 from .records import Records, read_records
@@ -25,9 +26,9 @@ PLAN, RUN = "plan.json", "run.json"  # what a run is made of, and what was asked
 @dataclass(frozen=True)
 class TrainOptions:
     """Everything `s2ft train` takes. steps: optimizer steps; None for `epochs` passes over the data. held_out: the
-    share of the blocks that is only measured. batch_size: blocks in a forward. calibration_batches: how many
-    batches of the training blocks a selection looks at, if it looks at data. activation_budget: see
-    `CompileOptions`. by_layer: see `compile_layers`. warmup: steps, or below 1 a share of them; None for a tenth, at
+    share of the blocks that is only measured. batch_size: blocks in a forward. optimizer, lr: see `s2ft.optimizer`.
+    calibration_batches: how many batches of the training blocks a selection looks at, if it looks at data.
+    activation_budget: see `CompileOptions`. by_layer: see `compile_layers`. warmup: steps, or below 1 a share of them; None for a tenth, at
     most 10. clip: the largest norm of a step's gradients, 0 for none. save_every, eval_every: in steps. keep: how many
     checkpoints. patience: evaluations without an improvement, after which the run ends with its best deltas. resume:
     goes on from the last checkpoint in `output`. given: what was asked for, as it was written. Raises `ConfigError`
@@ -39,7 +40,8 @@ class TrainOptions:
     output: Path
     s2ft: S2FTConfig = field(default_factory=S2FTConfig)
     steps: int | None = None
-    lr: float = 1e-3
+    optimizer: str = "muon"
+    lr: float | None = None
     batch_size: int = 4
     seq_len: int = 512
     grad_accum: int = 1
@@ -69,7 +71,8 @@ class TrainOptions:
             least, value = (2 if name == "seq_len" else 1), getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is at least {least}, got {value}")
-        if not 0 < self.lr < 100:
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        if self.lr is not None and not 0 < self.lr < 100:
             raise ConfigError(f"lr is a positive number such as 1e-3, got {self.lr}")
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out is a share from 0 to less than 1, got {self.held_out}")
@@ -86,6 +89,10 @@ class TrainOptions:
             raise ConfigError("eval_every needs data that is held out, and held_out is 0")
         check_choice("dtype", self.dtype, DTYPES)
         CompileOptions(self.inner, self.activation_budget)
+
+    @property
+    def rate(self) -> float:
+        return LR[self.optimizer] if self.lr is None else self.lr
 
     def total_steps(self, blocks: int) -> int:
         """Optimizer steps of the run over this many blocks."""

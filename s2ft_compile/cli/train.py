@@ -30,9 +30,10 @@ from torch import nn
 from s2ft_compile.errors import ConfigError, ExportError, S2FTError, TrainingError
 from s2ft_compile.exporters import save_adapter, save_merged
 from s2ft_compile.layers import compile_layers
+from s2ft_compile.optimizers import optimizer
 from s2ft_compile.plan import Plan
 from s2ft_compile.preparation import prepare
-from s2ft_compile.state import parameters, state_of
+from s2ft_compile.state import state_of
 
 from .data import Blocks, example_inputs, load_model, load_tokenizer, split, tokenize
 from .options import PLAN, RUN, TrainOptions, check
@@ -208,11 +209,6 @@ class Interrupted(Exception):
     """A person, or the system, asked the run to stop; its checkpoint was written."""
 
 
-def optimizer_of(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
-    """Every choice of an optimizer is made here. Decay pulls towards the base model."""
-    return torch.optim.AdamW(parameters(model), lr=options.lr, weight_decay=options.weight_decay, fused=True)
-
-
 @contextmanager
 def _compiled(model: nn.Module, options: TrainOptions) -> Iterator[None]:
     how = {"inner": options.inner, "activation_budget": options.activation_budget}
@@ -256,7 +252,7 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.grad_accum,
-        learning_rate=options.lr,
+        learning_rate=options.rate,
         lr_scheduler_type=options.schedule,
         warmup_steps=options.warmup_steps(steps),
         weight_decay=options.weight_decay,
@@ -287,7 +283,7 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
         train_dataset=blocks,
         eval_dataset=held_out,
         callbacks=[watch, *early],
-        optimizers=(optimizer_of(model, options), None),
+        optimizers=(optimizer(model, options.optimizer, options.rate, options.weight_decay), None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -386,7 +382,7 @@ def _watch(bars: Progress, steps: int, options: TrainOptions, work: Path):
                             f"closer look at the data may help"
                         )
                 self.losses.append(float(logs["loss"]))
-                if len(self.losses) == EARLY and (problem := hardly_learns(self.losses, options.lr)):
+                if len(self.losses) == EARLY and (problem := hardly_learns(self.losses, options.rate)):
                     bars.console.print(f"[yellow]{problem}[/]")
                 bars.update(
                     self.task, completed=state.global_step, description=f"training, loss {float(logs['loss']):.3f}"

@@ -1,0 +1,153 @@
+"""The ways of fine-tuning that are compared, as data. All but full fine-tuning train as many numbers as a LoRA of the
+setting's rank on all linear layers, as nearly as whole units allow.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from unittest import mock
+
+import peft
+import torch
+from base import Setting
+from torch import Tensor, nn
+
+import s2ft_compile as s2ft
+from s2ft_compile import preparation
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """kind: "full", "peft" or "s2ft". rate: the exponent of ten that the search for a learning rate starts at.
+
+    options: of PEFT's configuration, with its class's name as "config"; or of `S2FTConfig`, with what `targets` takes
+    as "parts". again: how often the units are chosen in a run.
+    """
+
+    title: str
+    kind: str
+    optimizer: str = "adamw"
+    rate: float = -3.0
+    options: Mapping[str, object] = field(default_factory=dict)
+    again: int = 1
+
+
+def _s2ft(title: str, parts=("channels", 0), selection="gradient", optimizer="muon", rate=-2.0, again=1, **options):
+    return Contender(title, "s2ft", optimizer, rate, {"parts": parts, "selection": selection, **options}, again)
+
+
+def _peft(title: str, config="LoraConfig", optimizer="adamw", rate=-2.0, **options):
+    return Contender(title, "peft", optimizer, rate, {"config": config, **options})
+
+
+MAIN = {
+    "full": Contender("full fine-tuning", "full"),
+    "lora": _peft("LoRA"),
+    "rslora": _peft("rsLoRA", use_rslora=True),
+    "dora": _peft("DoRA", use_dora=True),
+    "shira": _peft("SHiRA", "ShiraConfig", rate=-2.0),
+    "s2ft": _s2ft("S²FT: whole channels, by gradient, Muon"),
+    "s2ft_paper": _s2ft("S²FT as published: columns and a head, at random, AdamW", ("columns", 1), "random", "adamw"),
+}
+VARIANTS = {
+    "s2ft_adamw": _s2ft("AdamW", optimizer="adamw"),
+    "s2ft_random": _s2ft("units at random", selection="random"),
+    "s2ft_weight": _s2ft("units with the largest weights", selection="weight"),
+    "s2ft_columns": _s2ft("columns of down only", ("columns", 0)),
+    "s2ft_heads": _s2ft("a head's columns of the output projection, the rest whole channels", ("channels", 1)),
+    "s2ft_values": _s2ft("the same, and a head's values", ("channels", 1, 1)),
+    "s2ft_score": _s2ft("layers share by score", budget="score"),
+    "s2ft_again": _s2ft("units chosen anew four times", again=4),
+    "lora_muon": _peft("LoRA with Muon", optimizer="muon"),
+}
+CONTENDERS = MAIN | VARIANTS
+
+
+@dataclass
+class Tuned:
+    """A model that trains: what the optimizer holds, and how the units are chosen again (None: never)."""
+
+    net: nn.Module
+    leaves: list[nn.Parameter]
+    again: Callable[[int], list[nn.Parameter]] | None = None
+
+    @property
+    def numbers(self) -> int:
+        return sum(p.numel() for p in self.leaves)
+
+
+def tuned(contender: Contender, base: nn.Module, setting: Setting, seed: int, batches: list[Batch]) -> Tuned:
+    """A copy of the base model, ready to train. batches: what a selection that looks at data may look at."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(base)
+    if contender.kind == "full":
+        return Tuned(model, list(model.parameters()))
+    options = dict(contender.options)
+    if contender.kind == "peft":
+        made = getattr(peft, options.pop("config"))
+        if made is peft.LoraConfig:
+            options["lora_alpha"] = 2 * setting.rank
+        else:
+            options["target_modules"] = _linears(model)
+        options = {"target_modules": "all-linear", "r": setting.rank, "task_type": "CAUSAL_LM", **options}
+        model = peft.get_peft_model(model, made(**options))
+        return Tuned(model, [p for p in model.parameters() if p.requires_grad])
+    config = s2ft.S2FTConfig(targets(setting, *options.pop("parts")), seed=seed, **options)
+    return Tuned(
+        model, _prepare(model, config, batches), lambda seed: _again(model, replace(config, seed=seed), batches)
+    )
+
+
+def _linears(model: nn.Module) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name, m in model.model.named_modules() if isinstance(m, nn.Linear)})
+
+
+def lora_numbers(setting: Setting) -> int:
+    """Of LoRA on all linear layers: the sum of their inputs and outputs, times the rank."""
+    d, ffn = setting.hidden, 7 * setting.hidden // 2
+    head = d // setting.heads // 2 * 2
+    q, kv = head * setting.heads, head * (setting.heads // 3)
+    return setting.rank * setting.layers * (2 * (d + q) + 2 * (d + kv) + 3 * (d + ffn))
+
+
+def targets(setting: Setting, what: str, heads: int, values: int = 0) -> dict[str, int]:
+    """Units of each layer: `heads` of the output projection and `values` kv heads of the value projection; columns of
+    down, or whole channels, for the rest.
+    """
+    head = setting.hidden * (setting.hidden // setting.heads // 2 * 2)
+    left = lora_numbers(setting) // setting.layers - (heads + values) * head
+    roles = ("ffn.out",) if what == "columns" else ("ffn.in", "ffn.out")
+    units = round(left / setting.hidden / (1 if what == "columns" else 3))
+    asked = {**{role: units for role in roles}, "attention.out": heads, "attention.value": values}
+    return {role: units for role, units in asked.items() if units}
+
+
+_known: dict[tuple, object] = {}  # a model's sizes -> its structures: every run has the same model
+
+
+def _prepare(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) -> list[nn.Parameter]:
+    example = {"input_ids": batches[0]["input_ids"]}
+    sizes = tuple(p.shape for p in model.parameters())
+    with ExitStack() as stack:
+        if sizes in _known:
+            for name in ("analyze", "trainable"):
+                found = _known[sizes] if name == "analyze" else None
+                stack.enter_context(mock.patch.object(preparation, name, lambda *a, found=found, **_: found or a[-1]))
+        else:
+            _known[sizes] = s2ft.analyze(model, example)
+        s2ft.prepare(model, example, config, calibration=batches if config.selection == "gradient" else None)
+    return s2ft.parameters(model)
+
+
+def _again(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) -> list[nn.Parameter]:
+    s2ft.release(model)
+    return _prepare(model, config, batches)
+
+
+def optimizer(name: str, leaves: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    if name == "muon":
+        return torch.optim.Muon(leaves, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.AdamW(leaves, lr=lr, weight_decay=0.0, fused=True)

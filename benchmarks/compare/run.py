@@ -1,0 +1,270 @@
+"""What S²FT learns and forgets beside other ways of fine-tuning, each at the learning rate that suits it best.
+
+    python benchmarks/compare/run.py [--quick | --small | --large] [--tasks far,skill] [--methods s2ft,lora] [--seeds 3]
+
+A small model is pretrained on the spot (once; it lies in the user's cache folder), then tuned on every task by every
+method. A method's learning rates are powers of the square root of ten, searched until the best one by the task's rows
+for choosing has a worse one on both sides; that rate is run with every seed. One line of JSON is written per run into
+`--rows`, and a run whose line is there is not run again. `report.py` makes tables and the figure of it.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+
+import torch
+from base import DEVICE, SETTINGS, Setting, base
+from contenders import CONTENDERS, MAIN, optimizer, tuned
+from material import IGNORED, Material, Rows, Task
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
+
+HERE = Path(__file__).resolve().parent
+STEP = 0.5  # of the exponent of ten, between two learning rates
+LIMITS = (-6.0, 1.0)  # of the exponent
+CALIBRATION = 4  # batches of the task that a selection looks at
+Row = dict[str, object]
+
+
+class Bench:
+    """A setting's base model, its tasks, and what the base model says of them."""
+
+    def __init__(self, setting: Setting, say: Callable[[str], None] = print):
+        self.setting = setting
+        self.material = Material(setting.length)
+        self.base = base(setting, self.material, say)
+        self.tasks, self.kept = self.material.tasks(), self.material.kept()
+
+    def batch_size(self, task: Task) -> int:
+        return self.setting.lines if task.train.exact else self.setting.rows
+
+    @cached_property
+    def known(self) -> Tensor:
+        """Log-probabilities of the base model on the documentation, (rows, length, vocabulary)."""
+        return self._logits(self.base, self.kept["docs"]).log_softmax(-1)
+
+    def row(self, task_name: str, method: str, exponent: float, seed: int) -> Row:
+        """One run: trains a copy of the base model, and measures all that is reported."""
+        task, contender, setting = self.tasks[task_name], CONTENDERS[method], self.setting
+        rate, batches = 10**exponent, self._batches(task, seed)
+        some = [next(batches) for _ in range(CALIBRATION)]
+        made = tuned(contender, self.base, setting, seed, some)
+        made.net.train()
+        numbers, saved, spent = made.numbers, _saved_bytes(made.net, some[0]), []
+        opt = optimizer(contender.optimizer, made.leaves, rate)
+        period = math.ceil(setting.steps / contender.again)
+        for step in range(setting.steps):
+            if step and step % period == 0:
+                made.leaves = made.again(seed + 1000 * step)
+                made.net.train()
+                opt = optimizer(contender.optimizer, made.leaves, rate)
+            began = time.process_time()
+            opt.param_groups[0]["lr"] = rate * schedule(step, setting.steps)
+            loss = made.net(**next(batches)).loss
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            spent.append(time.process_time() - began)
+            if not math.isfinite(loss.item()):
+                break
+        held = sum(v.numel() * v.element_size() for s in opt.state.values() for v in s.values() if v.ndim)
+        return {
+            "setting": setting.name,
+            "task": task_name,
+            "method": method,
+            "exponent": exponent,
+            "rate": rate,
+            "seed": seed,
+            "numbers": numbers,
+            "step_cpu_ms": 1e3 * median(spent),
+            "saved_bytes": saved,
+            "training_bytes": held + 4 * numbers,
+            **self.measured(made.net, task),
+        }
+
+    def measured(self, net: nn.Module, task: Task) -> Row:
+        net.eval()
+        parts = {name: getattr(task, name) for name in ("choose", "test", "far")} | self.kept
+        logits = {name: self._logits(net, rows) for name, rows in parts.items()}
+        found = {f"{name}_{key}": v for name in parts for key, v in score(logits[name], parts[name]).items()}
+        docs = logits["docs"].log_softmax(-1)
+        kl = kl_div(docs, self.known, log_target=True, reduction="sum").item() / docs[..., 0].numel()
+        return {**found, "kl": kl}
+
+    @torch.no_grad()
+    def _logits(self, net: nn.Module, rows: Rows) -> Tensor:
+        parts = rows.tokens.to(DEVICE).split(32)
+        return torch.cat([net(input_ids=part).logits.float() for part in parts])
+
+    def _batches(self, task: Task, seed: int) -> Iterator[dict[str, Tensor]]:
+        generator, size = torch.Generator().manual_seed(seed), self.batch_size(task)
+        while True:
+            order = torch.randperm(len(task.train), generator=generator)
+            for start in range(0, len(order) - size + 1, size):
+                some = task.train[order[start : start + size]]
+                yield {"input_ids": some.tokens.to(DEVICE), "labels": some.labels.to(DEVICE)}
+
+
+def score(logits: Tensor, rows: Rows) -> dict[str, float]:
+    """loss: nats per learned token. exact: the share of the rows all of whose answer is the likeliest, token by token,
+    which is what greedy decoding gives.
+    """
+    logits, labels = logits[:, :-1], rows.labels[:, 1:].to(logits.device)
+    found = {"loss": cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED).item()}
+    if rows.exact:
+        right = (logits.argmax(-1) == labels) | (labels == IGNORED)
+        found["exact"] = right.all(1).double().mean().item()
+    return found
+
+
+def schedule(step: int, steps: int) -> float:
+    """A tenth of warm-up, then a cosine to zero."""
+    return min(1.0, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _saved_bytes(net: nn.Module, batch: dict[str, Tensor]) -> int:
+    """Of the distinct storages that a forward keeps for its backward, without parameters."""
+    fixed = {t.untyped_storage().data_ptr() for t in net.state_dict(keep_vars=True).values()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.layout is torch.strided:  # not SHiRA's sparse weights
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in fixed:
+                kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        net(**batch)
+    return sum(s.nbytes() for s in kept.values())
+
+
+# --- the search --------------------------------------------------------------------------------------------------
+
+
+def search(loss: Callable[[float], float], start: float) -> float:
+    """The exponent whose loss is least among neighbours on both sides, found from `start` on; a limit where there is
+    none. loss: infinite where a run diverged.
+    """
+    found: dict[float, float] = {}
+
+    def at(exponent: float) -> float:
+        if exponent not in found:
+            value = loss(exponent)
+            found[exponent] = value if math.isfinite(value) else math.inf
+        return found[exponent]
+
+    at(start)
+    while True:
+        best = min(found, key=lambda e: (found[e], e))
+        around = [e for e in (best + STEP, best - STEP) if LIMITS[0] <= e <= LIMITS[1] and e not in found]
+        if not around:
+            return best
+        at(around[0])
+
+
+def job(bench: Bench, task: str, method: str, seeds: int, done: list[Row], write: Callable[[Row], None]) -> None:
+    """Searches a method's rate for a task with the first seed, and runs the best one with the others."""
+    rows = {(r["exponent"], r["seed"]): r for r in done}
+
+    def run(exponent: float, seed: int) -> float:
+        if (exponent, seed) not in rows:
+            rows[exponent, seed] = bench.row(task, method, exponent, seed)
+            write(rows[exponent, seed])
+        return rows[exponent, seed]["choose_loss"]
+
+    best = search(lambda exponent: run(exponent, 0), CONTENDERS[method].rate)
+    for seed in range(1, seeds):
+        run(best, seed)
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    given = _arguments()
+    setting = SETTINGS[given.setting]
+    bench = Bench(setting)
+    done = read(given.rows)
+    if not any(r["method"] == "base" for r in done):
+        for name, task in bench.tasks.items():
+            row = {"setting": setting.name, "task": name, "method": "base", "exponent": 0.0, "seed": 0}
+            append(given.rows, {**row, **bench.measured(bench.base, task)})
+    tasks, methods = given.tasks or list(bench.tasks), given.methods or list(MAIN)
+    jobs = [(t, m) for t in tasks for m in methods]
+    of = {(t, m): [r for r in done if (r["task"], r["method"]) == (t, m)] for t, m in jobs}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(given.workers, context, _start, (asdict(setting),)) as pool:
+        waiting = [pool.submit(_work, t, m, given.seeds, of[t, m], given.rows) for t, m in jobs]
+        for number, ended in enumerate(as_completed(waiting), 1):
+            print(f"{number}/{len(jobs)}: {ended.result()}", flush=True)
+
+
+_bench: Bench | None = None
+_parent = 0  # the process that asks
+
+
+def _start(setting: dict) -> None:
+    global _bench, _parent
+    torch.set_num_threads(1)
+    _bench, _parent = Bench(Setting(**setting)), os.getppid()
+
+
+def _work(task: str, method: str, seeds: int, done: list[Row], rows: Path) -> str:
+    began, made = time.perf_counter(), []
+
+    def write(row: Row) -> None:
+        made.append(row)
+        append(rows, row)
+        if os.getppid() != _parent:  # it was killed, and nobody waits for more
+            os._exit(1)
+
+    job(_bench, task, method, seeds, done, write)
+    return f"{task}, {method}: {len(made)} runs in {time.perf_counter() - began:.0f} s"
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; a last line that was cut short is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def append(path: Path, row: Row) -> None:
+    """One write, which the system does whole: several processes append to the file."""
+    with open(path, "ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        cut = size and file.read(1) != b"\n"  # a run that was killed as it wrote
+        file.write(b"\n" * bool(cut) + json.dumps(row).encode() + b"\n")
+
+
+def _arguments() -> argparse.Namespace:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("quick", "small", "large"):
+        made.add_argument(f"--{name}", action="store_const", const=name, dest="setting", default="default")
+    made.add_argument("--tasks", type=lambda s: s.split(","), help="default: all")
+    made.add_argument("--methods", type=lambda s: s.split(","), help=f"of {', '.join(CONTENDERS)}")
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--workers", type=int, default=1 if DEVICE == "cuda" else os.cpu_count())
+    made.add_argument("--rows", type=Path, help="the file of runs (default: compare-SETTING.jsonl)")
+    given = made.parse_args()
+    given.rows = given.rows or Path(f"compare-{given.setting}.jsonl")
+    return given
+
+
+if __name__ == "__main__":
+    main()

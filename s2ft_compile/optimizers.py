@@ -1,0 +1,62 @@
+"""`optimizer`: Muon or AdamW for the deltas of a prepared model, as one object that a loop or Trainer takes.
+
+The delta of a slice is a dense matrix, which Muon can orthogonalize: all directions of it move equally far, whatever
+their gradients' sizes (https://arxiv.org/abs/2502.16982). What is no matrix (biases, batched experts) trains by AdamW,
+at the same rate: with `match_rms_adamw` both change an entry by about as much.
+"""
+
+from torch import nn, optim
+
+from .config import OPTIMIZERS, check_choice
+from .errors import ConfigError
+from .state import parameters
+
+LR = {"muon": 1e-2, "adamw": 1e-2}
+
+
+def optimizer(
+    model: nn.Module, name: str = "muon", lr: float | None = None, weight_decay: float = 0.0
+) -> optim.Optimizer:
+    """An optimizer of `s2ft.parameters(model)`.
+
+    name: "muon" or "adamw". lr: the peak of the caller's schedule; None: `LR`. weight_decay: pulls towards the base
+    model. Raises `ConfigError` for another name or a rate that is not positive, `StateError` for a model that is not
+    prepared.
+    """
+    check_choice("optimizer", name, OPTIMIZERS)
+    lr = LR[name] if lr is None else lr
+    if not lr > 0:
+        raise ConfigError(f"lr is a positive number such as {LR[name]:g}, got {lr}")
+    deltas = parameters(model)
+    matrices = [p for p in deltas if p.ndim == 2 and name == "muon"]
+    others = [p for p in deltas if p.ndim != 2 or name != "muon"]
+    made: list[optim.Optimizer] = []
+    if matrices:
+        made.append(optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        made.append(optim.AdamW(others, lr=lr, weight_decay=weight_decay, fused=True))
+    return made[0] if len(made) == 1 else Together(made)
+
+
+class Together(optim.Optimizer):
+    """Several optimizers as one: their groups and their state are its own, so schedules and checkpoints reach both."""
+
+    def __init__(self, parts: list[optim.Optimizer]):
+        self.parts: list[optim.Optimizer] = []
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        self._share()
+
+    def __setstate__(self, state: dict) -> None:  # load_state_dict ends here
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        for part, group in zip(self.parts, self.param_groups):
+            part.param_groups, part.state = [group], self.state
+
+    def step(self, closure=None):
+        loss = None
+        for number, part in enumerate(self.parts):
+            loss = part.step(closure) if number == 0 else (part.step(), loss)[1]
+        return loss

@@ -1,0 +1,87 @@
+"""The comparison's search for a learning rate, the choice of rows, equal numbers, and files that were cut short."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "compare"))
+import contenders  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
+from base import SETTINGS  # noqa: E402
+from material import IGNORED, Rows  # noqa: E402
+
+GRID = [run.LIMITS[0] + i * run.STEP for i in range(int((run.LIMITS[1] - run.LIMITS[0]) / run.STEP) + 1)]
+
+
+@given(st.sampled_from(GRID), st.sampled_from(GRID), st.sampled_from(GRID))
+def test_the_search_ends_at_the_best_rate_with_a_worse_one_on_both_sides(least, start, diverges):
+    asked = []
+
+    def loss(exponent: float) -> float:
+        asked.append(exponent)
+        return math.nan if exponent > max(least, diverges) else (exponent - least) ** 2
+
+    found = run.search(loss, start)
+    assert len(asked) == len(set(asked))  # no rate runs twice
+    assert all(e in asked for e in (found - run.STEP, found + run.STEP) if run.LIMITS[0] <= e <= run.LIMITS[1])
+    if start <= max(least, diverges):
+        assert found == least
+
+
+def row(exponent: float, seed: int, choose: float, test: float = 0.0, method: str = "s2ft") -> run.Row:
+    return {
+        "task": "far",
+        "method": method,
+        "exponent": exponent,
+        "seed": seed,
+        "choose_loss": choose,
+        "test_loss": test,
+    }
+
+
+def test_rows_are_reported_at_the_rate_that_the_first_seed_chose_on_other_rows():
+    rows = [row(-2, 0, 1.0, 9.0), row(-2, 1, 9.0, 8.0), row(-1, 0, 2.0, 0.0), row(-1, 1, 0.0, 0.0), row(0, 0, math.nan)]
+    assert [r["test_loss"] for r in report.Runs(rows).best("far", "s2ft")] == [9.0, 8.0]
+    assert report.Runs(rows).best("far", "lora") == []
+
+
+def test_a_gain_is_a_share_of_full_fine_tunings():
+    rows = [row(0, 0, 0.0, test, m) for m, test in (("base", 5.0), ("full", 3.0), ("s2ft", 3.5))]
+    assert report.Runs(rows).gain("far", "s2ft") == 0.75
+
+
+def test_half_an_interval_is_students():
+    assert report.spread([1.0, 2.0, 3.0], ".2f") == "2.00 ± 2.48"  # 4.30 / sqrt(3)
+    assert report.spread([1.0], ".2f") == "1.00"
+
+
+def test_an_answer_is_right_if_all_of_its_tokens_are():
+    logits = torch.eye(4).repeat(2, 1, 1)  # after token i it says i
+    labels = torch.tensor([[IGNORED, 0, 1, 2], [IGNORED, 0, 3, IGNORED]])
+    made = run.score(logits, Rows(labels, labels, exact=True))
+    assert made["exact"] == 0.5 and made["loss"] > 0
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_slices_have_as_many_numbers_as_the_lora(setting):
+    wanted = contenders.lora_numbers(setting) / setting.layers
+    for parts in (("channels", 0), ("columns", 0)):
+        amounts = contenders.targets(setting, *parts)
+        made = sum(amounts.get("ffn.in", 0) * 2 * setting.hidden + amounts["ffn.out"] * setting.hidden for _ in [0])
+        assert abs(made - wanted) <= 1.5 * setting.hidden
+
+
+def test_a_line_that_was_cut_short_is_run_again(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    run.append(path, {"seed": 0})
+    run.append(path, {"seed": 1})
+    path.write_bytes(path.read_bytes()[:-4])
+    assert run.read(path) == [{"seed": 0}]
+    run.append(path, {"seed": 2})
+    assert run.read(path) == [{"seed": 0}, {"seed": 2}]

@@ -1,0 +1,90 @@
+"""`s2ft.optimizer`: which delta trains by what, its schedule, its checkpoints, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from small import prepared, same_bits
+from torch import nn, optim
+
+import s2ft_compile as s2ft
+from s2ft_compile.errors import ConfigError, StateError
+
+CHANNELS = {"ffn.in": 3, "ffn.out": 3}
+BIASES = {**CHANNELS, "*.ffn.up.bias": 3}
+
+
+def trained(case, model: nn.Module, opt: optim.Optimizer, steps: int) -> list[torch.Tensor]:
+    """The deltas after some steps on one loss."""
+    for _ in range(steps):
+        sum(out.square().sum() for out in case.outputs(model)).backward()
+        opt.step()
+        opt.zero_grad()
+    return [p.detach().clone() for p in s2ft.parameters(model)]
+
+
+def rates(opt: optim.Optimizer) -> set[float]:
+    return {group["lr"] for group in opt.param_groups}
+
+
+def test_matrices_train_by_muon_and_biases_by_adamw():
+    case, model = prepared(BIASES, bias=True)
+    matrices = [p.ndim == 2 for p in s2ft.parameters(model)]
+    assert set(matrices) == {True, False}
+    made = trained(case, model, s2ft.optimizer(model, "muon", 1e-2), 3)
+    case, model = prepared(BIASES, bias=True)
+    deltas = s2ft.parameters(model)
+    muon = optim.Muon([p for p in deltas if p.ndim == 2], lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    adamw = optim.AdamW([p for p in deltas if p.ndim != 2], lr=1e-2, weight_decay=0.0)
+    for _ in range(3):
+        sum(out.square().sum() for out in case.outputs(model)).backward()
+        muon.step()
+        adamw.step()
+        model.zero_grad()
+    for a, b in zip(made, deltas):
+        torch.testing.assert_close(a, b.detach())
+
+
+@pytest.mark.parametrize("name, kind", [("muon", optim.Muon), ("adamw", optim.AdamW)])
+def test_one_kind_of_delta_gives_an_optimizer_of_torch(name, kind):
+    _, model = prepared(CHANNELS, bias=False)
+    opt = s2ft.optimizer(model, name)
+    assert type(opt) is kind and opt.defaults["weight_decay"] == 0.0
+    assert [id(p) for p in opt.param_groups[0]["params"]] == [id(p) for p in s2ft.parameters(model)]
+
+
+def test_a_schedule_reaches_both():
+    case, model = prepared(BIASES, bias=True)
+    opt = s2ft.optimizer(model, "muon", 1e-2)
+    schedule = optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5**step)
+    before = trained(case, model, opt, 1)
+    schedule.step()
+    assert rates(opt) == {5e-3} == {lr for part in opt.parts for lr in rates(part)}
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    assert all(same_bits(a, b) for a, b in zip(before, trained(case, model, opt, 1)))
+
+
+def test_it_resumes_bit_for_bit():
+    case, model = prepared(BIASES, bias=True)
+    opt = s2ft.optimizer(model)
+    halfway = trained(case, model, opt, 2)
+    saved, expected = copy.deepcopy(opt.state_dict()), trained(case, model, opt, 2)
+    case, other = prepared(BIASES, bias=True)
+    with torch.no_grad():
+        for p, value in zip(s2ft.parameters(other), halfway):
+            p.copy_(value)
+    fresh = s2ft.optimizer(other, lr=1.0)  # whose rate the checkpoint's replaces
+    fresh.load_state_dict(saved)
+    assert all(same_bits(a, b) for a, b in zip(expected, trained(case, other, fresh, 2)))
+
+
+def test_what_it_refuses():
+    _, model = prepared()
+    with pytest.raises(ConfigError, match="unknown optimizer 'sgd'; valid: muon, adamw"):
+        s2ft.optimizer(model, "sgd")
+    for lr in (0.0, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match="lr is a positive number"):
+            s2ft.optimizer(model, lr=lr)
+    with pytest.raises(StateError, match="is not prepared"):
+        s2ft.optimizer(nn.Linear(2, 2))
