@@ -337,8 +337,8 @@ def _property(key: str) -> property:
 
 def _taken(module: nn.Module, key: str) -> StateError:
     return StateError(
-        f"{module.__dict__[HELD][key].name} has a slice that trains, and cannot be replaced, pruned or parametrized: do "
-        f"that before s2ft.prepare or after s2ft.release(model); load_state_dict changes its values"
+        f"{module.__dict__[HELD][key].name} has a slice that trains, and cannot be replaced, pruned or parametrized: "
+        f"do that before s2ft.prepare or after s2ft.release(model); load_state_dict changes its values"
     )
 
 

@@ -177,6 +177,9 @@ def test_gradients_of_looked_up_rows_are_sliced_along_the_channels(case):
     grad, ids = randn(2, 3, COLUMNS), torch.randint(ROWS, (2, 3))
     for ranges in RANGES:
         pushed(lambda g, i: take(ROWS_ADDED[case](g, i), 1, ranges), (grad, ids))
+        if case == "slice_backward":  # its rows are a window of rows that are there
+            pushed(lambda g, i: take(ROWS_ADDED[case](g, i), 0, ranges), (grad, ids))
+            continue
         with pytest.raises(CompileError, match="computed at its full size"):
             pushed(lambda g, i: take(ROWS_ADDED[case](g, i), 0, ranges), (grad, ids))
 

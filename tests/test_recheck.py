@@ -77,7 +77,7 @@ def test_a_cache_leaves_and_enters_by_head():
 
 
 class MultiQuery(nn.Module):
-    """Queries of four heads, one key and one value in one projection, taken apart by lists of positions; rotated keys."""
+    """Four heads of queries, a key and a value in one projection, taken apart by lists of positions; rotated."""
 
     def __init__(self):
         super().__init__()
