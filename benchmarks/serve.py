@@ -5,9 +5,8 @@
 A model of 100M parameters of Llama's shape with random weights, and adapters of 4.2% of the FFN channels of each layer.
 Both kinds of load run in turn on one server, and ask for as many tokens after the same prompts; a figure is the median
 over the rounds. Every answer is compared with a model that has the adapter merged into it and runs alone: `wrong` is
-how
-many have a token that is not the likeliest after those before it, `ties` how many one that is but for rounding, `lost`
-how many are not whole. `--quick` is a rehearsal on a tiny model: its figures mean nothing.
+how many have a token that is not the likeliest after those before it, `ties` how many one that is but for rounding,
+`lost` how many are not whole. `--quick` is a rehearsal on a tiny model: its figures mean nothing.
 """
 
 import asyncio
