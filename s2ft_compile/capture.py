@@ -160,10 +160,13 @@ def _uniform(program) -> dict[str, frozenset[int]]:
     lifted = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     written = set(signature.buffers_to_mutate.values())
     values = {n: program.constants.get(key) for n, key in lifted.items() if key not in written}
-    return {n: _constant_dims(t) for n, t in values.items() if type(t) is torch.Tensor and t.numel() and not t.is_meta}
+    return {n: uniform_dims(t) for n, t in values.items() if isinstance(t, torch.Tensor)}
 
 
-def _constant_dims(t: torch.Tensor) -> frozenset[int]:
+def uniform_dims(t: torch.Tensor) -> frozenset[int]:
+    """The dimensions along which a constant's values do not vary; none of a tensor without values to read."""
+    if type(t) is not torch.Tensor or not t.numel() or t.is_meta:
+        return frozenset()
     return frozenset(d for d in range(t.dim()) if torch.equal(t, t.narrow(d, 0, 1).expand_as(t)))
 
 

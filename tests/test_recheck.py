@@ -98,6 +98,36 @@ def test_queries_keys_and_values_that_lists_of_positions_take_apart():
     assert checked(model, of(analysis), lambda m: m(*inputs)) == [set()]
 
 
+class Padded(Feed):
+    """Hidden units behind a row of zeros that the forward makes."""
+
+    def forward(self, x):
+        hidden = F.relu(self.up(x))
+        return self.down(torch.cat([torch.tensor([[0.0] * 10]).expand(len(x), -1)[:, None], hidden], 1)[:, :-1])
+
+
+def test_constants_that_do_not_vary_have_no_order():
+    model, inputs = Padded(), (x(),)
+    permuted = of(s2ft.analyze(model, inputs))
+    assert permuted.axes and checked(model, permuted, lambda m: m(*inputs)) == [set()]
+
+
+class Mapped(Feed):
+    """Compiled it goes through the positions by torch.vmap, which torch.export does not trace."""
+
+    def forward(self, x):
+        hidden = self.up(x)
+        if torch.compiler.is_exporting() or not torch.compiler.is_compiling():
+            return self.down(hidden * hidden.sigmoid())
+        return self.down(torch.vmap(lambda a, b: a * b.sigmoid(), in_dims=1, out_dims=1)(hidden, hidden))
+
+
+def test_what_vmap_computes_is_traced():
+    model, inputs = Mapped(), (x(),)
+    permuted = of(s2ft.analyze(model, inputs))
+    assert permuted.axes and checked(model, permuted, lambda m: m(*inputs)) == [set()]
+
+
 class InPlace(Feed):
     def forward(self, x, order=False):
         h = self.up(x)

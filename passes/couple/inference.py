@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from s2ft_compile.capture import Captured
+from s2ft_compile.capture import Captured, uniform_dims
 from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown, shapes
 
 from .axes import Axis, Pin, atoms, pin
@@ -42,7 +42,7 @@ class Inference:
                 self.env[node] = next(placeholders) if inputs is not None else self._source(node)
             elif node.op == "get_attr":
                 held = getattr(module, node.target, None)
-                self.env[node] = held if isinstance(held, fx.GraphModule) else self._constant(node)
+                self.env[node] = held if isinstance(held, fx.GraphModule) else self._constant(node, held)
             elif node.op == "call_function":
                 self.env[node] = self._call(node)
             elif node.op == "output":
@@ -65,10 +65,14 @@ class Inference:
         alike = self.uniform.get(node.name, ())  # zeros are the same in any order
         return Value([Axis(n, pin=None if d in alike else why) for d, n in enumerate(val.shape)], weight=fixed)
 
-    def _constant(self, node: fx.Node) -> Any:
+    def _constant(self, node: fx.Node, held: Any) -> Any:
+        """held: its value, of which the dimensions matter along which it varies."""
         val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor):
+            return val
         why = Pin(f"it meets {node.name}, which varies along it")
-        return Value([Axis(s, pin=why) for s in val.shape], weight=True) if isinstance(val, torch.Tensor) else val
+        alike = uniform_dims(held) if isinstance(held, torch.Tensor) else ()
+        return Value([Axis(s, pin=None if d in alike else why) for d, s in enumerate(val.shape)], weight=True)
 
     def _call(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])

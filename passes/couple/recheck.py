@@ -98,7 +98,8 @@ def _aten(graph: fx.GraphModule, weights: Weights) -> tuple[fx.GraphModule, Weig
     places = [n for n in graph.graph.nodes if n.op == "placeholder"]
     if any("example_value" in n.meta for n in places):
         with _fake(places), torch.fx.traceback.preserve_node_meta(), torch.no_grad():
-            make = make_fx(_Through(graph).run, decomposition_table=composites(), pre_dispatch=True)
+            mapped = any("vmap" in str(n.target) for n in graph.graph.nodes)  # torch.vmap is resolved in dispatch
+            make = make_fx(_Through(graph).run, decomposition_table=composites(), pre_dispatch=not mapped)
             traced = make(*(_value(n) for n in places))
     else:
         traced = fx.GraphModule(graph, fx.Graph(tracer_cls=graph.graph._tracer_cls))
