@@ -59,6 +59,16 @@ class State:
         """The model's parameters and buffers, as they are now."""
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
+    def check_whole(self) -> None:
+        """Raises `StateError` where a layer was removed or replaced: its units would not follow those of the others."""
+        now = dict(self.model.named_parameters())
+        lost = [n for n, dim, index in self.moves if n not in now or now[n].shape[dim] != len(index)]
+        if lost:
+            raise StateError(
+                f"{lost[0]} ({len(lost)} in all) is not in this model as it was prepared: layers were removed or "
+                f"replaced. Put them back, or do that before s2ft.prepare or after s2ft.release(model)"
+            )
+
     def move(self, back: bool) -> None:
         """Brings the units into training order, or back into the base model's."""
         now = dict(self.model.named_parameters())
@@ -170,6 +180,7 @@ def _arranged(model: nn.Module, trained: bool) -> Iterator[None]:
 
 
 def _to_base_order(state: State, trained: bool) -> None:
+    state.check_whole()
     if any([block.follow_shards() for block in state.blocks]):
         raise StateError(
             "this model is sharded (fully_shard), and no process has all of its weights; gather them with "

@@ -500,12 +500,17 @@ def test_a_weight_that_is_tied_again_is_the_same():
     assert_unchanged(model, before)
 
 
-def test_another_model_that_lost_a_weight_is_no_obstacle():
+def test_a_model_that_lost_a_layer_is_no_obstacle_to_others_and_whole_once_it_has_it_again():
     _, broken, _ = llama()
-    del broken.model.layers[1:]
+    before, layers = snapshot(broken), broken.model.layers
+    broken.model.layers = layers[:1]
+    with pytest.raises(StateError, match=r"layers\.1.*not in this model as it was prepared"):
+        s2ft.release(broken)
     _, model, _ = llama()
     loss(model).backward()
     torch.optim.SGD(s2ft.parameters(model), lr=0.1).step()
+    broken.model.layers = layers
+    assert_unchanged(broken, before)
 
 
 def test_a_write_that_left_the_block_as_it_was_is_no_edit():
