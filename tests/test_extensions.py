@@ -24,14 +24,8 @@ NAME, INPUTS = "example::product", (torch.randn(8, 16, dtype=torch.float64),)
 
 
 @pytest.fixture
-def tables(monkeypatch):
-    """Both tables, as they were again after the test."""
-    for table in (axes.NAMED_AXIS_RULES, slice_rules.NAMED_SLICE_RULES):
-        for name in (NAME, "other::op"):
-            if name in table:
-                monkeypatch.setitem(table, name, table[name])
-            else:
-                monkeypatch.delitem(table, name, raising=False)
+def tables(fresh_compiler):
+    """Both tables; what a test puts there is gone after it."""
     return axes.NAMED_AXIS_RULES, slice_rules.NAMED_SLICE_RULES
 
 
@@ -138,16 +132,8 @@ def test_what_cannot_be_a_rule_is_refused(tables, operator, like):
 # --- selections and exporters -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def selections(monkeypatch):
-    """The tables of selections, as they were again after the test."""
-    for table in (SELECTIONS, SCORES):
-        monkeypatch.setitem(table, "mine::last", None)
-        del table["mine::last"]
-
-
 @pytest.mark.parametrize("needs", ["weight", "gradients"])
-def test_a_registered_selection_chooses_and_its_plan_is_read_without_it(selections, needs):
+def test_a_registered_selection_chooses_and_its_plan_is_read_without_it(needs):
     @selection("mine::last", needs=needs)
     def last(x, dim):
         return torch.arange(x.shape[dim], dtype=torch.float64)
@@ -168,7 +154,7 @@ def test_a_registered_selection_chooses_and_its_plan_is_read_without_it(selectio
     "name, needs",
     [("last", "weight"), ("::last", "weight"), ("mine::a:b", "weight"), (3, "weight"), ("mine::last", "?")],
 )
-def test_what_cannot_be_a_selection_is_refused(selections, name, needs):
+def test_what_cannot_be_a_selection_is_refused(name, needs):
     before = dict(SELECTIONS)
     with pytest.raises(ConfigError, match="namespace::name|unknown needs"):
         selection(name, needs=needs)
