@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from s2ft_compile.exporters.merged import save_merged
     from s2ft_compile.exporters.onnx.adapter import save_onnx_adapter
     from s2ft_compile.exporters.onnx.export import export_onnx
+    from s2ft_compile.exporters.registration import exporter
     from s2ft_compile.exporters.shira import save_shira
 
 __getattr__, __dir__ = attributes(
@@ -28,6 +29,7 @@ __getattr__, __dir__ = attributes(
         "save_merged": "merged",
         "save_onnx_adapter": "onnx.adapter",
         "export_onnx": "onnx.export",
+        "exporter": "registration",
         "save_shira": "shira",
     },
 )
@@ -42,4 +44,5 @@ __all__ = [
     "export_onnx",
     "save_onnx_adapter",
     "save_shira",
+    "exporter",
 ]

@@ -24,8 +24,8 @@ ROLES = (
     "conv.in",
 )
 # What ranks units -> what it needs: nothing, the weight alone, or of batches of data activations or gradients. Its
-# function is in `passes/select/selections.py`.
-SELECTIONS: Mapping[str, str] = {
+# function is in `passes/select/selections.py`. `s2ft_compile.selections` adds others, "namespace::name".
+SELECTIONS: dict[str, str] = {
     "random": "nothing",
     "weight": "weight",
     "lowrank": "weight",
@@ -34,6 +34,13 @@ SELECTIONS: Mapping[str, str] = {
     "gradient": "gradients",
 }
 CALIBRATED = tuple(name for name, needs in SELECTIONS.items() if needs in ("activations", "gradients"))
+
+
+def looks_at_data(selection: object) -> bool:
+    """Whether a selection needs batches: one of `CALIBRATED`, or a registered one."""
+    return isinstance(selection, str) and SELECTIONS.get(selection) in ("activations", "gradients")
+
+
 BUDGETS = ("layer", "model", "score")
 OPTIMIZERS = ("muon", "adamw")
 INNER = ("inductor", "aot_eager", "eager")
@@ -62,8 +69,9 @@ class S2FTConfig:
     selection: how units are ranked. One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and
         "gradient" are the paper's R, W, A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see
         `passes/select/scores.py` and `calibrate.py` for what each one is. Those in `CALIBRATED` need batches of data.
-        Or a function (bands, scores) -> units: for the `Band`s of one structure and the float64 (units,) scores of
-        "weight", the units that may train, best first, of which the first `targets`' amount do.
+        Or the name of one that `s2ft_compile.selections` registered. Or a function (bands, scores) -> units: for the
+        `Band`s of one structure and the float64 (units,) scores of "weight", the units that may train, best first, of
+        which the first `targets`' amount do.
     largest: take the units with the highest scores (False: the lowest). Without effect on `random` and on a function.
     budget: "layer": every layer trains the same number of units. The others make one pool of all layers, and a number
         of units then counts over the whole model. "model": the units with the best scores, wherever they lie (with

@@ -20,7 +20,7 @@ from s2ft_compile.passes.select.calibrate import check as check_calibration
 from s2ft_compile.passes.select.select import Selection, Taken, raised, select, targeted_bands
 
 from .capture import captures, unwrap
-from .config import CALIBRATED, S2FTConfig
+from .config import S2FTConfig, looks_at_data
 from .errors import ConfigError, StateError, VerificationError
 from .examples import several
 from .fingerprint import fingerprint
@@ -150,7 +150,7 @@ def _taken(model: nn.Module, config: S2FTConfig) -> Taken:
 
 
 def _measured(model: nn.Module, analysis: Analysis, config: S2FTConfig, calibration, loss) -> dict:
-    if config.selection not in CALIBRATED:
+    if not looks_at_data(config.selection):
         return {}
     places = [(b.parameter_name, b.dim) for bands in targeted_bands(analysis, config).values() for b in bands]
     return calibrate(model, places, config.selection, calibration, loss)

@@ -17,6 +17,7 @@ if "s2ft" not in torch._dynamo.list_backends():  # a checkout that is not instal
     torch._dynamo.register_backend(s2ft)
 
 # the first trace in a process takes seconds, which says nothing about the strategies
+pytest_plugins = ["s2ft_compile.testing.fixtures"]
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=25, derandomize=True, database=None, **COMMON)
 settings.register_profile("wide", max_examples=400, print_blob=True, **COMMON)
@@ -32,12 +33,8 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def fresh(fresh_compiler):
     """Every test compiles anew."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,15 @@ import copy
 from functools import cache
 
 import torch
-from drawn import Drawn, Spec, models
 from hypothesis import Phase
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import s2ft_compile as s2ft
+from s2ft_compile.testing.gradients import U32, full_gradients  # noqa: F401
+from s2ft_compile.testing.gradients import assert_slices as assert_gradients  # noqa: F401
+from s2ft_compile.testing.models import Drawn, Spec, models
 
-U32 = 2.0**-24  # unit roundoff of float32, in which deltas and their gradients live
 # Reordered float64 sums: the relative difference of gradients, with room for the depth of these models.
 NOISE64 = 1e-10
 QUICK = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking compiled models takes minutes
@@ -126,23 +127,6 @@ def tokens(batch: int = 2, length: int = 8, seed: int = 0) -> Tensor:
 
 
 # --- oracles ------------------------------------------------------------------------------------------------------
-
-
-def full_gradients(base: nn.Module, loss) -> dict[str, Tensor]:
-    """Eager gradients of every parameter of a plain model; a parameter the loss does not reach has zeros."""
-    made = torch.autograd.grad(loss(base), list(base.parameters()), allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(base.named_parameters(), made)}
-
-
-def assert_gradients(plan, full: dict[str, Tensor], tolerance: float) -> None:
-    """delta.grad == the slice of the full gradient: to `tolerance` of the largest entry, and float32's rounding."""
-    for s in plan.slices:
-        expected = full[s.parameter_name].index_select(s.dim, s.indices)
-        assert s.delta.grad is not None, s.parameter_name
-        assert s.delta.grad.shape == expected.shape and s.delta.grad.dtype == torch.float32
-        error = (s.delta.grad.to(expected.dtype) - expected).abs()
-        allowed = tolerance * full[s.parameter_name].abs().max() + 2 * U32 * expected.abs()
-        assert (error <= allowed).all(), f"{s.parameter_name}: off by {error.max():.3g}, allowed {allowed.max():.3g}"
 
 
 def tuned(base: nn.Module, plan) -> dict[str, Tensor]:

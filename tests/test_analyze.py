@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import Drawn, Spec, models
 from hypothesis import given, settings
 from torch import nn
 
 import s2ft_compile as s2ft
+from s2ft_compile.testing.models import Drawn, Spec, models
 
 FEW = settings(max_examples=max(3, settings.default.max_examples // 6))
 
@@ -156,7 +156,7 @@ def test_it_prints_readably():
     assert lines[0].startswith("4 couplings (") and "1 residual" in lines[0] and "3 attention" in lines[0]
     assert any("attention × 2:" in line and "blocks.0.attention.o.weight[1] (attention.out)" in line for line in lines)
     refused = next(line for line in lines if "blocks.0.ffn.down.weight[1]" in line and "refused" in line)
-    assert "refused × 7" in refused and "cumsum depends on the order" in refused and "drawn.py:" in refused
+    assert "refused × 7" in refused and "cumsum depends on the order" in refused and "models.py:" in refused
     assert "<" not in text and "object at 0x" not in text
 
 

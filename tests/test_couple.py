@@ -9,13 +9,13 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import DECOYS, Drawn, Spec, models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import s2ft_compile as s2ft
 from s2ft_compile.testing import Promoted, assert_same, changed, outputs_of, random_orders, reorder, signature
+from s2ft_compile.testing.models import DECOYS, Drawn, Spec, models
 
 FEW = settings(max_examples=max(4, settings.default.max_examples // 3), suppress_health_check=[HealthCheck.too_slow])
 

@@ -5,7 +5,6 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import Drawn, models, rotate
 from hypothesis import given, settings
 from small import QUICK
 from torch import nn
@@ -13,6 +12,7 @@ from torch import nn
 import s2ft_compile as s2ft
 from s2ft_compile.capture import capture
 from s2ft_compile.passes.couple.normalize import normalize
+from s2ft_compile.testing.models import Drawn, models, rotate
 
 B, L, HIDDEN, KV, GROUPS, WIDTH = 2, 5, 8, 2, 3, 4
 HEADS = KV * GROUPS

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from drawn import Drawn, Spec, models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import s2ft_compile as s2ft
 from s2ft_compile.testing import assert_same, changed, random_orders
+from s2ft_compile.testing.models import Drawn, Spec, models
 
 FEW = settings(max_examples=max(3, settings.default.max_examples // 3))
 

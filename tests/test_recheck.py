@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import Drawn, models
 from hypothesis import given, settings
 from small import QUICK, hf, tokens
 from test_traces import Auxiliary, Conditional, Feed, Mask, Memory, Untransposed, x
@@ -13,6 +12,7 @@ import s2ft_compile as s2ft
 from s2ft_compile.capture import capture
 from s2ft_compile.passes.couple.couple import couple
 from s2ft_compile.passes.couple.recheck import Permuted, recheck
+from s2ft_compile.testing.models import Drawn, models
 
 FEW = settings(max_examples=max(2, settings.default.max_examples // 8), phases=QUICK)
 

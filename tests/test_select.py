@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import Drawn, Spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import QUICK, cases, configs, hf, tokens
@@ -16,6 +15,7 @@ from s2ft_compile.passes.select import scores
 from s2ft_compile.passes.select.scores import low_rank_squares
 from s2ft_compile.passes.select.select import raised, select
 from s2ft_compile.passes.select.selections import SCORES
+from s2ft_compile.testing.models import Drawn, Spec
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,22 @@
 """What users test their models and operators with: it passes where rules are right, and notices where not."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from drawn import Drawn, Spec
 from hypothesis import given, settings
-from small import QUICK, cases, hf, tokens
+from hypothesis import strategies as st
+from small import QUICK, assert_unchanged, cases, hf, snapshot, tokens
 
 import s2ft_compile as s2ft
-from s2ft_compile.errors import ConfigError
+from s2ft_compile.errors import ConfigError, StateError
+from s2ft_compile.passes.backward import slice_rules
 from s2ft_compile.passes.couple import rules
 from s2ft_compile.rules import Pin, Value, axis_rule, pin
-from s2ft_compile.testing import assert_equivalent, permutations, reorder, rulecheck
+from s2ft_compile.testing import assert_equivalent, assert_gradients, configurations, permutations, reorder, rulecheck
+from s2ft_compile.testing.models import Drawn, Spec
 
 CUMSUM = torch.ops.aten.cumsum.default
 
@@ -111,3 +115,74 @@ def test_what_rulecheck_cannot_check_is_refused():
         rulecheck("testing::absent", SAMPLES)
     with pytest.raises(ConfigError, match="needs samples"):
         rulecheck("testing::reversed", [])
+
+
+# --- gradients and configurations ------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=1, phases=QUICK)
+def test_gradients_of_any_configuration_are_slices_of_the_full_ones(data):
+    config = data.draw(configurations(ANALYSIS))
+    model = CASE.make()
+    plan = s2ft.prepare(model, CASE.inputs, config)
+    before = snapshot(model)
+    assert_gradients(model, plan, CASE.inputs)
+    assert_unchanged(model, before)
+
+
+def test_a_wrong_slice_rule_is_noticed_by_its_gradient(monkeypatch):
+    """Rows in place of columns, where sizes allow it: a product of other operands."""
+    case = Drawn(Spec(ffn=5, hidden=4))
+    model = case.make()
+    plan = s2ft.prepare(model, case.inputs, s2ft.S2FTConfig({"ffn.in": 2}))
+
+    def shifted(slicer, node, x, dim):
+        made = slice_rules.push_mm(slicer, node, x, dim)
+        return slicer.call(torch.ops.aten.mul.Tensor, made, 1.01, like=x)
+
+    monkeypatch.setitem(slice_rules.SLICE_RULES, torch.ops.aten.mm.default, shifted)
+    with pytest.raises(
+        AssertionError, match=r"gradient of blocks.0.ffn.up.weight\[0\] \(ffn.in\) is off by .* at index"
+    ):
+        assert_gradients(model, plan, case.inputs)
+
+
+def test_what_gradients_cannot_be_asserted_of_is_refused():
+    model = CASE.make()
+    plan = s2ft.prepare(model, CASE.inputs, s2ft.S2FTConfig({"ffn.out": 2}))
+    with pytest.raises(AssertionError, match="no gradient reaches blocks.0.ffn.down.weight"):
+        assert_gradients(model, plan, CASE.inputs, loss=lambda output: 0 * output.sum())
+    with pytest.raises(AssertionError, match="nothing was tested"):
+        assert_gradients(
+            model,
+            plan,
+            CASE.inputs,
+            options=s2ft.CompileOptions(inner="aot_eager", off=("slice_pushdown", "keep_saved", "lower")),
+        )
+    s2ft.release(model)
+    with pytest.raises(StateError, match="the plan that prepare returned"):
+        assert_gradients(model, plan, CASE.inputs)
+
+
+# --- the page that shows all this -------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "testing.md"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_page_on_testing_says_what_happens():
+    """Its code runs from top to bottom; a block marked `raises` fails with the text below it."""
+    names: dict = {}
+    blocks = re.findall(r"^```(\S+)([^\n]*)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert sum("raises" in mark for _, mark, _ in blocks) >= 2
+    for (kind, mark, code), (_, _, expected) in zip(blocks, [*blocks[1:], ("", "", "")]):
+        if kind != "python":
+            continue
+        if "raises" not in mark:
+            exec(compile(code, str(PAGE), "exec"), names)
+            continue
+        with pytest.raises(AssertionError) as raised:
+            exec(compile(code, str(PAGE), "exec"), names)
+        pattern = ".*".join(map(re.escape, expected.strip().split("...")))
+        assert re.search(pattern, f"AssertionError: {raised.value}", re.DOTALL), raised.value

@@ -8,6 +8,7 @@ from torch import nn
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError
+from s2ft_compile.passes.backward import eager
 
 
 class Accumulated(nn.Module):
@@ -66,3 +67,13 @@ def test_what_is_offered_trains(make, x, target, inner):
     for s in plan.slices:
         expected = full[s.parameter_name].index_select(s.dim, s.indices)
         torch.testing.assert_close(s.delta.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_at_full_size_says_once_which_functions_it_is_for(monkeypatch):
+    monkeypatch.setattr(eager, "_warned", set())
+    W, D = torch.randn(6, 5), torch.zeros(2, 5, requires_grad=True)
+    read = eager.attached(W, D, 0, ((1, 2),), "W")
+    loss = F.linear(X[..., :5], read).sum() + read.t().cumsum(0).sum() + read.norm()
+    with pytest.warns(UserWarning, match="gradient of W .* for torch.Tensor.cumsum and torch.Tensor.norm: ") as said:
+        loss.backward()
+    assert len(said) == 1 and D.grad.shape == (2, 5)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn import Drawn, Spec, models
 from hypothesis import given, settings
 from small import QUICK, hf, tokens
 from torch import nn
@@ -15,6 +14,7 @@ from s2ft_compile.cli.app import app
 from s2ft_compile.passes.couple import couple, rules
 from s2ft_compile.passes.couple.axes import Axis
 from s2ft_compile.passes.couple.rules.context import Value
+from s2ft_compile.testing.models import Drawn, Spec, models
 from s2ft_compile.verification import random_orders
 
 FEW = settings(max_examples=max(2, settings.default.max_examples // 8), phases=QUICK)

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import resolve_name
+from torch.utils import _pytree as pytree
 
 from s2ft_compile.errors import StateError
 
@@ -25,11 +27,13 @@ Ranges = Sequence[tuple[int, int]]
 
 
 class Where(NamedTuple):
-    """Where a slice lies in a weight: the (start, length) ranges along `dim`. name: of the weight."""
+    """Where a slice lies in a weight: the (start, length) ranges along `dim`. name: of the weight. whole: the functions
+    without a partial backward that have read it."""
 
     dim: int
     ranges: Ranges
     name: str
+    whole: list[str]
 
 
 def take(x: Tensor, dim: int, ranges: Ranges) -> Tensor:
@@ -45,14 +49,16 @@ def composed(weight: Tensor, backup: Tensor, delta: Tensor, dim: int, ranges: Ra
     return torch.index_copy(weight, dim, index, block)
 
 
-def attached(weight: Tensor, delta: Tensor, dim: int, ranges: Ranges, name: str) -> Tensor:
+def attached(
+    weight: Tensor, delta: Tensor, dim: int, ranges: Ranges, name: str, whole: list[str] | None = None
+) -> Tensor:
     """weight, with the gradient of its ranges along `dim` going to `delta`."""
-    dim = dim % weight.ndim
-    made = _Attached.apply(weight, delta, Where(dim, ranges, name))
+    where = Where(dim % weight.ndim, ranges, name, [] if whole is None else whole)
+    made = _Attached.apply(weight, delta, where)
     if weight.requires_grad:
         return made  # somebody trains all of it: there is nothing to leave out
     made = made.as_subclass(AttachedWeight)
-    made.parts = weight, delta, Where(dim, ranges, name)
+    made.parts = weight, delta, where
     made._is_param = True  # `isinstance(module.weight, nn.Parameter)` as before, which `get_parameter` asks
     return made
 
@@ -74,9 +80,11 @@ class _Attached(torch.autograd.Function):
     def backward(ctx, grad):
         if not _warned and not ctx.needs_input_grad[0]:
             _warned.add(ctx.where.name)
+            readers = " and ".join(dict.fromkeys(ctx.where.whole)) or "what reads it"
             warnings.warn(
-                f"the gradient of {ctx.where.name} was made at full size and then cut to its slice: outside of a "
-                f"graph that backend='s2ft' compiles, only matrix products and embeddings have a partial backward",
+                f"the gradient of {ctx.where.name} was made at full size and then cut to its slice, for {readers}: "
+                f"outside of a graph that backend='s2ft' compiles, only matrix products and embeddings have a partial "
+                f"backward",
                 stacklevel=2,
             )
         taken = take(grad, ctx.where.dim, ctx.where.ranges).to(ctx.dtype)
@@ -102,7 +110,12 @@ class AttachedWeight(Tensor):
             if made is not NotImplemented:
                 return made
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            made = func(*args, **kwargs)
+        if isinstance(made, Tensor) and made.requires_grad and not torch.compiler.is_compiling():
+            for x in pytree.tree_leaves((args, kwargs)):
+                if _is_attached(x):
+                    x.parts[2].whole.append(resolve_name(func) or str(func))
+        return made
 
 
 def _takes(rule: Callable, keywords: dict[str, Any]) -> bool:

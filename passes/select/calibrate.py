@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft_compile.capture import arguments, inference_mode_of
-from s2ft_compile.config import CALIBRATED, SELECTIONS
+from s2ft_compile.config import SELECTIONS, looks_at_data
 from s2ft_compile.errors import ConfigError
 
 from .lean_saving import lean_saving
@@ -37,7 +37,7 @@ Loss = Callable[[Any, Any], Tensor]
 def calibrate(
     model: nn.Module, places: Iterable[Place], selection: str, batches: Iterable[Any], loss: Loss | None = None
 ) -> dict[Place, Tensor]:
-    """Place -> float64 (size of the dimension,) on the CPU: the scores of `selection` (one of `CALIBRATED`).
+    """Place -> float64 (size of the dimension,) on the CPU: the scores of `selection`, which looks at data.
 
     batches: each a tuple or a dict of the forward's arguments. loss: (output, batch) -> scalar, for "gradient"; by
     default the output itself or its `.loss`. A bias or norm weight has no activations and is left out of the result.
@@ -76,8 +76,8 @@ def calibrate(
 
 
 def check(selection: Any, batches: Any) -> None:
-    """Raises `ConfigError` if a selection in `CALIBRATED` is not given batches. Looks into none of them."""
-    if selection not in CALIBRATED:
+    """Raises `ConfigError` if a selection that looks at data is not given batches. Looks into none of them."""
+    if not looks_at_data(selection):
         return
     if batches is None:
         raise ConfigError(

@@ -56,7 +56,7 @@ def select(
 ) -> tuple[Selection, ...]:
     """One selection per targeted parameter.
 
-    measured: for a selection in `CALIBRATED`, what `calibrate` found: (parameter, dim) -> float64 (size of dim,).
+    measured: for a selection that looks at data, what `calibrate` found: (parameter, dim) -> float64 (size of dim,).
     taken: what the adapters in `config.exclude` change. Raises `ConfigError` where a target cannot be met.
     """
     targeted = targeted_bands(analysis, config)
@@ -342,8 +342,8 @@ def _asked(function: str | Callable, group: Sequence[Band], scores: Tensor) -> l
     """What the user's function puts first, as scores; -inf for what it leaves out."""
     if isinstance(function, str):
         raise ConfigError(
-            f"selection {function!r} is the name of a function, recorded where it chose the units; pass "
-            f"the function itself"
+            f"selection {function!r} is the name of a function, recorded where it chose the units; pass the function "
+            f"itself, or register it (s2ft_compile.selections)"
         )
     units = function(tuple(group), scores.clone())
     units = units.tolist() if hasattr(units, "tolist") else units

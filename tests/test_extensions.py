@@ -1,4 +1,4 @@
-"""Rules that a user adds for operators of another library."""
+"""What users add: rules for operators of another library, selections, exporters."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,15 @@ import pytest
 import torch
 
 import s2ft_compile as s2ft
+from s2ft_compile.config import SELECTIONS
 from s2ft_compile.errors import ConfigError
+from s2ft_compile.exporters import registration
 from s2ft_compile.passes.backward import slice_rules
 from s2ft_compile.passes.couple import rules as axes
 from s2ft_compile.passes.couple.rules.contraction import axes_mm
+from s2ft_compile.passes.select.selections import SCORES
 from s2ft_compile.rules import Value, axis_rule, pin, slice_rule, unify
+from s2ft_compile.selections import selection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import custom_operator  # noqa: E402
@@ -20,14 +24,8 @@ NAME, INPUTS = "example::product", (torch.randn(8, 16, dtype=torch.float64),)
 
 
 @pytest.fixture
-def tables(monkeypatch):
-    """Both tables, as they were again after the test."""
-    for table in (axes.NAMED_AXIS_RULES, slice_rules.NAMED_SLICE_RULES):
-        for name in (NAME, "other::op"):
-            if name in table:
-                monkeypatch.setitem(table, name, table[name])
-            else:
-                monkeypatch.delitem(table, name, raising=False)
+def tables(fresh_compiler):
+    """Both tables; what a test puts there is gone after it."""
     return axes.NAMED_AXIS_RULES, slice_rules.NAMED_SLICE_RULES
 
 
@@ -129,3 +127,77 @@ def test_what_cannot_be_a_rule_is_refused(tables, operator, like):
         assert table == before
     with pytest.raises(ConfigError, match="is a function"):
         axis_rule("other::op")("not a function")
+
+
+# --- selections and exporters -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("needs", ["weight", "gradients"])
+def test_a_registered_selection_chooses_and_its_plan_is_read_without_it(needs):
+    @selection("mine::last", needs=needs)
+    def last(x, dim):
+        return torch.arange(x.shape[dim], dtype=torch.float64)
+
+    model = custom_operator.FeedForward().double()
+    config = s2ft.S2FTConfig(targets={"ffn.out": 4}, selection="mine::last")
+    batches = [INPUTS] if needs == "gradients" else None
+    plan = s2ft.prepare(model, INPUTS, config, batches, loss=lambda output, batch: output.square().sum())
+    hidden = plan.slices[0].shape[plan.slices[0].dim]
+    assert plan.slices[0].indices.tolist() == [*range(hidden - 4, hidden)] and config.scored
+    del SELECTIONS["mine::last"], SCORES["mine::last"]
+    read = s2ft.S2FTConfig.from_dict(config.to_dict())
+    with pytest.raises(ConfigError, match="register it"):
+        s2ft.prepare(custom_operator.FeedForward().double(), INPUTS, read)
+
+
+@pytest.mark.parametrize(
+    "name, needs",
+    [("last", "weight"), ("::last", "weight"), ("mine::a:b", "weight"), (3, "weight"), ("mine::last", "?")],
+)
+def test_what_cannot_be_a_selection_is_refused(name, needs):
+    before = dict(SELECTIONS)
+    with pytest.raises(ConfigError, match="namespace::name|unknown needs"):
+        selection(name, needs=needs)
+    with pytest.raises(ConfigError, match="function of scores"):
+        selection("mine::last", needs="weight")("no function")
+    assert before == SELECTIONS
+
+
+@pytest.fixture
+def exporters(monkeypatch):
+    monkeypatch.setattr(registration, "REGISTERED", {})
+    yield s2ft.exporters
+    for name in registration.REGISTERED:
+        delattr(s2ft.exporters, name)
+
+
+def test_a_registered_exporter_gets_a_plain_model_and_leaves_all_or_nothing(exporters, tmp_path):
+    @exporters.exporter
+    def save_twice(model, folder, broken=False):
+        torch.save(model.state_dict(), folder / "weights.pt")
+        if broken:
+            raise ValueError("a full disk")
+        return "its result is not used"
+
+    model = custom_operator.FeedForward().double()
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    s2ft.prepare(model, INPUTS, s2ft.S2FTConfig(targets={"ffn.out": 4}))
+    assert exporters.save_twice(model, tmp_path / "out") == tmp_path / "out"
+    held = torch.load(tmp_path / "out" / "weights.pt")
+    assert held.keys() == base.keys() and all(torch.equal(held[name], base[name]) for name in base)
+    assert s2ft.is_prepared(model)
+    with pytest.raises(ValueError, match="a full disk"):
+        exporters.save_twice(model, tmp_path / "other", broken=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(s2ft.ExportError, match="exists"):
+        exporters.save_twice(model, tmp_path / "out")
+
+
+def test_what_cannot_be_an_exporter_is_refused(exporters):
+    def save_merged(model, folder):
+        pass
+
+    for wrong in (save_merged, lambda model, folder: None, "save"):
+        with pytest.raises(ConfigError, match="already|a function with a name"):
+            exporters.exporter(wrong)
+    assert registration.REGISTERED == {}

@@ -1,8 +1,4 @@
-"""Property-based tests of equivalence after permutation, for models and operators of one's own. Needs hypothesis.
-
-    assert_equivalent(model, inputs)        every coupling found in the model may be permuted, and the test would notice
-    permutations(analysis)                  a hypothesis strategy of random orders of a model's couplings
-    rulecheck("ns::op", samples)            an operator's axis rule against the operator, as `torch.library.opcheck`
+"""Equivalence of a model after its couplings are permuted.
 
 The tolerance. Reordering a sum of n terms in arithmetic of unit roundoff u changes it by at most 2 n u Σ|terms|. Along
 a path from input to output every parameter takes part in one contraction per dimension, so the lengths of all sums
@@ -17,20 +13,14 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from s2ft_compile.passes.couple.axes import PRODUCT, SUM, Axis, atoms, find
-from s2ft_compile.passes.couple.rules import rule_for
-from s2ft_compile.passes.couple.rules.context import Context, Value
-
-from .capture import arguments, unwrap
-from .errors import ConfigError
-from .layout import Layout, Leaf, Product, Sum, gather_index, leaves
-from .preparation import analyze
-from .structure import Analysis, Coupling
+from s2ft_compile.capture import arguments, unwrap
+from s2ft_compile.layout import gather_index, leaves
+from s2ft_compile.preparation import analyze
+from s2ft_compile.structure import Analysis, Coupling
 
 AMPLIFIED = 200.0
 
@@ -42,7 +32,7 @@ def tolerance(model: nn.Module, y: Tensor) -> float:
     return 2 * n * u * AMPLIFIED * max(1.0, y.abs().max().item())
 
 
-def random_orders(couplings, seed: int = 0) -> dict[int, Tensor]:
+def random_orders(couplings: Iterable[Coupling], seed: int = 0) -> dict[int, Tensor]:
     """A random order that is not the identity for each coupling, by axis."""
     random = torch.Generator().manual_seed(seed)
     orders = {}
@@ -106,12 +96,6 @@ class Promoted(TorchFunctionMode):
 
 
 # --- a model -----------------------------------------------------------------------------------------------------
-
-
-def permutations(analysis: Analysis) -> st.SearchStrategy[dict[int, Tensor]]:
-    """Axis -> an order of its units, for any couplings of a model; it shrinks to the identity and to fewer."""
-    orders = {c.axis: st.permutations(range(c.units)).map(torch.tensor) for c in analysis.couplings}
-    return st.fixed_dictionaries({}, optional=orders)
 
 
 def assert_equivalent(model: nn.Module, inputs: Any, analysis: Analysis | None = None, seed: int = 0) -> Analysis:
@@ -202,108 +186,3 @@ def _other_inputs(model: nn.Module, inputs: Any, seed: int) -> Iterator[tuple[tu
         except (RuntimeError, ValueError, IndexError, TypeError):
             continue  # a model of one size
         yield other, outputs
-
-
-# --- an operator -------------------------------------------------------------------------------------------------
-
-
-class Solution:
-    """A random order for every free atom of some axes, and what it does to the positions along any of them."""
-
-    def __init__(self, axes: Iterable[Axis], seed: int = 0):
-        self.ids: dict[Axis, int] = {}
-        random = torch.Generator().manual_seed(seed)
-        free = {atom: None for axis in axes for atom in atoms(axis) if atom.pin is None}
-        self.orders = {}
-        for atom in free:
-            self.orders[self.ids.setdefault(atom, len(self.ids))] = torch.randperm(atom.size, generator=random)
-
-    def index(self, axis: Axis) -> Tensor:
-        return gather_index(frozen(axis, self.ids), self.orders)
-
-    def flat(self, dims: Iterable[Axis]) -> Tensor:
-        """Where each element of a row-major tensor of these dimensions comes from."""
-        index = torch.zeros(1, dtype=torch.int64)
-        for axis in dims:
-            index = (index[:, None] * axis.size + self.index(axis)[None, :]).reshape(-1)
-        return index
-
-    def move(self, x: Tensor, dims: Iterable[Axis]) -> Tensor:
-        for d, axis in enumerate(dims):
-            assert axis.size == x.shape[d], f"the rule says size {axis.size} for dim {d} of {list(x.shape)}"
-            x = x.index_select(d, self.index(axis))
-        return x
-
-
-def frozen(axis: Axis, ids: dict[Axis, int]) -> Layout:
-    root = find(axis)
-    if root.kind == PRODUCT:
-        return Product(tuple(frozen(p, ids) for p in root.parts))
-    if root.kind == SUM:
-        return Sum(tuple(frozen(p, ids) for p in root.parts))
-    return Leaf(ids.setdefault(root, len(ids)), root.size)
-
-
-def infer(op: Callable, args: Sequence, kwargs: Mapping[str, Any]) -> tuple[list, list, list, Context]:
-    """The verdict of an operator's rule on one call: (inputs, their axes, the outputs' axes, the context)."""
-    graph, inputs, axes = fx.Graph(), [], []
-
-    def placeholder(t: Any) -> Any:
-        if not isinstance(t, Tensor):
-            return t
-        node = graph.placeholder(f"x{len(inputs)}")
-        node.meta["val"] = t
-        inputs.append(t)
-        axes.append([Axis(n) for n in t.shape])
-        return node
-
-    node_args = fx.node.map_aggregate(tuple(args), placeholder)
-    node_kwargs = fx.node.map_aggregate(dict(kwargs), placeholder)
-    node = graph.call_function(op, node_args, node_kwargs)
-    node.meta["val"] = op(*args, **kwargs)
-    values = {p: Value(a, weight=False) for p, a in zip(graph.find_nodes(op="placeholder"), axes)}
-    rule_args, rule_kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    context = Context()
-    made = rule_for(op)(context, node, *rule_args, **rule_kwargs)
-    several = isinstance(node.meta["val"], (list, tuple))
-    made = [made.dims if isinstance(made, Value) else made] if not several else made
-    return inputs, axes, [list(m.dims) if isinstance(m, Value) else list(m) for m in made], context
-
-
-def check_rule(op: Callable, args: Sequence, kwargs: Mapping[str, Any], seed: int = 0) -> int:
-    """Checks a rule on one call; returns how many atoms of size > 1 it left free.
-
-    Every atom gets a random order: op(permuted inputs) has to be permuted op(inputs).
-    """
-    inputs, axes, made, _ = infer(op, args, kwargs)
-    solution = Solution([a for dims in [*axes, *made] for a in dims], seed)
-    moved = iter([solution.move(x, dims) for x, dims in zip(inputs, axes)])
-    moved_args, moved_kwargs = fx.node.map_aggregate(
-        (tuple(args), dict(kwargs)), lambda a: next(moved) if isinstance(a, Tensor) else a
-    )
-    after, before = op(*moved_args, **moved_kwargs), op(*args, **kwargs)
-    after, before = (list(v) if isinstance(v, (list, tuple)) else [v] for v in (after, before))
-    for a, b, dims in zip(after, before, made, strict=True):
-        torch.testing.assert_close(a, solution.move(b, dims), rtol=1e-9, atol=1e-9, equal_nan=True)
-    return sum(1 for dims in axes for axis in dims for atom in set(atoms(axis)) if atom.pin is None and atom.size > 1)
-
-
-def rulecheck(operator: str, samples: Iterable[Sequence], seeds: int = 5) -> int:
-    """An operator's axis rule against the operator itself; returns how many atoms it left free, over all samples.
-
-    operator: "ns::op" (its default overload) or with an overload, "ns::op.out". samples: tuples of its arguments, best
-    in float64 and with sizes that differ. 0 means that the rule pins everything, as where there is none.
-    Raises `AssertionError` where the outputs do not move as the rule says.
-    """
-    namespace, _, name = operator.partition("::")
-    op: Any = getattr(getattr(torch.ops, namespace, None), name.partition(".")[0], None)
-    op = getattr(op, name.partition(".")[2] or "default", None)
-    if not isinstance(op, torch._ops.OpOverload):
-        raise ConfigError(f"no operator {operator!r}; it is named 'namespace::operator', once its library is imported")
-    samples = [tuple(sample) for sample in samples]
-    if not samples:
-        raise ConfigError(f"rulecheck of {operator} needs samples: tuples of its arguments")
-    free = 0
-    for sample in samples:
-        free += [check_rule(op, sample, {}, seed) for seed in range(seeds)][0]
-    return free

@@ -1,0 +1,107 @@
+"""Gradients of slices against those of whole weights."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2ft_compile.capture import arguments, unwrap
+from s2ft_compile.config import CompileOptions
+from s2ft_compile.errors import StateError
+from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.state import find_state, release, state_of
+from s2ft_compile.tracing import recorded
+
+from .equivalence import AMPLIFIED, Promoted, outputs_of
+
+U32 = 2.0**-24  # unit roundoff of float32, in which deltas and their gradients live
+
+
+def assert_gradients(
+    model: nn.Module,
+    plan: Plan,
+    inputs: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    options: CompileOptions | None = None,
+) -> None:
+    """That the gradient of every slice, through the backend, is that slice of the whole weight's, worked out in float64
+    in eager mode. The model stays as it is; both sides run on copies, in eval mode.
+
+    model, plan: prepared, and what `prepare` returned. inputs: a tuple or a dict of the forward's arguments. loss:
+    output -> scalar; by default the output's own, or an uneven one of all that it holds. options: by default
+    `inner="aot_eager"`, which compiles fastest. Drops the graphs that torch.compile holds.
+    Raises `AssertionError` that names the slice and its worst unit; or, as the negative control, a slice that no
+    gradient reaches, and a model of which nothing was compiled. Raises `StateError` for a model without this plan.
+    """
+    model, loss, options = unwrap(model), loss or uneven_loss, options or CompileOptions(inner="aot_eager")
+    state = find_state(model)
+    if state is None or state.plan is not plan:
+        raise StateError("assert_gradients takes a prepared model and the plan that prepare returned for it")
+    args, kwargs = arguments(inputs)
+    base = copy.deepcopy(model)
+    release(base)
+    base = base.double().eval().requires_grad_(True)
+
+    def whole(made: nn.Module) -> Tensor:
+        with Promoted():
+            return loss(made(*_wide(args), **_wide(kwargs)))
+
+    full = full_gradients(base, whole)
+    copied = copy.deepcopy(model).eval()
+    copied.zero_grad()
+    torch._dynamo.reset()
+    with recorded() as steps:
+        how = {name: value for name, value in vars(options).items() if value is not None}
+        loss(torch.compile(copied, backend="s2ft", options=how)(*args, **kwargs)).backward()
+    torch._dynamo.reset()
+    if options.inner != "eager" and not any(step.level == "joint" for step in steps):
+        raise AssertionError("no graph with a slice was compiled, so nothing was tested")
+    weights, n = dict(model.named_parameters()), sum(max(p.shape, default=1) for p in base.parameters())
+    for s, block in zip(plan.slices, state_of(copied).blocks, strict=True):
+        u = torch.finfo(weights[s.parameter_name].dtype).eps / 2
+        _assert_slice(s, block.delta.grad, full[s.parameter_name], 2 * n * u * AMPLIFIED)
+
+
+def assert_slices(plan: Plan, full: Mapping[str, Tensor], tolerance: float) -> None:
+    """That each delta's gradient is the slice of the full one: to `tolerance` of its largest entry, and float32's
+    rounding. full: parameter name -> gradient, as `full_gradients` gives them."""
+    for s in plan.slices:
+        _assert_slice(s, s.delta.grad, full[s.parameter_name], tolerance, reached=False)
+
+
+def full_gradients(base: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+    """Eager gradients of every parameter of a plain model; a parameter the loss does not reach has zeros."""
+    made = torch.autograd.grad(loss(base), list(base.parameters()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(base.named_parameters(), made)}
+
+
+def uneven_loss(output: Any) -> Tensor:
+    """The loss that an output holds, or else a scalar that every number in it has an uneven part in."""
+    held = getattr(output, "loss", None)
+    if isinstance(held, Tensor):
+        return held
+    total = [((o - 0.1 * torch.linspace(-1, 1, o.shape[-1]).to(o)) ** 2).mean() for o in outputs_of(output) if o.ndim]
+    return torch.stack(total).sum()
+
+
+def _assert_slice(s: Slice, grad: Tensor | None, full: Tensor, tolerance: float, reached: bool = True) -> None:
+    expected = full.index_select(s.dim, s.indices.to(full.device))
+    where = f"{s.parameter_name}[{s.dim}] ({', '.join(s.roles)})"
+    assert grad is not None, f"{where} has no gradient"
+    assert grad.shape == expected.shape, f"{where} has a gradient of {list(grad.shape)}, not of {list(expected.shape)}"
+    assert grad.dtype == torch.float32, f"{where} has a gradient of {grad.dtype}"
+    assert not reached or expected.any(), f"no gradient reaches {where}: give inputs that reach it"
+    error = (grad.to(expected.dtype) - expected).abs()
+    allowed = tolerance * full.abs().max() + 2 * U32 * expected.abs()
+    if not (error <= allowed).all():
+        worst = int((error - allowed).movedim(s.dim, 0).flatten(1).amax(1).argmax())
+        raise AssertionError(
+            f"the gradient of {where} is off by {error.max():.3g} at index {int(s.indices[worst])}, "
+            f"where {allowed.max():.3g} is allowed and the largest entry is {full.abs().max():.3g}"
+        )
+
+
+def _wide(tree: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)

@@ -1,0 +1,38 @@
+"""Hypothesis strategies of what may be permuted and trained in a model."""
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from s2ft_compile.config import BUDGETS, ROLES, S2FTConfig
+from s2ft_compile.passes.select.select import bands
+from s2ft_compile.structure import Analysis
+
+
+def permutations(analysis: Analysis) -> st.SearchStrategy[dict[int, Tensor]]:
+    """Axis -> an order of its units, for any couplings of a model; it shrinks to the identity and to fewer."""
+    orders = {c.axis: st.permutations(range(c.units)).map(torch.tensor) for c in analysis.couplings}
+    return st.fixed_dictionaries({}, optional=orders)
+
+
+@st.composite
+def configurations(draw: Any, analysis: Analysis) -> S2FTConfig:
+    """What may train of a model: any of the roles it has, with amounts that every layer has; it shrinks to one unit."""
+    matrices = {name for name, dim in analysis.layouts if dim > 0}
+    units: dict[str, int] = {}
+    for band in bands(analysis, matrices):
+        if band.role in ROLES:
+            units[band.role] = min(len(band.positions), units.get(band.role, len(band.positions)))
+    roles = draw(st.lists(st.sampled_from(sorted(units)), min_size=1, unique=True))
+    amounts = {role: draw(st.integers(1, units[role])) for role in roles}
+    targets = {role: n / units[role] if draw(st.booleans()) else n for role, n in amounts.items()}
+    selection = draw(st.sampled_from(("random", "weight", "lowrank")))
+    return S2FTConfig(
+        targets=targets,
+        selection=selection,
+        largest=draw(st.booleans()),
+        budget=draw(st.sampled_from(("layer", "model") if selection == "random" else BUDGETS)),
+        seed=draw(st.integers(0, 99)),
+    )
