@@ -1,9 +1,8 @@
 """`s2ft train`: a model and a data set in, an adapter, a merged model and metrics out; checkpoints on the way.
 
 The loop is transformers' Trainer, with its checkpoints, schedules, clipping, early stopping and reports. TRL supplies
-packing, and the chat templates that mark what an assistant says; its SFTTrainer replaces the model's forward by one that
-computes the head outside the compiled graph, and makes batches of many shapes, so it is not used.
-A checkpoint holds the deltas, not the frozen weights: the base model is read again where a run goes on.
+packing, and the chat templates that mark what an assistant says; its SFTTrainer replaces the model's forward by one
+that computes the head outside the compiled graph, and makes batches of many shapes, so it is not used. A checkpoint holds the deltas, not the frozen weights: the base model is read again where a run goes on.
 """
 
 import hashlib
@@ -150,7 +149,7 @@ def _as_one_line(error: BaseException, last: Path | None) -> BaseException:
             f"activation budget; `s2ft estimate` predicts what a step takes{left}"
         )
     if isinstance(error, S2FTError):
-        return type(error)(f"{text}{left}") if last else error
+        return type(error)(f"{text}{left}") if last and not isinstance(error, ConfigError) else error
     if isinstance(error, (OSError, SafetensorError)) or re.search(r"os error|No space left|iostream|file write", text):
         return ExportError(f"could not write: {text.splitlines()[0]}{left}")
     return error
