@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .estimation import Estimate, estimate
+    from .exporters.patches import Patch, patches
     from .layers import compile_layers
     from .plan import Plan, Slice
     from .preparation import analyze, permute, prepare
@@ -52,6 +53,8 @@ __getattr__, __dir__ = attributes(
         "Estimate": "estimation",
         "estimate": "estimation",
         "compile_layers": "layers",
+        "Patch": "exporters.patches",
+        "patches": "exporters.patches",
         "Plan": "plan",
         "Slice": "plan",
         "analyze": "preparation",
@@ -90,6 +93,8 @@ __all__ = [
     "is_prepared",
     "exporters",
     "AdapterBank",
+    "Patch",
+    "patches",
     "Plan",
     "Slice",
     "Analysis",

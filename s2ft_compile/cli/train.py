@@ -1,8 +1,9 @@
 """`s2ft train`: a model and a data set in, an adapter, a merged model and metrics out; checkpoints on the way.
 
 The loop is transformers' Trainer, with its checkpoints, schedules, clipping, early stopping and reports. TRL supplies
-packing, and the chat templates that mark what an assistant says; its SFTTrainer replaces the model's forward by one
-that computes the head outside the compiled graph, and makes batches of many shapes, so it is not used. A checkpoint holds the deltas, not the frozen weights: the base model is read again where a run goes on.
+packing, and the chat templates that mark what an assistant says; its SFTTrainer is not used, since it replaces the
+model's forward by one that computes the head outside the compiled graph, and makes batches of many shapes. A checkpoint
+holds the deltas, not the frozen weights: the base model is read again where a run goes on.
 """
 
 import hashlib
