@@ -22,6 +22,7 @@ from s2ft_compile.fingerprint import samples_of
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.state import State, disabled, is_prepared, state_of
 
+from . import sharded
 from .card import CARD, card
 from .files import new_directory
 
@@ -31,16 +32,24 @@ log = logging.getLogger(__name__)
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     """Writes what a prepared model has trained into a new folder, and returns its path.
 
-    Raises `StateError` for a model that is not prepared, `ExportError` if the folder exists or a delta is
-    not finite.
+    Of a model sharded by FSDP2, every process calls this, and process 0 writes. Raises `StateError` for a model that is
+    not prepared, `ExportError` if the folder exists or a delta is not finite.
     """
     state_of(model)
+    if sharded.is_sharded(model):
+        gathered = sharded.adapter_of(model, _check_trained)
+        sharded.first_does(lambda: _write(gathered, directory))
+        return Path(directory)
+    _write(None, directory, model)
+    return Path(directory)
+
+
+def _write(adapter: Adapter | None, directory: str | os.PathLike, model: nn.Module | None = None) -> None:
     with new_directory(directory) as folder:
-        adapter = adapter_of(model)
+        adapter = adapter or adapter_of(model)
         write_adapter(folder, adapter)
         (folder / CARD).write_text(card(adapter), encoding="utf-8")
     log.info("adapter written to %s: %d slices", directory, len(adapter.slices))
-    return Path(directory)
 
 
 def adapter_of(model: nn.Module) -> Adapter:

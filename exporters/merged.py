@@ -14,6 +14,7 @@ from s2ft_compile.errors import ExportError
 from s2ft_compile.state import is_prepared, merged, state_of
 from s2ft_compile.stored import check_stored, names_in
 
+from . import sharded
 from .conversion import as_stored
 from .files import new_directory
 
@@ -45,11 +46,14 @@ def save_merged(model: nn.Module, directory: str | os.PathLike) -> Path:
 
     A Hugging Face model (one with `save_pretrained`) becomes a folder for `from_pretrained`; any other
     becomes `model.safetensors`, in which tied weights are stored once (`safetensors.torch.load_model` ties
-    them again). The weights keep their type, and the model is afterwards as it was. Raises `ExportError` if
-    the folder exists.
+    them again). The weights keep their type, and the model is afterwards as it was. Of a model sharded by FSDP2, every
+    process calls this, and process 0 writes. Raises `ExportError` if the folder exists.
     """
-    with new_directory(directory) as folder:
-        write_merged(model, folder)
+    if sharded.is_sharded(model):
+        sharded.save_merged(model, directory)
+    else:
+        with new_directory(directory) as folder:
+            write_merged(model, folder)
     log.info("merged model written to %s", directory)
     return Path(directory)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from .estimation import Estimate, estimate
     from .explanation import Explanation, explain
+    from .exporters.patches import Patch, patches
     from .layers import compile_layers
     from .optimizers import optimizer
     from .plan import Plan, Slice
@@ -57,6 +58,8 @@ __getattr__, __dir__ = attributes(
         "explain": "explanation",
         "compile_layers": "layers",
         "optimizer": "optimizers",
+        "Patch": "exporters.patches",
+        "patches": "exporters.patches",
         "Plan": "plan",
         "Slice": "plan",
         "analyze": "preparation",
@@ -98,6 +101,8 @@ __all__ = [
     "is_prepared",
     "exporters",
     "AdapterBank",
+    "Patch",
+    "patches",
     "Plan",
     "Slice",
     "Analysis",

@@ -25,6 +25,7 @@ from .errors import ConfigError, StateError, VerificationError
 from .examples import several
 from .fingerprint import fingerprint
 from .plan import Plan, Slice
+from .processes import check_not_sharded
 from .sliced import Block, blocks_in, free_key
 from .state import State, find_state, live_states, watch_optimizers
 from .structure import Analysis, Coupling
@@ -96,6 +97,7 @@ def prepare(
     model, config = unwrap(model), config or S2FTConfig()
     if not isinstance(config, S2FTConfig):
         raise ConfigError(f"config must be an S2FTConfig, got {type(config).__name__}")
+    check_not_sharded(model)
     if find_state(model) is not None:
         raise StateError("this model is prepared already; call s2ft.release(model) before preparing it again")
     check_calibration(config.selection, calibration)

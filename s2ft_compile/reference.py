@@ -67,6 +67,12 @@ def base_values(model: nn.Module) -> Iterator[None]:
 def _write(state: State, trained: bool) -> None:
     for block in state.blocks:
         block.write_own(block.trained() if trained else block.backup)
+    if any(hasattr(block.weight, "placements") for block in state.blocks):
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in state.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what it gathered before has the other values
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from s2ft_compile.passes.backward.attach import attach
 from s2ft_compile.passes.backward.eager import attached, composed, read_from
 
 from .errors import StateError
+from .processes import other_process
 
 HELD = "_s2ft"  # a sliced module's attribute: name of a weight -> its block
 Ranges = tuple[tuple[int, int], ...]
@@ -273,13 +274,13 @@ def refresh(blocks: Iterable[Block]) -> None:
     with _writing:
         together = []
         for block in blocks:
-            if not block.active or block.weight.is_meta or block.follow_shards():
+            if not block.active or block.weight.is_meta or block.backup.is_meta or block.follow_shards():
                 continue  # shards are written where all processes are: after an optimizer's step
             if block.edited:
                 raise StateError(
                     f"{block.name} was changed in place, and the next write of its slice would undo a part of that. "
                     f"Change weights before s2ft.prepare, or by load_state_dict; s2ft.release(model) keeps them as they"
-                    f" are now"
+                    f" are now{other_process()}"
                 )
             quietly = block.versions is not None and block.versions[1] == block.delta._version
             if kernel.fits(block.weight, block.backup, block.delta):
@@ -436,7 +437,8 @@ class Sliced:
         super()._apply(moved, recurse)
         for block in self._sliced():
             block.adopt()
-            block.backup = fn(block.backup)
+            moved_backup = fn(block.backup)  # what has no values has none after `to_empty` either
+            block.backup = block.backup.to(moved_backup.dtype) if block.backup.is_meta else moved_backup
             block.refresh()
         return self
 

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from s2ft_compile.passes.permute import move
 from .capture import unwrap
 from .errors import StateError
 from .plan import Plan
+from .processes import check_processes
 from .sliced import Block, check_same, refresh
 
 NAME = "_s2ft_state"
@@ -32,12 +34,13 @@ class State:
     graph returned to others so. `active` is False while the weights are not the trained ones in training order."""
 
     def __init__(self, plan: Plan, blocks: list[Block], moves: list, frozen: list[str], permuted: Permuted):
-        self.plan = plan
+        self._plan = plan
         self.blocks = blocks
         self.moves = moves
         self.frozen = frozen
         self.permuted = permuted
         self.left: set[Crossing] = set()
+        self.compared = False  # with what other processes selected
         self.active = True
         self.warned = False  # of slices without a gradient
         self._hook = None  # of loading
@@ -47,6 +50,16 @@ class State:
     def __setstate__(self, values):  # copy.deepcopy and pickle arrive here
         self.__dict__.update(values)
         _live.add(self)
+
+    @property
+    def plan(self) -> Plan:
+        """With the deltas that the modules hold now: a load that assigns, or `fully_shard`, replaces them."""
+        pairs = list(zip(self._plan.slices, self.blocks))
+        for block in self.blocks:
+            block.follow_shards()
+        if any(s.delta is not b.delta for s, b in pairs):
+            self._plan = replace(self._plan, slices=tuple(replace(s, delta=b.delta) for s, b in pairs))
+        return self._plan
 
     def holds(self, parameters: list[Tensor]) -> bool:
         """Whether one of these parameters is trained, frozen or permuted here."""
@@ -88,10 +101,7 @@ class State:
         for block in self.blocks:
             block.install()
         self._hook = model.register_load_state_dict_pre_hook(_check_loaded)
-        if hasattr(model, "save_pretrained"):
-            # transformers stores experts under other names, which its Trainer does not turn back when it resumes
-            self._conversions = model.__dict__.get("_weight_conversions")
-            model._weight_conversions = []
+        self._keep_names(model)
 
     def uninstall(self, model: nn.Module) -> None:
         """The inverse: no delta is among the model's parameters, and its modules have the classes they had."""
@@ -99,9 +109,28 @@ class State:
             self._hook.remove()
         for block in self.blocks:
             block.uninstall()
-        if model.__dict__.pop("_weight_conversions", None) is not None and self._conversions is not None:
-            model._weight_conversions = self._conversions
+        self._restore_names(model)
         model.__dict__.pop(NAME, None)
+
+    def _keep_names(self, model: nn.Module) -> None:
+        """transformers stores experts under other names, which its Trainer does not turn back when it resumes."""
+        if hasattr(model, "save_pretrained"):
+            self._conversions = model.__dict__.get("_weight_conversions")
+            model._weight_conversions = []
+
+    def _restore_names(self, model: nn.Module) -> None:
+        model.__dict__.pop("_weight_conversions", None)
+        if self._conversions is not None:
+            model._weight_conversions = self._conversions
+
+    @contextmanager
+    def names_as_stored(self, model: nn.Module) -> Iterator[None]:
+        """Context in which `save_pretrained` uses the names of checkpoints on the hub."""
+        self._restore_names(model)
+        try:
+            yield
+        finally:
+            self._keep_names(model)
 
     def set_active(self, active: bool) -> None:
         self.active = active
@@ -183,9 +212,10 @@ def _to_base_order(state: State, trained: bool) -> None:
     state.check_whole()
     if any([block.follow_shards() for block in state.blocks]):
         raise StateError(
-            "this model is sharded (fully_shard), and no process has all of its weights; gather them with "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict (full_state_dict), and load them into the "
-            "same model, prepared alike and not sharded"
+            "this model is sharded (fully_shard), and no process has all of its weights: save_adapter and save_merged "
+            "write its files, and s2ft.base_values(model) computes what the base does. For anything else gather them "
+            "with torch.distributed.checkpoint.state_dict.get_model_state_dict (full_state_dict), and load them into "
+            "the same model, prepared alike and not sharded"
         )
     if trained:
         refresh([block for block in state.blocks if not block.edited])  # what somebody edited is kept
@@ -230,6 +260,10 @@ def release(model: nn.Module) -> None:
 
 def _before_step(optimizer, args, kwargs) -> None:
     _check_not_stale(optimizer)
+    for state, blocks in _blocks_in(optimizer):
+        if not state.compared and blocks[0].follow_shards():
+            check_processes(state.plan, blocks[0].weight)
+            state.compared = True
     if not _closure(args, kwargs):  # with one, the gradients are made inside the step
         _check_gradients(optimizer)
 

@@ -101,6 +101,86 @@ def test_a_bad_file_is_named(tmp_path, name, content, found):
         read_records(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "row, form, expected",
+    [
+        ({"instruction": "a", "input": "", "output": "b", "text": "all"}, "prompt", ("completion", "b")),
+        ({"instruction": "a", "context": "c", "response": "b"}, "prompt", ("completion", "b")),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "messages", None),
+        (
+            {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "messages",
+            None,
+        ),
+    ],
+)
+def test_forms_of_other_projects(tmp_path, row, form, expected):
+    records = read_records(lines(tmp_path / "data.jsonl", row, row))
+    assert records.form == form and len(records.rows) == 2
+    if form == "messages":
+        assert records.rows[0]["messages"] == [{"role": r, "content": c} for r, c in zip(("user", "assistant"), "ab")]
+    else:
+        assert records.rows[0][expected[0]] == expected[1] and records.rows[0]["prompt"].endswith("### Response:\n")
+        assert ("### Input:\nc" in records.rows[0]["prompt"]) == ("context" in row)
+
+
+def test_one_set_of_rows_in_every_kind_of_file(tmp_path, monkeypatch):
+    """JSON lines, an array, CSV, TSV, parquet, a saved data set, a folder of files and a name on the hub."""
+    import datasets
+
+    rows = [{"prompt": 'a "quoted",\nline', "completion": f"b{i}"} for i in range(3)]
+    made = datasets.Dataset.from_list(rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    lines(tmp_path / "a.jsonl", *rows)
+    made.to_csv(tmp_path / "a.csv")
+    made.to_csv(tmp_path / "a.tsv", sep="\t")
+    made.to_parquet(tmp_path / "a.parquet")
+    made.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "splits")
+    given = [tmp_path / name for name in ("a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "saved", "splits")]
+    splits = {"train": made.select([0]), "test": made}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: splits if name == "owner/name" else fail())
+
+    def fail():
+        raise RuntimeError("no connection\nmore")
+
+    for source in (*given, "owner/name:test"):
+        assert read_records(source) == Records("prompt", tuple(rows)), source
+    assert len(read_records("owner/name").rows) == 1
+    with pytest.raises(ConfigError, match="owner/name:dev has the splits train, test; name one"):
+        read_records("owner/name:dev")
+    with pytest.raises(ConfigError, match="other/name cannot be loaded: no connection; valid"):
+        read_records("other/name")
+
+
+@pytest.mark.parametrize(
+    "name, content, found",
+    [
+        ("a.csv", "header,of\nsomething,else\n", "a.csv, line 2: none of the known fields, found 'header', 'of'"),
+        ("a.csv", "prompt,completion\na\n", "line 2: 1 fields, where the header has 2"),
+        ("a.csv", "text,text\na,b\n", "two columns have one name"),
+        ("a.csv", 'text\n"a\n', "not a table"),
+        ("a.json", '{"data":\n [1]\n}', "one JSON object over several lines, with 'data'"),
+        ("a.json", "[1]", "row 1: a JSON object was expected, found a number"),
+        ("a.json", "[", "not JSON"),
+        ("a.jsonl", "[" * 100_000, "nested too deeply"),
+        ("a.jsonl", '{"text": "a", "n": ' + "9" * 5000 + "}", "a number that is too long"),
+        ("a.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}', "preferences.*DPOTrainer"),
+        ("a.jsonl", '{"prompt": "a", "completion": "b", "label": false}', "KTOTrainer"),
+        ("a.jsonl", '{"conversations": [{"from": "alien", "value": "b"}]}', "a turn is from 'alien'; known are human"),
+        ("a.jsonl", '{"instruction": "a", "output": 3}', "'output' is a number"),
+        ("a.parquet", "PAR1", "is not parquet"),
+        ("a.html", "<p>", "is html, which is not read; convert it"),
+        ("a.csv.gz", "", "is gz, which is not read"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_by_name(tmp_path, name, content, found):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=found) as error:
+        read_records(tmp_path / name)
+    assert '{"prompt": "...", "completion": "..."}' in str(error.value) and len(str(error.value)) < 1500
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
     for name, content in (("a.jsonl", '{"text": "b"}'), ("a.txt", "b")):
         (tmp_path / name).write_text(content, encoding="utf-8-sig")
@@ -157,12 +237,32 @@ def test_only_the_assistant_is_learned(tokenizer):
     assert (blocks.labels == blocks.input_ids)[blocks.labels != IGNORE].all()
 
 
-def test_an_unmarked_chat_template_learns_the_whole_conversation():
+@pytest.mark.parametrize("turns", ["ua", "uaua", "sua", "aua"])
+def test_an_unmarked_chat_template_never_learns_the_users_turns(turns):
+    """What an assistant's turn adds to the conversation before it, with a template that has nothing but this."""
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    roles = {"u": "user", "a": "assistant", "s": "system"}
+    messages = [{"role": roles[t], "content": f"{roles[t]} {i}"} for i, t in enumerate(turns)]
+    blocks = tokenize(Records("messages", ({"messages": messages},) * 2), tokenizer, 128)
+    learned = tokenizer.decode(blocks.labels[0][blocks.labels[0] != IGNORE])
+    expected = "".join(f"assistant {i}<|end|>" for i, t in enumerate(turns) if t == "a")
+    if turns[0] == "a":  # whose first marker is no context of anything; the first token is never predicted
+        expected = "assistant>" + expected
+    assert learned == expected
+
+
+def test_a_chat_template_whose_turns_cannot_be_told_apart_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ messages | length }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    )
     messages = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]
-    blocks = tokenize(Records("messages", ({"messages": messages},) * 2), tokenizer, 64)
-    assert tokenizer.decode(blocks.labels[0][blocks.labels[0] != IGNORE]) == "<user>fox<assistant>dog"
+    with pytest.raises(ConfigError, match="neither marks what the assistant says .{% generation %}.*prompt"):
+        tokenize(Records("messages", ({"messages": messages},) * 2), tokenizer, 64)
 
 
 def test_messages_need_a_chat_template(tokenizer):
@@ -197,6 +297,31 @@ def test_split_is_a_partition(shuffle):
     again = split(blocks, 0.1, seed=3, shuffle=shuffle)[1]
     assert torch.equal(again.input_ids, held_out.input_ids)
     assert len(split(cut([list(range(8))], 4), 0.9, 0, shuffle)[0]) == 1
+
+
+def test_packed_examples_have_the_losses_of_single_ones(tokenizer):
+    """Each example starts at position 0, looks at none before it, and its first token is not predicted."""
+    from small import hf
+
+    rows = tuple({"prompt": TEXT[: 9 + 5 * i], "completion": TEXT[9 + 5 * i : 20 + 9 * i]} for i in range(8))
+    single, packed = (tokenize(Records("prompt", rows), tokenizer, 48, packing) for packing in (False, True))
+    assert len(packed) < len(single) == 8 and packed.dropped == 0
+    model = hf("llama", vocab_size=320, max_position_embeddings=64)
+
+    def total(blocks):
+        with torch.no_grad():
+            loss = model(**{k: v for k, v in blocks[:].items()}).loss
+        return loss * (blocks.labels[:, 1:] != IGNORE).sum()
+
+    assert sorted(single.labels[single.labels != IGNORE]) == sorted(packed.labels[packed.labels != IGNORE])
+    torch.testing.assert_close(total(packed), total(single), rtol=1e-5, atol=0)
+    torch.testing.assert_close(total(single.take([0, 1])) + total(single.take(range(2, 8))), total(single))
+
+
+def test_packing_needs_two_blocks(tokenizer):
+    rows = tuple({"prompt": "the ", "completion": "fox"} for _ in range(4))
+    with pytest.raises(ConfigError, match="all 4 examples fit into one block of 64"):
+        tokenize(Records("prompt", rows), tokenizer, 64, packing=True)
 
 
 # Models

@@ -9,9 +9,10 @@ PROGRAMS = Path(__file__).parent / "programs"
 ROOT = PROGRAMS.parent.parent
 
 
-def run(program: str, processes: int = 2) -> dict:
+def run(program: str, *arguments, processes: int = 2) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*command, PROGRAMS / program], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    command += [str(PROGRAMS / program), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -22,3 +23,19 @@ def test_fsdp2_trains_as_one_process_on_the_joined_batch():
         assert 0 < found["gradients"] < 1e-5, (how, found)
         assert found["losses"] < 1e-5 and found["deltas"] < 1e-5, (how, found)
         assert "sharded (fully_shard)" in found["refused"]
+
+
+def test_two_processes_save_what_one_would_and_four_go_on(tmp_path):
+    """AdamW divides a gradient by its own size, so a roundoff in one can move an entry by a part of its rate, 1e-2."""
+    saved = run("many.py", "save", tmp_path)
+    assert saved["ddp"] < 1e-4 and saved["fsdp"] < 1e-4
+    assert saved["sent"] == saved["deltas"], "the numbers that DDP reduced in two steps are the deltas'"
+    assert saved["reference"] < 1e-5, "the base's function, sharded"
+    assert saved["merged"] < 1e-5, "what was saved computes what the sharded model does"
+    assert saved["adapter"] == saved["patches"] == 0, "adapter, merged model and patches are of the same bits"
+    assert "exists; name a folder" in saved["exists"]
+    loaded = run("many.py", "load", tmp_path, processes=4)
+    assert loaded["resumed"] < 1e-4, "torch.distributed.checkpoint of two processes, in four"
+    assert loaded["meta"] < 1e-4 and loaded["meta adapter"] < 1e-4, "loaded by the first process alone"
+    assert "the processes selected other slices: 1, 2, 3 not what 0 did" in loaded["other"]
+    assert "is a shard of a weight" in loaded["sharded"] and "tensor parallel" in loaded["sharded"]

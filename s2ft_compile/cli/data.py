@@ -128,7 +128,8 @@ def _filled(groups: list[list[Example]], length: int, pad_id: int, examples, pos
             ids, end = torch.tensor(tokens, dtype=torch.int64), at + len(tokens)
             input_ids[i, at:end] = ids
             labels[i, at:end] = torch.where(torch.tensor(learn), ids, IGNORE)
-            labels[i, at] = IGNORE  # of which the token before it, of another example, is no context
+            if at:
+                labels[i, at] = IGNORE  # the token before it is another example's
             places[i, at:end] = torch.arange(len(tokens))
             at = end
         places[i, at:] = torch.arange(length - at)

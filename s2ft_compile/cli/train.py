@@ -151,7 +151,7 @@ def _as_one_line(error: BaseException, last: Path | None) -> BaseException:
             f"activation budget; `s2ft estimate` predicts what a step takes{left}"
         )
     if isinstance(error, S2FTError):
-        return type(error)(f"{text}{left}") if last else error
+        return type(error)(f"{text}{left}") if last and not isinstance(error, ConfigError) else error
     if isinstance(error, (OSError, SafetensorError)) or re.search(r"os error|No space left|iostream|file write", text):
         return ExportError(f"could not write: {text.splitlines()[0]}{left}")
     return error

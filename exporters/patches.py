@@ -1,0 +1,96 @@
+"""Fresh weights for a rollout engine: what training has changed is known by construction, so nothing is compared.
+
+A patch is what vLLM's sparse weight transfer takes (`SparseWeightPatch`): a checkpoint's name, flat int32 positions in
+the base model's order, the trained values there, and the whole shape. The positions stay the same from step to step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from s2ft_compile.capture import unwrap
+from s2ft_compile.errors import ExportError
+from s2ft_compile.sliced import Block
+from s2ft_compile.state import State, state_of
+
+from .conversion import as_stored
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """W.view(-1)[indices] = values. indices: int32 (n,). values: (n,), of the weight's type. full_shape: W's."""
+
+    name: str
+    indices: Tensor
+    values: Tensor
+    full_shape: tuple[int, ...]
+
+    def apply(self, weight: Tensor) -> None:
+        """Writes it into a plain, contiguous weight of the base model's order."""
+        weight.detach().view(-1)[self.indices.to(weight.device).long()] = self.values.to(weight)
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where entries of a block lie in a checkpoint. picked: which, None for all of them in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    block: Block
+    indices: Tensor
+    picked: Tensor | None
+
+
+_places: "WeakKeyDictionary[State, list[_Place]]" = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def patches(model: nn.Module) -> Iterator[Patch]:
+    """What a prepared model has trained, as patches of its base's checkpoint: set, not added, so one may be repeated.
+
+    Of a sharded model every process calls this, and each gets all of the (small) patches. Raises `StateError` for a
+    model that is not prepared, `ExportError` for a weight of 2^31 numbers or more.
+    """
+    state = state_of(model)
+    if state not in _places:
+        _places[state] = list(_found(state, unwrap(model)))
+    whole: dict[int, Tensor] = {}
+    for place in _places[state]:
+        if id(place.block) not in whole:
+            whole = {id(place.block): place.block.trained().reshape(-1)}
+        values = whole[id(place.block)]
+        if place.picked is not None:
+            values = values[place.picked.to(values.device)]
+        yield Patch(place.name, place.indices.to(values.device), values, place.shape)
+
+
+def _found(state: State, module: nn.Module) -> Iterator[_Place]:
+    for s, block in zip(state.plan.slices, state.blocks):
+        if prod(s.shape) >= 1 << 31:
+            raise ExportError(f"{s.parameter_name} has {prod(s.shape):,} numbers, and positions are int32")
+        flat = _flat(s.shape, s.dim, s.indices)
+        if not hasattr(module, "save_pretrained"):
+            yield _Place(s.parameter_name, s.shape, block, flat.int(), None)
+            continue
+        marks = torch.full((prod(s.shape),), -1, dtype=torch.int32)  # which entry of the block each number is
+        marks[flat] = torch.arange(len(flat), dtype=torch.int32)
+        with state.names_as_stored(module):
+            stored = as_stored(module, {s.parameter_name: marks.view(s.shape)})
+        for name, entries in stored.items():
+            at = (entries.reshape(-1) >= 0).nonzero().squeeze(1)
+            if len(at):
+                yield _Place(name, tuple(entries.shape), block, at.int(), entries.reshape(-1)[at].long())
+
+
+def _flat(shape: tuple[int, ...], dim: int, indices: Tensor) -> Tensor:
+    """The positions of a block in a contiguous tensor, in the block's own row-major order: int64."""
+    flat, stride = torch.zeros((), dtype=torch.int64), 1
+    for d in reversed(range(len(shape))):
+        along = (indices.cpu() if d == dim else torch.arange(shape[d])) * stride
+        flat = flat + along.view(-1, *[1] * (len(shape) - 1 - d))
+        stride *= shape[d]
+    return flat.reshape(-1)
