@@ -2,6 +2,7 @@
 
     assert_equivalent(model, inputs)        every coupling found in the model may be permuted, and the test would notice
     permutations(analysis)                  a hypothesis strategy of random orders of a model's couplings
+    assert_trains(model, inputs)            every role that a model offers trains, with exact gradients
     rulecheck("ns::op", samples)            an operator's axis rule against the operator, as `torch.library.opcheck`
 
 The tolerance. Reordering a sum of n terms in arithmetic of unit roundoff u changes it by at most 2 n u Σ|terms|. Along
@@ -19,17 +20,20 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from s2ft_compile.passes.couple.axes import PRODUCT, SUM, Axis, atoms, find
 from s2ft_compile.passes.couple.rules import rule_for
 from s2ft_compile.passes.couple.rules.context import Context, Value
+from s2ft_compile.passes.select.select import targeted_bands
 
 from .capture import arguments, unwrap
+from .config import ROLES, S2FTConfig
 from .errors import ConfigError
 from .layout import Layout, Leaf, Product, Sum, gather_index, leaves
-from .preparation import analyze
+from .preparation import analyze, prepare
 from .structure import Analysis, Coupling
 
 AMPLIFIED = 200.0
@@ -55,7 +59,7 @@ def random_orders(couplings, seed: int = 0) -> dict[int, Tensor]:
 @torch.no_grad()
 def reorder(model: nn.Module, analysis: Analysis, orders: dict[int, Tensor], skip: tuple = ()) -> None:
     """Reorders axes wherever a layout mentions them; `skip` leaves some (name, dim) out, which is wrong."""
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for (name, dim), layout in analysis.layouts.items():
         if (name, dim) not in skip and any(leaf.axis in orders for leaf in leaves(layout)):
             parameters[name].copy_(parameters[name].index_select(dim, gather_index(layout, orders)))
@@ -147,6 +151,51 @@ def assert_equivalent(model: nn.Module, inputs: Any, analysis: Analysis | None =
     return analysis
 
 
+def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager", ratio: float = 0.3) -> dict[str, int]:
+    """That every role that a model offers trains: one step's gradients of the slices are slices of all gradients.
+
+    Compared in float64 and eval mode on copies; the deltas are float32, so to 2^-20 of a weight's largest gradient.
+    inner: what compiles (`CompileOptions.inner`), None for eager. Returns role -> number of weights that train.
+    Raises `AssertionError` that names the role and the weight, or what the step raised.
+    """
+    base, trained = _noisy(model, 0), {}
+    full = dict(zip(dict(base.named_parameters()), _gradients(base, inputs, list(base.parameters()))))
+    analysis = analyze(copy.deepcopy(base), inputs)
+    for role in ROLES:
+        try:
+            targeted_bands(analysis, S2FTConfig({role: ratio}))
+        except ConfigError:  # it has no such role
+            continue
+        made = _noisy(model, 0)
+        plan = prepare(made, inputs, S2FTConfig({role: ratio}))
+        torch._dynamo.reset()
+        net = torch.compile(made, backend="s2ft", options={"inner": inner}) if inner else made
+        try:
+            found = _gradients(net, inputs, [s.delta for s in plan.slices])
+        except Exception as error:  # of any pass, dynamo or torch
+            raise AssertionError(f"{role} is offered and does not train: {type(error).__name__}: {error}") from error
+        for s, gradient in zip(plan.slices, found, strict=True):
+            expected = full[s.parameter_name].index_select(s.dim, s.indices)
+            error = (gradient.to(expected.dtype) - expected).abs().max().item()
+            allowed = 2.0**-20 * full[s.parameter_name].abs().max().item()
+            assert error <= allowed, f"{role}: the gradient of {s.parameter_name} is off by {error:.3g} > {allowed:.3g}"
+        trained[role] = len(plan.slices)
+    return trained
+
+
+def _gradients(model: nn.Module, inputs: Any, of: Sequence[Tensor]) -> list[Tensor]:
+    """Of a sum of all outputs with different weights, from one random state."""
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: t.double() if t.is_floating_point() else t, tuple(arguments(inputs))
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        outputs = [y.double() for y in outputs_of(model(*args, **kwargs)) if y.requires_grad]
+    total = sum((y * torch.arange(y.numel(), device=y.device).view(y.shape).sin()).sum() for y in outputs)
+    made = torch.autograd.grad(total, list(of), allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(made, of)]
+
+
 def _smallest_wrong(couplings: Sequence[Coupling], difference: Callable) -> str:
     for c in sorted(couplings, key=lambda c: (c.units, len(c.members))):
         if difference(random_orders([c]))[0] > 1:
@@ -167,6 +216,12 @@ def _noisy(model: nn.Module, seed: int) -> nn.Module:
     for p in made.parameters():
         scale = p.std().item() if p.numel() > 1 and p.std() > 0 else 1.0
         p += 0.3 * scale * torch.randn(p.shape, generator=random, dtype=p.dtype).to(p.device)
+    for module in made.modules():
+        if isinstance(module, _BatchNorm) and module.running_var is not None:
+            for statistic in (module.running_mean, module.running_var):
+                statistic += 0.3 * torch.rand(statistic.shape, generator=random, dtype=statistic.dtype).to(
+                    statistic.device
+                )
     return made
 
 
