@@ -4,6 +4,7 @@ import logging
 import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,8 +29,9 @@ class Captured:
     overlapping: a parameter -> another tensor of the model that it shares memory with, in words; itself where its own
     elements share memory. constants: placeholder name -> the value of a small tensor of integers that the forward made
     from Python numbers. uniform: placeholder name -> the dimensions along which a constant does not vary, a constant
-    being what no `state_dict` holds and no forward writes. trace: what sets this one apart from the first, in words.
-    resized: it is the one before it, at other sizes of the inputs.
+    being what no `state_dict` holds and no forward writes. buffers: placeholder name -> name, of those that a
+    `state_dict` holds; written: output name -> the buffer that it is the next value of. trace: what sets this one apart
+    from the first, in words. resized: it is the one before it, at other sizes of the inputs.
     """
 
     graph_module: torch.fx.GraphModule
@@ -41,6 +43,8 @@ class Captured:
     uniform: Mapping[str, frozenset[int]] = field(default_factory=dict)
     trace: str = ""
     resized: bool = False
+    buffers: Mapping[str, str] = field(default_factory=dict)
+    written: Mapping[str, str] = field(default_factory=dict)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -81,6 +85,8 @@ def capture(
         _uniform(program),
         trace,
         resized,
+        _own_buffers(model, program.graph_signature),
+        dict(program.graph_signature.buffers_to_mutate),
     )
 
 
@@ -140,6 +146,16 @@ def _steps(captured: Captured) -> list[str]:
     """The operators in order, without those that are the same function of axes whatever the mode."""
     called = [str(n.target) for n in captured.graph_module.graph.nodes if n.op == "call_function"]
     return [name for name in called if not ALIKE.search(name)]
+
+
+def _own_buffers(model: nn.Module, signature) -> dict[str, str]:
+    """Placeholder name -> name, of the buffers that a `state_dict` holds and nothing else shares memory with."""
+    held = [*model.parameters(), *(t for _, t in _held(model))]
+    spans = [span for t in held if (span := _span(t)) is not None]
+    count = Counter(storage for storage, *_ in spans)
+    own = {n for n, t in model.named_buffers() if (span := _span(t)) is not None and count[span[0]] == 1}
+    saved = own - set(signature.non_persistent_buffers)
+    return {place: name for place, name in signature.inputs_to_buffers.items() if name in saved}
 
 
 def _small_constants(program) -> dict[str, torch.Tensor]:

@@ -62,7 +62,7 @@ def permute(model: nn.Module, coupling: Coupling, order: Tensor | Sequence[int])
     order = torch.as_tensor(order, dtype=torch.int64).cpu()
     if order.shape != (coupling.units,) or not torch.equal(order.sort().values, torch.arange(coupling.units)):
         raise ConfigError(f"order must hold each of 0 to {coupling.units - 1} once, got {order.numel()} values")
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for (name, dim), layout in coupling.layouts.items():
         if name not in parameters or parameters[name].ndim <= dim or parameters[name].shape[dim] != layout.size:
             raise ConfigError(
@@ -115,9 +115,10 @@ def prepare(
     moves = [(name, dim, order) for (name, dim), order in index.items()]
     frozen = [name for name, p in parameters.items() if p.requires_grad]
     with ExitStack() as undo:
+        tensors = {**parameters, **dict(model.named_buffers())}  # batch norms' statistics follow their channels
         for name, dim, order in moves:
-            move(parameters[name], dim, order)
-            undo.callback(move, parameters[name], dim, torch.argsort(order))
+            move(tensors[name], dim, order)
+            undo.callback(move, tensors[name], dim, torch.argsort(order))
         made = [_block(model, parameters[s.parameter_name], s, index) for s in selections]
         for name in frozen:
             parameters[name].requires_grad_(False)

@@ -29,9 +29,10 @@ _live: "weakref.WeakSet[State]" = weakref.WeakSet()
 
 
 class State:
-    """blocks: what trains. moves: (parameter, dim, gather index) that made the blocks dense. frozen: the names of
-    the parameters that `prepare` froze. permuted: the axes that are not in the base's order, and left: those that a
-    graph returned to others so. `active` is False while the weights are not the trained ones in training order."""
+    """blocks: what trains. moves: (parameter or buffer, dim, gather index) that made the blocks dense. frozen: the
+    names of the parameters that `prepare` froze. permuted: the axes that are not in the base's order, and left: those
+    that a graph returned to others so. `active` is False while the weights are not the trained ones in training
+    order."""
 
     def __init__(self, plan: Plan, blocks: list[Block], moves: list, frozen: list[str], permuted: Permuted):
         self._plan = plan
@@ -63,7 +64,7 @@ class State:
 
     def holds(self, parameters: list[Tensor]) -> bool:
         """Whether one of these parameters is trained, frozen or permuted here."""
-        now = dict(self.model.named_parameters())
+        now = self.tensors()
         held = [now.get(name) for name in {*self.frozen, *(name for name, _, _ in self.moves)}]
         held += [p for b in self.blocks for p in (b.weight, b.delta)]
         return not {id(p) for p in held}.isdisjoint(map(id, parameters))
@@ -74,7 +75,7 @@ class State:
 
     def check_whole(self) -> None:
         """Raises `StateError` where a layer was removed or replaced: its units would not follow those of the others."""
-        now = dict(self.model.named_parameters())
+        now = self.tensors()
         lost = [n for n, dim, index in self.moves if n not in now or now[n].shape[dim] != len(index)]
         if lost:
             raise StateError(
@@ -84,7 +85,7 @@ class State:
 
     def move(self, back: bool) -> None:
         """Brings the units into training order, or back into the base model's."""
-        now = dict(self.model.named_parameters())
+        now = self.tensors()
         for name, dim, index in reversed(self.moves) if back else self.moves:
             move(now[name], dim, torch.argsort(index) if back else index)
 
@@ -153,7 +154,9 @@ def _check_loaded(model: nn.Module, state_dict, prefix, *_) -> None:
             f"model's own state_dict(), or load the others before s2ft.prepare"
         )
     for name, dim in {**{b.name: b.dim for b in state.blocks}, **{name: dim for name, dim, _ in state.moves}}.items():
-        given, held = state_dict.get(prefix + name), now[name]
+        given, held = state_dict.get(prefix + name), now.get(name)
+        if held is None:  # a statistic: training changes it, and its order is that of the weights beside it
+            continue
         if given is None or given.is_meta or held.is_meta or given.shape != held.shape:
             continue
         if name in blocks:

@@ -67,7 +67,7 @@ class Analysis:
     heads: the axes that attention products run over in parallel (heads, kv groups, queries per group).
     free: the axes that may be permuted. tied: other names of a parameter -> the name it is listed under.
     depths: parameter -> how far down the model it is first used; layers are told apart and ordered by it.
-    unread: the parameters that no trace reads.
+    unread: the parameters that no trace reads. statistics: buffers that are permuted with parameters.
     """
 
     couplings: tuple[Coupling, ...]
@@ -78,6 +78,7 @@ class Analysis:
     tied: Mapping[str, str] = field(repr=False)
     depths: Mapping[str, int] = field(repr=False, default_factory=dict)
     unread: frozenset[str] = field(repr=False, default=frozenset())
+    statistics: frozenset[str] = field(repr=False, default=frozenset())
 
     def roles(self) -> Counter[str]:
         """How many members each role has."""

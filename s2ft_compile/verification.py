@@ -155,7 +155,7 @@ class _Trial:
         buffers = {name: b.clone() for name, b in self.buffers.items()}
         with torch.random.fork_rng(devices=[]), default_dtype(self.dtype), Promoted(self.dtype):
             torch.manual_seed(self.seed)
-            made = functional_call(self.model, {**weights, **buffers}, self.args, self.kwargs)
+            made = functional_call(self.model, {**buffers, **weights}, self.args, self.kwargs)
         return [t for t in tree_leaves(dict(made) if isinstance(made, Mapping) else made) if isinstance(t, Tensor)]
 
     def difference(self, weights: Mapping[str, Tensor]) -> float:
@@ -168,7 +168,7 @@ class _Trial:
         self, analysis: Analysis, orders: Mapping[int, Tensor], leave: Sequence[str] = ()
     ) -> dict[str, Tensor]:
         """The weights, with those that a reordered axis occurs in reordered, save for `leave`."""
-        weights = dict(self.weights)
+        weights = {**self.weights, **{name: self.buffers[name] for name in analysis.statistics}}
         for (name, dim), index in moves_for(orders, analysis.layouts).items():
             if name not in leave:
                 weights[name] = weights[name].index_select(dim, index.to(weights[name].device))
@@ -179,7 +179,8 @@ class _Trial:
         weights = self.permuted(analysis, orders)
         names = sorted({name for name, _ in moves_for(orders, analysis.layouts)})
         difference = self.difference(weights)
-        alike = tuple(n for n in names if torch.equal(weights[n], self.weights[n]))
+        before = {**self.buffers, **self.weights}
+        alike = tuple(n for n in names if torch.equal(weights[n], before[n]))
         wrong = [] if difference <= self.tolerance else self.culprits(analysis, list(analysis.couplings), orders)
         control = self.difference(self.permuted(analysis, orders, names[::2]))
         return Verification(

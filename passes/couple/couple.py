@@ -21,6 +21,8 @@ from .depth import depths
 from .inference import Inference, atoms_of, source_line
 from .normalize import concretize, normalize
 from .roles import FirstRoles, member_role
+from .rules import AXIS_RULES
+from .rules.reduction import axes_batch_norm
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ def couple(captured: Captured, *others: Captured) -> Analysis:
     All traces share the parameters' axes, so that what one of them pins or divides is so for all. Roles are those of
     the first trace that reads an axis.
     """
+    statistics = _statistics([captured, *others])
+    captured = replace(captured, shapes={**captured.shapes, **statistics})
     inferences, origins = _infer([captured, *others])
     _pin_unread(inferences)
     roles = FirstRoles(inferences)
@@ -62,8 +66,19 @@ def couple(captured: Captured, *others: Captured) -> Analysis:
         free=frozenset(c.axis for c in couplings),
         tied=captured.tied,
         depths=dict(ChainMap(*(depths(c.graph_module.graph, c.parameters) for c in (captured, *others)))),
+        statistics=frozenset(statistics),
         unread=frozenset(captured.shapes) - {name for inference in inferences for name in inference.used},
     )
+
+
+def _statistics(traces: Sequence[Captured]) -> dict[str, tuple[int, ...]]:
+    """The buffers that batch norms keep running statistics in, with their shapes: state with an entry per channel."""
+    found = {}
+    for captured in traces:
+        for place in captured.graph_module.graph.find_nodes(op="placeholder"):
+            if place.name in captured.buffers and any(AXIS_RULES.get(n.target) is axes_batch_norm for n in place.users):
+                found[captured.buffers[place.name]] = tuple(place.meta["val"].shape)
+    return found
 
 
 def _infer(traces: Sequence[Captured]) -> tuple[list[Inference], dict[int, tuple[Pin, str]]]:

@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import fx
 from s2ft_compile.capture import Captured, uniform_dims
 from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown, shapes
 
-from .axes import Axis, Pin, atoms, pin
+from .axes import Axis, Pin, atoms, pin, unify
 from .rules import rule_for
 
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph")
@@ -19,6 +19,8 @@ INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph"
 
 class Inference:
     """Applies the rules to every node once. `env` maps nodes to values (or lists of them)."""
+
+    written: Mapping[str, str] = {}  # output -> the buffer that it is the next value of
 
     def __init__(self, captured: Captured, parameters: dict[str, Value] | None = None):
         self.cx = Context()
@@ -30,7 +32,9 @@ class Inference:
             what = f"it shares memory with {other}, which is not the same parameter"
             what = "elements of it share memory (it is expanded)" if other == name else what
             pin_all(self.parameters[name], Pin(what))
-        self.names, self.uniform = captured.parameters, captured.uniform
+        held = {place: name for place, name in captured.buffers.items() if name in self.parameters}
+        self.names, self.uniform = {**captured.parameters, **held}, captured.uniform
+        self.written = {out: name for out, name in captured.written.items() if name in self.parameters}
         placeholders = (n for n in captured.graph_module.graph.nodes if n.op == "placeholder" and n.users)
         self.used = {self.names[n.name] for n in placeholders if n.name in self.names}
 
@@ -48,8 +52,17 @@ class Inference:
             elif node.op == "output":
                 result = fx.node.map_arg(node.args[0], lambda n: self.env[n])
                 if inputs is None:
-                    self._returned(result)
+                    self._returned(self._without_statistics(node.args[0]) if self.written else result)
                 return result
+
+    def _without_statistics(self, outputs: Any) -> Any:
+        """What a forward returns to its caller. The next value of a buffer has the axes of the one before."""
+        for node in [n for n in outputs if isinstance(n, fx.Node) and n.name in self.written]:
+            why = Pin(f"it is the next value of {self.written[node.name]}", node)
+            for a, b in zip(self.env[node].dims, self.parameters[self.written[node.name]].dims, strict=True):
+                unify(a, b, why)
+        given = tuple(n for n in outputs if not (isinstance(n, fx.Node) and n.name in self.written))
+        return fx.node.map_arg(given, lambda n: self.env[n])
 
     def _returned(self, result: Any) -> None:
         pin_all(result, Pin("it is an output of the model"))

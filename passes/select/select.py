@@ -123,7 +123,7 @@ def bands(analysis: Analysis, names: Sequence[str] | None = None) -> list[Band]:
     """Every part of every parameter that can be selected from, in the order of the model's parameters."""
     found = []
     for (name, dim), layout in analysis.layouts.items():
-        if names is not None and name not in names:
+        if (names is not None and name not in names) or name in analysis.statistics:
             continue
         for role in end_roles(layout):
             if role is not None:
@@ -192,10 +192,11 @@ def _one_dim_each(found: Sequence[Band]) -> list[Band]:
 
 
 def _bands_of_glob(glob: str, analysis: Analysis) -> list[Band]:
-    canonical = {**{name: name for name, _ in analysis.layouts}, **analysis.tied}
+    trained = [name for name, _ in analysis.layouts if name not in analysis.statistics]
+    canonical = {**{name: name for name in trained}, **analysis.tied}
     names = list(dict.fromkeys(first for name, first in canonical.items() if matches(glob, name)))
     if not names:
-        some = list(dict.fromkeys(name for name, _ in analysis.layouts))
+        some = list(dict.fromkeys(trained))
         raise ConfigError(
             f"target {glob!r} is neither a role ({', '.join(ROLES)}) nor a glob that matches a "
             f"parameter; parameters are named like {', '.join(some[:3])}"

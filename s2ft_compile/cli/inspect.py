@@ -62,7 +62,7 @@ def _coupling(coupling: Coupling, analysis: Analysis, sizes: Mapping[str, int]) 
         "role": coupling.role,
         "units": coupling.units,
         "kind": _kind(coupling, analysis),
-        "parameters": sum(sizes[n] for n in names),
+        "parameters": sum(sizes.get(n, 0) for n in names),
         "members": [m._asdict() for m in coupling.members],
     }
 

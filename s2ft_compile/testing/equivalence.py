@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -45,7 +46,7 @@ def random_orders(couplings: Iterable[Coupling], seed: int = 0) -> dict[int, Ten
 @torch.no_grad()
 def reorder(model: nn.Module, analysis: Analysis, orders: dict[int, Tensor], skip: tuple = ()) -> None:
     """Reorders axes wherever a layout mentions them; `skip` leaves some (name, dim) out, which is wrong."""
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for (name, dim), layout in analysis.layouts.items():
         if (name, dim) not in skip and any(leaf.axis in orders for leaf in leaves(layout)):
             parameters[name].copy_(parameters[name].index_select(dim, gather_index(layout, orders)))
@@ -108,11 +109,11 @@ def assert_equivalent(model: nn.Module, inputs: Any, analysis: Analysis | None =
     as the negative control, a coupling of which a member may be left out unseen, so that nothing was tested.
     """
     analysis = analyze(model, inputs) if analysis is None else analysis
-    calls = list(_other_inputs(_noisy(model, seed), inputs, seed))
+    calls = list(_other_inputs(noisy(model, seed), inputs, seed))
 
     def difference(orders: Mapping[int, Tensor], skip: tuple = ()) -> tuple[float, float]:
         """(the largest part of its tolerance that any output moved by, the largest difference)."""
-        permuted = _noisy(model, seed)
+        permuted = noisy(model, seed)
         reorder(permuted, analysis, orders, skip)
         worst, largest = 0.0, 0.0
         for call, before in calls:
@@ -145,12 +146,18 @@ def _smallest_wrong(couplings: Sequence[Coupling], difference: Callable) -> str:
 
 
 @torch.no_grad()
-def _noisy(model: nn.Module, seed: int) -> nn.Module:
+def noisy(model: nn.Module, seed: int) -> nn.Module:
     """A float64 copy in eval mode, the same for the same seed, none of whose parameters is constant."""
     made, random = copy.deepcopy(unwrap(model)).double().eval(), torch.Generator().manual_seed(seed)
     for p in made.parameters():
         scale = p.std().item() if p.numel() > 1 and p.std() > 0 else 1.0
         p += 0.3 * scale * torch.randn(p.shape, generator=random, dtype=p.dtype).to(p.device)
+    for module in made.modules():
+        if isinstance(module, _BatchNorm) and module.running_var is not None:
+            for statistic in (module.running_mean, module.running_var):
+                statistic += 0.3 * torch.rand(statistic.shape, generator=random, dtype=statistic.dtype).to(
+                    statistic.device
+                )
     return made
 
 

@@ -1,20 +1,23 @@
 """Gradients of slices against those of whole weights."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from s2ft_compile.capture import arguments, unwrap
-from s2ft_compile.config import CompileOptions
-from s2ft_compile.errors import StateError
+from s2ft_compile.config import ROLES, CompileOptions, S2FTConfig
+from s2ft_compile.errors import ConfigError, StateError
+from s2ft_compile.passes.select.select import targeted_bands
 from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.preparation import analyze, prepare
 from s2ft_compile.state import find_state, release, state_of
 from s2ft_compile.tracing import recorded
 
-from .equivalence import AMPLIFIED, Promoted, outputs_of
+from .equivalence import AMPLIFIED, Promoted, noisy, outputs_of
 
 U32 = 2.0**-24  # unit roundoff of float32, in which deltas and their gradients live
 
@@ -105,3 +108,48 @@ def _assert_slice(s: Slice, grad: Tensor | None, full: Tensor, tolerance: float,
 
 def _wide(tree: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)
+
+
+def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager", ratio: float = 0.3) -> dict[str, int]:
+    """That every role that a model offers trains: one step's gradients of the slices are slices of all gradients.
+
+    Compared in float64 and eval mode on copies; the deltas are float32, so to 2^-20 of a weight's largest gradient.
+    inner: what compiles (`CompileOptions.inner`), None for eager. Returns role -> number of weights that train.
+    Raises `AssertionError` that names the role and the weight, or what the step raised.
+    """
+    base, trained = noisy(model, 0), {}
+    full = dict(zip(dict(base.named_parameters()), _gradients(base, inputs, list(base.parameters()))))
+    analysis = analyze(copy.deepcopy(base), inputs)
+    for role in ROLES:
+        try:
+            targeted_bands(analysis, S2FTConfig({role: ratio}))
+        except ConfigError:  # it has no such role
+            continue
+        made = noisy(model, 0)
+        plan = prepare(made, inputs, S2FTConfig({role: ratio}))
+        torch._dynamo.reset()
+        net = torch.compile(made, backend="s2ft", options={"inner": inner}) if inner else made
+        try:
+            found = _gradients(net, inputs, [s.delta for s in plan.slices])
+        except Exception as error:  # of any pass, dynamo or torch
+            raise AssertionError(f"{role} is offered and does not train: {type(error).__name__}: {error}") from error
+        for s, gradient in zip(plan.slices, found, strict=True):
+            expected = full[s.parameter_name].index_select(s.dim, s.indices)
+            error = (gradient.to(expected.dtype) - expected).abs().max().item()
+            allowed = 2.0**-20 * full[s.parameter_name].abs().max().item()
+            assert error <= allowed, f"{role}: the gradient of {s.parameter_name} is off by {error:.3g} > {allowed:.3g}"
+        trained[role] = len(plan.slices)
+    return trained
+
+
+def _gradients(model: nn.Module, inputs: Any, of: Sequence[Tensor]) -> list[Tensor]:
+    """Of a sum of all outputs with different weights, from one random state."""
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: t.double() if t.is_floating_point() else t, tuple(arguments(inputs))
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        outputs = [y.double() for y in outputs_of(model(*args, **kwargs)) if y.requires_grad]
+    total = sum((y * torch.arange(y.numel(), device=y.device).view(y.shape).sin()).sum() for y in outputs)
+    made = torch.autograd.grad(total, list(of), allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(made, of)]
