@@ -47,7 +47,7 @@ from s2ft_compile.plan import Slice
 from s2ft_compile.state import is_prepared
 from s2ft_compile.stored import save_tensors
 
-from .adapter import adapter_of
+from .adapter import adapter_of, named_in
 from .card import CARD, LORA, card
 from .files import new_directory
 
@@ -263,9 +263,11 @@ def _config(module: nn.Module, factors: Sequence[Factors]) -> dict[str, Any]:
 
 def peft_config(module: nn.Module, layers: Sequence[str]) -> dict[str, Any]:
     """The fields that all of PEFT's methods have."""
+    name, commit = named_in(module)
     return {
         "task_type": "CAUSAL_LM" if type(module).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": getattr(getattr(module, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": name,
+        **({"revision": commit} if commit else {}),
         "target_modules": _targets(module, layers),
         "inference_mode": True,
     }
