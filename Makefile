@@ -8,12 +8,12 @@ GPU_PY := $(if $(wildcard $(PY)),$(PY),PYTHONPATH=. python3)
 
 # Nothing here needs a model hub: tests and demo build their own models.
 test test-slow demo sweep: export HF_HUB_OFFLINE = 1
-test test-slow demo bench-cpu bench-adapters: export TOKENIZERS_PARALLELISM = false
+test test-slow demo bench-cpu bench-adapters bench-serve: export TOKENIZERS_PARALLELISM = false
 # Where other work shares the cores, threads that spin while they wait make a step several times slower.
 demo: export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types wheel test test-slow gpu-test gpu-sanitize gpu-bench demo bench-cpu bench-adapters sweep clean
+.PHONY: help setup lint types wheel test test-slow gpu-test gpu-sanitize gpu-bench demo bench-cpu bench-adapters bench-serve sweep clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -22,7 +22,7 @@ setup: $(STAMP)  ## create .venv with the tested set of packages (constraints.tx
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-compile -c constraints.txt -e ".[test,bench]"
+	$(PY) -m pip install --quiet --no-compile -c constraints.txt -e ".[test,bench,serve]"
 	touch $@
 
 lint: $(STAMP)  ## rules and format of the source (ruff)
@@ -64,6 +64,9 @@ bench-cpu: $(STAMP)  ## step times and memory against LoRA and full fine-tuning 
 
 bench-adapters: $(STAMP)  ## switching, batches, files and merging of adapters (writes benchmarks/results/adapters.json)
 	$(PY) benchmarks/adapters.py
+
+bench-serve: $(STAMP)  ## the server under load, against the base model alone (writes benchmarks/results/serve.json)
+	$(PY) benchmarks/serve.py
 
 sweep: $(STAMP)  ## couplings of every model type of transformers (half an hour; writes benchmarks/results/sweep.json)
 	$(PY) benchmarks/sweep.py --mapping all

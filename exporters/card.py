@@ -34,7 +34,7 @@ LORA = (
     + """\
 vLLM: {vllm}. llama.cpp: {llama_cpp}.
 
-The LoRA is exact: one factor of each pair is one-hot, and `lora_alpha == r`.
+The LoRA is exact: one factor of each pair is one-hot, and `lora_alpha == r`. That takes {size}.
 """
 )
 
