@@ -8,12 +8,12 @@ GPU_PY := $(if $(wildcard $(PY)),$(PY),PYTHONPATH=. python3)
 
 # Nothing here needs a model hub: tests and demo build their own models.
 test test-slow demo compare sweep: export HF_HUB_OFFLINE = 1
-test test-slow demo bench-cpu bench-adapters compare: export TOKENIZERS_PARALLELISM = false
+test test-slow demo bench-cpu bench-adapters bench-serve compare: export TOKENIZERS_PARALLELISM = false
 # Where other work shares the cores, threads that spin while they wait make a step several times slower.
 demo: export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types wheel test test-slow gpu-test gpu-sanitize gpu-bench demo bench-cpu bench-adapters compare sweep clean
+.PHONY: help setup lint types wheel test test-slow gpu-test gpu-sanitize gpu-bench demo bench-cpu bench-adapters bench-serve compare sweep clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -22,7 +22,7 @@ setup: $(STAMP)  ## create .venv with the tested set of packages (constraints.tx
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-compile -c constraints.txt -e ".[test,bench]"
+	$(PY) -m pip install --quiet --no-compile -c constraints.txt -e ".[test,bench,serve]"
 	touch $@
 
 lint: $(STAMP)  ## rules and format of the source (ruff)
@@ -70,6 +70,9 @@ compare: $(STAMP)  ## quality: S²FT, LoRA and others, each at its best rate, by
 	mkdir -p build
 	$(PY) -W ignore benchmarks/compare/run.py --rows build/compare-default.jsonl
 	$(PY) benchmarks/compare/report.py build/compare-default.jsonl --figure build/compare.svg
+
+bench-serve: $(STAMP)  ## the server under load, against the base model alone (writes benchmarks/results/serve.json)
+	$(PY) benchmarks/serve.py
 
 sweep: $(STAMP)  ## couplings of every model type of transformers (half an hour; writes benchmarks/results/sweep.json)
 	$(PY) benchmarks/sweep.py --mapping all

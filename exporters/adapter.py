@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from s2ft_compile.adapters.apply import check_fits, dtypes_of, overflow_of, summed
-from s2ft_compile.adapters.format import Adapter, ascending, describe_base, hash_of_block, read_adapter, write_adapter
+from s2ft_compile.adapters.format import (
+    Adapter,
+    ascending,
+    describe_base,
+    hash_of_block,
+    named_base,
+    read_adapter,
+    write_adapter,
+)
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import AdapterError, ExportError
 from s2ft_compile.fingerprint import samples_of
@@ -61,8 +69,15 @@ def adapter_of(model: nn.Module) -> Adapter:
         for s in plan.slices:
             _check_trained(weights[s.parameter_name], s)
         blocks = {s.parameter_name: hash_of_block(weights[s.parameter_name], s) for s in plan.slices}
-        base = describe_base(type(module).__name__, dtypes_of(module), samples_of(module), blocks)
+        named = named_base(*named_in(module))
+        base = describe_base(type(module).__name__, dtypes_of(module), samples_of(module), blocks, named)
     return Adapter(plan, base)
+
+
+def named_in(module: nn.Module) -> tuple[str | None, str | None]:
+    """The name and the commit that transformers loaded a model by."""
+    config = getattr(module, "config", None)
+    return getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from s2ft_compile.adapters.format import Adapter
+from s2ft_compile.adapters.format import Adapter, base_of
 from s2ft_compile.plan import Slice
 
 CARD = "README.md"
@@ -34,7 +34,7 @@ LORA = (
     + """\
 vLLM: {vllm}. llama.cpp: {llama_cpp}.
 
-The LoRA is exact: one factor of each pair is one-hot, and `lora_alpha == r`.
+The LoRA is exact: one factor of each pair is one-hot, and `lora_alpha == r`. That takes {size}.
 """
 )
 
@@ -53,6 +53,7 @@ def card(adapter: Adapter, how: str = NATIVE, errors: Mapping[str, float] | None
     lines = [
         "---",
         "library_name: " + ("s2ft-compile" if how is NATIVE else "peft"),
+        *([f"base_model: {base['name']}"] if "/" in str(base.get("name")) else []),  # a hub id
         "tags:",
         "- s2ft",
         "---",
@@ -63,7 +64,7 @@ def card(adapter: Adapter, how: str = NATIVE, errors: Mapping[str, float] | None
         "",
         "| | |",
         "|---|---|",
-        f"| base model | {base.get('class')} in {base.get('dtype')} |",
+        f"| base model | {base_of(adapter)} |",
         f"| fingerprint of the base | `{adapter.plan.fingerprint}` |",
         f"| targets | {', '.join(f'`{t}` = {amount}' for t, amount in list(config.targets.items())[:8])}"
         f"{', ...' if len(config.targets) > 8 else ''} |",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft_compile.adapters.apply import summed
-from s2ft_compile.adapters.format import Adapter, describe_base, hash_of_block, write_adapter
+from s2ft_compile.adapters.format import Adapter, describe_base, hash_of_block, named_base, write_adapter
 from s2ft_compile.capture import unwrap
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ExportError, StateError
@@ -25,6 +25,7 @@ from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.state import is_prepared
 from s2ft_compile.stored import stored_tensors
 
+from .adapter import named_in
 from .card import CARD, card
 from .conversion import Converted, by_model_names
 from .files import new_directory
@@ -75,7 +76,8 @@ def extract(
             raise ExportError("the two have the same weights: there is nothing to extract")
         config = S2FTConfig(targets={s.parameter_name: len(s.indices) for s in slices})
         plan = Plan(config, combined(samples), tuple(slices))
-        kind = describe_base(_class_of(base), " and ".join(sorted(dtypes)), samples, blocks)
+        named = named_base(*(named_in(unwrap(base)) if isinstance(base, nn.Module) else (base,)))
+        kind = describe_base(_class_of(base), " and ".join(sorted(dtypes)), samples, blocks, named)
         adapter = Adapter(plan, kind)
         write_adapter(folder, adapter)
         (folder / CARD).write_text(card(adapter), encoding="utf-8")

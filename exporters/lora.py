@@ -47,7 +47,7 @@ from s2ft_compile.plan import Slice
 from s2ft_compile.state import is_prepared
 from s2ft_compile.stored import save_tensors
 
-from .adapter import adapter_of
+from .adapter import adapter_of, named_in
 from .card import CARD, LORA, card
 from .files import new_directory
 
@@ -113,15 +113,14 @@ def save_lora(
         widest = max(f.rank for f in factors)
         padded_to = ranks if isinstance(ranks, int) else _rounded(widest, ranks)
         factors = [_padded(f, padded_to if layout == "padded" else _rounded(f.rank, ranks)) for f in factors]
-        save_tensors({name: tensor for f in factors for name, tensor in f.tensors().items()}, folder / WEIGHTS)
-        config = _config(module, factors)
+        tensors = {name: tensor for f in factors for name, tensor in f.tensors().items()}
+        save_tensors(tensors, folder / WEIGHTS)
+        config, size = _config(module, factors), _size(source, tensors)
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         errors = {f.target: f.error for f in factors if f.error}
-        (folder / CARD).write_text(
-            card(source, LORA.format(vllm=_for_vllm(config), llama_cpp=_for_llama_cpp(config)), errors),
-            encoding="utf-8",
-        )
-    log.info("LoRA written to %s: %d modules, ranks up to %d", directory, len(factors), config["r"])
+        how = LORA.format(vllm=_for_vllm(config), llama_cpp=_for_llama_cpp(config), size=size)
+        (folder / CARD).write_text(card(source, how, errors), encoding="utf-8")
+    log.info("LoRA written to %s: %d modules, ranks up to %d, %s", directory, len(factors), config["r"], size)
     return Path(directory)
 
 
@@ -236,6 +235,15 @@ def _padded(f: Factors, rank: int) -> Factors:
     return replace(f, A=nn.functional.pad(f.A, (0, 0, 0, more)), B=nn.functional.pad(f.B, (0, more)))
 
 
+def _size(source: Adapter, tensors: Mapping[str, Tensor]) -> str:
+    """What it costs to write slices as a LoRA, for a person."""
+    trained = sum(s.delta.numel() for s in source.slices)
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    return (
+        f"{4 * stored / 1e6:,.1f} MB for {4 * trained / 1e6:,.1f} MB of trained numbers ({stored / trained:.1f} times)"
+    )
+
+
 # --- the configuration -------------------------------------------------------------------------------------
 
 
@@ -263,9 +271,11 @@ def _config(module: nn.Module, factors: Sequence[Factors]) -> dict[str, Any]:
 
 def peft_config(module: nn.Module, layers: Sequence[str]) -> dict[str, Any]:
     """The fields that all of PEFT's methods have."""
+    name, commit = named_in(module)
     return {
         "task_type": "CAUSAL_LM" if type(module).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": getattr(getattr(module, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": name,
+        **({"revision": commit} if commit else {}),
         "target_modules": _targets(module, layers),
         "inference_mode": True,
     }

@@ -18,6 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file
+from small import hf, randomize, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -548,6 +549,41 @@ def test_the_card_says_what_the_adapter_is(tmp_path):
         "load_adapter(model",
     ):
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    "source, commit, expected",
+    [
+        ("org/model", None, {"name": "org/model"}),
+        ("org/model", "abc", {"name": "org/model", "revision": "abc"}),
+        ("/a/hub/models--org--my--model/snapshots/abc", None, {"name": "org/my/model", "revision": "abc"}),
+        ("/home/someone/secret/llama", None, {"name": "llama"}),
+        ("../secret/llama/", None, {"name": "llama"}),
+        ("", None, {}),
+        (None, "abc", {}),
+    ],
+)
+def test_the_name_of_a_base_is_its_id_or_the_last_part_of_its_path(source, commit, expected):
+    assert format.named_base(source, commit) == expected
+
+
+def test_adapters_cards_and_peft_files_carry_the_name_and_revision_of_the_base(tmp_path):
+    model = hf("llama", num_hidden_layers=1)
+    model.config._name_or_path, model.config._commit_hash = "org/model", "abc"
+    s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets={"ffn.out": 2}), train=False)
+    randomize(model)
+    save_adapter(model, tmp_path / "a")
+    save_lora(model, tmp_path / "lora")
+    read = read_adapter(tmp_path / "a")
+    assert (read.base["name"], read.base["revision"]) == ("org/model", "abc")
+    lora = json.loads((tmp_path / "lora" / CONFIG).read_text())
+    assert (lora["base_model_name_or_path"], lora["revision"]) == ("org/model", "abc")
+    for folder in ("a", "lora"):
+        text = (tmp_path / folder / "README.md").read_text()
+        assert "\nbase_model: org/model\n" in text and "org/model at abc, a LlamaForCausalLM in float32" in text
+    other = hf("llama", num_hidden_layers=1, vocab_size=51)
+    with pytest.raises(AdapterError, match="another base model: org/model at abc, a LlamaForCausalLM in float32"):
+        load_adapter(other, tmp_path / "a")
 
 
 def test_an_adapter_is_saved_from_a_wrapped_model_and_loaded_into_one(tmp_path):

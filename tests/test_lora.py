@@ -161,6 +161,16 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.randn(3, 4, 5))
 
 
+def test_the_size_of_a_lora_is_told(tmp_path):
+    _, model = tuned("llama", targets={"ffn.out": 5})
+    save_lora(model, tmp_path / "lora")
+    stored = sum(tensor.numel() for tensor in factors(tmp_path / "lora").values())
+    trained = sum(p.numel() for p in s2ft.parameters(model))
+    assert stored / trained == (16 + 24) / 16  # a rank of n costs n (in + out), a slice of columns n out
+    text = (tmp_path / "lora" / "README.md").read_text()
+    assert f"{4 * stored / 1e6:.1f} MB for {4 * trained / 1e6:.1f} MB of trained numbers (2.5 times)" in text
+
+
 def test_every_program_scales_what_is_written_by_one(tmp_path):
     """PEFT scales by a module's own alpha / rank, vLLM and Olive by lora_alpha / r, llama.cpp by lora_alpha / the
     tensor's rank. Oracle: the delta, in float64."""

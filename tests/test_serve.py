@@ -5,7 +5,10 @@ import concurrent.futures
 import contextlib
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 from small import hf
 from test_data import tiny_tokenizer
+from typer.testing import CliRunner
 
 import s2ft_compile as s2ft
 from s2ft_compile.adapters.format import Adapter, describe_base, hash_of_block, write_adapter
@@ -28,6 +32,7 @@ httpx = pytest.importorskip("httpx2")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from s2ft_compile.cli.app import app  # noqa: E402
 from s2ft_compile.cli.serve import loaded  # noqa: E402
 from s2ft_compile.serve.engine import Request  # noqa: E402
 from s2ft_compile.serve.server import Options, build  # noqa: E402
@@ -324,7 +329,14 @@ def test_bodies_keys_paths_and_routes_that_are_refused(server, client, folder, t
     url, engine = server
     headers = {"Authorization": f"Bearer {KEY}"}
     post = f"{url}/v1/completions"
-    for body, match in ((b"{", "no JSON"), (b"[]", "no JSON object"), (b"\xff", "no JSON"), (b"[" * 10**5, "no JSON")):
+    for body, match in (
+        (b"{", "no JSON"),
+        (b"[]", "no JSON object"),
+        (b"\xff", "no JSON"),
+        (rb'{"model": "\ud800"}', "no JSON"),
+        (b'{"top_p": NaN}', "no JSON"),
+        (b"[" * 10**5, "no JSON"),
+    ):
         made = httpx.post(post, content=body, headers=headers)
         assert made.status_code == 400 and match in made.json()["error"]["message"], made.text
     made = httpx.post(post, content=b" " * (9 << 20), headers=headers)
@@ -394,3 +406,37 @@ def tiny_tokenizer_once(made=[]):  # noqa: B006
     if not made:
         made.append(tiny_tokenizer())
     return made[0]
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        (["--adapter", "law"], "--adapter is NAME=FOLDER, such as law=adapters/law; got 'law'"),
+        (["--adapter", "a=x", "--adapter", "a=y"], "two adapters are called 'a'"),
+        (["--adapter", "base=x"], "both called 'base'"),
+        (["--adapter-root", "nothing"], "--adapter-root nothing is no folder"),
+        (["--adapter", "law={root}/base", "--port", "0"], "not an adapter"),
+        (["--cache-tokens", "-1", "--port", "0"], "cache"),
+    ],
+)
+def test_what_the_command_refuses_is_one_line(folder, arguments, match):
+    given = [argument.format(root=folder) for argument in arguments]
+    made = CliRunner().invoke(app, ["serve", str(folder / "base"), *given])
+    assert made.exit_code == 1 and match in made.output.replace("\n", " "), made.output
+
+
+def test_the_command_serves_until_it_is_told_to_stop(folder):
+    code = "from s2ft_compile.cli.app import app; app()"
+    command = [sys.executable, "-c", code, "serve", str(folder / "base"), "--adapter", f"law={folder / 'law'}"]
+    with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = next(line for line in process.stderr if "http" in line)
+            assert line.startswith("base at http") and line.rstrip().endswith("adapters: law")
+            client = openai.OpenAI(base_url=f"{line.split()[2].rstrip(',')}/v1", api_key="any", max_retries=20)
+            assert [m.id for m in client.models.list()] == ["base", "law"]
+        finally:
+            process.terminate()
+        assert process.wait(30) in (0, -signal.SIGTERM)

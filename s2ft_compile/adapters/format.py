@@ -4,7 +4,8 @@
 configuration says so; the parameter's shape with n along the slice's dim) and `<parameter>.indices` (int32
 (n,), ascending, in the base model's order): entry i of the delta belongs to indices[i].
 `adapter_config.json` holds what they mean: the plan, the base model's fingerprint and the samples it is made
-of, hashes of the base's blocks, checksums, versions.
+of, hashes of the base's blocks, its name and revision where they are known, checksums, versions. What decides whether a
+model is the base are the samples and the hashes; the name is for people, and for programs that fetch it.
 
 Reading trusts neither file. What a header claims is checked against the file's size before anything is
 allocated, and everything else before a model is touched.
@@ -62,15 +63,44 @@ def ascending(plan: Plan) -> Plan:
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-def describe_base(kind: str, dtype: str, samples: Mapping[str, str], blocks: Mapping[str, str]) -> dict[str, Any]:
-    """The samples tell base models apart; blocks that were trained are hashed whole, so that no sum is made twice."""
+def describe_base(
+    kind: str, dtype: str, samples: Mapping[str, str], blocks: Mapping[str, str], named: Mapping[str, str] = {}
+) -> dict[str, Any]:
+    """The samples tell base models apart; blocks that were trained are hashed whole, so that no sum is made twice.
+
+    named: what `named_base` says.
+    """
     return {
+        **named,
         "class": kind,
         "dtype": dtype,
         "fingerprint": combined(samples),
         "samples": dict(samples),
         "blocks": dict(blocks),
     }
+
+
+def named_base(source: str | os.PathLike | None, commit: str | None = None) -> dict[str, str]:
+    """`name` and, where it is known, `revision` of a base model. source: a hub id, or a folder; of a folder, in which
+    the hub's cache keeps a model, the id and the commit, and of any other its last part only: an adapter is handed on,
+    and the paths of a machine are not."""
+    if not source:
+        return {}
+    path = Path(source)
+    if len(path.parts) > 2 and path.parts[-2] == "snapshots" and path.parts[-3].startswith("models--"):
+        name, commit = path.parts[-3].removeprefix("models--").replace("--", "/"), commit or path.name
+    elif path.is_absolute() or len(path.parts) != 2 or path.exists():
+        name = path.resolve().name
+    else:
+        name = str(source)
+    return {"name": name, **({"revision": commit} if commit else {})}
+
+
+def base_of(adapter: Adapter) -> str:
+    """The base model, for a person: `org/name at 1a2b3c, a LlamaForCausalLM in bfloat16`."""
+    name, revision = (_cut(adapter.base.get(key) or "") for key in ("name", "revision"))
+    known = f"{name}{f' at {revision}' if revision else ''}, " if name else ""
+    return f"{known}a {adapter.base.get('class')} in {adapter.base.get('dtype')}"
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
@@ -226,8 +256,8 @@ def check_base(adapter: Adapter, found: Mapping[str, str], what: str) -> None:
     differ = absent + [name for name in theirs if name in found and found[name] != theirs[name]]
     if differ:
         raise AdapterError(
-            f"{adapter.source} was trained from another base model: a {adapter.base.get('class')} in "
-            f"{adapter.base.get('dtype')} with fingerprint {adapter.plan.fingerprint}; this is {what} with fingerprint "
+            f"{adapter.source} was trained from another base model: {base_of(adapter)} with fingerprint "
+            f"{adapter.plan.fingerprint}; this is {what} with fingerprint "
             f"{combined(found)}, which {'has no' if absent else 'differs in'} {', '.join(differ[:3])}"
             f"{', ...' if len(differ) > 3 else ''}{_alike(differ[0], found, adapter) if absent else ''}"
         )

@@ -368,7 +368,8 @@ def export_lora(
             base = load_model(model, dtype or _trained_dtype(adapter))
             number = int(ranks) if ranks.isdecimal() else ranks
             save_lora(base, output, layout, number, adapter=_adapter_folder(adapter), truncate=truncate)
-        out.print(f"LoRA: {output}")
+        size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+        out.print(f"LoRA: {output}, {size / 1e6:,.1f} MB; its README.md says for which programs")
 
 
 @export_app.command("shira")

@@ -48,6 +48,11 @@ class Limits:
     cache: int = 1 << 15
     page: int = 64
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ConfigError(f"a server's limit of {name} is a positive number, got {value}")
+
 
 @dataclass(eq=False)
 class Request:

@@ -110,6 +110,7 @@ def parsed(kind: type[BaseModel], body: bytes) -> Any:
     """Raises `ConfigError` with what is wrong in one line."""
     try:
         values = json.loads(body)
+        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()  # half of a character, or no number
         if not isinstance(values, dict):
             raise ConfigError("the body is no JSON object")
         return kind.model_validate(values)

@@ -150,7 +150,8 @@ class Server:
             raise Busy(f"{len(jobs)} requests more are above the limit of {self.engine.limits.requests} under way")
         answer = Answer(asked.model, chat)
         if asked.stream:
-            return StreamingResponse(self._events(asked, answer, jobs, prompts), media_type="text/event-stream")
+            events = self._events(asked, answer, jobs, prompts)
+            return StreamingResponse(events, headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
         made = await _unless_gone(http, lambda: self._all(asked, jobs))
         if made is None:
             return await _unread()
