@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from unittest import mock
 
 import peft
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 import s2ft_compile as s2ft
 from s2ft_compile import preparation
+from s2ft_compile.backend import s2ft as s2ft_backend
+
+torch._dynamo.config.recompile_limit = 64  # models of one class share a cache
 
 Batch = dict[str, Tensor]
 
@@ -68,9 +72,10 @@ CONTENDERS = MAIN | VARIANTS
 
 @dataclass
 class Tuned:
-    """A model that trains: what the optimizer holds, and how the units are chosen again (None: never)."""
+    """A model that trains: compiled, what the optimizer holds, and how the units are chosen again (None: never)."""
 
-    net: nn.Module
+    model: nn.Module
+    net: Callable
     leaves: list[nn.Parameter]
     again: Callable[[int], list[nn.Parameter]] | None = None
 
@@ -80,25 +85,46 @@ class Tuned:
 
 
 def tuned(contender: Contender, base: nn.Module, setting: Setting, seed: int, batches: list[Batch]) -> Tuned:
-    """A copy of the base model, ready to train. batches: what a selection that looks at data may look at."""
+    """The base model, ready to train. batches: what a selection that looks at data may look at.
+
+    Runs of one kind and size share a model, whose weights are set again, and with it its compiled graphs.
+    """
     torch.manual_seed(seed)
-    model = copy.deepcopy(base)
-    if contender.kind == "full":
-        return Tuned(model, list(model.parameters()))
     options = dict(contender.options)
-    if contender.kind == "peft":
-        made = getattr(peft, options.pop("config"))
-        if made is peft.LoraConfig:
-            options["lora_alpha"] = 2 * setting.rank
-        else:
-            options["target_modules"] = _linears(model)
-        options = {"target_modules": "all-linear", "r": setting.rank, "task_type": "CAUSAL_LM", **options}
-        model = peft.get_peft_model(model, made(**options))
-        return Tuned(model, [p for p in model.parameters() if p.requires_grad])
-    config = s2ft.S2FTConfig(targets(setting, *options.pop("parts")), seed=seed, **options)
-    return Tuned(
-        model, _prepare(model, config, batches), lambda seed: _again(model, replace(config, seed=seed), batches)
-    )
+    if contender.kind == "s2ft":
+        asked = targets(setting, *options.pop("parts"))
+        model, net = _compiled(("s2ft", repr(asked)), lambda: copy.deepcopy(base), setting)
+        config = s2ft.S2FTConfig(asked, seed=seed, **options)
+        return Tuned(model, net, _prepare(model, config, batches), lambda seed: _again(model, config, seed, batches))
+    make = copy.deepcopy if contender.kind == "full" else partial(_with_peft, setting=setting, **options)
+    model, net = _compiled((contender.kind, repr(options)), lambda: make(base), setting)
+    return Tuned(model, net, [p for p in model.parameters() if p.requires_grad])
+
+
+_models: dict[tuple, tuple[nn.Module, Callable]] = {}
+
+
+def _compiled(key: tuple, make: Callable[[], nn.Module], setting: Setting) -> tuple[nn.Module, Callable]:
+    """A model with the weights of `make()`, and its compiled call."""
+    if key not in _models:
+        model = make()
+        eager = setting.name == "quick" or "Shira" in key[1]  # whose sparse weights are not compiled
+        backend = "eager" if eager else s2ft_backend if key[0] == "s2ft" else "inductor"
+        _models[key] = model, model if eager else torch.compile(model, backend=backend, dynamic=False)
+        return _models[key]
+    model, net = _models[key]
+    if s2ft.is_prepared(model):
+        s2ft.release(model)
+    model.load_state_dict(make().state_dict())
+    return model, net
+
+
+def _with_peft(base: nn.Module, setting: Setting, config: str, **options) -> nn.Module:
+    if config == "LoraConfig":
+        options["lora_alpha"] = 2 * setting.rank
+    model = copy.deepcopy(base)
+    made = getattr(peft, config)(r=setting.rank, target_modules=_linears(model), task_type="CAUSAL_LM", **options)
+    return peft.get_peft_model(model, made)
 
 
 def _linears(model: nn.Module) -> list[str]:
@@ -142,9 +168,10 @@ def _prepare(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) ->
     return s2ft.parameters(model)
 
 
-def _again(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) -> list[nn.Parameter]:
+def _again(model: nn.Module, config: s2ft.S2FTConfig, seed: int, batches: list[Batch]) -> list[nn.Parameter]:
+    """Other units, with what the earlier ones learned in the weights."""
     s2ft.release(model)
-    return _prepare(model, config, batches)
+    return _prepare(model, replace(config, seed=seed), batches)
 
 
 def optimizer(name: str, leaves: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:

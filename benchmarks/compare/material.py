@@ -139,7 +139,7 @@ class Material:
         rows = [
             (self.end + self.tokenizer(a)["input_ids"], self.tokenizer(b)["input_ids"] + self.end) for a, b in lines
         ]
-        longest = max(len(a) + len(b) for a, b in rows)
+        longest = -(-max(len(a) + len(b) for a, b in rows) // 32) * 32  # few different lengths: few graphs
         tokens = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
         labels = torch.full((len(rows), longest), IGNORED)
         for row, (a, b) in enumerate(rows):

@@ -134,12 +134,11 @@ def costs(runs: Runs, methods: Sequence[str], task: str = "far") -> str:
                     _title(method),
                     f"{r['numbers']:,}",
                     f"{r['training_bytes'] / 2**20:.1f}",
-                    f"{r['saved_bytes'] / 2**20:.0f}",
                     f"{min(x['step_cpu_ms'] for x in runs.all[task, method]):.0f}",
                     rates,
                 ]
             )
-    head = ["", "numbers", "gradients and optimizer, MiB", "saved activations, MiB", "step, CPU ms", "rates, by task"]
+    head = ["", "numbers", "gradients and optimizer, MiB", "step, CPU ms", "rates, by task"]
     return table(head, lines)
 
 

@@ -58,14 +58,14 @@ class Bench:
         rate, batches = 10**exponent, self._batches(task, seed)
         some = [next(batches) for _ in range(CALIBRATION)]
         made = tuned(contender, self.base, setting, seed, some)
-        made.net.train()
-        numbers, saved, spent = made.numbers, _saved_bytes(made.net, some[0]), []
+        made.model.train()
+        numbers, spent = made.numbers, []
         opt = optimizer(contender.optimizer, made.leaves, rate)
         period = math.ceil(setting.steps / contender.again)
         for step in range(setting.steps):
             if step and step % period == 0:
                 made.leaves = made.again(seed + 1000 * step)
-                made.net.train()
+                made.model.train()
                 opt = optimizer(contender.optimizer, made.leaves, rate)
             began = time.process_time()
             opt.param_groups[0]["lr"] = rate * schedule(step, setting.steps)
@@ -86,9 +86,8 @@ class Bench:
             "seed": seed,
             "numbers": numbers,
             "step_cpu_ms": 1e3 * median(spent),
-            "saved_bytes": saved,
             "training_bytes": held + 4 * numbers,
-            **self.measured(made.net, task),
+            **self.measured(made.model, task),
         }
 
     def measured(self, net: nn.Module, task: Task) -> Row:
@@ -129,23 +128,6 @@ def score(logits: Tensor, rows: Rows) -> dict[str, float]:
 def schedule(step: int, steps: int) -> float:
     """A tenth of warm-up, then a cosine to zero."""
     return min(1.0, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _saved_bytes(net: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Of the distinct storages that a forward keeps for its backward, without parameters."""
-    fixed = {t.untyped_storage().data_ptr() for t in net.state_dict(keep_vars=True).values()}
-    kept = {}
-
-    def pack(tensor):
-        if tensor.layout is torch.strided:  # not SHiRA's sparse weights
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in fixed:
-                kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        net(**batch)
-    return sum(s.nbytes() for s in kept.values())
 
 
 # --- the search --------------------------------------------------------------------------------------------------
@@ -200,13 +182,23 @@ def main() -> None:
             row = {"setting": setting.name, "task": name, "method": "base", "exponent": 0.0, "seed": 0}
             append(given.rows, {**row, **bench.measured(bench.base, task)})
     tasks, methods = given.tasks or list(bench.tasks), given.methods or list(MAIN)
-    jobs = [(t, m) for t in tasks for m in methods]
+    jobs = [(t, m) for m in methods for t in tasks]
     of = {(t, m): [r for r in done if (r["task"], r["method"]) == (t, m)] for t, m in jobs}
+    for number, line in enumerate(_all(bench, jobs, given.seeds, of, given.rows, given.workers), 1):
+        print(f"{number}/{len(jobs)}: {line}", flush=True)
+
+
+def _all(bench: Bench, jobs: list, seeds: int, of: dict, rows: Path, workers: int) -> Iterator[str]:
+    """Does all jobs, here or in processes of their own, and says what each one took."""
+    global _bench, _parent
+    if workers == 1:
+        _bench, _parent = bench, os.getppid()
+        yield from (_work(t, m, seeds, of[t, m], rows) for t, m in jobs)
+        return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(given.workers, context, _start, (asdict(setting),)) as pool:
-        waiting = [pool.submit(_work, t, m, given.seeds, of[t, m], given.rows) for t, m in jobs]
-        for number, ended in enumerate(as_completed(waiting), 1):
-            print(f"{number}/{len(jobs)}: {ended.result()}", flush=True)
+    with ProcessPoolExecutor(workers, context, _start, (asdict(bench.setting),)) as pool:
+        waiting = [pool.submit(_work, t, m, seeds, of[t, m], rows) for t, m in jobs]
+        yield from (ended.result() for ended in as_completed(waiting))
 
 
 _bench: Bench | None = None
