@@ -250,8 +250,8 @@ def test_an_unmarked_chat_template_never_learns_the_users_turns(turns):
     blocks = tokenize(Records("messages", ({"messages": messages},) * 2), tokenizer, 128)
     learned = tokenizer.decode(blocks.labels[0][blocks.labels[0] != IGNORE])
     expected = "".join(f"assistant {i}<|end|>" for i, t in enumerate(turns) if t == "a")
-    if turns[0] == "a":  # whose first marker is no context of anything; the first token is never predicted
-        expected = "assistant>" + expected
+    if turns[0] == "a":  # nothing comes before it, so its marker is its own
+        expected = "<assistant>" + expected
     assert learned == expected
 
 

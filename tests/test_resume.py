@@ -254,3 +254,60 @@ def test_a_plain_loop_saves_state_dicts(tmp_path):
 
     whole = run()
     assert equal(run(tmp_path / "state.pt"), whole)
+
+
+# --- patches of a rollout engine's weights ---------------------------------------------------------------------------
+
+
+def test_patches_keep_another_models_weights_fresh():
+    """After every step they make a plain base model the merged one, bit for bit; nothing is compared or gathered."""
+    model, engine = made(), hf("llama", num_hidden_layers=1).bfloat16()
+    optimizer = torch.optim.AdamW(s2ft.parameters(model), lr=1e-2)
+    weights = dict(engine.named_parameters())
+    for step in range(2):
+        ids = tokens(2, 8, seed=step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found = list(s2ft.patches(model))
+        for patch in found:
+            assert patch.indices.dtype == torch.int32 and patch.values.dtype == torch.bfloat16
+            assert patch.indices.shape == patch.values.shape and patch.full_shape == weights[patch.name].shape
+            patch.apply(weights[patch.name])
+        twin = copy.deepcopy(model)
+        s2ft.release(twin)
+        assert equal(engine.parameters(), twin.parameters())
+    assert sum(p.values.numel() for p in found) == sum(d.numel() for d in deltas(model))
+
+
+def test_patches_have_the_names_of_a_checkpoint(tmp_path):
+    """Experts that transformers fuses when it loads them: a patch for each of those on disk."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_local_experts=4)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, use_cache=False)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval()
+    model.save_pretrained(tmp_path / "base")
+    s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig(targets={"moe.in": 2, "moe.out": 3}), train=False)
+    with torch.no_grad():
+        for p in s2ft.parameters(model):
+            p.normal_(std=0.1)
+    held = load_file(tmp_path / "base" / "model.safetensors")
+    for patch in s2ft.patches(model):
+        patch.apply(held[patch.name])
+    s2ft.exporters.save_merged(model, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert held.keys() == merged.keys() and all(torch.equal(held[n], merged[n]) for n in held)
+
+
+def test_a_plan_has_the_deltas_that_a_load_assigned(tmp_path):
+    model, other = made(torch.float32), made(torch.float32)
+    with torch.no_grad():
+        for p in s2ft.parameters(other):
+            p.normal_(std=1e-2)
+    model.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
+    s2ft.exporters.save_adapter(model, tmp_path / "a")
+    s2ft.exporters.save_adapter(other, tmp_path / "b")
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert all(torch.equal(a[n], b[n]) for n in b) and any(b[n].float().abs().sum() for n in b if "delta" in n)

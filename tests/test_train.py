@@ -106,6 +106,20 @@ def test_the_log_has_every_step(whole):
     assert size < 0.2 * (whole / "merged" / "model.safetensors").stat().st_size, "the slices alone"
 
 
+def test_the_card_tells_of_the_run(whole, tmp_path):
+    from types import SimpleNamespace
+
+    card = (whole / "adapter" / "README.md").read_text()
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert f"| held-out loss | {metrics['loss_before']:.4f} before, {metrics['loss_after']:.4f} after |" in card
+    assert "| rate | 0.001, cosine, weight decay 0 |" in card and "base_model:" not in card, "a folder is nobody else's"
+    shutil.copyfile(whole / "adapter" / "README.md", tmp_path / "README.md")
+    given = SimpleNamespace(model="owner/name", data="d.jsonl", lr=1e-3, schedule="linear", weight_decay=0.1)
+    module.describe(tmp_path / "README.md", given, metrics, "abc")
+    front = (tmp_path / "README.md").read_text().split("---")[1]
+    assert "base_model: owner/name\n" in front and "revision abc" in (tmp_path / "README.md").read_text()
+
+
 def test_before_there_is_a_checkpoint_nothing_is_left(base, text, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(module, "_memory", at_step(1, lambda: fail(MemoryError())))
     result = invoke("train", *options(base, text, tmp_path / "deep" / "run"))

@@ -1,5 +1,6 @@
 """What `s2ft train` is asked for, and what can be refused before anything slow."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -182,6 +183,10 @@ def _amount(name: str, text: str) -> int | float:
 
 def check(options: TrainOptions) -> Records:
     """Everything that can be refused without loading weights; the data file's records."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "`s2ft train` runs in one process; in several, Trainer trains a prepared model (examples/train_trainer.py)"
+        )
     _check_output(options.output, options.resume)
     if options.report_to != "none" and find_spec(options.report_to) is None:
         raise ConfigError(f"--report-to {options.report_to} needs the package: pip install {options.report_to}")

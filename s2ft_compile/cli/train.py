@@ -29,6 +29,7 @@ from torch import nn
 
 from s2ft_compile.errors import ConfigError, ExportError, S2FTError, TrainingError
 from s2ft_compile.exporters import save_adapter, save_merged
+from s2ft_compile.exporters.card import CARD
 from s2ft_compile.layers import compile_layers
 from s2ft_compile.optimizers import optimizer
 from s2ft_compile.plan import Plan
@@ -88,8 +89,27 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
             "options": {k: v for k, v in asdict(options).items() if k != "given"},
             "versions": versions(),
         }
+        describe(work / "adapter" / CARD, options, metrics, getattr(model.config, "_commit_hash", None))
         write_json(work / "metrics.json", metrics)
     return metrics
+
+
+def describe(card: Path, options: TrainOptions, metrics: Mapping[str, Any], revision: str | None) -> None:
+    """Adds the run to the adapter's card, and the base model in the form by which the hub links it."""
+    text = card.read_text(encoding="utf-8")
+    if not Path(options.model).exists():  # a hub id, which is the same for everybody
+        text = text.replace("library_name:", f"base_model: {options.model}\nlibrary_name:", 1)
+    rows = {
+        "base model": f"{Path(options.model).name if Path(options.model).exists() else options.model}"
+        + (f", revision {revision}" if revision else ""),
+        "data": f"{Path(options.data).name}, {metrics['blocks']} blocks of `{metrics['form']}`",
+        "steps": f"{metrics['steps']} of {metrics['tokens_per_step']:,} tokens",
+        "rate": f"{options.lr:g}, {options.schedule}, weight decay {options.weight_decay:g}",
+    }
+    if metrics["held_out_blocks"]:
+        rows["held-out loss"] = f"{metrics['loss_before']:.4f} before, {metrics['loss_after']:.4f} after"
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    card.write_text(f"{text.rstrip()}\n\n## Training\n\n| | |\n|---|---|\n{table}", encoding="utf-8")
 
 
 def _check_batches(training: Blocks, options: TrainOptions) -> None:

@@ -1,7 +1,9 @@
-"""Many processes: `save FOLDER` trains and saves in some, `load FOLDER` goes on in others; process 0 prints findings."""
+"""`save FOLDER` trains and saves in some processes, `load FOLDER` goes on in others; the first prints what it found."""
 
+import copy
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,10 +34,15 @@ def plain(device="cpu"):
         return transformers.LlamaForCausalLM(config).train()
 
 
-def prepared(seed=0, device="cpu"):
+@cache
+def _prepared(seed, device):
     model = plain(device)
     s2ft.prepare(model, (IDS[:2].to(device),), s2ft.S2FTConfig(TARGETS, seed=seed), train=False)
     return model
+
+
+def prepared(seed=0, device="cpu"):
+    return copy.deepcopy(_prepared(seed, device))
 
 
 def shard(model):
