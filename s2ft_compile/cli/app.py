@@ -158,7 +158,10 @@ def train(
     calibration_batches: Annotated[int, typer.Option(help="Batches of the data that a selection looks at.")] = 4,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: one pass over the data]")] = None,
     optimizer: Annotated[str, typer.Option(help="muon (for slices that are matrices), or adamw.")] = "muon",
-    lr: Annotated[float | None, typer.Option(help="Learning rate, after the warm-up. [default: 0.01]")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate, after the warm-up. [default: 0.15 of the weights' root mean square]"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence, at most.")] = 512,
     grad_accum: Annotated[int, typer.Option(help="Forwards in an optimizer step.")] = 1,
