@@ -5,13 +5,17 @@ their gradients' sizes (https://arxiv.org/abs/2502.16982). What is no matrix (bi
 at the same rate: with `match_rms_adamw` both change an entry by about as much.
 """
 
-from torch import nn, optim
+import logging
+from statistics import median
+
+from torch import Tensor, nn, optim
 
 from .config import OPTIMIZERS, check_choice
 from .errors import ConfigError
-from .state import parameters
+from .state import parameters, state_of
 
-LR = {"muon": 1e-2, "adamw": 1e-2}
+log = logging.getLogger(__name__)
+RATE = 0.15  # of the weights' root mean square: 1e-2 where weights are of 0.065, which is where it was measured
 
 
 def optimizer(
@@ -19,15 +23,15 @@ def optimizer(
 ) -> optim.Optimizer:
     """An optimizer of `s2ft.parameters(model)`.
 
-    name: "muon" or "adamw". lr: the peak of the caller's schedule; None: `LR`. weight_decay: pulls towards the base
-    model. Raises `ConfigError` for another name or a rate that is not positive, `StateError` for a model that is not
-    prepared.
+    name: "muon" or "adamw". lr: the peak of the caller's schedule; None: `learning_rate(model)`. weight_decay: pulls
+    towards the base model. Raises `ConfigError` for another name or a rate that is not positive, `StateError` for a
+    model that is not prepared.
     """
     check_choice("optimizer", name, OPTIMIZERS)
-    lr = LR[name] if lr is None else lr
-    if not lr > 0:
-        raise ConfigError(f"lr is a positive number such as {LR[name]:g}, got {lr}")
     deltas = parameters(model)
+    lr = learning_rate(model) if lr is None else lr
+    if not lr > 0:
+        raise ConfigError(f"lr is a positive number such as 0.003, got {lr}")
     matrices = [p for p in deltas if p.ndim == 2 and name == "muon"]
     others = [p for p in deltas if p.ndim != 2 or name != "muon"]
     made: list[optim.Optimizer] = []
@@ -36,6 +40,21 @@ def optimizer(
     if others:
         made.append(optim.AdamW(others, lr=lr, weight_decay=weight_decay, fused=True))
     return made[0] if len(made) == 1 else Together(made)
+
+
+def learning_rate(model: nn.Module) -> float:
+    """A rate to start from: `RATE` times the root mean square of the weights that train (the median over them).
+
+    At its peak a step then changes an entry by 3% of that with Muon.
+    """
+    rate = RATE * median(_root_mean_square(block.weight) for block in state_of(model).blocks)
+    log.info("learning rate %.2g, %g of the weights' root mean square", rate, RATE)
+    return rate or RATE * 0.02  # weights that are all zero say nothing; 0.02 is what most are drawn with
+
+
+def _root_mean_square(weight: Tensor) -> float:
+    whole = getattr(weight, "full_tensor", lambda: weight)()  # of a sharded one (FSDP2)
+    return whole.detach().float().square().mean().sqrt().item()
 
 
 class Together(optim.Optimizer):

@@ -198,7 +198,10 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: one pass over the data]")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data, where --steps is not given.")] = 1.0,
     optimizer: Annotated[str, typer.Option(help="muon (for slices that are matrices), or adamw.")] = "muon",
-    lr: Annotated[float | None, typer.Option(help="Learning rate, after the warm-up. [default: 0.01]")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate, after the warm-up. [default: 0.15 of the weights' root mean square]"),
+    ] = None,
     schedule: Annotated[
         str, typer.Option(help="Of the rate: cosine, linear, constant or constant_with_warmup.")
     ] = "cosine",

@@ -13,7 +13,6 @@ import torch
 from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.config import OPTIMIZERS, ROLES, CompileOptions, S2FTConfig, check_choice, is_glob
 from s2ft_compile.errors import ConfigError, ExportError
-from s2ft_compile.optimizers import LR
 
 from .data import DTYPES, load_config, model_class
 from .records import Records, read_records
@@ -90,10 +89,6 @@ class TrainOptions:
             raise ConfigError("eval_every needs data that is held out, and held_out is 0")
         check_choice("dtype", self.dtype, DTYPES)
         CompileOptions(self.inner, self.activation_budget)
-
-    @property
-    def rate(self) -> float:
-        return LR[self.optimizer] if self.lr is None else self.lr
 
     def total_steps(self, blocks: int) -> int:
         """Optimizer steps of the run over this many blocks."""

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from s2ft_compile.errors import ConfigError, ExportError, S2FTError, TrainingErr
 from s2ft_compile.exporters import save_adapter, save_merged
 from s2ft_compile.exporters.card import CARD
 from s2ft_compile.layers import compile_layers
-from s2ft_compile.optimizers import optimizer
+from s2ft_compile.optimizers import learning_rate, optimizer
 from s2ft_compile.plan import Plan
 from s2ft_compile.preparation import prepare
 from s2ft_compile.state import state_of
@@ -63,6 +63,7 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
             plan = prepare(model, example_inputs(model), options.s2ft, calibration(model, training, options))
+        options = replace(options, lr=options.lr or learning_rate(model))
         _remember(work, options, plan, blocks)
         with progress(console) as bars:
             before = loss(model, held_out, options.batch_size, on_batch=counter(bars, "loss before"))
@@ -272,7 +273,7 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.grad_accum,
-        learning_rate=options.rate,
+        learning_rate=options.lr,
         lr_scheduler_type=options.schedule,
         warmup_steps=options.warmup_steps(steps),
         weight_decay=options.weight_decay,
@@ -303,7 +304,7 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
         train_dataset=blocks,
         eval_dataset=held_out,
         callbacks=[watch, *early],
-        optimizers=(optimizer(model, options.optimizer, options.rate, options.weight_decay), None),
+        optimizers=(optimizer(model, options.optimizer, options.lr, options.weight_decay), None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -402,7 +403,7 @@ def _watch(bars: Progress, steps: int, options: TrainOptions, work: Path):
                             f"closer look at the data may help"
                         )
                 self.losses.append(float(logs["loss"]))
-                if len(self.losses) == EARLY and (problem := hardly_learns(self.losses, options.rate)):
+                if len(self.losses) == EARLY and (problem := hardly_learns(self.losses, options.lr)):
                     bars.console.print(f"[yellow]{problem}[/]")
                 bars.update(
                     self.task, completed=state.global_step, description=f"training, loss {float(logs['loss']):.3f}"
