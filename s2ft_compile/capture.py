@@ -31,7 +31,8 @@ class Captured:
     from Python numbers. uniform: placeholder name -> the dimensions along which a constant does not vary, a constant
     being what no `state_dict` holds and no forward writes. buffers: placeholder name -> name, of those that a
     `state_dict` holds; written: output name -> the buffer that it is the next value of. trace: what sets this one apart
-    from the first, in words. resized: it is the one before it, at other sizes of the inputs.
+    from the first, in words. resized: it is the one before it, at other sizes of the inputs. training: it is
+    of train mode.
     """
 
     graph_module: torch.fx.GraphModule
@@ -43,6 +44,7 @@ class Captured:
     uniform: Mapping[str, frozenset[int]] = field(default_factory=dict)
     trace: str = ""
     resized: bool = False
+    training: bool = False
     buffers: Mapping[str, str] = field(default_factory=dict)
     written: Mapping[str, str] = field(default_factory=dict)
 
@@ -85,6 +87,7 @@ def capture(
         _uniform(program),
         trace,
         resized,
+        training,
         _own_buffers(model, program.graph_signature),
         dict(program.graph_signature.buffers_to_mutate),
     )

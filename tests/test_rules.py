@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 
 from s2ft_compile.passes.couple import rules
 from s2ft_compile.passes.couple.axes import find
 from s2ft_compile.passes.couple.rules import AXIS_RULES, rule_for
+from s2ft_compile.passes.couple.rules.context import Context
 from s2ft_compile.testing import check_rule, infer
 
 aten = torch.ops.aten
@@ -340,7 +341,7 @@ for _name in ("_softmax", "_log_softmax"):
 CASES["_safe_softmax"] = [with_dim(only("_safe_softmax"))]
 CASES["dropout"] = [plain(aten.dropout.default, 0.5, False)]
 CASES["native_dropout"] = [plain(aten.native_dropout.default, 0.5, False)]
-for _name in ("feature_dropout", "alpha_dropout"):
+for _name in ("feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
     CASES[_name] = [plain(only(_name), 0.5, False)]
 for _name in ("zeros_like", "ones_like"):
     CASES[_name] = [plain(only(_name))]
@@ -747,8 +748,28 @@ for _name in (
 CASES["float_power"] = [binary(aten.float_power.Tensor_Tensor)]
 CASES["xlogy"] = [binary(aten.xlogy.Tensor)]
 
+
+
+def fourier_case(op, rank: str):
+    def case(r):
+        x = r.t(*r.shape(r.of(2, 3), 2))
+        dim = r.dim(x) if not rank else sorted({r.dim(x) % x.dim(), 0}) if rank == "n" else [-1, -2]
+        return op, (x, None, dim), {}
+
+    return case
+
+
+for _name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"):
+    for _rank in ("", "2", "n"):
+        if hasattr(aten, f"fft_{_name}{_rank}"):
+            CASES[f"fft_{_name}{_rank}"] = [fourier_case(only(f"fft_{_name}{_rank}"), _rank)]
+CASES["_fft_r2c"] = [lambda r: (lambda x: (aten._fft_r2c.default, (x, [r.dim(x)], 0, True), {}))(r.x(2))]
+CASES["_fft_c2c"] = [lambda r: (lambda x: (aten._fft_c2c.default, (x + 1j * x, [r.dim(x)], 0, True), {}))(r.x(2))]
+CASES["_fft_c2r"] = [lambda r: (lambda x: (aten._fft_c2r.default, (x + 1j * x, [r.dim(x)], 0, 5), {}))(r.x(2))]
+
 # operators whose values are drawn anew at each call, so that nothing can be compared
-RANDOM = {"rand", "randn", "randint", "bernoulli", "exponential", "uniform", "normal_functional"}
+RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "random", "bernoulli", "exponential"}
+RANDOM |= {"uniform", "normal_functional", "log_normal", "cauchy", "geometric"}
 # memory that nobody has written: only its shape is promised
 UNDEFINED = {"empty", "new_empty", "empty_like"}
 
@@ -770,9 +791,16 @@ def test_every_rule_has_a_case():
 
 @pytest.mark.parametrize("name", sorted(RANDOM))
 def test_random_values_are_pinned_or_alike(name: str):
-    """Fresh noise differs along every dimension; bernoulli(p) follows p."""
-    rule = rule_for(only(name) if name != "randint" else aten.randint.default)
-    assert rule is (rules.axes_same if name == "bernoulli" else rules.axes_ordered)
+    """Fresh noise is alike in distribution along every dimension, and differs there where a seed has to give the same;
+    bernoulli(p) follows p."""
+    rule = rule_for(getattr(aten, name).default if hasattr(getattr(aten, name), "default") else only(name))
+    assert rule is (rules.axes_same if name == "bernoulli" else rules.axes_random)
+    if name == "bernoulli":
+        return
+    node = fx.Graph().call_function(aten.rand_like.default, ())
+    node.meta["val"] = torch.rand(3, 4)
+    assert [a.pin for a in rule(Context(training=True), node)] == [None, None]
+    assert all(a.pin for a in rule(Context(training=False), node))
 
 
 POINTWISE = sorted(

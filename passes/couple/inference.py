@@ -23,7 +23,7 @@ class Inference:
     written: Mapping[str, str] = {}  # output -> the buffer that it is the next value of
 
     def __init__(self, captured: Captured, parameters: dict[str, Value] | None = None):
-        self.cx = Context()
+        self.cx = Context(captured.training)
         self.env: dict[fx.Node, Any] = {}
         self.parameters = parameters or {
             name: Value([Axis(size) for size in shape], weight=True) for name, shape in captured.shapes.items()

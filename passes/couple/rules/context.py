@@ -42,6 +42,7 @@ class Projection:
 class Context:
     """What the rules report besides equations: which axes meet in products of two activations."""
 
+    training: bool = True  # whether the graph is one of train mode
     heads: list[Axis] = field(default_factory=list)  # batch axes of such a product
     attention: list[Axis] = field(default_factory=list)  # every axis of such a product
     experts: list[Axis] = field(default_factory=list)  # batch axes of a product with a weight

@@ -28,6 +28,12 @@ def axes_fresh(cx, node, *args, **kwargs):
     return [Axis(size) for size in shape(node)]
 
 
+def axes_random(cx, node, *args, **kwargs):
+    """Independent draws of one distribution. Any order of them is as likely as another, so in train mode a permuted
+    model is the same in distribution (as with dropout). In eval mode outputs have to stay the same for a given seed."""
+    return axes_fresh(cx, node) if cx.training else axes_ordered(cx, node)
+
+
 def axes_ordered(cx, node, *args, **kwargs):
     """arange and its kin: different along every dimension."""
     why = Pin(f"{name(node)} makes values that differ along the axis", node)
