@@ -51,6 +51,9 @@ def units_for(amount: int | float, available: int, what: str) -> int:
     """How many of `available` units an amount from `targets` stands for: a ratio is rounded down, to 1 at least.
 
     Raises `ConfigError` for a number of units that there are not.
+
+    >>> units_for(0.03, 3584, "target 'ffn.out'"), units_for(8, 3584, "target 'ffn.out'")
+    (107, 8)
     """
     if isinstance(amount, Integral):
         if amount > available:
@@ -82,6 +85,12 @@ class S2FTConfig:
     exclude: folders of adapters of the same base model, of which no entry may train again (the paper's non-overlapped
         fusion). Their units are not free; ratios still count of all. An adapter that trains the other dimension of a
         weight crosses every unit of it, so none of that weight is free. Kept as text; read by `prepare` only.
+
+    >>> S2FTConfig({"ffn.out": 0.03, "attention.out": 1, "*.up_proj.weight": 8}, selection="weight").scored
+    True
+    >>> S2FTConfig({"ffn.out": 3.0})
+    Traceback (most recent call last):
+    s2ft_compile.errors.ConfigError: target 'ffn.out': a ratio lies in (0, 1], got 3.0; a number of units is ...
     """
 
     targets: Mapping[str, int | float] = field(default_factory=lambda: {"ffn.out": 0.03})

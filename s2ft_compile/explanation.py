@@ -60,6 +60,14 @@ def explain(
     example_inputs: a tuple or a dict of the forward's arguments of one step, with labels if the model computes its loss
     (else the loss is the sum of its outputs). Raises `StateError` for a model that is prepared, `ConfigError` for an
     unknown pass to be off, and `CaptureError`.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> made = explain(model, (torch.ones(2, 4),), S2FTConfig({"ffn.out": 2}))
+    >>> [step.name for step in made.steps]
+    ['recheck', 'slice_pushdown', 'keep_saved', 'lower', 'see_through']
+    >>> made.gradients, made.axes[0].reason
+    ({}, 'it is an input of the model')
     """
     model, config, options = unwrap(model), config or S2FTConfig(), options or CompileOptions()
     if find_state(model) is not None:

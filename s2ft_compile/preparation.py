@@ -42,6 +42,10 @@ def analyze(model: nn.Module, example_inputs: Any, verify: bool = False, train: 
     verify: also permute all couplings at random and compare outputs (`s2ft.verify`). train: whether train mode is
     looked at. Raises `CaptureError` if the model cannot be traced in a mode, `VerificationError` if verify finds a
     difference.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> print(*analyze(model, (torch.ones(2, 4),)).couplings)
+    ffn × 8: 0.weight[0] (ffn.in), 0.bias[0] (ffn.in), 2.weight[1] (ffn.out)
     """
     analysis = couple(*captures(unwrap(model), example_inputs, train))
     if verify and not (made := verify_couplings(model, example_inputs, analysis)).ok:

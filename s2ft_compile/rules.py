@@ -40,6 +40,12 @@ def axis_rule(operator: str, *, like: str | None = None) -> Callable[[AxisRule],
     The rule says what must be equal (`unify`) or in order (`pin`), and returns a list of axes, a `Value`, or a list of
     those for several results. like: the rule of this operator, which needs none of its own. Raises `ConfigError` for
     one of torch's own operators, whose rules are fixed, and for a `like` that has no rule.
+
+    >>> @axis_rule("mine::scan")
+    ... def axes_scan(cx, node, x, weight):
+    ...     pin(x.dims[1], Pin("a scan has an order", node))
+    ...     unify(x.dims[-1], weight.dims[0], Pin("channels of another order", node))
+    ...     return Value(x.dims)
     """
     _check(operator)
     if like is not None:
@@ -55,6 +61,13 @@ def slice_rule(operator: str, *, like: str | None = None) -> Callable[[SliceRule
     operand's dimension d, `slicer.push(arg, d, node)` that of an operand as large as the gradient, by its own rule, and
     `slicer.call(x.target, *args, like=x)` the operator on them. like: the rule of this operator (with the same
     arguments), which needs none of its own. Raises `ConfigError` as `axis_rule` does.
+
+    >>> @slice_rule("mine::scan_backward")
+    ... def push_scan(slicer, node, x, dim):
+    ...     grad, states = x.args
+    ...     if dim != 0:
+    ...         return Mismatch("a scan has an order")
+    ...     return slicer.call(x.target, slicer.take(grad, -1, node), slicer.take(states, -1, node), like=x)
     """
     _check(operator)
     if like is not None:

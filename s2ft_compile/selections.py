@@ -29,6 +29,10 @@ def selection(name: str, *, needs: str) -> Callable[[Callable[..., Any]], Callab
     unit's is their sum over all weights of its structure. "gradients": the same of the gradient of each calibration
     batch. "activations": (use, unit), see `passes/select/products.py`. "nothing": (seed, key, units) -> (units,).
     Raises `ConfigError` for a name without a namespace, or another need.
+
+    >>> @selection("mine::smooth", needs="weight")
+    ... def smooth(weight, dim):
+    ...     return -weight.double().diff(dim=1 - dim).square().sum(1 - dim)
     """
     namespace, separator, own = name.partition("::") if isinstance(name, str) else ("", "", "")
     if not (separator and namespace and own) or ":" in own:

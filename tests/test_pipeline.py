@@ -123,7 +123,7 @@ def test_a_trace_holds_every_graph_before_and_after_with_what_changed(tmp_path):
     ]
     title, *lines = (folder / "003-joint-slice_pushdown.after.txt").read_text().splitlines()
     assert title.startswith("# graph 3, joint, slice_pushdown: ") and "-1 s2ft.attach.default" in title
-    assert "arg0_1: float64[8, 6] = input" in {line.replace("w_1", "arg0_1").replace("W_1", "arg0_1") for line in lines}
+    assert any(line.endswith(": float64[8, 6] = input") for line in lines), "the weight"
     assert not any("float64[8, 6]" in line for line in lines if "= aten." in line), "no gradient at full size"
     assert [s.name for s in steps] == ["slice_pushdown", "lower"] and steps[1].changed == {}
     assert steps[0].after == steps[1].before == "\n".join(lines)

@@ -297,9 +297,7 @@ def only(name: str):
 CASES = {}
 for _name in ("maximum", "minimum", "eq", "ne", "rsub", "logical_and", "logical_or"):
     CASES[_name] = [binary(only(_name))]
-CASES["copy"] = [
-    lambda r: (lambda x: (aten.copy.default, (x, r.t(*[r.of(n, 1) for n in x.shape][r.of(0, 1) :])), {}))(r.x())
-]
+CASES["copy"] = [lambda r: (aten.copy.default, (x := r.x(), r.t(*[r.of(n, 1) for n in x.shape][r.of(0, 1) :])), {})]
 for _name in ("multiply", "polar"):
     CASES[_name] = [binary(only(_name))]
 CASES["log_sigmoid"] = [plain(aten.log_sigmoid.default)]
@@ -360,18 +358,13 @@ for _name in ("tril_indices", "triu_indices"):
     CASES[_name] = [lambda r, op=only(_name): (op, (r.n(), r.n()), {})]
 for _name in ("cumsum", "cumprod", "logcumsumexp"):
     CASES[_name] = [with_dim(only(_name))]
-CASES["flip"] = [lambda r: (lambda x: (aten.flip.default, (x, [r.dim(x)]), {}))(r.x())]
-CASES["roll"] = [
-    lambda r: (lambda x: (aten.roll.default, (x, [1], [r.dim(x)]), {}))(r.x()),
-    plain(aten.roll.default, [1]),
-]
+CASES["flip"] = [lambda r: (aten.flip.default, (x := r.x(), [r.dim(x)]), {})]
+CASES["roll"] = [lambda r: (aten.roll.default, (x := r.x(), [1], [r.dim(x)]), {}), plain(aten.roll.default, [1])]
 CASES["sort"] = [
     with_dim(aten.sort.default),
-    lambda r: (lambda x: (aten.sort.stable, (x,), {"stable": True, "dim": r.dim(x)}))(r.x()),
+    lambda r: (aten.sort.stable, (x := r.x(),), {"stable": True, "dim": r.dim(x)}),
 ]
-CASES["topk"] = [
-    lambda r: (lambda x, d: (aten.topk.default, (x, r.n(1, x.shape[d]), d), {}))(*(lambda x: (x, r.dim(x)))(r.x(2)))
-]
+CASES["topk"] = [lambda r: (aten.topk.default, (x := r.x(2), r.n(1, x.shape[d := r.dim(x)]), d), {})]
 for _name in ("argmax", "argmin"):
     CASES[_name] = [with_dim(only(_name)), with_dim(only(_name), True), plain(only(_name))]
 for _name in ("max", "min"):
@@ -384,31 +377,33 @@ for _name in ("view", "_unsafe_view", "reshape"):
 CASES["view"] += [plain(aten.view.dtype, torch.int64), plain(aten.view.dtype, torch.int32)]
 CASES["flatten"] = [lambda r: (aten.flatten.using_ints, (r.t(*r.shape(3)), r.of(0, 1), r.of(-1, 1)), {})]
 CASES["unflatten"] = [
-    lambda r: (lambda sizes: (aten.unflatten.int, (r.t(r.n(), sizes[0] * sizes[1], r.n()), 1, sizes), {}))(r.shape(2))
+    lambda r: (aten.unflatten.int, (r.t(r.n(), (sizes := r.shape(2))[0] * sizes[1], r.n()), 1, sizes), {})
 ]
 CASES["unsqueeze"] = [with_dim(aten.unsqueeze.default)]
 CASES["squeeze"] = [plain(aten.squeeze.default), with_dim(aten.squeeze.dim)]
-CASES["view_as"] = [lambda r: (lambda x: (aten.view_as.default, (x, r.t(x.numel())), {}))(r.x())]
+CASES["view_as"] = [lambda r: (aten.view_as.default, (x := r.x(), r.t(x.numel())), {})]
 CASES["permute"] = [lambda r: (aten.permute.default, (r.t(*r.shape(3)), r.of([2, 0, 1], [1, 0, 2], [0, -1, 1])), {})]
 for _name in ("transpose", "swapaxes"):
     CASES[_name] = [
         lambda r, op=getattr(aten, _name): (
-            lambda x: (op.int if "int" in op.overloads() else op.default, (x, r.dim(x), r.dim(x)), {})
-        )(r.x())
+            op.int if "int" in op.overloads() else op.default,
+            (x := r.x(), r.dim(x), r.dim(x)),
+            {},
+        )
     ]
 CASES["t"] = [lambda r: (aten.t.default, (r.t(*r.shape(r.of(2, 1))),), {})]
 CASES["mT"] = [lambda r: (aten.mT.default, (r.t(*r.shape(r.of(2, 3))),), {})]
 CASES["expand"] = [expand_case]
-CASES["expand_as"] = [lambda r: (lambda n, m: (aten.expand_as.default, (r.t(1, n), r.t(m, n)), {}))(r.n(), r.n())]
-CASES["broadcast_to"] = [lambda r: (lambda n, m: (aten.broadcast_to.default, (r.t(n, 1), [n, m]), {}))(r.n(), r.n())]
+CASES["expand_as"] = [lambda r: (aten.expand_as.default, (r.t(1, (n := r.n())), r.t(r.n(), n)), {})]
+CASES["broadcast_to"] = [lambda r: (aten.broadcast_to.default, (r.t(n := r.n(), 1), [n, r.n()]), {})]
 CASES["repeat"] = [lambda r: (aten.repeat.default, (r.t(*r.shape(2)), r.shape(r.of(2, 3))), {})]
 CASES["repeat_interleave"] = [
-    lambda r: (lambda x: (aten.repeat_interleave.self_int, (x, r.n(), r.of(r.dim(x), None)), {}))(r.x())
+    lambda r: (aten.repeat_interleave.self_int, (x := r.x(), r.n(), r.of(r.dim(x), None)), {})
 ]
 CASES["slice"] = [slice_case]
-CASES["narrow"] = [lambda r: (lambda x: (aten.narrow.default, (x, r.dim(x), 0, 1), {}))(r.x())]
+CASES["narrow"] = [lambda r: (aten.narrow.default, (x := r.x(), r.dim(x), 0, 1), {})]
 CASES["select"] = [
-    lambda r: (lambda x: (aten.select.int, (x, r.dim(x), r.of(-1, 0)), {}))(r.x(2)),
+    lambda r: (aten.select.int, (x := r.x(2), r.dim(x), r.of(-1, 0)), {}),
     lambda r: (aten.select.int, (r.t(r.n(), 5), 1, r.of(2, 1, -2)), {}),
 ]
 CASES["unbind"] = [with_dim(aten.unbind.int)]
@@ -433,8 +428,10 @@ for _name in ("var", "std", "var_mean", "std_mean"):
     CASES[_name] = [
         plain(_packet.default, low=2),
         lambda r, op=_packet.correction: (
-            lambda x: (op, (x, [r.dim(x)]), {"correction": 0, "keepdim": r.of(False, True)})
-        )(r.x(2)),
+            op,
+            (x := r.x(2), [r.dim(x)]),
+            {"correction": 0, "keepdim": r.of(False, True)},
+        ),
     ]
 CASES["prod"] = [plain(aten.prod.default), with_dim(aten.prod.dim_int, True)]
 CASES["linalg_vector_norm"] = [reduced(aten.linalg_vector_norm.default, 2), plain(aten.linalg_vector_norm.default)]
@@ -446,9 +443,9 @@ CASES["rms_norm"] = [
 ]
 CASES["_fused_rms_norm"] = [layer_norm_case(aten._fused_rms_norm.default, bias=False)]
 CASES["group_norm"] = [group_norm_case]
-CASES["linear"] = [linear_case, lambda r: (lambda n: (aten.linear.default, (r.t(r.n(), n), r.t(n)), {}))(r.n())]
-CASES["mm"] = [lambda r: (lambda n: (aten.mm.default, (r.t(r.n(), n), r.t(n, r.n())), {}))(r.n())]
-CASES["bmm"] = [lambda r: (lambda b, n: (aten.bmm.default, (r.t(b, r.n(), n), r.t(b, n, r.n())), {}))(r.n(), r.n())]
+CASES["linear"] = [linear_case, lambda r: (aten.linear.default, (r.t(r.n(), (n := r.n())), r.t(n)), {})]
+CASES["mm"] = [lambda r: (aten.mm.default, (r.t(r.n(), (n := r.n())), r.t(n, r.n())), {})]
+CASES["bmm"] = [lambda r: (aten.bmm.default, (r.t(b := r.n(), r.n(), (n := r.n())), r.t(b, n, r.n())), {})]
 CASES["addmm"] = [addmm_case]
 CASES["baddbmm"] = [baddbmm_case]
 CASES["matmul"] = [matmul_case]
@@ -457,13 +454,9 @@ CASES["scaled_dot_product_attention"] = [attention_case]
 CASES["conv1d"] = CASES["conv2d"] = [conv_case]
 CASES["conv3d"] = [conv3d_case]
 CASES["convolution"] = [convolution_case]
-CASES["embedding"] = [lambda r: (lambda n: (aten.embedding.default, (r.t(n, r.n()), r.i(n, *r.shape(2))), {}))(r.n())]
-CASES["index"] = [index_case, lambda r: (lambda x: (aten.index.Tensor, (x, [x[:, 0] > 0.5]), {}))(r.t(*r.shape(2)))]
-CASES["index_select"] = [
-    lambda r: (lambda x, d: (aten.index_select.default, (x, d, r.i(x.shape[d], r.n())), {}))(
-        *(lambda x: (x, r.dim(x)))(r.x())
-    )
-]
+CASES["embedding"] = [lambda r: (aten.embedding.default, (r.t(n := r.n(), r.n()), r.i(n, *r.shape(2))), {})]
+CASES["index"] = [index_case, lambda r: (aten.index.Tensor, ((x := r.t(*r.shape(2))), [x[:, 0] > 0.5]), {})]
+CASES["index_select"] = [lambda r: (aten.index_select.default, (x := r.x(), d := r.dim(x), r.i(x.shape[d], r.n())), {})]
 CASES["gather"] = [gather_case]
 
 
@@ -568,7 +561,7 @@ CASES["scatter_reduce"] = [scatter_case(aten.scatter_reduce.two, "sum"), scatter
 CASES["view_as_complex"] = [lambda r: (aten.view_as_complex.default, (r.t(*r.shape(2), 2),), {})]
 CASES["view_as_real"] = [lambda r: (aten.view_as_real.default, (torch.complex(*[r.t(3, 4) for _ in "ri"]),), {})]
 CASES["unfold"] = [lambda r: (aten.unfold.default, (r.t(r.n(), 5, r.n()), r.of(1, -2), 2, r.of(1, 2)), {})]
-CASES["glu"] = [lambda r: (lambda n: (aten.glu.default, (r.t(r.n(), 2 * n, 4), r.of(1, -2, 2)), {}))(r.n())]
+CASES["glu"] = [lambda r: (aten.glu.default, (r.t(r.n(), 2 * r.n(), 4), r.of(1, -2, 2)), {})]
 for _name, _arguments in {"avg_pool": ([2],), "max_pool": ([2],), "adaptive_avg_pool": ([2],)}.items():
     CASES[f"{_name}1d"] = [spatial_case(1, getattr(aten, f"{_name}1d").default, *_arguments)]
 for _name in ("avg_pool2d", "max_pool2d", "max_pool2d_with_indices", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"):
@@ -583,17 +576,15 @@ for _name in ("_native_batch_norm_legit_no_training", "_batch_norm_no_update"):
     CASES[_name] = [batch_norm_case(only(_name))]
 CASES["_native_batch_norm_legit_functional"] = [
     lambda r, training=training: (
-        lambda n: (
-            aten._native_batch_norm_legit_functional.default,
-            (r.t(3, n, 4), r.t(n), r.t(n), r.t(n), r.t(n), training, 0.1, 1e-5),
-            {},
-        )
-    )(r.n())
+        aten._native_batch_norm_legit_functional.default,
+        (r.t(3, (n := r.n()), 4), r.t(n), r.t(n), r.t(n), r.t(n), training, 0.1, 1e-05),
+        {},
+    )
     for training in (True, False)
 ]
 CASES["_weight_norm_interface"] = [
-    lambda r: (lambda n: (aten._weight_norm_interface.default, (r.t(n, 3, 2), r.t(n, 1, 1), 0), {}))(r.n()),
-    lambda r: (lambda n: (aten._weight_norm_interface.default, (r.t(3, 2, n), r.t(1, 1, n), 2), {}))(r.n()),
+    lambda r: (aten._weight_norm_interface.default, (r.t(n := r.n(), 3, 2), r.t(n, 1, 1), 0), {}),
+    lambda r: (aten._weight_norm_interface.default, (r.t(3, 2, (n := r.n())), r.t(1, 1, n), 2), {}),
 ]
 for _spatial in "123":
     CASES[f"conv_transpose{_spatial}d"] = [conv_transpose_case]
@@ -660,43 +651,48 @@ for _name, _gates, _states in (("lstm", 4, 2), ("gru", 3, 1), ("rnn_tanh", 1, 1)
     CASES[_name] = [recurrent_case(getattr(aten, _name).input, _gates, _states)]
     CASES[f"{_name}_cell"] = [cell_case(only(f"{_name}_cell"), _gates, _states)]
 CASES["tensordot"] = [tensordot_case]
-CASES["mv"] = [lambda r: (lambda n: (aten.mv.default, (r.t(r.n(), n), r.t(n)), {}))(r.n())]
-CASES["dot"] = [lambda r: (lambda n: (aten.dot.default, (r.t(n), r.t(n)), {}))(r.n())]
+CASES["mv"] = [lambda r: (aten.mv.default, (r.t(r.n(), (n := r.n())), r.t(n)), {})]
+CASES["dot"] = [lambda r: (aten.dot.default, (r.t(n := r.n()), r.t(n)), {})]
 CASES["inner"] = [
-    lambda r: (lambda n: (aten.inner.default, (r.t(r.n(), n), r.t(*r.shape(r.of(0, 2)), n)), {}))(r.n()),
+    lambda r: (aten.inner.default, (r.t(r.n(), (n := r.n())), r.t(*r.shape(r.of(0, 2)), n)), {}),
     lambda r: (aten.inner.default, (r.t(), r.t(r.n(), r.n())), {}),
 ]
 for _name in ("outer", "ger"):
     CASES[_name] = [lambda r, op=only(_name): (op, (r.t(r.n()), r.t(r.n())), {})]
 CASES["bilinear"] = [
-    lambda r: (lambda b, n, m, o: (aten.bilinear.default, (r.t(b, n), r.t(b, m), r.t(o, n, m), r.t(o)), {}))(
-        r.n(), r.n(), r.n(), r.n()
+    lambda r: (
+        aten.bilinear.default,
+        (r.t(b := r.n(), (n := r.n())), r.t(b, (m := r.n())), r.t(o := r.n(), n, m), r.t(o)),
+        {},
     )
 ]
 CASES["cdist"] = [
-    lambda r: (lambda b, n, p: (aten.cdist.default, (r.t(b, r.n(), n), r.t(r.of(b, 1), r.n(), n), p), {}))(
-        r.n(), r.n(), r.of(2.0, 1.0)
+    lambda r: (
+        aten.cdist.default,
+        (r.t(b := r.n(), r.n(), (n := r.n())), r.t(r.of(b, 1), r.n(), n), r.of(2.0, 1.0)),
+        {},
     )
 ]
 CASES["linalg_vecdot"] = [
     lambda r: (lambda x, y: (aten.linalg_vecdot.default, (x, y), {"dim": -1}))(*[r.t(3, 4), r.t(r.of(2, 1), 3, 4)])
 ]
 CASES["cosine_similarity"] = [
-    lambda r: (lambda x: (aten.cosine_similarity.default, (x, r.t(*x.shape), r.of(0, 1, -1)), {}))(r.t(*r.shape(3)))
+    lambda r: (aten.cosine_similarity.default, ((x := r.t(*r.shape(3))), r.t(*x.shape), r.of(0, 1, -1)), {})
 ]
 CASES["linalg_solve_triangular"] = [
     lambda r: (
-        lambda n, left: (
-            aten.linalg_solve_triangular.default,
-            (torch.eye(n, dtype=torch.float64) + r.t(2, n, n), r.t(r.of(2, 1), *((n, 3) if left else (3, n)))),
-            {"upper": r.of(True, False), "left": left},
-        )
-    )(r.n(), r.of(True, False))
+        aten.linalg_solve_triangular.default,
+        (
+            torch.eye(n := r.n(), dtype=torch.float64) + r.t(2, n, n),
+            r.t(r.of(2, 1), *((n, 3) if (left := r.of(True, False)) else (3, n))),
+        ),
+        {"upper": r.of(True, False), "left": left},
+    )
 ]
 CASES["zero"] = [plain(aten.zero.default)]
 for _name in ("median", "nanmedian"):
     CASES[_name] = [plain(getattr(aten, _name).default), with_dim(getattr(aten, _name).dim)]
-CASES["kthvalue"] = [lambda r: (lambda x: (aten.kthvalue.default, (x, 1, r.dim(x), r.of(False, True)), {}))(r.x())]
+CASES["kthvalue"] = [lambda r: (aten.kthvalue.default, (x := r.x(), 1, r.dim(x), r.of(False, True)), {})]
 CASES["linalg_norm"] = [
     plain(aten.linalg_norm.default),
     lambda r: (aten.linalg_norm.default, (r.t(*r.shape(3)), r.of(None, 2, 1), [r.of(0, 1, 2)], r.of(False, True)), {}),
@@ -704,23 +700,21 @@ CASES["linalg_norm"] = [
 ]
 CASES["norm"] = [plain(aten.norm.Scalar), lambda r: (aten.norm.ScalarOpt_dim, (r.t(*r.shape(3)), 2, [r.of(0, -1)]), {})]
 CASES["prelu"] = [
-    lambda r: (lambda n: (aten.prelu.default, (r.t(r.n(), n, r.n()) - 0.5, r.t(r.of(n, 1))), {}))(r.n()),
+    lambda r: (aten.prelu.default, (r.t(r.n(), (n := r.n()), r.n()) - 0.5, r.t(r.of(n, 1))), {}),
     lambda r: (aten.prelu.default, (r.t(r.n()) - 0.5, r.t(1)), {}),
 ]
 CASES["instance_norm"] = [
     lambda r: (
-        lambda n: (
-            aten.instance_norm.default,
-            (r.t(r.n(), n, r.n(2)), r.t(n), r.t(n), None, None, True, 0.1, 1e-5, False),
-            {},
-        )
-    )(r.n())
+        aten.instance_norm.default,
+        (r.t(r.n(), (n := r.n()), r.n(2)), r.t(n), r.t(n), None, None, True, 0.1, 1e-05, False),
+        {},
+    )
 ]
 CASES["pixel_shuffle"] = [lambda r: (aten.pixel_shuffle.default, (r.t(r.n(), 4 * r.n(), r.n(), r.n()), 2), {})]
 CASES["pixel_unshuffle"] = [lambda r: (aten.pixel_unshuffle.default, (r.t(r.n(), r.n(), 2 * r.n(), 2 * r.n()), 2), {})]
 CASES["channel_shuffle"] = [lambda r: (aten.channel_shuffle.default, (r.t(r.n(), 6, r.n()), r.of(1, 2, 3)), {})]
 CASES["_weight_norm"] = [
-    lambda r: (lambda n: (aten._weight_norm.default, (r.t(n, 3, 2), r.t(n, 1, 1), 0), {}))(r.n()),
+    lambda r: (aten._weight_norm.default, (r.t(n := r.n(), 3, 2), r.t(n, 1, 1), 0), {}),
     lambda r: (aten._weight_norm.default, (r.t(r.n(), 3), r.t(), -1), {}),
 ]
 for _name in ("avg_pool3d", "max_pool3d", "adaptive_avg_pool3d"):

@@ -12,7 +12,15 @@ from s2ft_compile.structure import Analysis
 
 
 def permutations(analysis: Analysis) -> st.SearchStrategy[dict[int, Tensor]]:
-    """Axis -> an order of its units, for any couplings of a model; it shrinks to the identity and to fewer."""
+    """Axis -> an order of its units, for any couplings of a model; it shrinks to none.
+
+    >>> from hypothesis import find
+    >>> from s2ft_compile.preparation import analyze
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    >>> orders = permutations(analyze(model, (torch.ones(1, 2),)))
+    >>> find(orders, lambda orders: any(order[0] > 0 for order in orders.values()))
+    {0: tensor([1, 0, 2])}
+    """
     orders = {c.axis: st.permutations(range(c.units)).map(torch.tensor) for c in analysis.couplings}
     return st.fixed_dictionaries({}, optional=orders)
 
