@@ -79,14 +79,15 @@ def permute(model: nn.Module, coupling: Coupling, order: Tensor | Sequence[int])
 def prepare(
     model: nn.Module,
     example_inputs: Any,
-    config: S2FTConfig | None = None,
+    config: S2FTConfig | Plan | None = None,
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
     train: bool = True,
 ) -> Plan:
     """Selects slices, permutes the weights so that they are dense, freezes the rest and registers the deltas.
 
-    example_inputs, train: as for `analyze`.
+    example_inputs, train: as for `analyze`. config: what to select; or a `Plan` of this base, whose slices are taken as
+    they are, with nothing measured, to go on with a run on another machine.
     calibration: batches, each a tuple or a dict of the forward's arguments, for the selections that look at data. loss:
     (output, batch) -> scalar, for the selection "gradient" of a model whose output is neither a loss nor has one.
     The model stays the user's: same class, same `state_dict()` keys, same outputs (up to the rounding of reordered
@@ -98,17 +99,23 @@ def prepare(
             "this model is wrapped in DistributedDataParallel, which would not reduce the slices' gradients; "
             "call s2ft.prepare first and wrap the prepared model"
         )
-    model, config = unwrap(model), config or S2FTConfig()
+    given = config if isinstance(config, Plan) else None
+    model, config = unwrap(model), given.config if given else config or S2FTConfig()
     if not isinstance(config, S2FTConfig):
         raise ConfigError(f"config must be an S2FTConfig, got {type(config).__name__}")
     check_not_sharded(model)
     if find_state(model) is not None:
         raise StateError("this model is prepared already; call s2ft.release(model) before preparing it again")
-    check_calibration(config.selection, calibration)
-    parameters, taken = dict(model.named_parameters()), _taken(model, config)
+    if given is None:
+        check_calibration(config.selection, calibration)
+    parameters = dict(model.named_parameters())
+    taken = _taken(model, config) if given is None else None
     _check_not_shared(model, parameters)
     analysis = analyze(model, example_inputs, train=train)
-    selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss), taken)
+    if given is None:
+        selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss), taken)
+    else:
+        selections = _selected(given, model, analysis)
     _check_trainable(selections, parameters)
     wanted, selections = selections, trainable(model, several(example_inputs)[0], config, selections)
     notes = (*raised(analysis, config), *_left_out(wanted, selections))
@@ -161,6 +168,19 @@ def _measured(model: nn.Module, analysis: Analysis, config: S2FTConfig, calibrat
         return {}
     places = [(b.parameter_name, b.dim) for bands in targeted_bands(analysis, config).values() for b in bands]
     return calibrate(model, places, config.selection, calibration, loss)
+
+
+def _selected(plan: Plan, model: nn.Module, analysis: Analysis) -> tuple[Selection, ...]:
+    """The selections that a plan records. Raises `ConfigError` for one of another base, or of a structure not here."""
+    if plan.fingerprint != fingerprint(model):
+        raise ConfigError(
+            f"the plan is of another base model: of fingerprint {plan.fingerprint}, not {fingerprint(model)}"
+        )
+    for s in plan.slices:
+        layout = analysis.layouts.get((s.parameter_name, s.dim))
+        if layout is None or not len(s.indices) or int(s.indices.min()) < 0 or int(s.indices.max()) >= layout.size:
+            raise ConfigError(f"the plan's slice of {s.parameter_name} along dim {s.dim} is none of this model")
+    return tuple(Selection(s.parameter_name, s.dim, s.roles, s.indices.sort().values) for s in plan.slices)
 
 
 def _check_trainable(selections: Sequence[Selection], parameters) -> None:

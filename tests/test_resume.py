@@ -311,3 +311,19 @@ def test_a_plan_has_the_deltas_that_a_load_assigned(tmp_path):
     s2ft.exporters.save_adapter(other, tmp_path / "b")
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
     assert all(torch.equal(a[n], b[n]) for n in b) and any(b[n].float().abs().sum() for n in b if "delta" in n)
+
+
+def test_a_plan_prepares_its_base_with_the_same_slices_and_no_data():
+    """Written and read as JSON, from a selection that looked at data."""
+    base = hf("llama", num_hidden_layers=1).train()
+    model, again = copy.deepcopy(base), copy.deepcopy(base)
+    config = s2ft.S2FTConfig(CONFIG.targets, selection="weight_activation")
+    plan = s2ft.prepare(
+        model, {"input_ids": tokens()}, config, calibration=[{"input_ids": tokens(seed=3)}], train=False
+    )
+    read = s2ft.Plan.from_json(plan.to_json())
+    made = s2ft.prepare(again, {"input_ids": tokens()}, read, train=False)
+    assert made.to_dict() == plan.to_dict() and equal(again.state_dict().values(), model.state_dict().values())
+    other = hf("llama", num_hidden_layers=1, vocab_size=51)
+    with pytest.raises(s2ft.ConfigError, match="the plan is of another base model"):
+        s2ft.prepare(other, {"input_ids": tokens()}, read, train=False)

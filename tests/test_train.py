@@ -151,6 +151,14 @@ def test_only_what_a_run_was_begun_with_goes_on(whole, base, text, tmp_path):  #
     again = ("train", "--resume", "--output", run)
     assert "begun with other slices" in refused(*again, "--targets", "ffn.out=4")
     assert "begun with other batches" in refused(*again, "--batch-size", 3)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    moved = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        moved.lm_head.weight.add_(1)
+    for part in (moved, AutoTokenizer.from_pretrained(base)):
+        part.save_pretrained(tmp_path / "moved")
+    assert "of another base model" in refused(*again, "--model", tmp_path / "moved")
     other = lines(tmp_path / "other.jsonl", *[{"text": "something else entirely " * 40}] * 4)
     assert "begun with other data" in refused(*again, "--data", other)
     (run / "checkpoints" / "checkpoint-6" / "model.safetensors").write_bytes(b"\0" * 64)

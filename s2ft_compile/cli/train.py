@@ -62,7 +62,7 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
             model = load_model(options.model, options.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
-            plan = prepare(model, example_inputs(model), options.s2ft, calibration(model, training, options))
+            plan = _prepared(model, training, options, work)
         options = replace(options, lr=options.lr or learning_rate(model))
         _remember(work, options, plan, blocks)
         with progress(console) as bars:
@@ -178,6 +178,16 @@ def _as_one_line(error: BaseException, last: Path | None) -> BaseException:
     return error
 
 
+def _prepared(model: nn.Module, training: Blocks, options: TrainOptions, work: Path) -> Plan:
+    """Selects; a run that goes on has its slices already, wherever it was begun. Raises `ConfigError` for others."""
+    if not options.resume:
+        return prepare(model, example_inputs(model), options.s2ft, calibration(model, training, options))
+    begun = Plan.from_dict(json.loads((work / PLAN).read_text(encoding="utf-8"))["plan"])
+    if begun.config.to_dict() != options.s2ft.to_dict():
+        raise ConfigError(f"{work} was begun with other slices: {begun.config}; this is {options.s2ft}")
+    return prepare(model, example_inputs(model), begun)
+
+
 def _remember(work: Path, options: TrainOptions, plan: Plan, blocks: Blocks) -> None:
     """Writes what the run is made of; of one that goes on, raises `ConfigError` where something else is."""
     data = hashlib.sha256(blocks.input_ids.numpy().tobytes() + blocks.labels.numpy().tobytes()).hexdigest()
@@ -189,11 +199,6 @@ def _remember(work: Path, options: TrainOptions, plan: Plan, blocks: Blocks) -> 
             raise ConfigError(
                 f"{work} was begun with other {' and '.join(differ)}; a run goes on with the same, or anew"
             )
-        old = Plan.from_dict(then["plan"])
-        if old.fingerprint != plan.fingerprint:
-            raise ConfigError(f"{work} was begun from another base model than {options.model}")
-        if old.to_dict()["slices"] != plan.to_dict()["slices"]:
-            raise ConfigError(f"{work} was begun with other slices: {old.config}; this is {plan.config}")
         return
     write_json(work / PLAN, {**now, "plan": plan.to_dict()})
     write_json(work / RUN, {k: v for k, v in options.given.items() if k not in ("resume", "config")})
