@@ -3,6 +3,8 @@
 Each entry makes (model, example inputs). Libraries that are not installed are left out.
 """
 
+import re
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
@@ -63,7 +65,9 @@ def _timm(name: str) -> Made:
 
 # --- torchvision -----------------------------------------------------------------------------------------------------
 
-TORCHVISION = "mobilenet_v3_small resnet18 shufflenet_v2_x0_5 squeezenet1_0 mnasnet0_5 densenet121 regnet_y_400mf".split()
+TORCHVISION = (
+    "mobilenet_v3_small resnet18 shufflenet_v2_x0_5 squeezenet1_0 mnasnet0_5 densenet121 regnet_y_400mf".split()
+)
 
 
 def torchvision_models() -> Iterator[tuple[str, Callable[[], Made]]]:
@@ -78,10 +82,7 @@ def torchvision_models() -> Iterator[tuple[str, Callable[[], Made]]]:
     yield "swin", lambda: (SwinTransformer([4, 4], window_size=[4, 4], **small), (image(32),))
     yield (
         "swin_v2",
-        lambda: (
-            SwinTransformer([4, 4], window_size=[4, 4], block=SwinTransformerBlockV2, **small),
-            (image(32),),
-        ),
+        lambda: (SwinTransformer([4, 4], window_size=[4, 4], block=SwinTransformerBlockV2, **small), (image(32),)),
     )
     yield (
         "swin3d",
@@ -140,7 +141,9 @@ def litgpt_models() -> Iterator[tuple[str, Callable[[], Made]]]:
     from litgpt.model import GPT
 
     def make(name: str) -> Made:
-        few = dict(n_layer=2, n_embd=32, n_head=4, block_size=32, padded_vocab_size=50, vocab_size=50, intermediate_size=48)
+        few = dict(
+            n_layer=2, n_embd=32, n_head=4, block_size=32, padded_vocab_size=50, vocab_size=50, intermediate_size=48
+        )
         config = Config.from_name(name)
         groups = {config.n_head: 4, 1: 1}.get(config.n_query_groups, 2)
         more = {"n_expert": 3, "n_expert_per_token": 2, "moe_intermediate_size": 48} if config.n_expert else {}
@@ -172,8 +175,15 @@ def diffusers_models() -> Iterator[tuple[str, Callable[[], Made]]]:
         "UNet2D",
         lambda: (
             d.UNet2DModel(
-                16, 3, 3, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
-                down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+                16,
+                3,
+                3,
+                block_out_channels=(8, 16),
+                layers_per_block=1,
+                norm_num_groups=4,
+                attention_head_dim=8,
+                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
             ),
             (image(16), step),
         ),
@@ -182,8 +192,15 @@ def diffusers_models() -> Iterator[tuple[str, Callable[[], Made]]]:
         "UNet2DCondition",
         lambda: (
             d.UNet2DConditionModel(
-                16, 4, 4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-                cross_attention_dim=12, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                16,
+                4,
+                4,
+                block_out_channels=(8, 16),
+                layers_per_block=1,
+                norm_num_groups=4,
+                attention_head_dim=4,
+                cross_attention_dim=12,
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             ),
             (image(16, 4), step, torch.randn(2, 5, 12)),
@@ -191,31 +208,61 @@ def diffusers_models() -> Iterator[tuple[str, Callable[[], Made]]]:
     )
     yield (
         "AutoencoderKL",
-        lambda: (d.AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
-                                 up_block_types=("UpDecoderBlock2D",) * 2), (image(16),)),
+        lambda: (
+            d.AutoencoderKL(
+                block_out_channels=(8, 16),
+                norm_num_groups=4,
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+            ),
+            (image(16),),
+        ),
     )
     yield (
         "DiT",
-        lambda: (d.DiTTransformer2DModel(in_channels=4, out_channels=8, sample_size=8, num_embeds_ada_norm=9, norm_num_groups=4,
-                                         **heads), (image(8, 4), step, step)),
+        lambda: (
+            d.DiTTransformer2DModel(
+                in_channels=4, out_channels=8, sample_size=8, num_embeds_ada_norm=9, norm_num_groups=4, **heads
+            ),
+            (image(8, 4), step, step),
+        ),
     )
     yield (
         "SD3",
         lambda: (
-            d.SD3Transformer2DModel(8, 2, 4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-                                    joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=6,
-                                    out_channels=4, pos_embed_max_size=8),
-            dict(hidden_states=image(8, 4), encoder_hidden_states=torch.randn(2, 5, 12),
-                 pooled_projections=torch.randn(2, 6), timestep=step),
+            d.SD3Transformer2DModel(
+                8,
+                2,
+                4,
+                num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=12,
+                caption_projection_dim=16,
+                pooled_projection_dim=6,
+                out_channels=4,
+                pos_embed_max_size=8,
+            ),
+            dict(
+                hidden_states=image(8, 4),
+                encoder_hidden_states=torch.randn(2, 5, 12),
+                pooled_projections=torch.randn(2, 6),
+                timestep=step,
+            ),
         ),
     )
     yield (
         "Pixart",
         lambda: (
-            d.PixArtTransformer2DModel(in_channels=4, out_channels=8, sample_size=8, cross_attention_dim=16, caption_channels=12,
-                                       **heads),
-            dict(hidden_states=image(8, 4), encoder_hidden_states=torch.randn(2, 5, 12), timestep=step,
-                 added_cond_kwargs={"resolution": None, "aspect_ratio": None}),
+            d.PixArtTransformer2DModel(
+                in_channels=4, out_channels=8, sample_size=8, cross_attention_dim=16, caption_channels=12, **heads
+            ),
+            dict(
+                hidden_states=image(8, 4),
+                encoder_hidden_states=torch.randn(2, 5, 12),
+                timestep=step,
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            ),
         ),
     )
 
@@ -230,8 +277,31 @@ LIBRARIES: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Made]]]]] = {
 }
 
 
+def import_torchvision() -> None:
+    """Its wheels for GPUs bring no operators to a CPU build of torch, but need them declared to be imported."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    DECLARED.append(library)
+    while True:
+        try:
+            import torchvision  # noqa: F401
+
+            return
+        except RuntimeError as error:
+            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+            if missing is None:
+                raise
+            library.define(f"{missing[1]}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+DECLARED: list[torch.library.Library] = []  # an operator lives as long as its library's object
+
+
 def models() -> dict[str, Callable[[], Made]]:
-    """"library name" -> what makes it, of the libraries that are installed."""
+    """ "library name" -> what makes it, of the libraries that are installed."""
+    if find_spec("torchvision"):
+        import_torchvision()
     found = {}
     for library, listed in LIBRARIES.items():
         if find_spec(library):

@@ -749,7 +749,6 @@ CASES["float_power"] = [binary(aten.float_power.Tensor_Tensor)]
 CASES["xlogy"] = [binary(aten.xlogy.Tensor)]
 
 
-
 def fourier_case(op, rank: str):
     def case(r):
         x = r.t(*r.shape(r.of(2, 3), 2))

@@ -197,14 +197,7 @@ AXIS_RULES: dict[Any, Callable] = {
         "scalar_tensor",
         "zero",
     ),
-    **family(
-        axes_ordered,
-        "arange",
-        "linspace",
-        "eye",
-        "tril_indices",
-        "triu_indices",
-    ),
+    **family(axes_ordered, "arange", "linspace", "eye", "tril_indices", "triu_indices"),
     **family(
         axes_random,
         "rand",
