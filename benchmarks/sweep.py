@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py                                    the causal-LM mapping; writes results/sweep.json
     python benchmarks/sweep.py --mapping masked-lm --only bert    others, or some types of them
-    python benchmarks/sweep.py --mapping zoo                      models of other libraries (the extra `zoo`), trained too
+    python benchmarks/sweep.py --mapping zoo                      other libraries (the extra `zoo`), trained too
     python benchmarks/sweep.py --layers 2,8,32,128                seconds by number of layers instead
 
 What a type should have is counted from its modules by name, which the compiler never looks at: an FFN or attention

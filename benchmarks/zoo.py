@@ -1,6 +1,6 @@
-"""Models of other libraries (the optional extra `zoo`), small and at random: what `benchmarks/sweep.py --mapping zoo` tries.
+"""Models of other libraries (the optional extra `zoo`), small and at random: `benchmarks/sweep.py --mapping zoo`.
 
-Each entry makes (model, example inputs). Libraries that are not installed are left out.
+Each entry makes (model, example inputs). Libraries that cannot be imported are left out, with a line.
 """
 
 import re
@@ -26,7 +26,8 @@ def tokens(length: int = 8, vocabulary: int = 50) -> Tensor:
 # --- timm: one small model of each family, by its registered name ------------------------------------------------
 
 TIMM = (
-    "vit_tiny_patch16_224 deit_tiny_patch16_224 beit_base_patch16_224 eva02_tiny_patch14_224 swin_tiny_patch4_window7_224 "
+    "vit_tiny_patch16_224 deit_tiny_patch16_224 beit_base_patch16_224 eva02_tiny_patch14_224 "
+    "swin_tiny_patch4_window7_224 "
     "swinv2_tiny_window8_256 convnext_atto convnextv2_atto mixer_s32_224 gmixer_12_224 resmlp_12_224 cait_xxs24_224 "
     "xcit_nano_12_p16_224 levit_128s mobilevit_xxs mobilevitv2_050 mobilenetv3_small_050 efficientnet_b0 resnet18 "
     "regnetx_002 poolformer_s12 metaformer caformer_s18 pvt_v2_b0 twins_svt_small coat_lite_tiny crossvit_tiny_240 "
@@ -133,7 +134,10 @@ def xt_models() -> Iterator[tuple[str, Callable[[], Made]]]:
 
 # --- litgpt: its configurations -----------------------------------------------------------------------------------
 
-LITGPT = "Llama-3-8B pythia-14m phi-2 gemma-2b Gemma-2-2b Mixtral-8x7B-v0.1 falcon-7b stablelm-3b-4e1t Qwen2.5-0.5B OLMo-1B-hf".split()
+LITGPT = (
+    "Llama-3-8B pythia-14m phi-2 gemma-2b Gemma-2-2b Mixtral-8x7B-v0.1 falcon-7b stablelm-3b-4e1t Qwen2.5-0.5B "
+    "OLMo-1B-hf"
+).split()
 
 
 def litgpt_models() -> Iterator[tuple[str, Callable[[], Made]]]:
@@ -153,7 +157,7 @@ def litgpt_models() -> Iterator[tuple[str, Callable[[], Made]]]:
         yield name, lambda name=name: make(name)
 
 
-# --- open_clip, diffusers ----------------------------------------------------------------------------------------------
+# --- open_clip, diffusers -------------------------------------------------------------------------------------------
 
 
 def open_clip_models() -> Iterator[tuple[str, Callable[[], Made]]]:
@@ -304,6 +308,8 @@ def models() -> dict[str, Callable[[], Made]]:
         import_torchvision()
     found = {}
     for library, listed in LIBRARIES.items():
-        if find_spec(library):
-            found |= {f"{library} {name}": make for name, make in listed()}
+        try:
+            found |= {f"{library} {name}": make for name, make in listed()} if find_spec(library) else {}
+        except (ImportError, RuntimeError) as error:  # what it needs besides is missing
+            print(f"{library} is left out: {error}")
     return found
