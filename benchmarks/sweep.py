@@ -2,6 +2,7 @@
 
     python benchmarks/sweep.py                                    the causal-LM mapping; writes results/sweep.json
     python benchmarks/sweep.py --mapping masked-lm --only bert    others, or some types of them
+    python benchmarks/sweep.py --mapping zoo                      other libraries (the extra `zoo`), trained too
     python benchmarks/sweep.py --layers 2,8,32,128                seconds by number of layers instead
 
 What a type should have is counted from its modules by name, which the compiler never looks at: an FFN or attention
@@ -27,7 +28,7 @@ from tiny import build
 from torch import nn
 from turns import RESULTS, versions
 
-from s2ft_compile.capture import capture
+from s2ft_compile.capture import capture, captures
 from s2ft_compile.passes.couple.couple import couple
 
 MAPPINGS = {
@@ -86,7 +87,7 @@ def coverage(model: nn.Module, captured, analysis) -> dict:
     nodes = captured.graph_module.graph.nodes
     read = {captured.parameters[n.name] for n in nodes if n.name in captured.parameters and n.users}
     read |= {other for other, first in captured.tied.items() if first in read}
-    roles = {"ffn": ("ffn", "moe"), "attention": ("attention",)}
+    roles = {"ffn": ("ffn", "moe", "conv"), "attention": ("attention", "ssm")}
     report = {}
     for kind in roles:
         wanted = [path for k, path in units(model) if k == kind and any(n.startswith(path + ".") for n in read)]
@@ -95,7 +96,7 @@ def coverage(model: nn.Module, captured, analysis) -> dict:
             for c in analysis.couplings
             if c.role in roles[kind]
             for m in c.members
-            if kind == "ffn" or m.role == "attention.out"
+            if kind == "ffn" or m.role in ("attention.out", "ssm.out")
         ]
         names = {m.parameter_name for m in members}
         aliases = names | {other for other, first in analysis.tied.items() if first in names}
@@ -129,21 +130,45 @@ def examine(model_type: str, names) -> dict:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    import s2ft_compile as s2ft
-
     result = {"type": model_type, "class": names if isinstance(names, str) else names[0]}
     try:
         model, inputs = build(CONFIG_MAPPING[model_type], getattr(transformers, result["class"]))
     except Exception as error:
         return {**result, "status": "no model", "reason": f"{type(error).__name__}: {str(error)[:300]}"}
+    return result | examine_made(model, inputs)
+
+
+def examine_zoo(name: str) -> dict:
+    """The same of a model of another library, and whether every role it offers trains with exact gradients."""
+    import zoo
+
+    from s2ft_compile.testing import assert_trains
+
+    try:
+        model, inputs = zoo.models()[name]()
+    except Exception as error:
+        return {"status": "no model", "reason": f"{type(error).__name__}: {str(error)[:300]}"}
+    result = examine_made(model, inputs)
+    if result["status"] == "traced":
+        try:
+            result["trains"] = assert_trains(model, inputs)
+        except Exception as error:  # the finding: what is offered and does not train
+            result["not trained"] = f"{type(error).__name__}: {str(error)[:600]}"
+    return result
+
+
+def examine_made(model: nn.Module, inputs) -> dict:
+    import s2ft_compile as s2ft
+
+    result = {}
     result["parameters"] = sum(p.numel() for p in model.parameters())
     start = time.perf_counter()
     try:
-        captured = capture(model, inputs)
+        found = captures(model, inputs)
     except s2ft.CaptureError as error:
         return {**result, "status": "not traced", "reason": str(error)[:600]}
-    traced = time.perf_counter()
-    analysis = couple(captured)
+    captured, traced = found[0], time.perf_counter()
+    analysis = couple(*found)
     done = time.perf_counter()
     operators = Counter(r.operator for r in analysis.refusals if "no rule" in r.reason)
     result |= {
@@ -217,6 +242,7 @@ def aggregate(rows: list[dict]) -> dict:
             name: sum(r["verified"] == verdict for r in traced)
             for name, verdict in (("verified", "yes"), ("blunt", "blunt"), ("not comparable", "no"), ("wrong", "wrong"))
         },
+        "offered but not trained": sum("not trained" in r for r in rows),
         "seconds": round(sum(r["seconds"] for r in rows)),
         "operators without a rule": dict(Counter(op for r in traced for op in r["no_rule"]).most_common()),
     }
@@ -245,15 +271,25 @@ def table(rows: list[dict], title: str) -> Table:
     return made
 
 
-def sweep(mapping: str, only: list[str]) -> list[dict]:
+def listed(mapping: str) -> dict:
+    """Type -> what builds it."""
+    if mapping == "zoo":
+        import zoo
+
+        return dict.fromkeys(zoo.models(), None)
     from transformers.models.auto import modeling_auto
 
-    names, rows = getattr(modeling_auto, MAPPINGS[mapping]), []
+    return getattr(modeling_auto, MAPPINGS[mapping])
+
+
+def sweep(mapping: str, only: list[str]) -> list[dict]:
+    names, rows = listed(mapping), []
     for i, (model_type, classes) in enumerate(names.items()):
         if only and model_type not in only:
             continue
         start = time.perf_counter()
-        row = {"type": model_type, **isolated(examine, model_type, classes)}
+        task = (examine_zoo, model_type) if mapping == "zoo" else (examine, model_type, classes)
+        row = {"type": model_type, **isolated(*task)}
         row["seconds"] = round(time.perf_counter() - start, 1)
         rows.append(row)
         found = " ".join(f"{k} {row[k]['found']}/{row[k]['expected']}" for k in ("ffn", "attention") if k in row)
@@ -327,7 +363,7 @@ def main() -> None:
         stored["cost"] = [isolated(cost, int(n)) for n in arguments.layers.split(",")]
         console.print(cost_table(stored["cost"]))
         return save(arguments.output, stored)
-    for mapping in MAPPINGS if "all" in arguments.mapping else arguments.mapping:
+    for mapping in (*MAPPINGS, "zoo") if "all" in arguments.mapping else arguments.mapping:
         rows = sweep(mapping, arguments.only)
         if arguments.only:  # the rest as it was
             rows += [r for r in stored.get(mapping, {}).get("types", []) if r["type"] not in arguments.only]
@@ -339,7 +375,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--mapping", nargs="+", choices=[*MAPPINGS, "all"], default=["causal-lm"])
+    options.add_argument("--mapping", nargs="+", choices=[*MAPPINGS, "zoo", "all"], default=["causal-lm"])
     options.add_argument("--only", nargs="+", default=[], metavar="TYPE", help="model types")
     options.add_argument("--layers", default="", help="measure the cost for these numbers of layers, by commas")
     options.add_argument("--output", type=Path, default=RESULTS / "sweep.json")

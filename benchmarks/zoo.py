@@ -1,8 +1,10 @@
 """Models of other libraries (the optional extra `zoo`), small and at random: `benchmarks/sweep.py --mapping zoo`.
 
-Each entry makes (model, example inputs). Libraries that are not installed are left out.
+Each entry makes (model, example inputs). Libraries that cannot be imported are left out, with a line.
 """
 
+import re
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
@@ -133,8 +135,8 @@ def xt_models() -> Iterator[tuple[str, Callable[[], Made]]]:
 # --- litgpt: its configurations -----------------------------------------------------------------------------------
 
 LITGPT = (
-    "Llama-3-8B pythia-14m phi-2 gemma-2b Gemma-2-2b Mixtral-8x7B-v0.1 falcon-7b stablelm-3b-4e1t Qwen2.5-0.5B"
-    " OLMo-1B-hf"
+    "Llama-3-8B pythia-14m phi-2 gemma-2b Gemma-2-2b Mixtral-8x7B-v0.1 falcon-7b stablelm-3b-4e1t Qwen2.5-0.5B "
+    "OLMo-1B-hf"
 ).split()
 
 
@@ -279,10 +281,35 @@ LIBRARIES: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Made]]]]] = {
 }
 
 
+def import_torchvision() -> None:
+    """Its wheels for GPUs bring no operators to a CPU build of torch, but need them declared to be imported."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    DECLARED.append(library)
+    while True:
+        try:
+            import torchvision  # noqa: F401
+
+            return
+        except RuntimeError as error:
+            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+            if missing is None:
+                raise
+            library.define(f"{missing[1]}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+DECLARED: list[torch.library.Library] = []  # an operator lives as long as its library's object
+
+
 def models() -> dict[str, Callable[[], Made]]:
     """ "library name" -> what makes it, of the libraries that are installed."""
+    if find_spec("torchvision"):
+        import_torchvision()
     found = {}
     for library, listed in LIBRARIES.items():
-        if find_spec(library):
-            found |= {f"{library} {name}": make for name, make in listed()}
+        try:
+            found |= {f"{library} {name}": make for name, make in listed()} if find_spec(library) else {}
+        except (ImportError, RuntimeError) as error:  # what it needs besides is missing
+            print(f"{library} is left out: {error}")
     return found

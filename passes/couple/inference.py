@@ -1,5 +1,6 @@
 """Axis inference: the rules applied to every node of a graph once, from its inputs to its outputs."""
 
+import logging
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknow
 from .axes import Axis, Pin, atoms, pin, unify
 from .rules import rule_for
 
+log = logging.getLogger(__name__)
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph")
 
 
@@ -109,7 +111,8 @@ class Inference:
         return Value(made, weight, scores, looked_up)
 
     def _apply(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        """The rule's result; where sizes depend on data, sums of made-up sizes can contradict a real one: refused."""
+        """The rule's result. What a rule cannot take (sizes that depend on data can contradict each other) is refused:
+        all that the operator touches is pinned, whatever the rule has stated before."""
         try:
             made = rule_for(node.target)(self.cx, node, *args, **kwargs)
             several = made if isinstance(node.meta["val"], (list, tuple)) else [made]
@@ -117,9 +120,9 @@ class Inference:
             if found[: len(shapes(node))] != shapes(node):
                 raise ValueError(f"rule for {node.target} made {found} where the graph has {shapes(node)}")
             return made
-        except (IndexError, ValueError, AttributeError):
+        except Exception as error:
             if not any(n.meta.get("made up") for n in (node, *node.all_input_nodes)):
-                raise
+                log.warning("the rule for %s failed, so its axes are refused: %r", node.target, error)
             return axes_unknown(self.cx, node, *args, **kwargs)
 
 

@@ -19,11 +19,11 @@ class Roles:
 
     def __init__(self, inference: Inference):
         cx, parameters = inference.cx, list(inference.parameters.values())
-        held = atoms_of(axis for value in parameters for axis in value.dims)
+        produced = atoms_of(axis for p in cx.projections.values() for axis in p.produced)
         self.heads = atoms_of(cx.heads)
         for kept, contracted in cx.pairs:  # queries of several heads may share a key that has none
-            if atoms_of(contracted) & held:
-                self.heads |= atoms_of(kept) & held
+            if atoms_of(contracted) & produced:
+                self.heads |= atoms_of(kept) & produced
         self.attention = atoms_of(cx.attention) | self.heads
         for value in parameters:
             self.attention |= {atom for axis in value.dims for atom in _beside(axis, self.heads)}
