@@ -284,7 +284,7 @@ def _manager(model: nn.Module, limits: Limits, ends: Sequence[int]) -> Any:
         raise ConfigError(f"{type(model).__name__} is not served: valid are causal language models of transformers")
     if not getattr(model, "_supports_attention_backend", False):  # it would run, and attend to nothing of its past
         raise ConfigError(
-            f"{type(model).__name__} is not served: its attention is its own and not of transformers' interface, so the "
+            f"{type(model).__name__} is not served: its attention is its own, not of transformers' interface, so the "
             f"engine's cache does not reach it; merged, it runs with `generate`"
         )
     on_cpu = next(model.parameters()).device.type == "cpu"
