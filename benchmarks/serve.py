@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py [--quick] [--output benchmarks/results/serve.json] [--rounds 5] [--dtype float32]
 
-A model of 100M parameters of Llama's shape with random weights, and adapters of 4.2% of the FFN channels of each layer.
+A model of 32M parameters of Llama's shape with random weights, and adapters of 4.2% of the FFN channels of each layer.
 Both kinds of load run in turn on one server, and ask for as many tokens after the same prompts; a figure is the median
 over the rounds. Every answer is compared with a model that has the adapter merged into it and runs alone. `wrong`: how
 many have a token that is not the likeliest after those before it; `ties`: how many one that is but for rounding;
@@ -34,7 +34,7 @@ from s2ft_compile.serve.server import Options, build
 
 CLIENTS = 64
 FULL_SIZE = Setting(
-    hidden=768, layers=12, ffn=2688, heads=12, kv_heads=4, vocabulary=16384, batch=ADAPTERS, length=128, tied=True
+    hidden=512, layers=8, ffn=1792, heads=8, kv_heads=2, vocabulary=8192, batch=ADAPTERS, length=128, tied=True
 )
 QUICK_SIZE = Setting(
     hidden=64, layers=2, ffn=256, heads=4, kv_heads=2, vocabulary=512, batch=ADAPTERS, length=128, tied=True

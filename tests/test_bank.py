@@ -130,7 +130,10 @@ def test_packed_requests_have_the_adapters_of_their_tokens(folder, requests):
     ids, lengths = [name for name, _ in requests], [length for _, length in requests]
     bank, x = bank_of(folder), torch.randn(1, sum(lengths), 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), bank.batch(ids, lengths):
-        found = bank.model.model.layers[1].mlp(x).split(lengths, 1)
+        found = bank.model.model.layers[1].mlp(x)
+    with torch.no_grad(), bank.batch(ids, lengths):  # a step like the one before
+        assert torch.equal(bank.model.model.layers[1].mlp(x), found)
+    found = found.split(lengths, 1)
     for name, part, y in zip(ids, x.split(lengths, 1), found):
         close(y, alone(folder, name).model.layers[1].mlp(part).detach())
 
@@ -158,6 +161,8 @@ def test_a_removed_adapter_gives_its_memory_back(folder):
         bank.model(tokens())
     added = live_bytes() - before
     assert added >= 2 * 4 * numbers
+    with torch.no_grad(), bank.batch(["again", "b"], [2, 1]):
+        bank.model.model.layers[0].mlp(torch.zeros(3, 16))
     bank.activate("again")
     assert live_bytes() - before - added >= 2 * 4 * numbers  # the blocks with it and without
     bank.fuse({"again": 0.5, "b": 1.0})

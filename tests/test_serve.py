@@ -14,7 +14,8 @@ import time
 
 import pytest
 import torch
-from small import hf
+import transformers as t
+from small import LLAMA, hf
 from test_data import tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -34,7 +35,8 @@ from hypothesis import strategies as st  # noqa: E402
 
 from s2ft_compile.cli.app import app  # noqa: E402
 from s2ft_compile.cli.serve import loaded  # noqa: E402
-from s2ft_compile.serve.engine import Request  # noqa: E402
+from s2ft_compile.errors import AdapterError, ConfigError, ExportError  # noqa: E402
+from s2ft_compile.serve.engine import Engine, Limits, Request  # noqa: E402
 from s2ft_compile.serve.server import Options, build  # noqa: E402
 from s2ft_compile.serve.text import Text  # noqa: E402
 
@@ -385,6 +387,80 @@ def test_more_requests_than_the_cache_holds_wait_and_none_is_lost(folder, alone)
         for request, found in zip(*asyncio.run(ask())):
             assert found == alone(request.adapter or "base", list(request.tokens), 28)
         assert idle(engine)
+
+
+def gemma3() -> torch.nn.Module:
+    """A window of three tokens in one layer, and all of them in the other."""
+    layers = ["sliding_attention", "full_attention"]
+    fields = {**LLAMA, "sliding_window": 3, "layer_types": layers}
+    torch.manual_seed(0)
+    return t.Gemma3ForCausalLM(t.Gemma3TextConfig(**fields)).eval()
+
+
+OTHERS = {
+    "gpt2": (
+        lambda: hf("gpt2"),
+        {"mlp.c_proj.weight": (0, 5), "mlp.c_fc.weight": (1, 4), "attn.c_proj.weight": (0, 4)},
+    ),
+    "gemma3": (gemma3, {"down_proj.weight": (1, 5), "up_proj.weight": (0, 4)}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_shapes_of_models(tmp_path, kind):
+    """Weights stored the other way, fused projections, learned positions; windows."""
+    make, slices = OTHERS[kind]
+    write_adapter(folder := tmp_path, random_adapter(make(), slices, 0))
+    merged, engine = make(), Engine(make(), Limits(cache=128, page=16, step=32, batch=4))
+    load_adapter(merged, folder)
+    engine.add("a", folder)
+
+    async def ask():
+        prompts = [[5, 7, 9], [3], [8, 1, 2, 4, 9, 9, 1], [8, 1, 2, 4, 9, 9, 1]]
+        requests = [Request(prompt, "a" if i != 2 else None, 9) for i, prompt in enumerate(prompts)]
+        return requests, await asyncio.gather(*(engine.answer(request) for request in requests))
+
+    with engine:
+        for request, found in zip(*asyncio.run(ask())):
+            model = merged if request.adapter else make()
+            model.generation_config.eos_token_id = None
+            made = model.generate(
+                torch.tensor([request.tokens]), do_sample=False, max_new_tokens=9, pad_token_id=0, use_cache=True
+            )
+            assert found == made[0, len(request.tokens) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: hf("bert"), "BertForMaskedLM is not served: valid are causal language models"),
+        (lambda: torch.nn.Linear(2, 2), "Linear is not served"),
+        (
+            lambda: t.BloomForCausalLM(t.BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=4)),
+            "BloomForCausalLM is not served: its attention",
+        ),
+        (
+            lambda: t.MambaForCausalLM(t.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1)),
+            "MambaForCausalLM",
+        ),
+    ],
+)
+def test_models_that_the_engine_does_not_run_are_refused(make, match):
+    with pytest.raises(ConfigError, match=match):
+        Engine(make())
+
+
+def test_adapters_that_a_batch_does_not_hold_are_refused_before_it_runs():
+    engine = Engine(base_model(), Limits(cache=64, page=16))
+    for end, error, match in (
+        ("lm_head.weight", AdapterError, "changes the head, lm_head.weight"),
+        ("embed_tokens.weight", ExportError, "embed_tokens.weight cannot be in a batch"),
+    ):
+        with pytest.raises(error, match=match):
+            engine.add("a", random_adapter(engine.bank.model, {end: (1, 2)}, 0))
+    with pytest.raises(AdapterError, match="of another model: this one has no transformer.h.0"):
+        engine.add("a", random_adapter(hf("gpt2"), OTHERS["gpt2"][1], 0))
+    assert engine.names == ()
 
 
 @given(st.text(max_size=30), st.lists(st.text("abc \u00e9", min_size=1, max_size=3), max_size=2), st.data())

@@ -21,7 +21,7 @@ from s2ft_compile.plan import Slice
 from s2ft_compile.state import is_prepared
 
 from .apply import check_fits, summed
-from .batched import Packed, Picked, Stack
+from .batched import Packed, Picked, Stack, places
 from .format import Adapter, read_adapter
 from .layers import linear_layers
 
@@ -65,6 +65,7 @@ class AdapterBank:
         self._blocks: dict[str, Blocks] = {}  # of those that were activated
         self._undo: tuple[Written, ...] = ()
         self._stacks: Mapping[str, tuple[Stack, ...]] | None = None
+        self._last: tuple | None = None  # what packed requests picked; steps of decoding repeat it
         self._hooked: set[str] = set()
         self._batches = 0
         self._free = threading.Condition(threading.RLock())
@@ -91,7 +92,7 @@ class AdapterBank:
                 self._adapters = {**self._adapters, name: _placed(self.model, read)}
             finally:
                 self._switch(*before)
-            self._stacks = None
+            self._stacks = self._last = None
 
     def remove(self, name: str) -> None:
         """Forgets an adapter, and frees its memory; the base model's weights are back if it was active."""
@@ -101,7 +102,7 @@ class AdapterBank:
                 self._switch((), (), ())
             self._adapters = {n: a for n, a in self._adapters.items() if n != name}
             self._blocks.pop(name, None)
-            self._stacks = None
+            self._stacks = self._last = None
 
     def _adapter(self, name: str) -> Adapter:
         if name not in self._adapters:
@@ -217,8 +218,13 @@ class AdapterBank:
         ids = torch.tensor(rows, device=device)
         if lengths is None:
             return {name: tuple(s.picked(ids, terms) for s in some) for name, some in stacks.items()}
-        sizes = torch.tensor(lengths, device=device)
-        return {name: tuple(s.packed(ids, sizes, terms) for s in some) for name, some in stacks.items()}
+        asked, last = (tuple(rows), tuple(lengths)), self._last
+        if last is None or last[0] is not stacks or last[1] != asked:
+            each = ids.repeat_interleave(torch.tensor(lengths, device=device))
+            tokens = places(each, len(rows))
+            picked = {name: tuple(s.packed(each, tokens, terms) for s in some) for name, some in stacks.items()}
+            self._last = last = stacks, asked, picked
+        return last[2]
 
     def _prepared_stacks(self) -> Mapping[str, tuple[Stack, ...]]:
         """Every layer's stacks, and a hook on each; a batch that runs keeps the ones it began with."""

@@ -51,12 +51,11 @@ class Stack:
             return cls(contracts, index, delta, tuple(ranks), rank)
         return cls(contracts, index, in_blocks(delta), tuple(ranks), None)
 
-    def packed(self, ids: Tensor, lengths: Tensor, terms: dict[tuple, Tensor]) -> "Packed":
-        """ids: (N,) of the requests, lengths: (N,) how many tokens each has."""
-        each = ids.repeat_interleave(lengths)
-        if self.rank is not None or ids.device.type != "cpu" or len(each) == len(ids):
+    def packed(self, each: Tensor, tokens: Mapping[int, Tensor] | None, terms: dict[tuple, Tensor]) -> "Packed":
+        """each: the id of every token. tokens: what `places` says of them."""
+        if tokens is None or self.rank is not None:
             return Packed(self.picked(each, terms))
-        return Packed(Picked(self, each), {int(k): (each == k).nonzero().flatten() for k in ids.unique() if k})
+        return Packed(Picked(self, each), tokens)
 
     def picked(self, ids: Tensor, terms: dict[tuple, Tensor]) -> "Picked":
         """ids: (N,). terms: what other stacks of the same sizes have worked out for these ids, and this one adds to."""
@@ -106,6 +105,13 @@ class Picked:
         if x.shape[1] == 1:
             return sums_by_id(x, delta, self.terms)
         return products_by_id(x, delta.to(x.dtype), self.ids)
+
+
+def places(each: Tensor, requests: int) -> dict[int, Tensor] | None:
+    """Adapter -> the places of its tokens, whose ids are `each`; None where each request has one token, or on a GPU."""
+    if each.device.type != "cpu" or len(each) == requests:
+        return None
+    return {int(k): (each == k).nonzero().flatten() for k in each.unique() if k}
 
 
 @dataclass(frozen=True, eq=False)

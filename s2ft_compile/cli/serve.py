@@ -79,6 +79,6 @@ def named(adapters: Sequence[str]) -> dict[str, Path]:
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the model's, or else the tokenizer's."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

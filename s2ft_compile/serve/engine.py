@@ -95,7 +95,6 @@ class Engine:
 
     def __init__(self, model: nn.Module, limits: Limits = Limits(), ends: Sequence[int] = ()):
         self.bank, self.limits, self.ends = AdapterBank(model), limits, tuple(ends)
-        self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self.steps = 0  # forwards
         self._requests: dict[str, Request] = {}
         self._leaving: set[str] = set()
@@ -104,6 +103,7 @@ class Engine:
         self._sampling: list[Request | None] = []
         self._batch: AbstractContextManager | None = None
         self._manager = _manager(model, limits, self.ends)
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self._manager.logit_processor = _sampler(self)
         self._hooks = [
             self.bank.model.register_forward_pre_hook(self._before),
@@ -280,8 +280,13 @@ def _manager(model: nn.Module, limits: Limits, ends: Sequence[int]) -> Any:
         raise ConfigError(
             f"serving needs transformers 5.23 or later, and this is {transformers.__version__}"
         ) from error
-    if not hasattr(model, "init_continuous_batching"):
+    if not getattr(model, "can_generate", bool)() or not hasattr(model, "init_continuous_batching"):
         raise ConfigError(f"{type(model).__name__} is not served: valid are causal language models of transformers")
+    if not getattr(model, "_supports_attention_backend", False):  # it would run, and attend to nothing of its past
+        raise ConfigError(
+            f"{type(model).__name__} is not served: its attention is its own, not of transformers' interface, so the "
+            f"engine's cache does not reach it; merged, it runs with `generate`"
+        )
     on_cpu = next(model.parameters()).device.type == "cpu"
     config = ContinuousBatchingConfig(
         page_size=limits.page,

@@ -99,7 +99,7 @@ class Server:
     def __init__(self, engine: Engine, tokenizer: Any, options: Options):
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
         self.started = int(time.time())
-        self.numbers = Numbers(engine, options.name)
+        self.numbers = Numbers(engine)
 
     # --- completions ---
 
@@ -170,14 +170,15 @@ class Server:
         """The text, why it ended, and its tokens."""
         async with aclosing(self._parts(asked, job)) as parts:
             made = [part async for part in parts]
-        return "".join(text for text, _, _ in made), *made[-1][1:]
+        tokens = [token for _, _, fresh in made for token in fresh]
+        return "".join(text for text, _, _ in made), made[-1][1] or "length", tokens
 
     async def _parts(self, asked: Asked, job: Tokens) -> AsyncIterator[tuple[str, str | None, list[int]]]:
-        """(text, why it ended or None, all tokens so far)"""
+        """(text, why it ended or None, new tokens); the last part says why."""
         text, begun = Text(self.tokenizer, asked.stops), time.perf_counter()
         name, finish = job.adapter or self.options.name, "cancelled"
         try:
-            told = ""
+            told, fresh = "", []
             async with aclosing(self.engine.generate(job)) as parts:
                 async for fresh in parts:
                     if not text.tokens:
@@ -185,12 +186,12 @@ class Server:
                     told = text.add(fresh)
                     if text.stopped:
                         break
-                    yield told, None, text.tokens
-                    told = ""
+                    yield told, None, fresh
+                    told, fresh = "", []
             told += text.end()
             ended = text.stopped or text.tokens[-1] in self.engine.ends
             finish = "stop" if ended else "length"
-            yield told, finish, text.tokens
+            yield told, finish, fresh
         except Exception:
             finish = "failed"
             raise
@@ -205,22 +206,22 @@ class Server:
     ) -> AsyncIterator[str]:
         queue: asyncio.Queue = asyncio.Queue()
         tasks = [asyncio.create_task(self._into(queue, i, asked, job)) for i, job in enumerate(jobs)]
-        left, count, begun = len(tasks), [0] * len(tasks), set()
+        left, count, begun = len(tasks), 0, set()
         try:
             while left:
                 i, part = await queue.get()
                 if isinstance(part, Exception):
                     yield event(problem(str(part), "server_error"))
                     return
-                text, finish, tokens = part
+                text, finish, fresh = part
                 left -= finish is not None
-                fresh, count[i] = tokens[count[i] :], len(tokens)
+                count += len(fresh)
                 if text or finish or (fresh and asked.return_token_ids) or i not in begun:
                     ids = fresh if asked.return_token_ids else None
                     yield event(answer.part(i, text, finish, ids, i not in begun))
                     begun.add(i)
             if (asked.stream_options or {}).get("include_usage"):
-                yield event(answer.last(usage(sum(map(len, prompts)), sum(count))))
+                yield event(answer.last(usage(sum(map(len, prompts)), count)))
             yield event("[DONE]")
         finally:
             await _ended(tasks)
@@ -228,8 +229,8 @@ class Server:
     async def _into(self, queue: asyncio.Queue, index: int, asked: Asked, job: Tokens) -> None:
         try:
             async with aclosing(self._parts(asked, job)) as parts:
-                async for text, finish, tokens in parts:
-                    queue.put_nowait((index, (text, finish, list(tokens))))
+                async for part in parts:
+                    queue.put_nowait((index, part))
         except Exception as error:
             queue.put_nowait((index, error))
 
@@ -266,7 +267,7 @@ class Server:
         except (OSError, ValueError):  # a path that no file has
             inside = False
         if not inside:
-            raise ConfigError(f"{given.path!r} is no adapter folder under the server's {root}")
+            raise ConfigError(f"{given.path!r} is no adapter folder under the server's root")
         if given.name == self.options.name or given.name in self.engine.bank.names:
             raise ConfigError(f"there is a model {given.name!r} already; remove it first")
         try:
@@ -316,7 +317,7 @@ class Server:
 class Numbers:
     """What /metrics tells, in Prometheus' format."""
 
-    def __init__(self, engine: Engine, base: str):
+    def __init__(self, engine: Engine):
         self.registry = r = CollectorRegistry()
         self.requests = Counter("s2ft_requests", "Answered requests, by how they ended", ["model", "end"], registry=r)
         self.prompt = Counter("s2ft_prompt_tokens", "Tokens of prompts", ["model"], registry=r)
