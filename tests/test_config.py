@@ -62,7 +62,11 @@ def test_which_selections_have_scores():
 
 def test_the_default():
     config = S2FTConfig()
-    assert config.targets == {"ffn.out": 0.03} and config.selection == "random" and config.budget == "layer"
+    assert (
+        config.targets == {"ffn.in": 0.02, "ffn.out": 0.02}
+        and config.selection == "random"
+        and config.budget == "layer"
+    )
 
 
 def test_the_targets_are_a_copy():
