@@ -161,7 +161,7 @@ def train(
     optimizer: Annotated[str, typer.Option(help="muon (for slices that are matrices), or adamw.")] = "muon",
     lr: Annotated[
         float | None,
-        typer.Option(help="Learning rate, after the warm-up. [default: 0.15 of the weights' root mean square]"),
+        typer.Option(help="Learning rate, after the warm-up. [default: a tenth of the weights' root mean square]"),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence, at most.")] = 512,
