@@ -42,7 +42,7 @@ class Setting:
     head_dim: int | None = None  # hidden / heads
     tied: bool = False  # whether the head is the embedding
     forwards: int = 1
-    targets: dict = field(default_factory=lambda: s2ft.S2FTConfig().targets)  # of S²FT: the default of `prepare`
+    targets: dict = field(default_factory=lambda: {"ffn.out": 0.03})  # of S²FT
 
     @property
     def tokens(self) -> int:

@@ -68,7 +68,8 @@ class S2FTConfig:
 
     targets: role (see `ROLES`) or glob on parameter names -> ratio in (0, 1] (a float; at least one unit) or number
         of units (an int). A unit is a query head for `attention.out` and `attention.query`, a kv head for
-        `attention.key` and `attention.value`, a channel for `ffn.*`, a channel of every expert for `moe.*`.
+        `attention.key` and `attention.value`, a channel for `ffn.*`, a channel of every expert for `moe.*`. The
+        default is whole channels: gate, up and down of the same units (docs/targets.md says why).
     selection: how units are ranked. One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and
         "gradient" are the paper's R, W, A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see
         `passes/select/scores.py` and `calibrate.py` for what each one is. Those in `CALIBRATED` need batches of data.
@@ -93,7 +94,7 @@ class S2FTConfig:
     s2ft_compile.errors.ConfigError: target 'ffn.out': a ratio lies in (0, 1], got 3.0; a number of units is ...
     """
 
-    targets: Mapping[str, int | float] = field(default_factory=lambda: {"ffn.out": 0.03})
+    targets: Mapping[str, int | float] = field(default_factory=lambda: {"ffn.in": 0.02, "ffn.out": 0.02})
     selection: str | Callable[..., Any] = "random"
     largest: bool = True
     budget: str = "layer"
@@ -104,7 +105,8 @@ class S2FTConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.targets, Mapping) or not self.targets:
             raise ConfigError(
-                f"targets must map roles or globs to amounts, got {self.targets!r}; for example {{'ffn.out': 0.03}}"
+                f"targets must map roles or globs to amounts, got {self.targets!r}; "
+                f"for example {{'ffn.in': 0.02, 'ffn.out': 0.02}}"
             )
         object.__setattr__(self, "targets", dict(self.targets))
         for target, amount in self.targets.items():

@@ -62,7 +62,11 @@ def test_which_selections_have_scores():
 
 def test_the_default():
     config = S2FTConfig()
-    assert config.targets == {"ffn.out": 0.03} and config.selection == "random" and config.budget == "layer"
+    assert (
+        config.targets == {"ffn.in": 0.02, "ffn.out": 0.02}
+        and config.selection == "random"
+        and config.budget == "layer"
+    )
 
 
 def test_the_targets_are_a_copy():
@@ -74,7 +78,7 @@ def test_the_targets_are_a_copy():
 
 BAD = {  # arguments -> words of the message: what was found, what is valid
     "no targets": (dict(targets={}), ["{}", "ffn.out"]),
-    "targets as text": (dict(targets="ffn.out"), ["'ffn.out'", "0.03"]),
+    "targets as text": (dict(targets="ffn.out"), ["'ffn.out'", "0.02"]),
     "targets as None": (dict(targets=None), ["None"]),
     "an empty target": (dict(targets={"": 0.1}), ["''", *ROLES]),
     "a target that is no text": (dict(targets={3: 0.1}), ["3", *ROLES]),

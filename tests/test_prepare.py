@@ -117,8 +117,8 @@ def test_the_selected_block_is_dense():
 def test_the_default_configuration():
     model = hf("llama", intermediate_size=64)
     plan = s2ft.prepare(model, {"input_ids": tokens()})
-    assert plan.config == s2ft.S2FTConfig(targets={"ffn.out": 0.03}, selection="random", budget="layer", seed=0)
-    assert [(len(s.indices), s.roles) for s in plan.slices] == [(1, ("ffn.out",))] * 2
+    assert plan.config == s2ft.S2FTConfig({"ffn.in": 0.02, "ffn.out": 0.02}, selection="random", budget="layer", seed=0)
+    assert [(len(s.indices), s.roles[0]) for s in plan.slices] == [(1, "ffn.in"), (1, "ffn.in"), (1, "ffn.out")] * 2
 
 
 @pytest.mark.parametrize(

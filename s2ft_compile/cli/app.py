@@ -31,6 +31,7 @@ out, err = Console(), Console(stderr=True)
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Model = Annotated[str, typer.Option("--model", help="The base model: a Hugging Face folder, or a hub id.")]
 BUDGET = "Share of the activations kept for the backward; what is not kept is computed again."
+TARGETS = ",".join(f"{role}={amount}" for role, amount in S2FTConfig().targets.items())
 ADAPTER = "An adapter folder, or the output folder of `s2ft train`."
 Adapter = Annotated[Path, typer.Option("--adapter", help=ADAPTER)]
 Output = Annotated[Path, typer.Option("--output", help="The folder to write; must not exist yet.")]
@@ -75,7 +76,7 @@ def estimate(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
     batch: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
     seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
-    targets: Annotated[str, typer.Option(help="What trains, as for `s2ft train`.")] = "ffn.out=0.03",
+    targets: Annotated[str, typer.Option(help="What trains, as for `s2ft train`.")] = TARGETS,
     dtype: Annotated[
         str, typer.Option(help="Type of the weights: auto (the configuration's), or float32, bfloat16, float16.")
     ] = "auto",
@@ -172,7 +173,7 @@ def train(
     targets: Annotated[
         str,
         typer.Option(help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs."),
-    ] = "ffn.out=0.03",
+    ] = TARGETS,
     selection: Annotated[
         str,
         typer.Option(help=f"How units are ranked: {', '.join(SELECTIONS)}; {', '.join(CALIBRATED)} look at the data."),
@@ -200,7 +201,7 @@ def train(
     optimizer: Annotated[str, typer.Option(help="muon (for slices that are matrices), or adamw.")] = "muon",
     lr: Annotated[
         float | None,
-        typer.Option(help="Learning rate, after the warm-up. [default: 0.15 of the weights' root mean square]"),
+        typer.Option(help="Learning rate, after the warm-up. [default: a tenth of the weights' root mean square]"),
     ] = None,
     schedule: Annotated[
         str, typer.Option(help="Of the rate: cosine, linear, constant or constant_with_warmup.")
@@ -247,7 +248,7 @@ def train(
     Ctrl-C ends the step and writes a checkpoint, from which --resume goes on.
 
     Example: s2ft train --model ./llama --data notes.txt --output run --targets
-    ffn.out=0.03,attention.out=0.05
+    ffn.in=0.02,ffn.out=0.02,attention.out=0.05
     """
     with reported(err, debug):
         from .options import RUN, TrainOptions, layered, parse_targets

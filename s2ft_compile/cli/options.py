@@ -107,14 +107,14 @@ def parse_targets(text: str) -> dict[str, int | float]:
         name, equals, amount = (piece.strip() for piece in part.rpartition("="))
         if not equals or not name:
             raise ConfigError(
-                f"target {part!r} is not of the form ROLE=AMOUNT, such as ffn.out=0.03 (a ratio) or "
+                f"target {part!r} is not of the form ROLE=AMOUNT, such as ffn.out=0.02 (a ratio) or "
                 f"ffn.out=4 (units); roles: {', '.join(ROLES)}"
             )
         if name in targets:
             raise ConfigError(f"target {name!r} is given twice")
         targets[name] = _amount(name, amount)
     if not targets:
-        raise ConfigError(f"no target in {text!r}; for example ffn.out=0.03,attention.out=0.05")
+        raise ConfigError(f"no target in {text!r}; for example ffn.in=0.02,ffn.out=0.02")
     return targets
 
 
