@@ -170,7 +170,7 @@ def test_explain_says_what_changed_and_what_did_not_and_leaves_the_model_alone()
     assert_unchanged(model, before)
     assert {s.name for s in made.steps} == {p.name for p in PASSES} - {"chunk_loss"}
     assert any("cumsum" in r.reason for r in made.axes) and "cumsum" in str(made)
-    few = s2ft.explain(model, case.inputs, s2ft.S2FTConfig({"ffn.out": 1e-6}))
+    few = s2ft.explain(model, case.inputs, s2ft.S2FTConfig({"attention.out": 1e-6}))
     assert few.steps == () and "smallest ratio" in few.refused and few.refused in str(few)
     s2ft.prepare(model, case.inputs, s2ft.S2FTConfig({"attention.out": 1}))
     with pytest.raises(StateError, match="release"):
