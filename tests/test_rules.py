@@ -756,9 +756,22 @@ for _name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"):
     for _rank in ("", "2", "n"):
         if hasattr(aten, f"fft_{_name}{_rank}"):
             CASES[f"fft_{_name}{_rank}"] = [fourier_case(only(f"fft_{_name}{_rank}"), _rank)]
-CASES["_fft_r2c"] = [lambda r: (lambda x: (aten._fft_r2c.default, (x, [r.dim(x)], 0, True), {}))(r.x(2))]
-CASES["_fft_c2c"] = [lambda r: (lambda x: (aten._fft_c2c.default, (x + 1j * x, [r.dim(x)], 0, True), {}))(r.x(2))]
-CASES["_fft_c2r"] = [lambda r: (lambda x: (aten._fft_c2r.default, (x + 1j * x, [r.dim(x)], 0, 5), {}))(r.x(2))]
+
+
+def one_sided(op, last):
+    """A Fourier transform of one dimension, which these take from 0 on. last: their last argument, by its size."""
+
+    def case(r):
+        x = r.x(2)
+        d = r.dim(x) % x.ndim
+        return op, (x if op is aten._fft_r2c.default else x + 1j * x, [d], 0, last(x.shape[d])), {}
+
+    return [case]
+
+
+CASES["_fft_r2c"] = one_sided(aten._fft_r2c.default, lambda size: True)
+CASES["_fft_c2c"] = one_sided(aten._fft_c2c.default, lambda size: True)
+CASES["_fft_c2r"] = one_sided(aten._fft_c2r.default, lambda size: 2 * (size - 1) or 1)
 
 # operators whose values are drawn anew at each call, so that nothing can be compared
 RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "random", "bernoulli", "exponential"}
