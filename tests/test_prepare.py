@@ -118,7 +118,7 @@ def test_the_default_configuration():
     model = hf("llama", intermediate_size=64)
     plan = s2ft.prepare(model, {"input_ids": tokens()})
     assert plan.config == s2ft.S2FTConfig({"ffn.in": 0.02, "ffn.out": 0.02}, selection="random", budget="layer", seed=0)
-    assert [(len(s.indices), s.roles[0]) for s in plan.slices] == [(1, "ffn.in"), (1, "ffn.in"), (1, "ffn.out")] * 2
+    assert sorted((len(s.indices), s.roles[0]) for s in plan.slices) == [(1, "ffn.in")] * 4 + [(1, "ffn.out")] * 2
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def figure(runs: Runs, methods: Sequence[str], path: Path) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"svg.hashsalt": "compare", "font.size": 8})
-    tasks = [t for t in TASKS if runs.best(t, "base")]
+    tasks = [t for t in TASKS if any(runs.best(t, m) for m in methods)]
     drawn, panels = pyplot.subplots(1, len(tasks), figsize=(2.6 * len(tasks), 2.9))
     for task, panel in zip(tasks, panels if len(tasks) > 1 else [panels]):
         base = runs.best(task, "base")[0]["test_loss"]
