@@ -8,6 +8,7 @@ from torch import nn
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError
+from s2ft_compile.testing import assert_trains
 
 
 class Accumulated(nn.Module):
@@ -66,3 +67,10 @@ def test_what_is_offered_trains(make, x, target, inner):
     for s in plan.slices:
         expected = full[s.parameter_name].index_select(s.dim, s.indices)
         torch.testing.assert_close(s.delta.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_role_that_is_offered_trains(monkeypatch):
+    assert assert_trains(Experts(), (X,), inner=None) == {"ffn.out": 1, "ffn.in": 1}
+    monkeypatch.setattr("s2ft_compile.preparation.trainable", lambda model, inputs, config, selections: selections)
+    with pytest.raises(AssertionError, match="ffn.in is offered and does not train.*logcumsumexp"):
+        assert_trains(Accumulated(), (X,))
