@@ -49,7 +49,7 @@ ATTENTION = re.compile(r"att(entio)?n(?!.*(norm|rotary))", re.I)
 FFN = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$|\d)|moe|expert|intermediate|^(fc|lin|wi)_?[01]?$", re.I)
 FFN_CLASS = re.compile(r"mlp|ffn|feed_?forward|experts$|intermediate", re.I)
 EXPERTS = re.compile(r"experts?$")
-NEITHER = re.compile(r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|position_bias|^gate$|_hc$", re.I)
+NEITHER = re.compile(r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|position_bias|cpb|^gate$|_hc$", re.I)
 
 
 def kind_of(name: str, module: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ from torch import nn
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.backward import eager
+from s2ft_compile.testing import assert_trains
 
 
 class Accumulated(nn.Module):
@@ -77,3 +78,10 @@ def test_a_gradient_at_full_size_says_once_which_functions_it_is_for(monkeypatch
     with pytest.warns(UserWarning, match="gradient of W .* for torch.Tensor.cumsum and torch.Tensor.norm: ") as said:
         loss.backward()
     assert len(said) == 1 and D.grad.shape == (2, 5)
+
+
+def test_every_role_that_is_offered_trains(monkeypatch):
+    assert assert_trains(Experts(), (X,), inner=None) == {"ffn.out": 1, "ffn.in": 1}
+    monkeypatch.setattr("s2ft_compile.preparation.trainable", lambda model, inputs, config, selections: selections)
+    with pytest.raises(AssertionError, match="ffn.in is offered and does not train.*logcumsumexp"):
+        assert_trains(Accumulated(), (X,))

@@ -117,6 +117,7 @@ def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager"
     inner: what compiles (`CompileOptions.inner`), None for eager. Returns role -> number of weights that train.
     Raises `AssertionError` that names the role and the weight, or what the step raised.
     """
+    inputs = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     base, trained = noisy(model, 0), {}
     full = dict(zip(dict(base.named_parameters()), _gradients(base, inputs, list(base.parameters()))))
     analysis = analyze(copy.deepcopy(base), inputs)
@@ -144,9 +145,7 @@ def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager"
 
 def _gradients(model: nn.Module, inputs: Any, of: Sequence[Tensor]) -> list[Tensor]:
     """Of a sum of all outputs with different weights, from one random state."""
-    args, kwargs = pytree.tree_map_only(
-        Tensor, lambda t: t.double() if t.is_floating_point() else t, tuple(arguments(inputs))
-    )
+    args, kwargs = arguments(inputs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         outputs = [y.double() for y in outputs_of(model(*args, **kwargs)) if y.requires_grad]
