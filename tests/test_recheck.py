@@ -1,5 +1,7 @@
 """`recheck`: a compiled graph is proved in its own shapes and mode, whole or in pieces, or refused with its line."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ import s2ft_compile as s2ft
 from s2ft_compile.capture import capture
 from s2ft_compile.passes.couple.couple import couple
 from s2ft_compile.passes.couple.recheck import Permuted, recheck
+from s2ft_compile.passes.couple.recheck import _quickly as quickly
 from s2ft_compile.testing.models import Drawn, models
 
 FEW = settings(max_examples=max(2, settings.default.max_examples // 8), phases=QUICK)
@@ -31,7 +34,11 @@ def checked(model: nn.Module, permuted: Permuted, call, left=frozenset(), compil
         places = [n for n in gm.graph.nodes if n.op == "placeholder"]
         weights = {n: (names[id(t)], permuted) for n, t in zip(places, inputs) if id(t) in names}
         before = str(gm.graph)
-        crossed.append(recheck(gm, weights, None if left is None else so_far))
+        quick = quickly(gm, weights, None if left is None else so_far)
+        with patch("s2ft_compile.passes.couple.recheck._quickly", return_value=None):
+            crossed.append(recheck(gm, weights, None if left is None else so_far))
+        assert quick in (None, crossed[-1]), "what is proved of the quicker graph, the other one says too"
+        QUICK_ONES.append(quick is not None)
         assert str(gm.graph) == before
         so_far.update(crossed[-1])
         return gm
@@ -42,6 +49,16 @@ def checked(model: nn.Module, permuted: Permuted, call, left=frozenset(), compil
 
 def of(analysis) -> Permuted:
     return Permuted.of(analysis, analysis.free)
+
+
+QUICK_ONES: list[bool] = []
+
+
+def test_ordinary_graphs_are_proved_quickly():
+    QUICK_ONES.clear()
+    for name in ("llama", "bert"):
+        test_hugging_face(name)
+    assert QUICK_ONES and all(QUICK_ONES)
 
 
 @given(models(dropout=True))

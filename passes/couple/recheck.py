@@ -9,17 +9,24 @@ be in the base order. An axis may *leave* a piece in permuted order: an output o
 It may *enter* one only if it left another before; what else a permuted axis meets is an argument in the base order.
 """
 
+import logging
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch._dynamo.utils import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2ft_compile.capture import is_small_index
 from s2ft_compile.errors import CompileError
@@ -32,6 +39,7 @@ from .normalize import concretize, normalize
 from .rules import rule_for
 from .rules.context import Context, Value, axes_unknown
 
+log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 
@@ -72,6 +80,8 @@ def recheck(graph: fx.GraphModule, weights: Weights, left: Collection[Crossing] 
     """
     if not any(name == held for name, p in weights.values() for held, _ in p.layouts):
         return set()
+    if (leaving := _quickly(graph, weights, left)) is not None:
+        return leaving
     traced, known = _aten(graph, weights)
     inference = _Piece(known)
     inference.run(traced, None)
@@ -80,12 +90,101 @@ def recheck(graph: fx.GraphModule, weights: Weights, left: Collection[Crossing] 
     return inference.leaving
 
 
+def _quickly(graph: fx.GraphModule, weights: Weights, left: Collection[Crossing] | None) -> set[Crossing] | None:
+    """The same by a graph that is cheaper to make than `make_fx`'s, of operators that are smaller and have no lines;
+    None where that is not enough: what is refused is looked at again."""
+    places = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    if not all(isinstance(_value(n), torch.Tensor) and _is_static(_value(n)) for n in places):
+        return None
+    recorder = _Recorder()
+    try:
+        with _fake(places), torch.no_grad():
+            made = [recorder.placeholder(_value(n)) for n in places]
+            with recorder:
+                result = _Through(graph, recorder).run(*map(_value, places))
+        recorder.graph.output(recorder.arguments(result))
+        traced = SimpleNamespace(graph=recorder.graph, **recorder.constants)  # a GraphModule would write its code
+        normalize(traced.graph, _constants(traced))
+        inference = _Piece({new: weights[old] for old, new in zip(places, made, strict=True) if old in weights})
+        inference.run(traced, None)
+    except Exception as error:  # a higher-order operator, a size that depends on data
+        log.debug("a graph was not recorded (%s: %s)", type(error).__name__, error)
+        return None
+    return inference.leaving if inference.broken(left) is None else None
+
+
+def _is_static(value: torch.Tensor) -> bool:
+    return all(isinstance(n, int) for n in (*value.shape, *value.stride()))
+
+
+class _Recorder(TorchDispatchMode):
+    """A graph of the operators that are dispatched while it is on, each with its value. constants: other tensors that
+    they are given, by the names that the graph has for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.graph = fx.Graph()
+        self.constants: dict[str, torch.Tensor] = {}
+        self.nodes: dict[int, fx.Node] = {}
+        self.values: list[Any] = []  # kept, so that none of them is at another's address
+        self.paused = False
+
+    def placeholder(self, value: torch.Tensor) -> fx.Node:
+        return self._holds(value, self.graph.placeholder(f"arg{len(self.nodes)}"))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {})) if self.paused else self.record(func, args, kwargs or {})
+
+    def record(self, func: Callable, args: Any, kwargs: Any) -> Any:
+        """Calls it, as one operator."""
+        self.paused = True
+        made = func(*args, **kwargs)
+        self.paused = False
+        parts = made if isinstance(made, (list, tuple)) else [made]
+        if not any(isinstance(part, torch.Tensor) for part in parts):  # a question about sizes or strides
+            return made
+        node = self.graph.call_function(func, self.arguments(args), self.arguments(kwargs))
+        node.meta["val"] = made
+        if parts is not made:
+            self._holds(made, node)
+            return made
+        for i, part in enumerate(parts):
+            if isinstance(part, torch.Tensor):
+                self._holds(part, self.graph.call_function(operator.getitem, (node, i)))
+        return made
+
+    def _holds(self, value: torch.Tensor, node: fx.Node) -> fx.Node:
+        node.meta["val"] = value
+        self.nodes[id(value)] = node
+        self.values.append(value)
+        return node
+
+    def arguments(self, given: Any) -> Any:
+        return pytree.tree_map_only((torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool), self._argument, given)
+
+    def _argument(self, value: Any) -> fx.Node:
+        if id(value) in self.nodes:
+            return self.nodes[id(value)]
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+            raise ValueError(f"{value} comes from where nothing is recorded")
+        name = f"_tensor_constant{len(self.constants)}"
+        self.constants[name] = value
+        return self._holds(value, self.graph.get_attr(name))
+
+
 class _Through(fx.Interpreter):
-    """Runs a checkpointed part as what it computes: where its activations come from says nothing about axes."""
+    """Runs a checkpointed part as what it computes: where its activations come from says nothing about axes. recorder:
+    gets attention as one operator, whichever a device has for it."""
+
+    def __init__(self, graph: fx.GraphModule, recorder: "_Recorder | None" = None):
+        super().__init__(graph)
+        self.recorder = recorder
 
     def call_function(self, target, args, kwargs):
         if target is torch.ops.higher_order.tag_activation_checkpoint:
-            return _Through(args[0]).run(*args[1:])
+            return _Through(args[0], self.recorder).run(*args[1:])
+        if target is F.scaled_dot_product_attention and self.recorder is not None:
+            return self.recorder.record(aten.scaled_dot_product_attention.default, args, kwargs)
         return super().call_function(target, args, kwargs)
 
 
