@@ -25,6 +25,7 @@ def test_fsdp2_trains_as_one_process_on_the_joined_batch():
         assert "sharded (fully_shard)" in found["refused"]
 
 
+@pytest.mark.slow
 def test_two_processes_save_what_one_would_and_four_go_on(tmp_path):
     """AdamW divides a gradient by its own size, so a roundoff in one can move an entry by a part of its rate, 1e-2."""
     saved = run("many.py", "save", tmp_path)

@@ -112,7 +112,9 @@ def test_the_card_tells_of_the_run(whole, tmp_path):
     card = (whole / "adapter" / "README.md").read_text()
     metrics = json.loads((whole / "metrics.json").read_text())
     assert f"| held-out loss | {metrics['loss_before']:.4f} before, {metrics['loss_after']:.4f} after |" in card
-    assert "| rate | 0.001, cosine, weight decay 0 |" in card and "base_model:" not in card, "a folder is nobody else's"
+    rate = max(entry["lr"] for entry in log(whole))
+    assert f"| rate | {rate:g}, cosine, weight decay 0 |" in card
+    assert "base_model:" not in card, "a folder is nobody else's"
     shutil.copyfile(whole / "adapter" / "README.md", tmp_path / "README.md")
     given = SimpleNamespace(model="owner/name", data="d.jsonl", lr=1e-3, schedule="linear", weight_decay=0.1)
     module.describe(tmp_path / "README.md", given, metrics, "abc")

@@ -67,7 +67,7 @@ def test_analyze_verify_raises_where_a_rule_is_wrong(monkeypatch):
     assert s2ft.analyze(drawn.model, drawn.inputs, verify=True).couplings
     cumsum = torch.ops.aten.cumsum.default
     monkeypatch.setitem(rules.AXIS_RULES, cumsum, rules.axes_same)
-    assert couple.rule_for(cumsum) is rules.axes_same
+    assert rules.rule_for(cumsum) is rules.axes_same
     with pytest.raises(s2ft.VerificationError, match="wrong: ffn × 8"):
         s2ft.analyze(drawn.model, drawn.inputs, verify=True)
 

@@ -399,7 +399,8 @@ def test_a_delta_written_by_any_road_is_in_the_weight(how, write):
                 W = expected.get_parameter(s.parameter_name)
                 block = W.index_select(s.dim, s.indices) + torch.full_like(s.delta, 0.01 * (i + 1) * (round + 1))
                 W.index_copy_(s.dim, s.indices, block)
-            assert abs(loss(run).item() - loss(expected.train()).item()) < 1e-12
+            found, plain = loss(run).item(), loss(expected.train()).item()
+            assert abs(found - plain) < 32 * U32 * plain  # norms and rotations are float32 inside
         model.zero_grad()
         loss(run).backward()
         check(expected, plan)
@@ -687,7 +688,7 @@ def test_a_model_that_is_wrapped_already_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("where", ["s2ft_compile.sliced.Block.install", "s2ft_compile.preparation.Plan"])
+@pytest.mark.parametrize("where", ["s2ft_compile.sliced.Block.install", "s2ft_compile.preparation.State"])
 def test_prepare_changes_everything_or_nothing(where, monkeypatch):
     case = drawn()
     model = case.make()

@@ -132,6 +132,8 @@ def push_sum(editor, node, x, dim):
     if kept[dim] in gone:
         return Mismatch("it is summed over the slice's dimension")
     sliced = editor.sliced(source, kept[dim], node)
+    if isinstance(sliced, Mismatch):  # dY, whose gradient makes it in full: attention's, for a bias of the lowest layer
+        sliced = editor.take(source, kept[dim], node)
     return editor.call(aten.sum.dim_IntList, sliced, sorted(gone), bool(keepdim), like=x)
 
 

@@ -8,7 +8,7 @@ from itertools import takewhile
 from string import Template
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from s2ft_compile.config import ROLES, S2FTConfig, units_for
@@ -102,14 +102,14 @@ def _couplings(facts: Mapping[str, Any]) -> Table:
     table = Table(
         "layers",
         "role",
-        "axis",
-        "parameters of each",
-        "permuted together",
+        Column("axis", max_width=13),
+        "parameters",
+        Column("permuted together", overflow="fold"),
         title=f"{facts['model']}: {facts['parameters']:,} parameters, {len(facts['couplings'])} couplings",
     )
     for layers, coupling in _merge(facts["couplings"]):
-        members = ", ".join(f"{_shorten(m['parameter_name'])}[{m['dim']}]" for m in coupling["members"][:6])
-        more = f", and {len(coupling['members']) - 6} more" if len(coupling["members"]) > 6 else ""
+        members = "\n".join(f"{_shorten(m['parameter_name'])}[{m['dim']}]" for m in coupling["members"][:6])
+        more = f"\nand {len(coupling['members']) - 6} more" if len(coupling["members"]) > 6 else ""
         axis = f"{coupling['units']} {coupling['kind']}"
         table.add_row(layers, coupling["role"], axis, f"{coupling['parameters']:,}", members + more)
     return table
@@ -117,7 +117,8 @@ def _couplings(facts: Mapping[str, Any]) -> Table:
 
 def _targets(facts: Mapping[str, Any]) -> Table:
     share = f"{SHARE:g} of a layer"
-    table = Table("target", "units of a layer", share, "weights", "parameters", "share", title="what can train")
+    target = Column("target", no_wrap=True)
+    table = Table(target, "units of a layer", share, "weights", "parameters", "share", title="what can train")
     for role, target in facts["targets"].items():
         if target["weights"]:
             counts = (_between(*target[key]) for key in ("units", "default"))
