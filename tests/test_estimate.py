@@ -38,8 +38,10 @@ WIDE = replace(QUICK_SIZE, hidden=128, ffn=448, heads=4, kv_heads=1, vocabulary=
 
 @pytest.mark.parametrize(
     "setting, options, tolerance",
-    [(WIDE, {}, 0.1), (WIDE, {"logits": False, "activation_budget": 0.5}, 0.2)],
-    ids=["logits", "recomputed"],
+    [
+        pytest.param(WIDE, {}, 0.1, id="logits"),
+        pytest.param(WIDE, {"logits": False, "activation_budget": 0.5}, 0.2, id="recomputed", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_predicted_is_what_a_step_takes(setting, options, tolerance):
     """Weights, slices and saved activations to the last bytes. The peak as the allocator sees it to 10%; with
@@ -98,12 +100,13 @@ D, HEADS = WIDE.hidden, WIDE.heads
 SAVED_UNITS = (2 * D + 2 + D + 2 * D / HEADS + D + HEADS + 2 * 3.5 * D) / D
 
 
+@pytest.mark.slow
 def test_less_is_kept_with_a_smaller_budget():
     kept = [predicted(WIDE, activation_budget=b, logits=False).activations for b in (1.0, 0.5, 0.0)]
     assert kept[0] > 2 * kept[1] > 2 * kept[2]
 
 
-@pytest.mark.parametrize("budget", [0.3, 0.0])
+@pytest.mark.parametrize("budget", [0.3, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_recomputed_gradients_are_the_same(budget):
     grads = []
     for options in ({}, {"activation_budget": budget, "logits": False}):

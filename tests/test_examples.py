@@ -94,7 +94,7 @@ SFT = {
 }
 
 
-@pytest.mark.parametrize("what", SFT)
+@pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.slow] * (w != "defaults")) for w in SFT])
 def test_sft(tmp_path, what):
     import train_sft
     from trl import SFTConfig, SFTTrainer

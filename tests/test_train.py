@@ -77,7 +77,10 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("how", STOPS)
+SLOW = ("terminated", "out of memory")  # the same roads as the other two
+
+
+@pytest.mark.parametrize("how", [pytest.param(how, marks=[pytest.mark.slow] * (how in SLOW)) for how in STOPS])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(whole, base, text, tmp_path, monkeypatch, how):  # noqa: F811
     action, step, message = STOPS[how]
     with monkeypatch.context() as patched:
