@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .attach import positions, runs
+
 aten = torch.ops.aten
 WEIGHT_NORM = aten._weight_norm_interface_backward.default
 
@@ -34,15 +36,21 @@ def _listed(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def kept_dim(x, dim: int) -> int | None:
+    """The dimension that `dim` of a reduction (x, dims, keepdim) is of its operand; None where that is reduced."""
+    rank, given = x.args[0].meta["val"].ndim, x.args[1] if len(x.args) > 1 else None
+    keepdim = bool(x.kwargs.get("keepdim", x.args[2] if len(x.args) > 2 else False))
+    gone = {d % rank for d in ([] if given is None else _listed(given))} or set(range(rank))
+    kept = list(range(rank)) if keepdim else [d for d in range(rank) if d not in gone]
+    return None if kept[dim] in gone else kept[dim]
+
+
 def push_reduced(editor, node, x, dim):
     """mean, amax, var, ... of (x, dims, keepdim): what is reduced is not sliced."""
-    source, keepdim = x.args[0], bool(x.kwargs.get("keepdim", x.args[2] if len(x.args) > 2 else False))
-    rank, given = source.meta["val"].ndim, _listed(x.args[1]) if len(x.args) > 1 and x.args[1] is not None else []
-    gone = {d % rank for d in given} or set(range(rank))
-    kept = list(range(rank)) if keepdim else [d for d in range(rank) if d not in gone]
-    if kept[dim] in gone:
+    kept = kept_dim(x, dim)
+    if kept is None:
         return None
-    return editor.call(x.target, editor.sliced(source, kept[dim], node), *x.args[1:], like=x, **x.kwargs)
+    return editor.call(x.target, editor.sliced(x.args[0], kept, node), *x.args[1:], like=x, **x.kwargs)
 
 
 def push_slice(editor, node, x, dim):
@@ -78,20 +86,13 @@ def push_pad(editor, node, x, dim):
     before, after = pad[place : place + 2] if place < len(pad) else (0, 0)
     if not before and not after:
         return editor.call(x.target, editor.sliced(source, dim, node), pad, *value, like=x)
-    size, positions = source.meta["val"].shape[dim], [s + k for s, n in zip(*node.args[2:]) for k in range(n)]
-    inside = [p - before for p in positions if before <= p < before + size]
+    size, taken = source.meta["val"].shape[dim], positions(node)
+    inside = [p - before for p in taken if before <= p < before + size]
     if not inside:
         return None
     made = editor.push_ranges(source, dim, *runs(inside))
-    around = [sum(p < before for p in positions), sum(p >= before + size for p in positions)]
+    around = [sum(p < before for p in taken), sum(p >= before + size for p in taken)]
     return editor.call(x.target, made, [*pad[:place], *around, *pad[place + 2 :]], *value, like=x)
-
-
-def runs(positions: list[int]) -> tuple[list[int], list[int]]:
-    """(starts, lengths) of the runs of ascending positions."""
-    starts = [p for i, p in enumerate(positions) if i == 0 or p != positions[i - 1] + 1]
-    ends = [p + 1 for i, p in enumerate(positions) if i + 1 == len(positions) or p + 1 != positions[i + 1]]
-    return starts, [e - s for s, e in zip(starts, ends)]
 
 
 def push_scatter_add(editor, node, x, dim):

@@ -8,7 +8,7 @@ opaque operator so that the joint graph shows exactly where a delta is used; `sl
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 
 @torch.library.custom_op("s2ft::take", mutates_args=())
@@ -47,6 +47,18 @@ _attach.register_autograd(_backward, setup_context=_setup)
 
 ATTACH = torch.ops.s2ft.attach.default
 TAKE = torch.ops.s2ft.take.default
+
+
+def positions(taken: fx.Node) -> list[int]:
+    """What a take takes along its dimension, ascending."""
+    return [start + k for start, length in zip(*taken.args[2:]) for k in range(length)]
+
+
+def runs(positions: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(starts, lengths) of the runs of ascending positions."""
+    starts = [p for i, p in enumerate(positions) if i == 0 or p != positions[i - 1] + 1]
+    ends = [p + 1 for i, p in enumerate(positions) if i + 1 == len(positions) or p + 1 != positions[i + 1]]
+    return starts, [e - s for s, e in zip(starts, ends)]
 
 
 def attach(weight: Tensor, delta: Tensor, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:

@@ -11,6 +11,8 @@ from torch import fx
 
 from s2ft_compile.passes.editor import Mismatch
 
+from .attach import positions
+
 aten = torch.ops.aten
 BACKWARD = aten.convolution_backward.default
 
@@ -45,7 +47,7 @@ def _grouped(editor, node, dY, X, size, groups: int, dim: int):
     if dim == 1:
         moved = [g * each + s for g in range(groups) for s in starts]
         return dY, editor.take_ranges(X, 1, moved, [*lengths] * groups), groups
-    rows, per_group = [s + i for s, n in zip(starts, lengths) for i in range(n)], size[0] // groups
+    rows, per_group = positions(node), size[0] // groups
     if per_group == 1:  # a row is a group
         read = [s * each for s in starts], [n * each for n in lengths]
     else:

@@ -7,7 +7,7 @@ A rule is (slicer, node, x, dim) -> what computes `node`, a take of x along dim,
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import product
 from math import prod
 from typing import Any
@@ -18,8 +18,8 @@ from torch import fx
 from s2ft_compile.passes.editor import Mismatch
 
 from . import convolution
-from .along import ALONG_RULES, WEIGHT_NORM, push_weight_norm
-from .attach import TAKE
+from .along import ALONG_RULES, WEIGHT_NORM, kept_dim, push_weight_norm
+from .attach import TAKE, positions, runs
 from .grouped import push_grouped_mm, push_output
 
 aten = torch.ops.aten
@@ -80,24 +80,17 @@ def _merging_view(editor, node, x, dim):
     if not found:
         return Mismatch("its view joins and divides dimensions at once")
     source, inner = found[0][0], new[dim] // old[found[0][0]]
-    positions = [s + k for s, n in zip(*node.args[2:]) for k in range(n)]
-    touched = sorted({p // inner for p in positions})
+    taken = positions(node)
+    touched = sorted({p // inner for p in taken})
     if len(touched) == old[source]:
         return Mismatch("its view joins dimensions, and the slice touches every index of the first of them")
-    made = editor.push_ranges(x.args[0], source, *_ranges(touched))
+    made = editor.push_ranges(x.args[0], source, *runs(touched))
     made = editor.call(aten.reshape.default, made, [*new[:dim], len(touched) * inner, *new[dim + 1 :]], like=x)
-    if len(positions) == len(touched) * inner:
+    if len(taken) == len(touched) * inner:
         return made
-    local = _ranges([touched.index(p // inner) * inner + p % inner for p in positions])
+    local = runs([touched.index(p // inner) * inner + p % inner for p in taken])
     pieces = [editor.call(aten.slice.Tensor, made, dim, s, s + n, like=x) for s, n in zip(*local)]
     return editor.call(aten.cat.default, pieces, dim, like=x)
-
-
-def _ranges(positions: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(starts, lengths) of the runs of ascending positions."""
-    starts = [p for i, p in enumerate(positions) if i == 0 or p != positions[i - 1] + 1]
-    ends = [p + 1 for i, p in enumerate(positions) if i + 1 == len(positions) or p + 1 != positions[i + 1]]
-    return starts, [e - s for s, e in zip(starts, ends)]
 
 
 def push_mm(editor, node, x, dim):
@@ -125,16 +118,13 @@ def push_addmm(editor, node, x, dim):
 
 
 def push_sum(editor, node, x, dim):
-    source, rank = x.args[0], x.args[0].meta["val"].ndim
-    gone = {d % rank for d in x.args[1]} if len(x.args) > 1 and x.args[1] else set(range(rank))
-    keepdim = len(x.args) > 2 and x.args[2]
-    kept = list(range(rank)) if keepdim else [d for d in range(rank) if d not in gone]
-    if kept[dim] in gone:
+    source, kept = x.args[0], kept_dim(x, dim)
+    if kept is None:
         return Mismatch("it is summed over the slice's dimension")
-    sliced = editor.sliced(source, kept[dim], node)
+    sliced = editor.sliced(source, kept, node)
     if isinstance(sliced, Mismatch):  # dY, whose gradient makes it in full: attention's, for a bias of the lowest layer
-        sliced = editor.take(source, kept[dim], node)
-    return editor.call(aten.sum.dim_IntList, sliced, sorted(gone), bool(keepdim), like=x)
+        sliced = editor.take(source, kept, node)
+    return editor.call(x.target, sliced, *x.args[1:], like=x, **x.kwargs)
 
 
 def push_embedding(editor, node, x, dim):
@@ -178,10 +168,10 @@ def _window(editor, node, x, dim):
     if step != 1:
         return Mismatch(f"it is written to in steps of {step} along the slice's dimension")
     start, end = (min(p + size[dim] if p < 0 else p, size[dim]) for p in (start, end))
-    positions = [s + k for s, n in zip(*node.args[2:]) for k in range(n)]
-    inside = [p - start for p in positions if start <= p < end]
-    before, after = sum(p < start for p in positions), sum(p >= end for p in positions)
-    made = editor.push_ranges(values, dim, *_ranges(inside or [0]))
+    taken = positions(node)
+    inside = [p - start for p in taken if start <= p < end]
+    before, after = sum(p < start for p in taken), sum(p >= end for p in taken)
+    made = editor.push_ranges(values, dim, *runs(inside or [0]))
     if not inside:
         return editor.call(aten.new_zeros.default, made, list(node.meta["val"].shape), like=x)
     pad = [0, 0] * (len(size) - 1 - dim) + [before, after]
@@ -213,12 +203,12 @@ def push_cat(editor, node, x, dim):
     parts, at = x.args[0], (x.args[1] if len(x.args) > 1 else 0) % x.meta["val"].ndim
     if at != dim:
         return editor.call(x.target, [editor.push(part, dim, node) for part in parts], at, like=x)
-    positions = [s + k for s, n in zip(*node.args[2:]) for k in range(n)]
+    taken = positions(node)
     made, offset = [], 0
     for part in parts:
         size = part.meta["val"].shape[dim]
-        if inside := [p - offset for p in positions if offset <= p < offset + size]:
-            made.append(editor.push_ranges(part, dim, *_ranges(inside)))
+        if inside := [p - offset for p in taken if offset <= p < offset + size]:
+            made.append(editor.push_ranges(part, dim, *runs(inside)))
         offset += size
     return made[0] if len(made) == 1 else editor.call(x.target, made, dim, like=x)
 
