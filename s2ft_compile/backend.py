@@ -58,9 +58,10 @@ def s2ft(
     _check_config(example_inputs, weights, config)
     log.info("%d of a graph's %d inputs are weights with a delta", len(pairs), len(example_inputs))
     pipeline = Pipeline(how, next(_numbers))
-    graph = gm if how.logits else _copy(gm)
+    graph = _copy(gm) if pairs and not how.logits else gm  # what leaves logits out is the one pass that changes it
     pipeline.run(DYNAMO, graph.graph, example_inputs)
-    graph.recompile()
+    if graph is not gm:
+        graph.recompile()
     compiled = _compile(graph, example_inputs, pipeline, inner_compile)
     return _refreshed(compiled, pairs, weights, _replays(how)) if pairs or weights else compiled
 

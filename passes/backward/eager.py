@@ -33,7 +33,7 @@ class Where(NamedTuple):
     dim: int
     ranges: Ranges
     name: str
-    whole: list[str]
+    whole: list[Callable]
 
 
 def take(x: Tensor, dim: int, ranges: Ranges) -> Tensor:
@@ -50,7 +50,7 @@ def composed(weight: Tensor, backup: Tensor, delta: Tensor, dim: int, ranges: Ra
 
 
 def attached(
-    weight: Tensor, delta: Tensor, dim: int, ranges: Ranges, name: str, whole: list[str] | None = None
+    weight: Tensor, delta: Tensor, dim: int, ranges: Ranges, name: str, whole: list[Callable] | None = None
 ) -> Tensor:
     """weight, with the gradient of its ranges along `dim` going to `delta`."""
     where = Where(dim % weight.ndim, ranges, name, [] if whole is None else whole)
@@ -80,7 +80,8 @@ class _Attached(torch.autograd.Function):
     def backward(ctx, grad):
         if not _warned and not ctx.needs_input_grad[0]:
             _warned.add(ctx.where.name)
-            readers = " and ".join(dict.fromkeys(ctx.where.whole)) or "what reads it"
+            names = dict.fromkeys(resolve_name(func) or str(func) for func in ctx.where.whole)
+            readers = " and ".join(names) or "what reads it"
             warnings.warn(
                 f"the gradient of {ctx.where.name} was made at full size and then cut to its slice, for {readers}: "
                 f"outside of a graph that backend='s2ft' compiles, only matrix products and embeddings have a partial "
@@ -114,7 +115,7 @@ class AttachedWeight(Tensor):
         if isinstance(made, Tensor) and made.requires_grad and not torch.compiler.is_compiling():
             for x in pytree.tree_leaves((args, kwargs)):
                 if _is_attached(x):
-                    x.parts[2].whole.append(resolve_name(func) or str(func))
+                    x.parts[2].whole.append(func)
         return made
 
 
