@@ -42,11 +42,8 @@ def gathered(model: nn.Module, trained: bool) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in base_parameters(unwrap(model)).items():
         tensor = whole(parameter.detach()).cpu().clone()
         if name in blocks:
-            block, at = blocks[name], 0
-            values = (block.trained() if trained else block.backup).cpu()
-            for start, length in block.ranges:
-                tensor.narrow(block.dim, start, length).copy_(values.narrow(block.dim, at, length))
-                at += length
+            block = blocks[name]
+            block.write_to(tensor, block.trained() if trained else block.backup)
         for moved, dim, index in reversed(state.moves):
             if moved == name:
                 tensor = tensor.index_select(dim, torch.argsort(index.cpu()))

@@ -249,23 +249,37 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Any]]:
                     yield f"{path}.{name}" if path else name, t
 
 
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def inference_mode_of(model: nn.Module):
     """Eval mode, no KV cache and no fused encoder layers; afterwards whatever it was before, module by module."""
     return mode_of(model, training=False)
 
 
 @contextmanager
+def in_mode(model: nn.Module, training: bool):
+    """Train or eval mode; afterwards each module's own again."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
+
+
+@contextmanager
 def mode_of(model: nn.Module, training: bool):
     """Train or eval mode, no KV cache and no fused encoder layers; afterwards whatever it was before."""
-    before = {m: m.training for m in model.modules()}
     configs = [c for c in configs_of(model) if getattr(c, "use_cache", None)]
     with ExitStack() as stack:
-        for module, was in before.items():
-            stack.callback(setattr, module, "training", was)
+        stack.enter_context(in_mode(model, training))
         for config in configs:
             stack.callback(setattr, config, "use_cache", config.use_cache)
             config.use_cache = False
-        model.train(training)
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # one opaque operator for a whole encoder layer
         yield

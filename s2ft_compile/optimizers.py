@@ -8,10 +8,11 @@ at the same rate: with `match_rms_adamw` both change an entry by about as much.
 import logging
 from statistics import median
 
-from torch import Tensor, nn, optim
+from torch import nn, optim
 
 from .config import OPTIMIZERS, check_choice
 from .errors import ConfigError
+from .sliced import whole
 from .state import parameters, state_of
 
 log = logging.getLogger(__name__)
@@ -48,14 +49,10 @@ def learning_rate(model: nn.Module) -> float:
 
     At its peak a step then changes an entry by 2% of that with Muon.
     """
-    rate = RATE * median(_root_mean_square(block.weight) for block in state_of(model).blocks)
+    weights = (whole(block.weight).detach().float() for block in state_of(model).blocks)
+    rate = RATE * median(weight.square().mean().sqrt().item() for weight in weights)
     log.info("learning rate %.2g, %g of the weights' root mean square", rate, RATE)
     return rate or RATE * 0.02  # weights that are all zero say nothing; 0.02 is what most are drawn with
-
-
-def _root_mean_square(weight: Tensor) -> float:
-    whole = getattr(weight, "full_tensor", lambda: weight)()  # of a sharded one (FSDP2)
-    return whole.detach().float().square().mean().sqrt().item()
 
 
 class Together(optim.Optimizer):

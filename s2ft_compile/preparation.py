@@ -19,7 +19,7 @@ from s2ft_compile.passes.select.calibrate import Loss, calibrate
 from s2ft_compile.passes.select.calibrate import check as check_calibration
 from s2ft_compile.passes.select.select import Selection, Taken, raised, select, targeted_bands
 
-from .capture import captures, unwrap
+from .capture import captures, tensors_of, unwrap
 from .config import S2FTConfig, looks_at_data
 from .errors import ConfigError, StateError, VerificationError
 from .examples import several
@@ -66,14 +66,14 @@ def permute(model: nn.Module, coupling: Coupling, order: Tensor | Sequence[int])
     order = torch.as_tensor(order, dtype=torch.int64).cpu()
     if order.shape != (coupling.units,) or not torch.equal(order.sort().values, torch.arange(coupling.units)):
         raise ConfigError(f"order must hold each of 0 to {coupling.units - 1} once, got {order.numel()} values")
-    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = tensors_of(model)
     for (name, dim), layout in coupling.layouts.items():
-        if name not in parameters or parameters[name].ndim <= dim or parameters[name].shape[dim] != layout.size:
+        if name not in tensors or tensors[name].ndim <= dim or tensors[name].shape[dim] != layout.size:
             raise ConfigError(
                 f"this coupling is of another model: {name} has no dimension {dim} of size {layout.size} here"
             )
     for (name, dim), index in moves_for({coupling.axis: order}, coupling.layouts).items():
-        move(parameters[name], dim, index)
+        move(tensors[name], dim, index)
 
 
 def prepare(
@@ -111,22 +111,22 @@ def prepare(
     parameters = dict(model.named_parameters())
     taken = _taken(model, config) if given is None else None
     _check_not_shared(model, parameters)
-    analysis = analyze(model, example_inputs, train=train)
+    analysis, base = analyze(model, example_inputs, train=train), fingerprint(model)
     if given is None:
         selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss), taken)
     else:
-        selections = _selected(given, model, analysis)
+        selections = _selected(given, base, analysis)
     _check_trainable(selections, parameters)
     wanted, selections = selections, trainable(model, several(example_inputs)[0], config, selections)
     notes = (*raised(analysis, config), *_left_out(wanted, selections))
     for note in notes:
         log.info("%s", note)
     orders = dense_orders(analysis, selections)
-    base, index = fingerprint(model), moves_for(orders, analysis.layouts)
+    index = moves_for(orders, analysis.layouts)
     moves = [(name, dim, order) for (name, dim), order in index.items()]
     frozen = [name for name, p in parameters.items() if p.requires_grad]
     with ExitStack() as undo:
-        tensors = {**parameters, **dict(model.named_buffers())}  # batch norms' statistics follow their channels
+        tensors = tensors_of(model)  # batch norms' statistics follow their channels
         for name, dim, order in moves:
             move(tensors[name], dim, order)
             undo.callback(move, tensors[name], dim, torch.argsort(order))
@@ -170,12 +170,10 @@ def _measured(model: nn.Module, analysis: Analysis, config: S2FTConfig, calibrat
     return calibrate(model, places, config.selection, calibration, loss)
 
 
-def _selected(plan: Plan, model: nn.Module, analysis: Analysis) -> tuple[Selection, ...]:
+def _selected(plan: Plan, base: str, analysis: Analysis) -> tuple[Selection, ...]:
     """The selections that a plan records. Raises `ConfigError` for one of another base, or of a structure not here."""
-    if plan.fingerprint != fingerprint(model):
-        raise ConfigError(
-            f"the plan is of another base model: of fingerprint {plan.fingerprint}, not {fingerprint(model)}"
-        )
+    if plan.fingerprint != base:
+        raise ConfigError(f"the plan is of another base model: of fingerprint {plan.fingerprint}, not {base}")
     for s in plan.slices:
         layout = analysis.layouts.get((s.parameter_name, s.dim))
         if layout is None or not len(s.indices) or int(s.indices.min()) < 0 or int(s.indices.max()) >= layout.size:

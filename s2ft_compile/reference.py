@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture import unwrap
+from .capture import in_mode, unwrap
 from .errors import StateError
 from .sliced import refresh
 from .state import State, state_of
@@ -34,7 +34,7 @@ class Reference(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own call: a trainer that replaces this `forward` has replaced the model's, too."""
         model = self.__dict__["of"]
-        with torch.no_grad(), base_values(model), _evaluating(model):
+        with torch.no_grad(), base_values(model), in_mode(model, training=False):
             return model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -73,14 +73,3 @@ def _write(state: State, trained: bool) -> None:
         for module in state.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # what it gathered before has the other values
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -109,7 +109,11 @@ class Block:
     @torch.no_grad()
     def write(self, values: Tensor, quietly: bool = False) -> None:
         """Copies a block of the delta's shape into the weight; quietly, without its version counter."""
-        weight, offset = self.weight.data if quietly else self.weight, 0
+        self.write_to(self.weight.data if quietly else self.weight, values)
+
+    def write_to(self, weight: Tensor, values: Tensor) -> None:
+        """The same into another tensor of the weight's shape."""
+        offset = 0
         for start, length in self.ranges:
             weight.narrow(self.dim, start, length).copy_(values.narrow(self.dim, offset, length))
             offset += length
@@ -122,9 +126,11 @@ class Block:
         return torch.cat([weight.narrow(self.dim, s, n) for s, n in self.ranges], self.dim)
 
     @torch.no_grad()
-    def trained(self) -> Tensor:
-        """cast(W0 + delta), of shards the whole: the sum in the wider of the two types, rounded once."""
-        return self._wide(self.backup).add(self._wide(whole(self.delta))).to(self.backup.dtype)
+    def trained(self, delta: Tensor | None = None) -> Tensor:
+        """cast(W0 + delta), of shards the whole: the sum in the wider of the two types, rounded once. delta: by default
+        the block's own."""
+        delta = whole(self.delta if delta is None else delta).to(self.backup.device)
+        return self._wide(self.backup).add(self._wide(delta)).to(self.backup.dtype)
 
     def _wide(self, x: Tensor) -> Tensor:
         return x.to(torch.promote_types(self.backup.dtype, self.delta.dtype))
@@ -217,7 +223,7 @@ class Block:
     def _is_trained(self, weight: Tensor, delta: Tensor, exact: bool = False) -> bool:
         """Whether a weight's block is cast(W0 + delta): up to the rounding of means over checkpoints, or exactly.
         Of a sharded weight each process looks at its own part."""
-        made = self._wide(self.backup).add(self._wide(whole(delta).to(self.backup.device))).to(self.backup.dtype)
+        made = self.trained(delta)
         if hasattr(weight, "placements"):
             parts = list(self._local_parts(weight, made))
         else:

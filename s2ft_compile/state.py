@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from s2ft_compile.passes.couple.recheck import Crossing, Permuted
 from s2ft_compile.passes.permute import move
 
-from .capture import unwrap
+from .capture import tensors_of, unwrap
 from .errors import StateError
 from .plan import Plan
 from .processes import check_processes
@@ -71,7 +71,7 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's parameters and buffers, as they are now."""
-        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return tensors_of(self.model)
 
     def check_whole(self) -> None:
         """Raises `StateError` where a layer was removed or replaced: its units would not follow those of the others."""

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from s2ft_compile.capture import arguments, inference_mode_of, tied_names
+from s2ft_compile.capture import arguments, inference_mode_of, tensors_of, tied_names
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.editor import Mismatch
@@ -101,7 +101,7 @@ def _joint_graph(model: nn.Module, example_inputs: Any, places: Sequence[Place])
 
     mode, tied = FakeTensorMode(allow_non_fake_inputs=True), tied_names(model)
     fake = lambda t: mode.from_tensor(t.detach(), static_shapes=True)  # noqa: E731
-    state = {n: fake(t) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    state = {n: fake(t) for n, t in tensors_of(model).items()}
     inputs, spec = pytree.tree_flatten(tuple(arguments(example_inputs)))
     given = [fake(t) for t in inputs if isinstance(t, Tensor)]
     names = list(state)

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from s2ft_compile.capture import arguments, unwrap
+from s2ft_compile.capture import arguments, tensors_of, unwrap
 from s2ft_compile.layout import gather_index, leaves
 from s2ft_compile.preparation import analyze
 from s2ft_compile.structure import Analysis, Coupling
@@ -46,10 +46,10 @@ def random_orders(couplings: Iterable[Coupling], seed: int = 0) -> dict[int, Ten
 @torch.no_grad()
 def reorder(model: nn.Module, analysis: Analysis, orders: dict[int, Tensor], skip: tuple = ()) -> None:
     """Reorders axes wherever a layout mentions them; `skip` leaves some (name, dim) out, which is wrong."""
-    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = tensors_of(model)
     for (name, dim), layout in analysis.layouts.items():
         if (name, dim) not in skip and any(leaf.axis in orders for leaf in leaves(layout)):
-            parameters[name].copy_(parameters[name].index_select(dim, gather_index(layout, orders)))
+            tensors[name].copy_(tensors[name].index_select(dim, gather_index(layout, orders)))
 
 
 def outputs_of(made) -> list[Tensor]:
