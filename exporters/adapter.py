@@ -45,7 +45,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     """
     state_of(model)
     if sharded.is_sharded(model):
-        gathered = sharded.adapter_of(model, _check_trained)
+        gathered = sharded.adapter_of(model, _check_trained, named_base(*named_in(unwrap(model))))
         sharded.first_does(lambda: _write(gathered, directory))
         return Path(directory)
     _write(None, directory, model)

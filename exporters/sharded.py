@@ -50,8 +50,9 @@ def gathered(model: nn.Module, trained: bool) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def adapter_of(model: nn.Module, check) -> Adapter:
-    """The adapter of a sharded model, on every process. check: (weight, slice), raises for what is not finite."""
+def adapter_of(model: nn.Module, check, named: Mapping[str, str]) -> Adapter:
+    """The adapter of a sharded model, on every process. check: (weight, slice), raises for what is not finite. named:
+    the base, as `named_base` says."""
     state = state_of(model)
     plan = replace(state.plan, slices=tuple(replace(s, delta=whole(s.delta.detach())) for s in state.plan.slices))
     plan = ascending(plan)
@@ -63,7 +64,8 @@ def adapter_of(model: nn.Module, check) -> Adapter:
         if name in slices:
             check(tensor, slices[name])
             blocks[name] = hash_of_block(tensor, slices[name])
-    base = describe_base(_class_name(model), " and ".join(sorted(types)), samples, blocks)
+    blocks = {name: blocks[name] for name in slices}  # in the order of any other adapter's file
+    base = describe_base(_class_name(model), " and ".join(sorted(types)), samples, blocks, named)
     return Adapter(replace(plan, fingerprint=combined(samples)), base)
 
 

@@ -37,6 +37,7 @@ from s2ft_compile.exporters import (
     save_merged,
     save_onnx_adapter,
     save_shira,
+    sharded,
 )
 from s2ft_compile.exporters.files import new_directory, new_files
 from s2ft_compile.fingerprint import SAMPLES, fingerprint, samples_of
@@ -978,3 +979,17 @@ def test_the_format_holds_no_pickle(saved):
         assert file.keys()
     json.loads((saved / CONFIG).read_text())
     assert issubclass(AdapterError, S2FTError)
+
+
+def test_the_adapter_of_a_sharded_run_is_what_any_other_run_writes(tmp_path, monkeypatch):
+    """Gathered weight by weight; here there is one process, and nothing to gather."""
+    model = hf("llama")
+    model.config._name_or_path = "owner/name"
+    s2ft.prepare(model, (tokens(),), s2ft.S2FTConfig({"ffn.out": 3, "attention.out": 1}))
+    randomize(model)
+    s2ft.exporters.save_adapter(model, tmp_path / "plain")
+    monkeypatch.setattr(sharded, "is_sharded", lambda model: True)
+    monkeypatch.setattr(sharded, "first_does", lambda action: action())
+    s2ft.exporters.save_adapter(model, tmp_path / "gathered")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "gathered" / name).read_bytes(), name
