@@ -492,7 +492,8 @@ def tiny_tokenizer_once(made=[]):  # noqa: B006
     [
         (["--adapter", "law"], "--adapter is NAME=FOLDER, such as law=adapters/law; got 'law'"),
         (["--adapter", "a=x", "--adapter", "a=y"], "two adapters are called 'a'"),
-        (["--adapter", "base=x"], "both called 'base'"),
+        (["--adapter", "base={root}/law"], "both called 'base'"),
+        (["--adapter", "law=x"], "adapter folder x does not exist"),
         (["--adapter-root", "nothing"], "--adapter-root nothing is no folder"),
         (["--adapter", "law={root}/base", "--port", "0"], "not an adapter"),
         (["--cache-tokens", "-1", "--port", "0"], "cache"),

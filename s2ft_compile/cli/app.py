@@ -104,7 +104,7 @@ def explain(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
     batch: Annotated[int, typer.Option(help="Sequences in a forward.")] = 1,
     seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 16,
-    targets: Annotated[str, typer.Option(help="What trains, as for `s2ft train`.")] = "ffn.out=0.03",
+    targets: Annotated[str, typer.Option(help="What trains, as for `s2ft train`.")] = TARGETS,
     logits: Annotated[bool, typer.Option(help="Whether a step returns its logits; `s2ft train` does not.")] = False,
     off: Annotated[list[str] | None, typer.Option(help="A pass to leave out; may be repeated.")] = None,
     trace: Annotated[Path | None, typer.Option(help="A folder for every graph before and after each pass.")] = None,
@@ -264,7 +264,7 @@ def train(
         given = {name: value for name, value in values.items() if name != "debug"}
         names = ("targets", "selection", "smallest", "budget", "top_layers", "exclude")
         targets, selection, smallest, budget, top_layers, exclude = (values.pop(name) for name in names)
-        folders = [_adapter_folder(Path(path)) for path in exclude or ()]
+        folders = [adapter_folder(Path(path)) for path in exclude or ()]
         s2ft = S2FTConfig(parse_targets(targets), selection, not smallest, budget, values["seed"], top_layers, folders)
         rest = {name: value for name, value in values.items() if name not in ("config", "debug")}
         out.print(report(run(TrainOptions(s2ft=s2ft, given=given, **rest), out), values["output"]))
@@ -296,7 +296,7 @@ def export_adapter(model: Model, adapter: Adapter, output: Output, dtype: Dtype 
         from .data import load_model
 
         with err.status("checking"), new_directory(output) as work:
-            folder = _adapter_folder(adapter)
+            folder = adapter_folder(adapter)
             plan = load_adapter(load_model(model, dtype or _trained_dtype(adapter)), folder)
             for file in (f for f in folder.iterdir() if f.is_file()):
                 shutil.copyfile(file, work / file.name)
@@ -371,7 +371,7 @@ def export_lora(
         with err.status("converting"):
             base = load_model(model, dtype or _trained_dtype(adapter))
             number = int(ranks) if ranks.isdecimal() else ranks
-            save_lora(base, output, layout, number, adapter=_adapter_folder(adapter), truncate=truncate)
+            save_lora(base, output, layout, number, adapter=adapter_folder(adapter), truncate=truncate)
         size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
         out.print(f"LoRA: {output}, {size / 1e6:,.1f} MB; its README.md says for which programs")
 
@@ -385,7 +385,7 @@ def export_shira(model: Model, adapter: Adapter, output: Output, dtype: Dtype = 
         from .data import load_model
 
         with err.status("converting"):
-            save_shira(load_model(model, dtype or _trained_dtype(adapter)), output, adapter=_adapter_folder(adapter))
+            save_shira(load_model(model, dtype or _trained_dtype(adapter)), output, adapter=adapter_folder(adapter))
         out.print(f"SHiRA: {output}")
 
 
@@ -404,7 +404,7 @@ def merge(
         from s2ft_compile.exporters import merge_checkpoint
 
         with err.status("merging"):
-            folders = [_adapter_folder(path) for path in adapters]
+            folders = [adapter_folder(path) for path in adapters]
             merge_checkpoint(_checkpoint_folder(base), folders, output, _numbers(weights))
         out.print(f"merged checkpoint: {output}")
 
@@ -480,7 +480,7 @@ def _export_separate(
 
     if adapter is None:
         raise ConfigError("--separate makes room for an adapter; name it with --adapter")
-    folder, file = _adapter_folder(adapter), output.with_suffix(".onnx_adapter")
+    folder, file = adapter_folder(adapter), output.with_suffix(".onnx_adapter")
     with err.status("exporting"):
         base = load_model(model, dtype or _trained_dtype(adapter))
         save_onnx_adapter(base, file, adapter=folder, **names)
@@ -500,12 +500,12 @@ def _adapted(model: str, adapter: Path | None, dtype: str | None):
 
     if adapter is None:
         return load_model(model, dtype or "auto")
-    folder, loaded = _adapter_folder(adapter), load_model(model, dtype or _trained_dtype(adapter))
+    folder, loaded = adapter_folder(adapter), load_model(model, dtype or _trained_dtype(adapter))
     load_adapter(loaded, folder)
     return loaded
 
 
-def _adapter_folder(path: Path) -> Path:
+def adapter_folder(path: Path) -> Path:
     """The adapter that `path` is, or that a training run left in it."""
     folder = path / "adapter" if (path / "adapter").is_dir() else path
     if not folder.is_dir():

@@ -243,13 +243,9 @@ def _recognised(row: Any, refuse) -> tuple[str, Mapping[str, Any]]:
     if isinstance(row.get("label"), bool) and "completion" in given:
         refuse(f"completions that are good or bad by 'label' ({_names(row)}), which TRL's KTOTrainer trains on")
     _check_text(row, refuse)
-    for form, fields in {
-        "messages": "messages",
-        "conversations": "conversations",
-        "conversation": "conversation",
-    }.items():
-        if fields in row:
-            messages = row[fields] if form == "messages" else _from_sharegpt(row, fields, refuse)
+    for field in ("messages", "conversations", "conversation"):
+        if field in row:
+            messages = row[field] if field == "messages" else _from_sharegpt(row, field, refuse)
             _check_messages(messages, refuse)
             return "messages", {**row, "messages": messages}
     output = next((name for name in ("output", "response") if name in row), None)

@@ -64,17 +64,18 @@ def loaded(base: str, folders: Mapping[str, Path], limits: Mapping[str, Any], dt
 
 
 def named(adapters: Sequence[str]) -> dict[str, Path]:
-    """NAME=FOLDER of each. Raises `ConfigError`."""
-    found: dict[str, Path] = {}
+    """NAME=FOLDER of each. Raises `ConfigError`, or `AdapterError` for what is no folder."""
+    from .app import adapter_folder
+
+    folders: dict[str, Path] = {}
     for text in adapters:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
             raise ConfigError(f"--adapter is NAME=FOLDER, such as law=adapters/law; got {text!r}")
-        if name in found:
+        if name in folders:
             raise ConfigError(f"two adapters are called {name!r}")
-        path = Path(folder)
-        found[name] = path / "adapter" if (path / "adapter").is_dir() else path
-    return found
+        folders[name] = Path(folder)
+    return {name: adapter_folder(folder) for name, folder in folders.items()}
 
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:

@@ -96,9 +96,9 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
 
 
 def describe(card: Path, options: TrainOptions, metrics: Mapping[str, Any], revision: str | None) -> None:
-    """Adds the run to the adapter's card, and the base model in the form by which the hub links it."""
+    """Adds the run to the adapter's card, and the base model, where the card has none, by which the hub links it."""
     text = card.read_text(encoding="utf-8")
-    if not Path(options.model).exists():  # a hub id, which is the same for everybody
+    if not Path(options.model).exists() and "\nbase_model:" not in text:  # a hub id, the same for everybody
         text = text.replace("library_name:", f"base_model: {options.model}\nlibrary_name:", 1)
     rows = {
         "base model": f"{Path(options.model).name if Path(options.model).exists() else options.model}"
@@ -219,7 +219,7 @@ def fit(
     """Trains a prepared model, compiled, with Trainer, from its last checkpoint if it has one; each step's seconds."""
     steps = options.total_steps(len(blocks))
     with _compiled(model, options):
-        watch = _watch(bars, steps, options, work)
+        watch = _watch(bars, steps, options, work, _tokens(blocks, options))
         trainer = _trainer(model, blocks, held_out, options, work, steps, watch)
         start = last_checkpoint(work)
         watch.trim(start)
@@ -348,11 +348,15 @@ def loss(
     return total / count if count else float("nan")
 
 
-def _watch(bars: Progress, steps: int, options: TrainOptions, work: Path):
-    """A Trainer callback that shows the progress, logs every step, and stops for a person or for what is not finite."""
-    from transformers import TrainerCallback
+def _tokens(blocks: Blocks, options: TrainOptions) -> int:
+    """In an optimizer step, with the padding."""
+    return options.batch_size * options.grad_accum * blocks.input_ids.shape[1]
 
-    tokens = options.batch_size * options.grad_accum * options.seq_len
+
+def _watch(bars: Progress, steps: int, options: TrainOptions, work: Path, tokens: int):
+    """A Trainer callback that shows the progress, logs every step, and stops for a person or for what is not finite.
+    tokens: of a step."""
+    from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
         def __init__(self):
@@ -493,7 +497,7 @@ def _sizes(model: nn.Module, plan) -> dict[str, Any]:
 
 def _speed(seconds: list[float], options: TrainOptions, blocks: Blocks) -> dict[str, Any]:
     """Step time and tokens per second without the first steps, which compile."""
-    tokens = options.batch_size * options.grad_accum * blocks.input_ids.shape[1]
+    tokens = _tokens(blocks, options)
     median = statistics.median(seconds[WARM_UP:] or seconds[-1:] or [float("nan")])
     return {
         "steps": len(seconds),

@@ -161,6 +161,11 @@ def noisy(model: nn.Module, seed: int) -> nn.Module:
     return made
 
 
+def wide(tree: Any) -> Any:
+    """Its floating-point tensors in float64."""
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)
+
+
 @torch.no_grad()
 def _outputs(model: nn.Module, call: tuple) -> list[Tensor]:
     args, kwargs = call
@@ -172,9 +177,6 @@ def _other_inputs(model: nn.Module, inputs: Any, seed: int) -> Iterator[tuple[tu
     """(arguments, outputs): the inputs, and others that the model takes."""
     random = torch.Generator().manual_seed(seed)
 
-    def wide(t: Tensor) -> Tensor:
-        return t.double() if t.is_floating_point() else t
-
     def values(t: Tensor) -> Tensor:
         return t.flatten()[torch.randperm(t.numel(), generator=random)].view(t.shape) if t.numel() else t
 
@@ -184,7 +186,7 @@ def _other_inputs(model: nn.Module, inputs: Any, seed: int) -> Iterator[tuple[tu
     def length(t: Tensor) -> Tensor:
         return t[:, :-1] if t.ndim > 1 and t.shape[1] > 1 else t
 
-    args = pytree.tree_map_only(Tensor, wide, tuple(arguments(inputs)))
+    args = wide(tuple(arguments(inputs)))
     yield args, _outputs(model, args)
     for change in (values, batch, length):
         other = pytree.tree_map_only(Tensor, change, args)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from s2ft_compile.capture import arguments, unwrap
 from s2ft_compile.config import ROLES, CompileOptions, S2FTConfig
@@ -17,7 +16,7 @@ from s2ft_compile.preparation import analyze, prepare
 from s2ft_compile.state import find_state, release, state_of
 from s2ft_compile.tracing import recorded
 
-from .equivalence import AMPLIFIED, Promoted, noisy, outputs_of
+from .equivalence import AMPLIFIED, Promoted, noisy, outputs_of, wide
 
 U32 = 2.0**-24  # unit roundoff of float32, in which deltas and their gradients live
 
@@ -49,7 +48,7 @@ def assert_gradients(
 
     def whole(made: nn.Module) -> Tensor:
         with Promoted():
-            return loss(made(*_wide(args), **_wide(kwargs)))
+            return loss(made(*wide(args), **wide(kwargs)))
 
     full = full_gradients(base, whole)
     copied = copy.deepcopy(model).eval()
@@ -76,8 +75,7 @@ def assert_slices(plan: Plan, full: Mapping[str, Tensor], tolerance: float) -> N
 
 def full_gradients(base: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
     """Eager gradients of every parameter of a plain model; a parameter the loss does not reach has zeros."""
-    made = torch.autograd.grad(loss(base), list(base.parameters()), allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(base.named_parameters(), made)}
+    return dict(zip(dict(base.named_parameters()), _gradients(loss(base), list(base.parameters()))))
 
 
 def uneven_loss(output: Any) -> Tensor:
@@ -106,8 +104,10 @@ def _assert_slice(s: Slice, grad: Tensor | None, full: Tensor, tolerance: float,
         )
 
 
-def _wide(tree: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)
+def _gradients(of: Tensor, to: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros where nothing reaches."""
+    made = torch.autograd.grad(of, list(to), allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(made, to)]
 
 
 def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager", ratio: float = 0.3) -> dict[str, int]:
@@ -117,9 +117,9 @@ def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager"
     inner: what compiles (`CompileOptions.inner`), None for eager. Returns role -> number of weights that train.
     Raises `AssertionError` that names the role and the weight, or what the step raised.
     """
-    inputs = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    inputs = wide(inputs)
     base, trained = noisy(model, 0), {}
-    full = dict(zip(dict(base.named_parameters()), _gradients(base, inputs, list(base.parameters()))))
+    full = full_gradients(base, lambda base: _summed(base, inputs))
     analysis = analyze(copy.deepcopy(base), inputs)
     for role in ROLES:
         try:
@@ -131,7 +131,7 @@ def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager"
         torch._dynamo.reset()
         net = torch.compile(made, backend="s2ft", options={"inner": inner}) if inner else made
         try:
-            found = _gradients(net, inputs, [s.delta for s in plan.slices])
+            found = _gradients(_summed(net, inputs), [s.delta for s in plan.slices])
         except Exception as error:  # of any pass, dynamo or torch
             raise AssertionError(f"{role} is offered and does not train: {type(error).__name__}: {error}") from error
         for s, gradient in zip(plan.slices, found, strict=True):
@@ -143,12 +143,10 @@ def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager"
     return trained
 
 
-def _gradients(model: nn.Module, inputs: Any, of: Sequence[Tensor]) -> list[Tensor]:
-    """Of a sum of all outputs with different weights, from one random state."""
+def _summed(model: nn.Module, inputs: Any) -> Tensor:
+    """All outputs with different weights, from one random state."""
     args, kwargs = arguments(inputs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         outputs = [y.double() for y in outputs_of(model(*args, **kwargs)) if y.requires_grad]
-    total = sum((y * torch.arange(y.numel(), device=y.device).view(y.shape).sin()).sum() for y in outputs)
-    made = torch.autograd.grad(total, list(of), allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(made, of)]
+    return sum((y * torch.arange(y.numel(), device=y.device).view(y.shape).sin()).sum() for y in outputs)
