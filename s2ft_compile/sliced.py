@@ -6,11 +6,12 @@ So every way of reading has the delta, whoever calls: another method, a submodul
 of one layer, a frame that a compiler gave up. Compiled, the read is the operator `attach`; eager, `attached` of
 `passes.backward.eager`. With gradients off it is the weight, which always holds its value:
 
-    W[block] == cast(W0 + D)        written again at every read, so that a change of D by any road is in it
+    W[block] == cast(W0 + D)        looked at, and written, at every read, so that a change of D by any road is in it
 """
 
 import copyreg
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,26 @@ _writing = threading.Lock()  # one thread sees that a delta changed, and writes 
 
 
 @dataclass(eq=False)
+class Stamp:
+    """What a tensor held when it was looked at: its version and, on a CPU, a checksum, as `.data` counts no version."""
+
+    version: int
+    checksum: int | None
+
+    @classmethod
+    def of(cls, tensor: Tensor, part: Callable[[], Tensor]) -> "Stamp":
+        """part: what counts of the tensor. Memory that processes share has no checksum: another one may write it."""
+        if tensor.device.type != "cpu" or tensor.is_shared():
+            return cls(tensor._version, None)
+        return cls(tensor._version, zlib.crc32(part().contiguous().view(-1).view(torch.uint8).numpy()))
+
+    def __eq__(self, other) -> bool:
+        if self.checksum is None or other.checksum is None:
+            return self.version == other.version
+        return self.checksum == other.checksum
+
+
+@dataclass(eq=False)
 class Block:
     """A slice while it trains.
 
@@ -52,7 +73,7 @@ class Block:
     active: bool = False  # whether reading attaches: not in the base model's order, nor in what was released
     attached: bool = False  # whether a forward has used the delta, so that it can have a gradient
     owns_gradient: bool = False
-    versions: tuple[int, int] | None = None  # of weight and delta when the block was last written
+    seen: tuple[Stamp, Stamp] | None = None  # weight and delta when the block was last written
     loading: bool = False  # whether load_state_dict may put another tensor in its place
 
     def __post_init__(self):
@@ -61,7 +82,7 @@ class Block:
 
     def __setstate__(self, values):  # copy.deepcopy and pickle arrive here
         self.__dict__.update(values)
-        self.owns_gradient, self.versions = False, None  # copies have no hooks, and count their versions anew
+        self.owns_gradient, self.seen = False, None  # copies have no hooks, and count their versions anew
         self._register()
 
     def _register(self) -> None:
@@ -93,7 +114,7 @@ class Block:
         """Takes the tensors that the module holds now, after `_apply` or a load that may have replaced them."""
         module, key = self.places[0]
         self.weight, self.delta = module._parameters[key], module._parameters[self.delta_key]
-        self.versions = None
+        self.seen = None
         self._register()
 
     def follow_shards(self) -> bool:
@@ -175,7 +196,7 @@ class Block:
         """The delta becomes what the weight holds now. Of shards, every process has to get here."""
         delta = self._wide(self.part_of(whole(self.weight))) - self._wide(self.backup)
         self.delta.copy_(as_sharded(delta, self.delta))
-        self.versions = None
+        self.seen = None
         self.refresh()
 
     def loaded(self, weight: bool, delta: bool) -> None:
@@ -194,14 +215,20 @@ class Block:
         elif weight and not self._is_trained(self.weight, self.delta, exact=True):
             self.take_as_trained()
 
-    @property
-    def edited(self) -> bool:
-        """Whether something else wrote the weight, and left another block in it than the present one."""
-        return (
-            self.versions is not None
-            and self.weight._version != self.versions[0]
-            and not torch.equal(self.read(), self.trained())
-        )
+    @torch.no_grad()
+    def look(self) -> tuple[Stamp, Stamp]:
+        """What weight and delta hold now."""
+        return Stamp.of(self.weight, self.read), Stamp.of(self.delta, self.delta.detach)
+
+    def edited(self, now: tuple[Stamp, Stamp] | None = None) -> bool:
+        """Whether something else wrote the weight, and left another block in it than the present one. A running average
+        of all of a model moves both, and leaves the weight between the base's and what the averaged delta says."""
+        if self.seen is None:
+            return False
+        (weight, delta), (last_weight, last_delta) = now or self.look(), self.seen
+        if weight == last_weight or torch.equal(self.read(), self.trained()):
+            return False
+        return delta == last_delta or not self._is_trained(self.weight, self.delta, room=self.delta.abs().max())
 
     def check_loaded(self, name: str, weight: Tensor, delta: Tensor | None = None) -> None:
         """Raises `StateError` for a weight that differs from this one outside of the block, or in the block from the
@@ -220,9 +247,9 @@ class Block:
                 )
 
     @torch.no_grad()
-    def _is_trained(self, weight: Tensor, delta: Tensor, exact: bool = False) -> bool:
-        """Whether a weight's block is cast(W0 + delta): up to the rounding of means over checkpoints, or exactly.
-        Of a sharded weight each process looks at its own part."""
+    def _is_trained(self, weight: Tensor, delta: Tensor, exact: bool = False, room: Tensor | float = 0) -> bool:
+        """Whether a weight's block is cast(W0 + delta): up to the rounding of means over checkpoints and `room`, or
+        exactly. Of a sharded weight each process looks at its own part."""
         made = self.trained(delta)
         if hasattr(weight, "placements"):
             parts = list(self._local_parts(weight, made))
@@ -230,7 +257,7 @@ class Block:
             parts = [(self.part_of(weight.detach()).to(made.device), made)]
         if exact:
             return all(torch.equal(held, part) for held, part in parts)
-        room = 4 * torch.finfo(made.dtype).eps * made.abs().max()
+        room = room + 4 * torch.finfo(made.dtype).eps * made.abs().max()
         return all(((held - part).abs() <= room).all() for held, part in parts)
 
     def own_gradient(self) -> None:
@@ -274,32 +301,34 @@ def block_of(tensor: Any) -> Block | None:
 def refresh(blocks: Iterable[Block]) -> None:
     """Writes the deltas into their weights: on a GPU in one launch, elsewhere one after another.
 
-    Where no delta has changed the same values are written, in case one did change behind its version counter (`.data`);
-    autograd need not know of that, or a checkpoint's recomputation would spoil what the forward saved.
+    Where no delta has changed nothing is written, or, where that cannot be seen, the same values: one may have changed
+    behind its version counter (`.data`). Autograd need not know of that, or a checkpoint's recomputation would spoil
+    what the forward saved.
     """
     with _writing:
         together = []
         for block in blocks:
             if not block.active or block.weight.is_meta or block.backup.is_meta or block.follow_shards():
                 continue  # shards are written where all processes are: after an optimizer's step
-            if block.edited:
+            now = block.look()
+            if block.edited(now):
                 raise StateError(
                     f"{block.name} was changed in place, and the next write of its slice would undo a part of that. "
                     f"Change weights before s2ft.prepare, or by load_state_dict; s2ft.release(model) keeps them as they"
                     f" are now{other_process()}"
                 )
-            quietly = block.versions is not None and block.versions[1] == block.delta._version
+            quietly = block.seen is not None and block.seen[1].version == now[1].version
             if kernel.fits(block.weight, block.backup, block.delta):
                 together.append((block, quietly))
-            else:
+            elif now != block.seen or now[0].checksum is None:
                 block.write(block.trained(), quietly)
-                block.versions = block.weight._version, block.delta._version
+                block.seen = Stamp.of(block.weight, block.read), now[1]
         if together:
             kernel.refresh(
                 [(b.weight.data if q else b.weight, b.backup, b.delta, b.dim, b.ranges) for b, q in together]
             )
         for block, _ in together:
-            block.versions = block.weight._version, block.delta._version
+            block.seen = block.look()
 
 
 # --- the class that reads --------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def _arranged(model: nn.Module, trained: bool) -> Iterator[None]:
     finally:
         state.move(back=False)
         for block in state.blocks:
-            block.versions = None
+            block.seen = None
         state.set_active(True)
         refresh(state.blocks)
 
@@ -221,7 +221,7 @@ def _to_base_order(state: State, trained: bool) -> None:
             "the same model, prepared alike and not sharded"
         )
     if trained:
-        refresh([block for block in state.blocks if not block.edited])  # what somebody edited is kept
+        refresh([block for block in state.blocks if not block.edited()])  # what somebody edited is kept
     else:
         state.refresh()
         for block in state.blocks:

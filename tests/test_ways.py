@@ -407,6 +407,25 @@ def test_a_delta_written_by_any_road_is_in_the_weight(how, write):
         assert all(torch.equal(b.read(), b.trained()) for b in state_of(model).blocks)
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["in place", "through .data"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_average_over_steps_computes_what_the_averaged_deltas_say(behind, dtype):
+    """Of all of a model's parameters, as averages are kept: what they make of a weight's block is not what is used."""
+    _, model, _ = llama()
+    model.to(dtype)
+    kept = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(s2ft.parameters(model), lr=0.3)
+    for _ in range(4):
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for average, now in zip(kept.parameters(), model.parameters(), strict=True):
+                (average.data if behind else average).lerp_(now, 0.2)
+            loss(kept)
+        assert all(torch.equal(b.read(), b.trained()) and b.delta.any() for b in state_of(kept).blocks)
+
+
 def test_vectors_of_parameters_and_averages():
     base, model, plan = llama()
     deltas = s2ft.parameters(model)
@@ -458,12 +477,14 @@ def test_loading_weights_of_another_order_or_base_is_refused():
         assert_unchanged(model, before)
 
 
-def test_an_edit_of_a_trained_weight_is_refused_and_not_half_undone():
+@pytest.mark.parametrize("behind", [False, True], ids=["in place", "through .data"])
+def test_an_edit_of_a_trained_weight_is_refused_and_not_half_undone(behind):
     _, model, plan = llama()
     loss(model)
     name = plan.slices[0].parameter_name
+    held = dict(model.named_parameters())[name]
     with torch.no_grad():
-        model.get_parameter(name).mul_(0.5)
+        (held.data if behind else held).mul_(0.5)
     edited = dict(model.named_parameters())[name].detach().clone()
     with pytest.raises(StateError, match=f"{name} was changed in place"):
         loss(model)
@@ -750,6 +771,22 @@ def test_eager_products(form, dim, ranges):
     )
     torch.testing.assert_close(made[1], db, **tolerance)
     torch.testing.assert_close(made[2].double(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("form", ["linear", "addmm", "matmul"])
+def test_a_weight_and_its_bias_train_together(form, recwarn):
+    x, values = torch.randn(2, 7, 5, dtype=torch.float64), (torch.randn(6, 5).double(), torch.randn(6).double())
+    deltas = [nn.Parameter(torch.zeros(2, *t.shape[1:])) for t in values]
+    read = [eager.attached(t, D, 0, ((1, 1), (3, 1)), "W") for t, D in zip(values, deltas, strict=True)]
+    total = Products.FORMS[form](x, *read).pow(3).sum()
+    with FlopCounterMode(display=False) as count:
+        made = torch.autograd.grad(total, deltas)
+    full = [t.clone().requires_grad_() for t in values]
+    expected = torch.autograd.grad(Products.FORMS[form](x, *full).pow(3).sum(), full)
+    for D, dW in zip(made, expected, strict=True):
+        torch.testing.assert_close(D.double(), dW[[1, 3]], rtol=1e-6, atol=1e-6)
+    assert count.get_total_flops() == 2 * x.numel() * 2, "two rows of the weight"
+    assert not [w for w in recwarn if "full size" in str(w.message)]
 
 
 @pytest.mark.parametrize("dim", [1, 2])

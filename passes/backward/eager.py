@@ -78,7 +78,7 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if not _warned and not ctx.needs_input_grad[0]:
+        if not _warned and grad.ndim > 1 and not ctx.needs_input_grad[0]:  # a bias's is as small as one token's
             _warned.add(ctx.where.name)
             names = dict.fromkeys(resolve_name(func) or str(func) for func in ctx.where.whole)
             readers = " and ".join(names) or "what reads it"
@@ -192,7 +192,7 @@ class _Product(torch.autograd.Function):
 
 
 def _linear(input, weight, bias=None):
-    if not _is_attached(weight) or _is_attached(input) or _is_attached(bias) or weight.ndim != 2:
+    if not _is_attached(weight) or _is_attached(input) or weight.ndim != 2:
         return NotImplemented
     W, D, where = weight.parts
     x, W, bias = _cast_as_autocast_would(input, W, bias)
@@ -214,7 +214,7 @@ def _matmul(a, b, *, out=None):
 
 
 def _addmm(bias, x, weight, *, beta=1, alpha=1, out=None):
-    plain = beta == 1 and alpha == 1 and out is None and not _is_attached(bias) and not _is_attached(x)
+    plain = beta == 1 and alpha == 1 and out is None and not _is_attached(x)
     if not plain or not _is_attached(weight) or bias.ndim != 1:
         return NotImplemented
     W, D, where = weight.parts
