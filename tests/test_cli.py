@@ -1,16 +1,22 @@
 """The command line on tiny models: what each command leaves behind, and one line for each bad input."""
 
 import json
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_data import TEXT, lines, tiny_tokenizer
 from typer.testing import CliRunner
 
+from s2ft_compile import exporters
 from s2ft_compile.cli import inspect as summary
 from s2ft_compile.cli.app import app
 from s2ft_compile.cli.options import TrainOptions, parse_targets
+from s2ft_compile.config import SELECTIONS
 from s2ft_compile.errors import ConfigError, S2FTError
+from s2ft_compile.exporters import registration
+from s2ft_compile.passes.select.selections import SCORES
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +92,53 @@ def refused(*arguments) -> str:
     message = result.output.strip().splitlines()
     assert len(message) == 1 and message[0].startswith("error: "), result.output
     return message[0]
+
+
+PLUGIN = """
+from safetensors.torch import save_file
+from s2ft_compile.exporters import exporter
+from s2ft_compile.selections import selection
+
+@selection("mine::last", needs="nothing")
+def last(seed, key, units):
+    ...
+
+@exporter
+def save_head(model, folder):
+    save_file({"head": model.lm_head.weight.detach().clone()}, folder / "head.safetensors")
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """A user's file; what it registers is gone after the test."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "my_plugin.py"
+    path.write_text(PLUGIN)
+    yield path
+    sys.modules.pop("my_plugin", None)
+    SELECTIONS.pop("mine::last"), SCORES.pop("mine::last")
+    if registration.REGISTERED.pop("save_head", None):
+        del exporters.save_head
+
+
+def test_what_a_user_registers_is_imported_before_a_command(plugin, base, run, tmp_path):
+    with_adapter = ("--model", base, "--adapter", run[0], "--output", tmp_path / "out")
+    made = invoke("--import", plugin, "export", "custom", "save_head", *with_adapter)
+    assert made.exit_code == 0, made.output
+    assert torch.equal(load_file(tmp_path / "out" / "head.safetensors")["head"], load(run[0] / "merged").lm_head.weight)
+    assert SELECTIONS["mine::last"] == "nothing"
+    assert "unknown exporter 'save_tail'; valid: save_head" in refused("export", "custom", "save_tail", *with_adapter)
+
+
+@pytest.mark.parametrize(
+    "name, found", [("none.py", "none.py is no file"), ("no_such_module", "No module named"), ("bad.py", "SyntaxError")]
+)
+def test_what_cannot_be_imported_is_one_line(name, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "bad.py").write_text("def")
+    monkeypatch.chdir(tmp_path)
+    assert found in refused("--import", name, "inspect", "model")
 
 
 def _tokenizer(folder):

@@ -28,6 +28,22 @@ app.add_typer(export_app, name="export")
 
 out, err = Console(), Console(stderr=True)
 
+
+@app.callback()
+def main(
+    imports: Annotated[
+        list[str] | None,
+        typer.Option("--import", help="A module or .py file with rules, selections or exporters; may be repeated."),
+    ] = None,
+) -> None:
+    if imports:
+        from .plugins import import_plugin
+
+        with reported(err, debug=False):
+            for name in imports:
+                import_plugin(name)
+
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Model = Annotated[str, typer.Option("--model", help="The base model: a Hugging Face folder, or a hub id.")]
 BUDGET = "Share of the activations kept for the backward; what is not kept is computed again."
@@ -387,6 +403,26 @@ def export_shira(model: Model, adapter: Adapter, output: Output, dtype: Dtype = 
         with err.status("converting"):
             save_shira(load_model(model, dtype or _trained_dtype(adapter)), output, adapter=adapter_folder(adapter))
         out.print(f"SHiRA: {output}")
+
+
+@export_app.command("custom")
+def export_custom(
+    name: Annotated[str, typer.Argument(help="A registered exporter's; `s2ft --import FILE export custom NAME ...`.")],
+    model: Model,
+    output: Output,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help=ADAPTER)] = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Write with an exporter of your own (`s2ft_compile.exporters.exporter`)."""
+    with reported(err, debug):
+        from s2ft_compile.config import check_choice
+        from s2ft_compile.exporters.registration import REGISTERED
+
+        check_choice("exporter", name, tuple(REGISTERED))
+        with err.status(f"writing {name}"):
+            REGISTERED[name](_adapted(model, adapter, dtype), output)
+        out.print(f"{name}: {output}")
 
 
 @app.command()
