@@ -42,8 +42,10 @@ class Stamp:
 
     @classmethod
     def of(cls, tensor: Tensor, part: Callable[[], Tensor]) -> "Stamp":
-        """part: what counts of the tensor. Memory that processes share has no checksum: another one may write it."""
-        if tensor.device.type != "cpu" or tensor.is_shared():
+        """part: what counts of the tensor. Without a checksum are memory that processes share, as another one may write
+        it, and what is no plain tensor, such as a fake one."""
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and not tensor.is_shared()
+        if not plain:
             return cls(tensor._version, None)
         return cls(tensor._version, zlib.crc32(part().contiguous().view(-1).view(torch.uint8).numpy()))
 
