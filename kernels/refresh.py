@@ -32,8 +32,8 @@ Part = tuple[Tensor, Tensor, Tensor, int, Ranges]  # W, W0, D, dim, ranges
 def refresh_reference(W: Tensor, W0: Tensor, D: Tensor, dim: int, ranges: Ranges) -> None:
     offset = 0
     for start, length in ranges:
-        made = W0.narrow(dim, offset, length).float() + D.narrow(dim, offset, length)
-        W.narrow(dim, start, length).copy_(made.to(W.dtype))
+        value = W0.narrow(dim, offset, length).float() + D.narrow(dim, offset, length)
+        W.narrow(dim, start, length).copy_(value.to(W.dtype))
         offset += length
 
 
@@ -50,8 +50,8 @@ def _kernel(table, owners, like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     column = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
     here = row * tl.load(entry + 6) + column
-    made = tl.load(W0 + here, mask=inside).to(tl.float32) + tl.load(D + here, mask=inside)
-    tl.store(W + row * tl.load(entry + 5) + column, made.to(like.dtype.element_ty), mask=inside)
+    value = tl.load(W0 + here, mask=inside).to(tl.float32) + tl.load(D + here, mask=inside)
+    tl.store(W + row * tl.load(entry + 5) + column, value.to(like.dtype.element_ty), mask=inside)
 
 
 def fits(W: Tensor, W0: Tensor, D: Tensor) -> bool:
@@ -73,10 +73,10 @@ def refresh(parts: Sequence[Part]) -> None:
     def kind(part):
         return str(part[0].device), str(part[0].dtype)
 
-    for _, some in groupby(sorted(parts, key=kind), kind):
-        some = list(some)
-        with placed(some[0][0]):
-            launch(_kernel, some)
+    for _, alike in groupby(sorted(parts, key=kind), kind):
+        alike = list(alike)
+        with placed(alike[0][0]):
+            launch(_kernel, alike)
 
 
 def launch(kernel, parts: Sequence[Part]) -> None:

@@ -155,9 +155,9 @@ def slice_grad(A: Tensor, B: Tensor, C: Tensor | None = None) -> Tensor:
 def slice_grad_(C: Tensor, A: Tensor, B: Tensor) -> None:
     """C += Aᵀ B, in float32."""
     _result(A, B, C)
-    made = launch(wrap_triton(_kernel), A, B, C, C, processors(A.device.index))
-    if made is not C:
-        C.copy_(made)
+    result = launch(wrap_triton(_kernel), A, B, C, C, processors(A.device.index))
+    if result is not C:
+        C.copy_(result)
 
 
 slice_grad.register_fake(_result)

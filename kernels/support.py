@@ -60,8 +60,8 @@ def _why_not(device: torch.device) -> str | None:
         return "they are for CUDA GPUs"
     if triton is None:
         return "Triton is not installed"
-    found = torch.cuda.get_device_capability(device)
-    return f"its compute capability is {found[0]}.{found[1]}, under 8.0" if found < AMPERE else None
+    version = torch.cuda.get_device_capability(device)
+    return f"its compute capability is {version[0]}.{version[1]}, under 8.0" if version < AMPERE else None
 
 
 @jit()

@@ -109,14 +109,14 @@ def _primes(taken: Collection[int]) -> Iterator[int]:
 
 def _at(inputs: Inputs, batches: Mapping[int, int], lengths: Mapping[int, int]) -> Inputs:
     def resize(t: Tensor) -> Tensor:
-        made = t.detach()
+        resized = t.detach()
         for dim, size in enumerate(t.shape):
             new = batches.get(size) if dim == 0 else None
             if new is None and size in lengths and _is_length(t, dim, lengths):
                 new = lengths[size]
             if new is not None:
-                made = made.index_select(dim, torch.arange(new, device=t.device) % size)
-        return made.requires_grad_(t.requires_grad)
+                resized = resized.index_select(dim, torch.arange(new, device=t.device) % size)
+        return resized.requires_grad_(t.requires_grad)
 
     return Inputs(*tree_map_only(Tensor, resize, tuple(inputs)))
 

@@ -33,9 +33,9 @@ def samples(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     return {name: sample(tensor) for name, tensor in tensors}
 
 
-def combined(found: Mapping[str, str]) -> str:
+def combined(samples: Mapping[str, str]) -> str:
     """The fingerprint of a model with these samples."""
-    return hashlib.sha256("".join(f"{name} {found[name]}\n" for name in sorted(found)).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{name} {samples[name]}\n" for name in sorted(samples)).encode()).hexdigest()
 
 
 def sample(tensor: Tensor) -> str:

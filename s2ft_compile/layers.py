@@ -34,12 +34,12 @@ def compile_layers(model: nn.Module, **options: Any) -> list[nn.Module]:
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
     """The members of a model's outermost lists that hold several modules of one class, in their order."""
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
     for child in model.children():
         members = list(child.children()) if isinstance(child, (nn.ModuleList, nn.Sequential)) else []
         alike = len({getattr(type(m), "_s2ft_base", type(m)) for m in members}) == 1
-        found += members if len(members) > 1 and alike and _holds_weights(members[0]) else repeated_layers(child)
-    return found
+        layers += members if len(members) > 1 and alike and _holds_weights(members[0]) else repeated_layers(child)
+    return layers
 
 
 def _holds_weights(layer: nn.Module) -> bool:

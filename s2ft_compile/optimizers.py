@@ -36,12 +36,12 @@ def optimizer(
         raise ConfigError(f"lr is a positive number such as 0.003, got {lr}")
     matrices = [p for p in deltas if p.ndim == 2 and name == "muon"]
     others = [p for p in deltas if p.ndim != 2 or name != "muon"]
-    made: list[optim.Optimizer] = []
+    optimizers: list[optim.Optimizer] = []
     if matrices:
-        made.append(optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     if others:
-        made.append(optim.AdamW(others, lr=lr, weight_decay=weight_decay, fused=True))
-    return made[0] if len(made) == 1 else Together(made)
+        optimizers.append(optim.AdamW(others, lr=lr, weight_decay=weight_decay, fused=True))
+    return optimizers[0] if len(optimizers) == 1 else Together(optimizers)
 
 
 def learning_rate(model: nn.Module) -> float:

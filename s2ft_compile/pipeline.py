@@ -164,18 +164,18 @@ IMPORT = re.compile(r"^\s*from\s+([.\w]+)\s+import\s+(\([^)]*\)|[^\n#]*)", re.MU
 @cache
 def sources(modules: tuple[str, ...]) -> tuple[str, ...]:
     """The files of modules, and of all modules of this package that they import, directly or not."""
-    found: dict[str, str] = {}
+    files: dict[str, str] = {}
     pending = list(modules)
     while pending:
         name = pending.pop()
         stem = ROOT.joinpath(*name.split(".")[1:])
         file = next((f for f in (stem.with_suffix(".py"), stem / "__init__.py") if f.is_file()), None)
-        if name in found or file is None:
+        if name in files or file is None:
             continue
-        found[name] = str(file)
+        files[name] = str(file)
         package = name if file.name == "__init__.py" else name.rpartition(".")[0]
         for source, names in IMPORT.findall(file.read_text(encoding="utf-8")):
             base = resolve_name(source, package)
             imported = [base, *(f"{base}.{each}" for each in re.findall(r"\w+", names))]
             pending += [each for each in imported if each.startswith("s2ft_compile.")]
-    return tuple(sorted(found.values()))
+    return tuple(sorted(files.values()))

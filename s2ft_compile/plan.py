@@ -104,7 +104,7 @@ def _slice(values: Mapping[str, Any]) -> Slice:
             raise TypeError(f"{what} is of integers, got {numbers!r}")
     if not isinstance(indices, list):
         raise TypeError(f"indices are a list, got {indices!r}")
-    found = torch.tensor(indices)
-    if found.dtype != torch.int64 and indices:
-        raise TypeError(f"indices are integers, got {found.dtype}")
-    return Slice(values["parameter_name"], dim, found.to(torch.int64), tuple(shape), tuple(roles))
+    given = torch.tensor(indices)
+    if given.dtype != torch.int64 and indices:
+        raise TypeError(f"indices are integers, got {given.dtype}")
+    return Slice(values["parameter_name"], dim, given.to(torch.int64), tuple(shape), tuple(roles))

@@ -23,9 +23,9 @@ def check_not_sharded(model: nn.Module) -> None:
 def check_processes(plan: Plan, weight: Tensor) -> None:
     """That all processes of a sharded weight selected the same slices. Every one has to get here."""
     group = weight.device_mesh.get_group(0)
-    found: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, digest(plan), group=group)
-    differ = [rank for rank, other in enumerate(found) if other != found[0]]
+    digests: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(digests, digest(plan), group=group)
+    differ = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if differ:
         raise StateError(
             f"the processes selected other slices: {', '.join(map(str, differ))} not what 0 did. Prepare the same base "

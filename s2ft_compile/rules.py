@@ -113,10 +113,10 @@ def _in_place_of(known: Any, rule: SliceRule) -> SliceRule:
     """The known operator's rule, which computes the slice by the operator that it stands in for."""
 
     def in_place(slicer: Slicer, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | Mismatch | None:
-        made = rule(slicer, node, x, dim)
-        if isinstance(made, fx.Node) and made.target is known:
-            made.target = x.target
-        return made
+        sliced = rule(slicer, node, x, dim)
+        if isinstance(sliced, fx.Node) and sliced.target is known:
+            sliced.target = x.target
+        return sliced
 
     return in_place
 

@@ -81,8 +81,8 @@ class Remade:
         args, kwargs = pytree.tree_map(
             lambda a: a[0].make(a[1]) if _is_source(a) else a, (self.args, self.kwargs), is_leaf=_is_source
         )
-        made = pytree.tree_leaves(self.memory.func(*args, **kwargs))[self.memory.output]
-        return Kept(made).make(view)
+        value = pytree.tree_leaves(self.memory.func(*args, **kwargs))[self.memory.output]
+        return Kept(value).make(view)
 
 
 Source = Kept | Remade
@@ -103,7 +103,7 @@ def lean_saving(constants: Iterable[Tensor]) -> Iterator[None]:
 class _Recorder(TorchDispatchMode):
     def __init__(self, constants: Iterable[Tensor]):
         super().__init__()
-        self.made: dict[int, Memory] = {}
+        self.memories: dict[int, Memory] = {}
         self.kept: WeakValueDictionary[int, Kept] = WeakValueDictionary()  # as long as the backward keeps them
         self.constants = {_address(t): Kept(t.detach()) for t in constants}
         self.kept.update(self.constants)
@@ -112,27 +112,27 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = {_address(t) for t in _tensors((args, kwargs))}
         recipe = self._described((args, kwargs)) if _is_cheap(func) else None
-        made = func(*args, **kwargs)
+        output = func(*args, **kwargs)
         if func._schema.is_mutable:
             for t in _tensors((args, kwargs)):
                 self._forget(t)
-        for i, t in enumerate(pytree.tree_leaves(made)):
+        for i, t in enumerate(pytree.tree_leaves(output)):
             if isinstance(t, Tensor) and _address(t) not in inputs:
-                self.made[_address(t)] = Memory(
+                self.memories[_address(t)] = Memory(
                     StorageWeakRef(t.untyped_storage()), _view(t), func if recipe else None, *(recipe or ()), output=i
                 )
-        return made
+        return output
 
     def _described(self, tree: Any) -> Any:
         return pytree.tree_map(lambda t: (self._memory(t), _view(t)) if isinstance(t, Tensor) else t, tree)
 
     def _memory(self, t: Tensor) -> Memory:
-        if _address(t) not in self.made:
-            self.made[_address(t)] = Memory(StorageWeakRef(t.untyped_storage()), _view(t))
-        return self.made[_address(t)]
+        if _address(t) not in self.memories:
+            self.memories[_address(t)] = Memory(StorageWeakRef(t.untyped_storage()), _view(t))
+        return self.memories[_address(t)]
 
     def _forget(self, t: Tensor) -> None:
-        memory = self.made.pop(_address(t), None)
+        memory = self.memories.pop(_address(t), None)
         if memory is not None:
             memory.valid = False
 

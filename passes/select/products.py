@@ -30,7 +30,7 @@ class Use(NamedTuple):
     W: str
     read: Callable[[], Tensor]
     XW: str
-    made: Tensor
+    output: Tensor
     Y: str
     bias: Tensor | None = None
 
@@ -62,40 +62,40 @@ class Uses(TorchDispatchMode):
             self._hold(weight, Held(name, _locate_in(weight), *_span(weight)))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         held = [hit for t in given if (hit := self._held(t))]
         if held and func in PRODUCTS:
-            for use in PRODUCTS[func](made, *args, **(kwargs or {})):
+            for use in PRODUCTS[func](output, *args, **(kwargs or {})):
                 if hit := self._held(use.weight):
                     self._add(hit, use)
-        elif held and func in COPIES and not self._held(made):
-            self.copies.append(StorageWeakRef(made.untyped_storage()))
-            self._hold(made, Held(held[0].name, _locate_copied(args[0], made, held[0].locate), *_span(made)))
-        elif held and any(t.is_floating_point() and not self._held(t) for t in _tensors(made)):
+        elif held and func in COPIES and not self._held(output):
+            self.copies.append(StorageWeakRef(output.untyped_storage()))
+            self._hold(output, Held(held[0].name, _locate_copied(args[0], output, held[0].locate), *_span(output)))
+        elif held and any(t.is_floating_point() and not self._held(t) for t in _tensors(output)):
             raise ConfigError(
                 f"activations of {held[0].name} cannot be told: it goes into {func}, which is no product "
                 f"with an input; use selection 'weight', 'lowrank' or 'gradient', or another target"
             )
-        return made
+        return output
 
     def _hold(self, t: Tensor, held: Held) -> None:
         self.stored.setdefault(t.untyped_storage()._cdata, []).append(held)
 
     def _held(self, t: Tensor) -> Held | None:
         """What t is or is a view of."""
-        found = self.stored.get(t.untyped_storage()._cdata, ()) if t.layout == torch.strided else ()
-        return next((held for held in found if held.start <= t.storage_offset() < held.end), None)
+        pieces = self.stored.get(t.untyped_storage()._cdata, ()) if t.layout == torch.strided else ()
+        return next((held for held in pieces if held.start <= t.storage_offset() < held.end), None)
 
     def _add(self, held: Held, use: Use) -> None:
-        for dim, total in self.sums[held.name] if use.weight.numel() and use.made.numel() else ():
+        for dim, total in self.sums[held.name] if use.weight.numel() and use.output.numel() else ():
             unit, positions = _along(use, held, dim)
-            found = self.score(use, unit)
-            total.index_add_(0, positions.reshape(-1), found.reshape(-1))
+            values = self.score(use, unit)
+            total.index_add_(0, positions.reshape(-1), values.reshape(-1))
 
 
-def _tensors(made: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor)]
+def _tensors(output: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
 
 
 def _span(t: Tensor) -> tuple[int, int]:
@@ -138,8 +138,8 @@ def activation(use: Use, unit: str) -> Tensor:
     """Σ over everything but the unit's labels of what it reads, or else of what it makes: float64, of their sizes."""
     if set(unit) <= set(use.XW):
         return torch.einsum(f"{use.XW}->{unit}", use.read())
-    made = squares(use.made, *(use.Y.index(u) for u in unit), minus=use.bias)
-    return torch.einsum(f"{''.join(sorted(unit, key=use.Y.index))}->{unit}", made)
+    output = squares(use.output, *(use.Y.index(u) for u in unit), minus=use.bias)
+    return torch.einsum(f"{''.join(sorted(unit, key=use.Y.index))}->{unit}", output)
 
 
 def weighted_activation(use: Use, unit: str) -> Tensor:
@@ -159,57 +159,57 @@ def weighted_activation(use: Use, unit: str) -> Tensor:
 # --- products: the uses that each operator may be, with either operand as the weight -------------------------------
 
 
-def product(A: Tensor, a: str, B: Tensor, b: str, made: Tensor, y: str, bias: Tensor | None = None) -> Iterator[Use]:
+def product(A: Tensor, a: str, B: Tensor, b: str, output: Tensor, y: str, bias: Tensor | None = None) -> Iterator[Use]:
     """Both readings of einsum(f"{a},{b}->{y}", A, B) + bias."""
     for W, w, X, x in ((A, a, B, b), (B, b, A, a)):
         shared = "".join(label for label in x if label in w)
-        yield Use(W, w, lambda X=X, x=x, s=shared: squares(X, *map(x.index, s)), shared, made, y, bias)
+        yield Use(W, w, lambda X=X, x=x, s=shared: squares(X, *map(x.index, s)), shared, output, y, bias)
 
 
-def mm_uses(made, A, B):
-    return product(A, "ik", B, "kn", made, "in")
+def mm_uses(output, A, B):
+    return product(A, "ik", B, "kn", output, "in")
 
 
-def addmm_uses(made, bias, A, B, *, beta=1, alpha=1):
-    return product(A, "ik", B, "kn", made, "in", beta * bias)
+def addmm_uses(output, bias, A, B, *, beta=1, alpha=1):
+    return product(A, "ik", B, "kn", output, "in", beta * bias)
 
 
-def bmm_uses(made, A, B):
-    return product(A, "bik", B, "bkn", made, "bin")
+def bmm_uses(output, A, B):
+    return product(A, "bik", B, "bkn", output, "bin")
 
 
-def baddbmm_uses(made, bias, A, B, *, beta=1, alpha=1):
-    return product(A, "bik", B, "bkn", made, "bin", beta * bias)
+def baddbmm_uses(output, bias, A, B, *, beta=1, alpha=1):
+    return product(A, "bik", B, "bkn", output, "bin", beta * bias)
 
 
-def mv_uses(made, A, b):
-    return product(A, "ik", b, "k", made, "i")
+def mv_uses(output, A, b):
+    return product(A, "ik", b, "k", output, "i")
 
 
-def linear_uses(made, X, W, bias=None):
-    return product(X.flatten(0, -2), "ik", W, "nk", made.flatten(0, -2), "in", bias)
+def linear_uses(output, X, W, bias=None):
+    return product(X.flatten(0, -2), "ik", W, "nk", output.flatten(0, -2), "in", bias)
 
 
-def embedding_uses(made, W, ids, *args, **kwargs):
+def embedding_uses(output, W, ids, *args, **kwargs):
     """A product with one-hot rows: entry v is met as often as it is looked up."""
     counts = torch.bincount(ids.reshape(-1), minlength=W.shape[0]).double()
-    yield Use(W, "vn", lambda: counts, "v", made.flatten(0, -2), "in")
+    yield Use(W, "vn", lambda: counts, "v", output.flatten(0, -2), "in")
 
 
-def grouped_mm_uses(made, X, W, offs=None, *args, **kwargs):
+def grouped_mm_uses(output, X, W, offs=None, *args, **kwargs):
     """Rows of X by group (offs: where each group ends), each group with its own matrix of W."""
     ends = [] if offs is None or W.ndim != 3 or X.ndim != 2 else offs.tolist()
     for matrix, start, end in zip(W, [0, *ends], ends):
-        yield from product(X[start:end], "ik", matrix, "kn", made[start:end], "in")
+        yield from product(X[start:end], "ik", matrix, "kn", output[start:end], "in")
 
 
-def convolution_uses(made, X, W, bias, stride, padding, dilation, transposed, output_padding, groups):
+def convolution_uses(output, X, W, bias, stride, padding, dilation, transposed, output_padding, groups):
     """Every entry of a kernel meets the inputs at its tap: the weight's gradient where X is squared and dY is 1."""
     if transposed:
         return
 
     def read():
-        ones = X.new_ones((1, groups, *made.shape[2:]), dtype=torch.float64)
+        ones = X.new_ones((1, groups, *output.shape[2:]), dtype=torch.float64)
         like = ones.new_empty((groups, *W.shape[1:]))
         one = [
             aten.convolution_backward(
@@ -236,7 +236,7 @@ def convolution_uses(made, X, W, bias, stride, padding, dilation, transposed, ou
         "goc" + taps,
         read,
         "gc" + taps,
-        made.unflatten(1, (groups, -1)),
+        output.unflatten(1, (groups, -1)),
         "igo" + taps.upper(),
         shift,
     )

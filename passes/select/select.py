@@ -99,10 +99,10 @@ def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Ban
     if not analysis.couplings:
         refused = "; ".join(str(r) for r in analysis.refusals[:3]) or "its parameters are not used together"
         raise ConfigError(f"no coupled structure was found in this model, so there is nothing to select: {refused}")
-    found = {target: _bands_of(target, analysis) for target in config.targets}
+    by_target = {target: _bands_of(target, analysis) for target in config.targets}
     if config.top_layers is None:
-        return found
-    return {target: _top(target, bands, config.top_layers, analysis.depths) for target, bands in found.items()}
+        return by_target
+    return {target: _top(target, bands, config.top_layers, analysis.depths) for target, bands in by_target.items()}
 
 
 def _top(target: str, bands: Sequence[Band], layers: int, depths: Mapping[str, int]) -> list[Band]:
@@ -111,24 +111,24 @@ def _top(target: str, bands: Sequence[Band], layers: int, depths: Mapping[str, i
     for band in bands:
         depth = depths.get(band.parameter_name, 0)
         first[band.group] = min(depth, first.get(band.group, depth))
-    found = sorted(set(first.values()))
-    if layers > len(found):
+    layer_depths = sorted(set(first.values()))
+    if layers > len(layer_depths):
         raise ConfigError(
-            f"top_layers = {layers}, but target {target!r} has {len(found)} layers; use 1 to {len(found)}"
+            f"top_layers = {layers}, but target {target!r} has {len(layer_depths)} layers; use 1 to {len(layer_depths)}"
         )
-    return [b for b in bands if first[b.group] >= found[-layers]]
+    return [b for b in bands if first[b.group] >= layer_depths[-layers]]
 
 
 def bands(analysis: Analysis, names: Sequence[str] | None = None) -> list[Band]:
     """Every part of every parameter that can be selected from, in the order of the model's parameters."""
-    found = []
+    parts = []
     for (name, dim), layout in analysis.layouts.items():
         if (names is not None and name not in names) or name in analysis.statistics:
             continue
         for role in end_roles(layout):
             if role is not None:
-                found += _bands_of_part(analysis, name, dim, layout, role)
-    return found
+                parts += _bands_of_part(analysis, name, dim, layout, role)
+    return parts
 
 
 def _bands_of_part(analysis: Analysis, name: str, dim: int, layout: Layout, role: str) -> list[Band]:
@@ -139,15 +139,15 @@ def _bands_of_part(analysis: Analysis, name: str, dim: int, layout: Layout, role
     axes = [a for a in axes if a in (analysis.heads if attention else analysis.free)]
     inside = [coordinates(layout, a) >= 0 for a in axes]
     pattern = sum((lies.long() << i for i, lies in enumerate(inside)), torch.zeros(layout.size, dtype=torch.int64))
-    found = []
+    parts = []
     for bits in dict.fromkeys(pattern[mask].tolist()):
         chosen = [a for i, a in enumerate(axes) if bits >> i & 1]
         part = mask & (pattern == bits)
         units = prod(int(coordinates(layout, a).max()) + 1 for a in chosen)
         if (chosen or attention) and all(a in analysis.free for a in chosen) and int(part.sum()) % units == 0:
             group = tuple(chosen) or (name, dim)
-            found.append(Band(name, dim, role, group, _unit_positions(layout, part, chosen)))
-    return found
+            parts.append(Band(name, dim, role, group, _unit_positions(layout, part, chosen)))
+    return parts
 
 
 def _unit_positions(layout, mask: Tensor, axes: Sequence[int]) -> Tensor:
@@ -170,25 +170,25 @@ def _bands_of_role(role: str, analysis: Analysis) -> list[Band]:
     matrices = {name for name, dim in analysis.layouts if dim > 0}  # a bias follows its weight, it is not a target
     names = [m.parameter_name for c in analysis.couplings for m in c.members if m.role == role]
     names += [name for (name, _), layout in analysis.layouts.items() if role in end_roles(layout)]
-    found = [b for b in bands(analysis, set(names) & matrices) if b.role == role]
-    if not found:
+    of_role = [b for b in bands(analysis, set(names) & matrices) if b.role == role]
+    if not of_role:
         valid = sorted({b.role for b in bands(analysis, matrices)} & set(ROLES))
         raise ConfigError(
             f"no parameter of this model has the role {role!r}; roles found: {', '.join(valid) or 'none'}"
         )
-    return _one_dim_each(found)
+    return _one_dim_each(of_role)
 
 
-def _one_dim_each(found: Sequence[Band]) -> list[Band]:
+def _one_dim_each(candidates: Sequence[Band]) -> list[Band]:
     """Of a weight that has a role along several dimensions, the bands along the one with the most units."""
     units: dict[str, dict[int, int]] = {}
-    for band in found:
+    for band in candidates:
         dims = units.setdefault(band.parameter_name, {})
         dims[band.dim] = dims.get(band.dim, 0) + len(band.positions)
     best = {name: max(dims, key=dims.__getitem__) for name, dims in units.items()}
     for name in (name for name, dims in units.items() if len(dims) > 1):
         log.info("%s has one role along dims %s; dim %d trains", name, sorted(units[name]), best[name])
-    return [band for band in found if band.dim == best[band.parameter_name]]
+    return [band for band in candidates if band.dim == best[band.parameter_name]]
 
 
 def _bands_of_glob(glob: str, analysis: Analysis) -> list[Band]:
@@ -196,12 +196,12 @@ def _bands_of_glob(glob: str, analysis: Analysis) -> list[Band]:
     canonical = {**{name: name for name in trained}, **analysis.tied}
     names = list(dict.fromkeys(first for name, first in canonical.items() if matches(glob, name)))
     if not names:
-        some = list(dict.fromkeys(trained))
+        examples = list(dict.fromkeys(trained))
         raise ConfigError(
             f"target {glob!r} is neither a role ({', '.join(ROLES)}) nor a glob that matches a "
-            f"parameter; parameters are named like {', '.join(some[:3])}"
+            f"parameter; parameters are named like {', '.join(examples[:3])}"
         )
-    found = []
+    matched = []
     for name in names:
         best = _preferred(bands(analysis, {name}))
         dims = sorted({b.dim for b in best})
@@ -217,8 +217,8 @@ def _bands_of_glob(glob: str, analysis: Analysis) -> list[Band]:
                 f"target {glob!r} matches {name}, which could train along dims {dims}; "
                 f"name one of its roles instead: {roles}"
             )
-        found += best
-    return found
+        matched += best
+    return matched
 
 
 def _preferred(candidates: Sequence[Band]) -> list[Band]:
@@ -257,8 +257,8 @@ def _choose(
     pools = [[group] for group in scores] if config.budget == "layer" else [list(scores)]
     chosen: dict[tuple, list[int]] = {group: [] for group in scores}
     highest = config.largest or not config.scored
-    ranked = {group: [u for u in _ranked(made, highest) if free[group][u]] for group, made in scores.items()}
-    shares = _shares({group: list(compress(made, free[group])) for group, made in scores.items()}, highest)
+    ranked = {group: [u for u in _ranked(values, highest) if free[group][u]] for group, values in scores.items()}
+    shares = _shares({group: list(compress(values, free[group])) for group, values in scores.items()}, highest)
     for pool in pools:
         total = sum(len(scores[group]) for group in pool)
         wanted = units_for(config.targets[target], total, f"target {target!r}")
@@ -280,7 +280,7 @@ def _ranked(scores: Sequence[float], highest: bool) -> list[int]:
 
 def _shares(scores: Mapping[tuple, Sequence[float]], highest: bool) -> dict[tuple, float]:
     """What each group's share is proportional to: its part of all scores, or where the lowest are wanted, the rest."""
-    sums = {group: fsum(made) for group, made in scores.items()}
+    sums = {group: fsum(values) for group, values in scores.items()}
     return sums if highest or len(sums) == 1 else {group: fsum(sums.values()) - s for group, s in sums.items()}
 
 

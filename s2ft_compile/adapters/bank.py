@@ -148,7 +148,7 @@ class AdapterBank:
                 for s in adapter.slices:
                     parts.setdefault(s.parameter_name, []).append((s, float(weights[name])))
             held = dict(self.model.named_parameters())
-            tuned = tuple((held[name], *summed(held[name], some)) for name, some in parts.items())
+            tuned = tuple((held[name], *summed(held[name], several)) for name, several in parts.items())
             if over := [name for name, (_, _, _, values) in zip(parts, tuned) if not values.isfinite().all()]:
                 self._switch(*before)
                 raise AdapterError(f"with {dict(weights)} the sum is not finite in {over[0]}, of {held[over[0]].dtype}")
@@ -217,12 +217,12 @@ class AdapterBank:
         device, terms = next(self.model.parameters()).device, {}
         ids = torch.tensor(rows, device=device)
         if lengths is None:
-            return {name: tuple(s.picked(ids, terms) for s in some) for name, some in stacks.items()}
+            return {name: tuple(s.picked(ids, terms) for s in several) for name, several in stacks.items()}
         asked, last = (tuple(rows), tuple(lengths)), self._last
         if last is None or last[0] is not stacks or last[1] != asked:
             each = ids.repeat_interleave(torch.tensor(lengths, device=device))
             tokens = places(each, len(rows))
-            picked = {name: tuple(s.packed(each, tokens, terms) for s in some) for name, some in stacks.items()}
+            picked = {name: tuple(s.packed(each, tokens, terms) for s in several) for name, several in stacks.items()}
             self._last = last = stacks, asked, picked
         return last[2]
 
@@ -302,15 +302,15 @@ def _shared(a: Adapter, b: Adapter) -> int:
 
 
 def _stacks(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, tuple[Stack, ...]]:
-    found: dict[tuple[str, bool], list[tuple[int, Slice, Tensor]]] = {}
+    by_layer: dict[tuple[str, bool], list[tuple[int, Slice, Tensor]]] = {}
     for k, adapter in enumerate(adapters, 1):
         layers = linear_layers(model, adapter, "in a batch")
         for s in adapter.slices:
             layer, transposed = layers[s.parameter_name]
             delta = s.delta if transposed else s.delta.T
-            found.setdefault((layer, (s.dim == 1) != transposed), []).append((k, s, delta))
+            by_layer.setdefault((layer, (s.dim == 1) != transposed), []).append((k, s, delta))
     stacks: dict[str, tuple[Stack, ...]] = {}
-    for (layer, contracts), parts in found.items():
+    for (layer, contracts), parts in by_layer.items():
         W = model.get_submodule(layer).weight
         stacks[layer] = (*stacks.get(layer, ()), _stack(contracts, parts, len(adapters) + 1, W))
     return stacks

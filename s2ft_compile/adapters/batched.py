@@ -92,8 +92,8 @@ class Picked:
         index = index[:, None, :].expand(-1, tokens.shape[1], -1)
         if stack.contracts:
             return y + self._product(tokens.gather(2, index)).to(y.dtype).view(y.shape)
-        made = self._product(tokens).to(y.dtype)
-        return y.reshape(*tokens.shape[:2], -1).scatter_add(2, index, made).view(y.shape)
+        total = self._product(tokens).to(y.dtype)
+        return y.reshape(*tokens.shape[:2], -1).scatter_add(2, index, total).view(y.shape)
 
     def _product(self, x: Tensor) -> Tensor:
         """x (N, tokens, k) times the deltas of its rows."""
@@ -127,10 +127,10 @@ class Packed:
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """y (..., out) with the delta of each token added. x: (..., in), as many tokens as the batch has."""
-        flat, made = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        flat, total = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         if self.tokens is None:
-            return self.each.add(flat, made).view(y.shape)
-        stack, made = self.each.stack, made.clone()
+            return self.each.add(flat, total).view(y.shape)
+        stack, total = self.each.stack, total.clone()
         for k, places in self.tokens.items():
             if not (n := stack.ranks[k]):
                 continue
@@ -138,11 +138,11 @@ class Packed:
             mine = flat.index_select(0, places)
             if stack.contracts:
                 product = (mine.index_select(1, at) @ D[:, :n].to(x.dtype)).transpose(0, 1).flatten(1)
-                made.index_add_(0, places, product.to(y.dtype))
+                total.index_add_(0, places, product.to(y.dtype))
             else:
                 product = (mine @ D.to(x.dtype)).transpose(0, 1).flatten(1)[:, :n]
-                made.index_put_((places[:, None], at), product.to(y.dtype), accumulate=True)
-        return made.view(y.shape)
+                total.index_put_((places[:, None], at), product.to(y.dtype), accumulate=True)
+        return total.view(y.shape)
 
 
 # --- products on a CPU ------------------------------------------------------------------------------------------------
@@ -172,8 +172,8 @@ def sums_by_id(x: Tensor, delta: Tensor, terms: Tensor) -> Tensor:
     x: (N, 1, k), terms: those of its ids. Returns (N, 1, m).
     """
     weights = x.to(delta.dtype).expand(-1, delta.shape[1], -1).flatten(0, 1)
-    made = embedding_bag(terms, delta.flatten(0, 2), mode="sum", per_sample_weights=weights)
-    return made.view(x.shape[0], 1, -1)
+    total = embedding_bag(terms, delta.flatten(0, 2), mode="sum", per_sample_weights=weights)
+    return total.view(x.shape[0], 1, -1)
 
 
 @torch.library.custom_op("s2ft::products_by_id", mutates_args=())
@@ -182,11 +182,11 @@ def products_by_id(x: Tensor, delta: Tensor, ids: Tensor) -> Tensor:
 
     An operator that dynamo does not look into, since what it does depends on the values of the ids.
     """
-    made = x.new_zeros(*x.shape[:2], delta.shape[1], delta.shape[3])
+    total = x.new_zeros(*x.shape[:2], delta.shape[1], delta.shape[3])
     for row, k in enumerate(ids.tolist()):
         if k:
-            made[row].transpose(0, 1).copy_(x[row] @ delta[k])
-    return made.flatten(2)
+            total[row].transpose(0, 1).copy_(x[row] @ delta[k])
+    return total.flatten(2)
 
 
 @products_by_id.register_fake

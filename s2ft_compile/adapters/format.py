@@ -246,26 +246,26 @@ def _check_delta(s: Slice, dtypes: Mapping[str, str]) -> None:
 # --- against a base model ----------------------------------------------------------------------------------
 
 
-def check_base(adapter: Adapter, found: Mapping[str, str], what: str) -> None:
+def check_base(adapter: Adapter, fingerprints: Mapping[str, str], what: str) -> None:
     """That what has these samples is the adapter's base: what both have is the same, and every slice is there.
 
     A checkpoint may hold buffers besides parameters, and a tied weight once or twice.
     """
     theirs = adapter.base["samples"]
-    absent = [s.parameter_name for s in adapter.slices if s.parameter_name not in found]
-    differ = absent + [name for name in theirs if name in found and found[name] != theirs[name]]
+    absent = [s.parameter_name for s in adapter.slices if s.parameter_name not in fingerprints]
+    differ = absent + [name for name in theirs if name in fingerprints and fingerprints[name] != theirs[name]]
     if differ:
         raise AdapterError(
             f"{adapter.source} was trained from another base model: {base_of(adapter)} with fingerprint "
             f"{adapter.plan.fingerprint}; this is {what} with fingerprint "
-            f"{combined(found)}, which {'has no' if absent else 'differs in'} {', '.join(differ[:3])}"
-            f"{', ...' if len(differ) > 3 else ''}{_alike(differ[0], found, adapter) if absent else ''}"
+            f"{combined(fingerprints)}, which {'has no' if absent else 'differs in'} {', '.join(differ[:3])}"
+            f"{', ...' if len(differ) > 3 else ''}{_alike(differ[0], fingerprints, adapter) if absent else ''}"
         )
 
 
-def _alike(name: str, found: Mapping[str, str], adapter: Adapter) -> str:
+def _alike(name: str, fingerprints: Mapping[str, str], adapter: Adapter) -> str:
     """What is named like a missing weight but for a prefix: the same weights of another class have such names."""
-    alike = [other for other in found if f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")]
+    alike = [other for other in fingerprints if f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")]
     return f"; it has {alike[0]}: save it as a {adapter.base.get('class')}, whose names these are" if alike else ""
 
 

@@ -12,7 +12,7 @@ from .format import Adapter
 def linear_layers(module: nn.Module, adapter: Adapter, form: str = "a LoRA") -> dict[str, tuple[str, bool]]:
     """Parameter -> (the layer that holds it, whether its weight is stored (in, out)). form: what the slices are to
     become. Raises `ExportError` for one of anything else than the weight of a linear layer."""
-    names, found = held_as(module), {}
+    names, layers = held_as(module), {}
     for s in adapter.slices:
         layer, _, key = s.parameter_name.rpartition(".")
         refused = _why_not(module.get_submodule(layer), key, names[s.parameter_name])
@@ -20,8 +20,8 @@ def linear_layers(module: nn.Module, adapter: Adapter, form: str = "a LoRA") -> 
             raise ExportError(
                 f"{s.parameter_name} cannot be {form}: {refused}. `save_adapter` and `save_merged` take it"
             )
-        found[s.parameter_name] = layer, is_conv1d(module.get_submodule(layer))
-    return found
+        layers[s.parameter_name] = layer, is_conv1d(module.get_submodule(layer))
+    return layers
 
 
 def held_as(module: nn.Module) -> dict[str, list[str]]:

@@ -59,9 +59,9 @@ def modules() -> Iterator[tuple[str, str]]:
     library = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
     paths = [p for p in sorted(library.rglob("*.py")) if not skip & set(p.relative_to(library).parts)]
-    found = 0
+    characters = 0
     for path in paths:
-        if found > CHARACTERS:
+        if characters > CHARACTERS:
             return
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -69,9 +69,9 @@ def modules() -> Iterator[tuple[str, str]]:
             continue
         docs = strip_docstrings(tree)
         code = ast.unparse(tree)
-        found += len(code)
+        characters += len(code)
         yield docs, code
-    if not found:
+    if not characters:
         raise ConfigError(f"the standard library in {library} has no source code; the demo reads it as its text")
 
 
@@ -90,10 +90,10 @@ def strip_docstrings(tree: ast.Module) -> str:
 def topics() -> list[str]:
     """The language reference that `help()` shows."""
     try:
-        from pydoc_data.topics import topics as found
+        from pydoc_data.topics import topics as texts
     except ImportError:  # some distributions package it separately
         return []
-    return [found[name] for name in sorted(found)]
+    return [texts[name] for name in sorted(texts)]
 
 
 def build_tokenizer(text: str):

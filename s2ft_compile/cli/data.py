@@ -274,8 +274,8 @@ def load_structure(model: str | Path, dtype: str = "auto") -> nn.Module:
     config = load_config(model)
     cls = model_class(config)
     with _one_line(model, "model"), torch.device("meta"):
-        made = getattr(cls, "_from_config", getattr(cls, "from_config", None))(config).eval()
-    return _with_loss(made if dtype == "auto" else made.to(getattr(torch, dtype)))
+        built = getattr(cls, "_from_config", getattr(cls, "from_config", None))(config).eval()
+    return _with_loss(built if dtype == "auto" else built.to(getattr(torch, dtype)))
 
 
 def takes_labels(model: nn.Module) -> bool:

@@ -220,10 +220,10 @@ def lora(folder: Path, numbers: int) -> dict[str, Stepper]:
 
 
 def measured(stepper: Stepper, docs: Text, code: Text) -> dict[str, float]:
-    found = losses(stepper.model, docs, code)
+    values = losses(stepper.model, docs, code)
     return {
-        "code_loss": found["code"],
-        "docs_loss": found["docs"],
+        "code_loss": values["code"],
+        "docs_loss": values["docs"],
         "numbers": stepper.numbers(),
         "training_bytes": stepper.training_bytes(),
         "step_ms": stepper.step_ms(),
@@ -275,8 +275,8 @@ def onnx_logits(path: Path, tokens: Tensor) -> Tensor:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (found,) = session.run(["logits"], {session.get_inputs()[0].name: tokens.numpy()})
-    return torch.from_numpy(found)
+    (values,) = session.run(["logits"], {session.get_inputs()[0].name: tokens.numpy()})
+    return torch.from_numpy(values)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -297,8 +297,8 @@ def continuation(model: nn.Module, tokenizer, prompt: str) -> str:
     torch.manual_seed(SEED)
     tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
     mask = torch.ones_like(tokens)
-    made = model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=24, do_sample=True, top_k=8)
-    return tokenizer.decode(made[0, tokens.shape[1] :])
+    generated = model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=24, do_sample=True, top_k=8)
+    return tokenizer.decode(generated[0, tokens.shape[1] :])
 
 
 def report(summary: dict[str, Any]) -> Table:

@@ -88,14 +88,14 @@ def _target(role: str, analysis: Analysis, sizes: Mapping[str, int]) -> dict[str
 
 def _layer(names: Iterable[str]) -> int | None:
     """The layer that all of these parameters lie in, or None for a structure of the whole model."""
-    found = {match.group(1) if (match := LAYER.search(name)) else None for name in names}
-    return int(found.pop()) if len(found) == 1 and None not in found else None
+    numbers = {match.group(1) if (match := LAYER.search(name)) else None for name in names}
+    return int(numbers.pop()) if len(numbers) == 1 and None not in numbers else None
 
 
 def tables(facts: Mapping[str, Any]) -> list[Table]:
     """The tables that `s2ft inspect` prints: couplings, targets, and refusals where there are any."""
-    found = [_couplings(facts), _targets(facts)]
-    return found + [_refusals(facts)] if facts["refusals"] else found
+    shown = [_couplings(facts), _targets(facts)]
+    return shown + [_refusals(facts)] if facts["refusals"] else shown
 
 
 def _couplings(facts: Mapping[str, Any]) -> Table:

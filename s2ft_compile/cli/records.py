@@ -81,16 +81,16 @@ def read_records(source: str | Path) -> Records:
 
 def _of_rows(source: str, rows: Iterable[tuple[str, Any]]) -> Records:
     """rows: (where, row). All have to be of the first's form."""
-    found, first = [], None
+    records, first = [], None
     for where, row in rows:
-        form, made = _recognised(row, lambda problem: _refuse(f"{source}, {where}: {problem}"))
+        form, record = _recognised(row, lambda problem: _refuse(f"{source}, {where}: {problem}"))
         first = first or (form, where)
         if form != first[0]:
             _refuse(f"{source}, {where}: has {form!r}, but {first[1]} has {first[0]!r}")
-        found.append(made)
-    if not found:
+        records.append(record)
+    if not records:
         raise ConfigError(f"data set {source} is empty; {VALID}")
-    return Records(first[0], tuple(found))
+    return Records(first[0], tuple(records))
 
 
 def _refuse(problem: str) -> NoReturn:
@@ -211,16 +211,16 @@ def _loaded(source: str, load, *arguments) -> Any:
         raise ConfigError(f"data set {source} cannot be loaded: {first}; {VALID}") from error
 
 
-def _split(source: str, made: Any, split: str | None) -> Iterable[Mapping]:
+def _split(source: str, data: Any, split: str | None) -> Iterable[Mapping]:
     """One split: the one that is named, or `train`, or the only one."""
-    if not isinstance(made, dict):
-        return made
-    chosen = split or ("train" if "train" in made else next(iter(made)) if len(made) == 1 else None)
-    if chosen not in made:
+    if not isinstance(data, dict):
+        return data
+    chosen = split or ("train" if "train" in data else next(iter(data)) if len(data) == 1 else None)
+    if chosen not in data:
         raise ConfigError(
-            f"data set {source} has the splits {', '.join(made)}; name one, as in OWNER/NAME:{[*made][0]}"
+            f"data set {source} has the splits {', '.join(data)}; name one, as in OWNER/NAME:{[*data][0]}"
         )
-    return made[chosen]
+    return data[chosen]
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -280,14 +280,14 @@ def _from_sharegpt(row: Mapping, field: str, refuse) -> list[dict[str, str]]:
         refuse(f"{field!r} is {kind(turns)}, a list of turns was expected")
     if all(isinstance(turn, dict) and "role" in turn for turn in turns):
         return turns  # messages under another name
-    made = []
+    messages = []
     for turn in turns:
         if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("from", "value")):
             refuse(f"a turn of {field!r} needs the strings 'from' and 'value'")
         if turn["from"] not in SPEAKERS:
             refuse(f"a turn is from {turn['from']!r}; known are {', '.join(SPEAKERS)}")
-        made.append({"role": SPEAKERS[turn["from"]], "content": turn["value"]})
-    return made
+        messages.append({"role": SPEAKERS[turn["from"]], "content": turn["value"]})
+    return messages
 
 
 def _check_messages(messages: Any, refuse) -> None:

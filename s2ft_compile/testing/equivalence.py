@@ -52,11 +52,11 @@ def reorder(model: nn.Module, analysis: Analysis, orders: dict[int, Tensor], ski
             tensors[name].copy_(tensors[name].index_select(dim, gather_index(layout, orders)))
 
 
-def outputs_of(made) -> list[Tensor]:
+def outputs_of(output) -> list[Tensor]:
     """The floating-point tensors in what a model returned."""
-    if isinstance(made, Tensor):
-        return [made] if made.is_floating_point() else []
-    items = made.values() if hasattr(made, "values") else made if isinstance(made, (list, tuple)) else []
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    items = output.values() if hasattr(output, "values") else output if isinstance(output, (list, tuple)) else []
     return [t for item in items for t in outputs_of(item)]
 
 
@@ -148,17 +148,17 @@ def _smallest_wrong(couplings: Sequence[Coupling], difference: Callable) -> str:
 @torch.no_grad()
 def noisy(model: nn.Module, seed: int) -> nn.Module:
     """A float64 copy in eval mode, the same for the same seed, none of whose parameters is constant."""
-    made, random = copy.deepcopy(unwrap(model)).double().eval(), torch.Generator().manual_seed(seed)
-    for p in made.parameters():
+    copied, random = copy.deepcopy(unwrap(model)).double().eval(), torch.Generator().manual_seed(seed)
+    for p in copied.parameters():
         scale = p.std().item() if p.numel() > 1 and p.std() > 0 else 1.0
         p += 0.3 * scale * torch.randn(p.shape, generator=random, dtype=p.dtype).to(p.device)
-    for module in made.modules():
+    for module in copied.modules():
         if isinstance(module, _BatchNorm) and module.running_var is not None:
             for statistic in (module.running_mean, module.running_var):
                 statistic += 0.3 * torch.rand(statistic.shape, generator=random, dtype=statistic.dtype).to(
                     statistic.device
                 )
-    return made
+    return copied
 
 
 def wide(tree: Any) -> Any:

@@ -46,9 +46,9 @@ def assert_gradients(
     release(base)
     base = base.double().eval().requires_grad_(True)
 
-    def whole(made: nn.Module) -> Tensor:
+    def whole(wide_model: nn.Module) -> Tensor:
         with Promoted():
-            return loss(made(*wide(args), **wide(kwargs)))
+            return loss(wide_model(*wide(args), **wide(kwargs)))
 
     full = full_gradients(base, whole)
     copied = copy.deepcopy(model).eval()
@@ -106,8 +106,8 @@ def _assert_slice(s: Slice, grad: Tensor | None, full: Tensor, tolerance: float,
 
 def _gradients(of: Tensor, to: Sequence[Tensor]) -> list[Tensor]:
     """Zeros where nothing reaches."""
-    made = torch.autograd.grad(of, list(to), allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(made, to)]
+    gradients = torch.autograd.grad(of, list(to), allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, to)]
 
 
 def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager", ratio: float = 0.3) -> dict[str, int]:
@@ -126,15 +126,15 @@ def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager"
             targeted_bands(analysis, S2FTConfig({role: ratio}))
         except ConfigError:  # it has no such role
             continue
-        made = noisy(model, 0)
-        plan = prepare(made, inputs, S2FTConfig({role: ratio}))
+        prepared = noisy(model, 0)
+        plan = prepare(prepared, inputs, S2FTConfig({role: ratio}))
         torch._dynamo.reset()
-        net = torch.compile(made, backend="s2ft", options={"inner": inner}) if inner else made
+        net = torch.compile(prepared, backend="s2ft", options={"inner": inner}) if inner else prepared
         try:
-            found = _gradients(_summed(net, inputs), [s.delta for s in plan.slices])
+            gradients = _gradients(_summed(net, inputs), [s.delta for s in plan.slices])
         except Exception as error:  # of any pass, dynamo or torch
             raise AssertionError(f"{role} is offered and does not train: {type(error).__name__}: {error}") from error
-        for s, gradient in zip(plan.slices, found, strict=True):
+        for s, gradient in zip(plan.slices, gradients, strict=True):
             expected = full[s.parameter_name].index_select(s.dim, s.indices)
             error = (gradient.to(expected.dtype) - expected).abs().max().item()
             allowed = 2.0**-20 * full[s.parameter_name].abs().max().item()

@@ -286,11 +286,11 @@ class Places:
 
     def __init__(self, spec: Spec):
         self.spec = spec
-        self.made, self.read = (1, 0) if spec.transposed else (0, 1)
+        self.output, self.read = (1, 0) if spec.transposed else (0, 1)
 
     def out(self, module: str) -> set:
         """What a projection produces: its weight's rows and its bias."""
-        return {(f"{module}.weight", self.made)} | ({(f"{module}.bias", 0)} if self.spec.bias else set())
+        return {(f"{module}.weight", self.output)} | ({(f"{module}.bias", 0)} if self.spec.bias else set())
 
     def into(self, module: str) -> set:
         return {(f"{module}.weight", self.read)}
@@ -314,8 +314,8 @@ def _attention(spec: Spec, at: str) -> tuple[list[Expected], list[Refused]]:
     spoiled = {"kv heads", "queries"} if spec.decoy in ("slope", "heads") else set()
     if spec.positions == "rope":
         spoiled.add("channels")
-    found = [Expected("attention", n, frozenset(m)) for name, n, m in axes if n > 1 and name not in spoiled]
-    return found, []
+    couplings = [Expected("attention", n, frozenset(m)) for name, n, m in axes if n > 1 and name not in spoiled]
+    return couplings, []
 
 
 def _ffn(spec: Spec, at: str, decoy: str) -> tuple[list[Expected], list[Refused]]:

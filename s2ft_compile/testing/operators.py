@@ -70,10 +70,10 @@ def infer(op: Callable, args: Sequence, kwargs: Mapping[str, Any]) -> tuple[list
     values = {p: Value(a, weight=False) for p, a in zip(graph.find_nodes(op="placeholder"), axes)}
     rule_args, rule_kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     context = Context()
-    made = rule_for(op)(context, node, *rule_args, **rule_kwargs)
+    results = rule_for(op)(context, node, *rule_args, **rule_kwargs)
     several = isinstance(node.meta["val"], (list, tuple))
-    made = [made.dims if isinstance(made, Value) else made] if not several else made
-    return inputs, axes, [list(m.dims) if isinstance(m, Value) else list(m) for m in made], context
+    results = [results.dims if isinstance(results, Value) else results] if not several else results
+    return inputs, axes, [list(m.dims) if isinstance(m, Value) else list(m) for m in results], context
 
 
 def check_rule(op: Callable, args: Sequence, kwargs: Mapping[str, Any], seed: int = 0) -> int:
@@ -81,15 +81,15 @@ def check_rule(op: Callable, args: Sequence, kwargs: Mapping[str, Any], seed: in
 
     Every atom gets a random order: op(permuted inputs) has to be permuted op(inputs).
     """
-    inputs, axes, made, _ = infer(op, args, kwargs)
-    solution = Solution([a for dims in [*axes, *made] for a in dims], seed)
+    inputs, axes, results, _ = infer(op, args, kwargs)
+    solution = Solution([a for dims in [*axes, *results] for a in dims], seed)
     moved = iter([solution.move(x, dims) for x, dims in zip(inputs, axes)])
     moved_args, moved_kwargs = fx.node.map_aggregate(
         (tuple(args), dict(kwargs)), lambda a: next(moved) if isinstance(a, Tensor) else a
     )
     after, before = op(*moved_args, **moved_kwargs), op(*args, **kwargs)
     after, before = (list(v) if isinstance(v, (list, tuple)) else [v] for v in (after, before))
-    for a, b, dims in zip(after, before, made, strict=True):
+    for a, b, dims in zip(after, before, results, strict=True):
         torch.testing.assert_close(a, solution.move(b, dims), rtol=1e-9, atol=1e-9, equal_nan=True)
     return sum(1 for dims in axes for axis in dims for atom in set(atoms(axis)) if atom.pin is None and atom.size > 1)
 
