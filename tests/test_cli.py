@@ -1,6 +1,7 @@
 """The command line on tiny models: what each command leaves behind, and one line for each bad input."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -10,7 +11,9 @@ from test_data import TEXT, lines, tiny_tokenizer
 from typer.testing import CliRunner
 
 from s2ft_compile import exporters
+from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.cli import inspect as summary
+from s2ft_compile.cli import report
 from s2ft_compile.cli.app import app
 from s2ft_compile.cli.options import TrainOptions, parse_targets
 from s2ft_compile.config import SELECTIONS
@@ -139,6 +142,36 @@ def test_what_cannot_be_imported_is_one_line(name, found, tmp_path, monkeypatch)
     (tmp_path / "bad.py").write_text("def")
     monkeypatch.chdir(tmp_path)
     assert found in refused("--import", name, "inspect", "model")
+
+
+def test_runs_are_reported_on_one_page(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    made = invoke("report", run[0], run[0], "--output", tmp_path / "out.html")
+    assert made.exit_code == 0, made.output
+    page, metrics = (tmp_path / "out.html").read_text(), json.loads((run[0] / "metrics.json").read_text())
+    assert f"{metrics['loss_before']:.4f} → {metrics['loss_after']:.4f}" in page
+    assert page.count("model.layers.1.mlp.down_proj.weight") == 2 and page.count("<svg") == 1
+    assert set(re.findall(r'(?:src|href)="(.)', page)) <= {"#", "d"}, "what it shows is in it"
+    assert invoke("report", run[0], "--output", tmp_path / "out.png").exit_code == 0
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_reported_is_one_line(run, base, tmp_path):
+    assert f"{base} is no finished run of `s2ft train`: metrics.json is missing" in refused("report", base)
+    assert "unknown kind of file '.doc'; valid: .html" in refused("report", run[0], "--output", tmp_path / "out.doc")
+    (tmp_path / "out.html").write_text("mine")
+    assert "exists" in refused("report", run[0], "--output", tmp_path / "out.html")
+
+
+def test_a_map_of_what_moved_adds_up(run):
+    adapter = read_adapter(run[0] / "adapter")
+    maps = report.moved(adapter)
+    assert {role: tuple(norms.shape) for role, norms in maps.items()} == {"ffn.out": (2, 48), "attention.out": (2, 32)}
+    for role, norms in maps.items():
+        deltas = [s.delta for s in adapter.slices if s.roles == (role,)]
+        assert norms.square().sum().item() == pytest.approx(sum(d.double().square().sum().item() for d in deltas))
+        trained = {int(i) for s in adapter.slices if s.roles == (role,) for i in s.indices}
+        assert set(norms.sum(0).nonzero().flatten().tolist()) <= trained
 
 
 def _tokenizer(folder):

@@ -286,6 +286,31 @@ def train(
         out.print(report(run(TrainOptions(s2ft=s2ft, given=given, **rest), out), values["output"]))
 
 
+@app.command("report")
+def report_runs(
+    runs: Annotated[list[Path], typer.Argument(help="The output folders of `s2ft train`, to show side by side.")],
+    output: Annotated[Path, typer.Option("--output", help="The page to write, or a picture of it.")] = Path(
+        "report.html"
+    ),
+    debug: Debug = False,
+) -> None:
+    """Write a page (.html) or a picture (.png, .svg, .pdf) of what runs learned, how fast, and which units moved."""
+    with reported(err, debug):
+        from s2ft_compile.config import check_choice
+        from s2ft_compile.exporters.files import new_files
+
+        from .report import figure, page, read_runs
+
+        check_choice("kind of file", output.suffix, (".html", ".png", ".svg", ".pdf"))
+        shown = read_runs(runs)
+        with err.status("drawing"), new_files(output) as folder:
+            if output.suffix == ".html":
+                (folder / output.name).write_text(page(shown), encoding="utf-8")
+            else:
+                figure(shown).savefig(folder / output.name, dpi=160)
+        out.print(f"report: {output}")
+
+
 @export_app.command("merged")
 def export_merged(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
     """Write base + adapter as an ordinary Hugging Face folder, with the tokenizer."""
