@@ -323,8 +323,8 @@ def refresh(blocks: Iterable[Block]) -> None:
             if kernel.fits(block.weight, block.backup, block.delta):
                 together.append((block, quietly))
             elif now != block.seen or now[0].checksum is None:
-                block.write(block.trained(), quietly)
-                block.seen = Stamp.of(block.weight, block.read), now[1]
+                block.write(values := block.trained(), quietly)
+                block.seen = Stamp.of(block.weight, lambda values=values: values), now[1]
         if together:
             kernel.refresh(
                 [(b.weight.data if q else b.weight, b.backup, b.delta, b.dim, b.ranges) for b, q in together]
