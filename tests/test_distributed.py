@@ -11,12 +11,12 @@ PROGRAMS = Path(__file__).parent / "programs"
 ROOT = PROGRAMS.parent.parent
 
 
-def run(program: str, *arguments, processes: int = 2) -> dict:
+def run(program: str, *arguments, processes: int = 2, fails: bool = False) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(PROGRAMS / program), *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return {} if fails else json.loads(done.stdout.splitlines()[-1])
 
 
 def test_fsdp2_trains_as_one_process_on_the_joined_batch():
@@ -42,3 +42,10 @@ def test_two_processes_save_what_one_would_and_four_go_on(tmp_path):
     assert loaded["meta"] < 1e-4 and loaded["meta adapter"] < 1e-4, "loaded by the first process alone"
     assert "the processes selected other slices: 1, 2, 3 not what 0 did" in loaded["other"]
     assert "is a shard of a weight" in loaded["sharded"] and "tensor parallel" in loaded["sharded"]
+
+
+@pytest.mark.slow
+def test_after_a_process_was_killed_all_go_on_from_the_last_checkpoint(tmp_path):
+    run("many.py", "killed", tmp_path, fails=True)
+    resumed = run("many.py", "killed", tmp_path)
+    assert resumed["begun"] == 2 and resumed["deltas"] < 1e-4

@@ -1,7 +1,10 @@
-"""`save FOLDER` trains and saves in some processes, `load FOLDER` goes on in others; the first prints what it found."""
+"""`save FOLDER` trains and saves in some processes, `load FOLDER` goes on in others, `killed FOLDER` loses one on its
+way; the first process prints what it found."""
 
 import copy
 import json
+import os
+import signal
 import sys
 from functools import cache
 from pathlib import Path
@@ -158,6 +161,28 @@ def load(folder):
     return found
 
 
+def killed(folder):
+    """Three steps with a checkpoint after each; the last process is killed once, before the third."""
+    model = shard(prepared())
+    optimizer = optimizer_of(model)
+    begun = len(list(folder.glob("step-*/.metadata")))  # torch writes it last
+
+    def state():
+        weights, moments = get_state_dict(model, optimizer)
+        return {"model": weights, "optimizer": moments}
+
+    if begun:
+        loaded = state()
+        dcp.load(loaded, checkpoint_id=folder / f"step-{begun}")
+        set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    for step in range(begun, 3):
+        if step == 2 and begun == 0 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        train(model, optimizer, 1, mine())
+        dcp.save(state(), checkpoint_id=folder / f"step-{step + 1}")
+    return {"begun": begun, "deltas": difference(whole(s2ft.parameters(model)), s2ft.parameters(expected(3)))}
+
+
 def refusal(call):
     try:
         call()
@@ -168,7 +193,7 @@ def refusal(call):
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    made = {"save": save, "load": load}[sys.argv[1]](Path(sys.argv[2]))
+    made = {"save": save, "load": load, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
     if dist.get_rank() == 0:
         print(json.dumps(made))
     dist.destroy_process_group()
