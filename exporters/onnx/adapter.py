@@ -149,8 +149,11 @@ def probe(module: nn.Module, places: Sequence[tuple[str, int]], names: str, fold
     loaded, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
     loaded.Load(str(file))
     options.add_active_adapter(loaded)
-    with added(module, adapter):
-        yield options
+    try:
+        with added(module, adapter):
+            yield options
+    finally:
+        file.unlink()
 
 
 def _random_adapter(module: nn.Module, places: Sequence[tuple[str, int]]) -> Adapter:
