@@ -1,6 +1,7 @@
 """Adapters beside an ONNX graph: the base alone, each adapter switched in one session, and the pass that makes room."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from s2ft_compile.exporters import export_onnx, save_adapter, save_onnx_adapter
 from s2ft_compile.exporters.onnx.adapter import places_of
 from s2ft_compile.exporters.onnx.export import OPSETS
 from s2ft_compile.exporters.onnx.places import NAMES, add_places
-from s2ft_compile.exporters.onnx.weights import LIMITS
+from s2ft_compile.exporters.onnx.weights import FORMS
 from s2ft_compile.state import state_of
 
 TARGETS = {"ffn.out": 5, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
@@ -254,11 +255,11 @@ def test_a_quantized_graph_is_the_float_one_within_its_limit_with_an_adapter_and
     assert kinds["MatMulNBits"] == 8 and kinds["MatMul"] == 2 + slices * (2 if genai else 1)
     held = {i.name: i for i in onnx.load(path).graph.initializer}
     assert held["model.embed_tokens.weight"].data_type == onnx.TensorProto.FLOAT16
-    check_quantized(path, file, base, model, genai, LIMITS[quantize])
+    check_quantized(path, file, base, model, genai, FORMS[quantize].limit)
 
 
 def test_a_graph_that_quantization_changes_beyond_its_limit_does_not_appear(tmp_path, monkeypatch):
-    monkeypatch.setitem(LIMITS, "int8", 1e-6)
+    monkeypatch.setitem(FORMS, "int8", dataclasses.replace(FORMS["int8"], limit=1e-6))
     model = tuned("gpt2", 0, n_layer=1)
     with pytest.raises(ExportError, match="differs from the model in output 'logits'.*of its norm, and 1e-06 is"):
         export_onnx(model, tmp_path / "m.onnx", {"input_ids": tokens()}, "separate", quantize="int8")

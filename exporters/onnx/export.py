@@ -30,7 +30,7 @@ from .check import check, first_line, tensors
 from .genai import FILE, tokens_of, write_genai_config
 from .places import GENAI, NAMES, add_places, check_names
 from .values import Call, name_values
-from .weights import LIMITS, QUANTIZER, check_bits, orient_weights, quantized
+from .weights import FORMS, QUANTIZER, check_bits, orient_weights, quantized
 
 log = logging.getLogger(__name__)
 OPSETS = (18, 19, 20, 21, 22, 24, 25)  # of 23, ONNX Runtime refuses the RotaryEmbedding that onnxscript makes
@@ -64,7 +64,7 @@ def export_onnx(
     names: "model"; or "genai", with cache=True, what onnxruntime-genai loads: a genai_config.json is written beside
     the file, and adapters are inputs in the form and with the names of Olive's LoRA adapters.
     opset: of the file, one of `OPSETS`.
-    quantize: "int8" or "int4", for the weights of products; an adapter's inputs stay in float. `weights.LIMITS` says
+    quantize: "int8" or "int4", for the weights of products; an adapter's inputs stay in float. `weights.FORMS` says
     how far the file may be from the model, with an adapter and without.
 
     Raises `ConfigError` for an option that is unknown, adapters that leave nothing to make room for, or a model
@@ -100,7 +100,7 @@ def export_onnx(
         if quantize:
             _write(quantized(onnx_model, quantize), file)
             again = probe(module, places, names, folder) if places else None
-            check(module, file, call.inputs, call.checks, again, LIMITS[quantize])
+            check(module, file, call.inputs, call.checks, again, FORMS[quantize].limit)
     log.info("ONNX model written to %s", target)
     return target
 
