@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,21 @@ def break_index(base: Path) -> str:
     return "not the index"
 
 
+def nest_index(base: Path) -> str:
+    (base / safetensors_files.INDEX).write_text("[" * 100_000)
+    return "not the index"
+
+
+def half_a_character(base: Path) -> str:
+    (base / safetensors_files.INDEX).write_text(r'{"weight_map": {"a": "\ud800"}}')
+    return "not the index"
+
+
+def swell_index(base: Path) -> str:
+    os.truncate(base / safetensors_files.INDEX, 1 << 36)  # a hole: no space on the disk
+    return "has 68,719,476,736 bytes"
+
+
 def remove_all(base: Path) -> str:
     for path in [*base.glob("*.safetensors"), base / safetensors_files.INDEX]:
         path.unlink()
@@ -274,6 +290,9 @@ def other_prefix(base: Path) -> str:
         remove_shard,
         lead_outside,
         break_index,
+        nest_index,
+        half_a_character,
+        swell_index,
         remove_all,
         other_type,
         other_value,
