@@ -495,6 +495,12 @@ def test_merge_and_extract_on_the_command_line(folders, tmp_path):
         made = CliRunner().invoke(app, ["merge", *map(str, arguments)], env={"COLUMNS": "400"})
         assert made.exit_code == 1 and told in made.output and len(made.output.splitlines()) == 1, made.output
     assert not (tmp_path / "no").exists()
+    for base, more, told in (
+        ("no/such-model", (), "no hub id"),
+        (folders / "base", ("--limit", "0.01"), "at most 0.01"),
+    ):
+        made = CliRunner().invoke(app, ["extract", str(base), str(merged), str(adapter), *more], env={"COLUMNS": "400"})
+        assert made.exit_code == 1 and told in made.output and not adapter.exists(), made.output
     assert "10 slices" in s2ft_command("extract", folders / "base", merged, adapter)
     merge_checkpoint(folders / "base", [adapter], tmp_path / "again")
     assert same(stored(tmp_path / "again"), stored(merged))

@@ -415,8 +415,8 @@ def merge(
 
 @app.command()
 def extract(
-    base: Annotated[Path, typer.Argument(help="A folder of safetensors: the base model.")],
-    tuned: Annotated[Path, typer.Argument(help="A folder of safetensors: the same model, trained in place.")],
+    base: Annotated[str, typer.Argument(help="The base model: a folder of safetensors, or a hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The same, trained in place: a folder of safetensors, or a hub id.")],
     output: Annotated[Path, typer.Argument(help="The adapter folder to write; must not exist yet.")],
     limit: Annotated[float, typer.Option(help="The share of a tensor's rows or columns that may have changed.")] = 0.5,
     debug: Debug = False,
@@ -427,7 +427,7 @@ def extract(
         from s2ft_compile.exporters import extract as run
 
         with err.status("comparing"):
-            run(base, tuned, output, limit)
+            run(_checkpoint_folder(base), _checkpoint_folder(tuned), output, limit)
         slices = read_adapter(output).slices
         numbers = sum(s.delta.numel() for s in slices)
         out.print(f"adapter: {output}, {len(slices)} slices, {numbers:,} numbers")
