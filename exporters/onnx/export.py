@@ -52,10 +52,10 @@ def export_onnx(
     """Writes the model, merged and in eval mode, as an ONNX file, and returns its path.
 
     Inputs are named like the forward's arguments, outputs as the model names them (`logits`; `output`, or
-    `output_0` and so on, where it does not), weights like the parameters. The first two dimensions of each
-    input are dynamic where the model's code allows it; a warning names what is not. Weights over 1 MiB in
-    total lie beside the file, in `<path>.data`, each once. bfloat16 weights are written as float32, because ONNX
-    Runtime has no bfloat16 kernels on a CPU. The model is afterwards as it was.
+    `output_0` and so on, where it does not), weights like the parameters; those of products are (in, out), as ONNX's
+    tools expect them. The first two dimensions of each input are dynamic where the model's code allows it; a warning
+    names what is not. Weights over 1 MiB in total lie beside the file, in `<path>.data`, each once. bfloat16 weights
+    are written as float32, because ONNX Runtime has no bfloat16 kernels on a CPU. The model is afterwards as it was.
 
     adapters: "merged"; "separate", the untrained base model with inputs for what a prepared model trains; or a list
     of adapter folders, the same for all that these change. `save_onnx_adapter` writes what goes there.

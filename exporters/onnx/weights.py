@@ -54,7 +54,7 @@ def orient_weights(graph: Any) -> None:
 
     for value in list(graph.initializers.values()):
         turns = [node for node, _ in value.uses()]
-        if value.is_graph_output() or not turns or not all(map(turns_over, turns)):
+        if value.is_graph_output() or not turns or not all(map(_may_go, turns)):
             continue
         _turn(value, value)
         for turn in turns:
@@ -65,6 +65,10 @@ def orient_weights(graph: Any) -> None:
 def turns_over(node: Any) -> bool:
     """Whether a node exchanges the two dimensions of a matrix."""
     return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]
+
+
+def _may_go(node: Any) -> bool:
+    return turns_over(node) and not node.outputs[0].is_graph_output()
 
 
 def _turn(value: Any, into: Any) -> None:
@@ -148,7 +152,7 @@ def _untie(graph: Any, value: Any) -> None:
     """Gives the products that read a weight through a Transpose, which others read as it is, a copy to quantize."""
     import onnx_ir as ir
 
-    for turn in [node for node, _ in value.uses() if turns_over(node)]:
+    for turn in [node for node, _ in value.uses() if _may_go(node)]:
         ir.convenience.replace_all_uses_with(turn.outputs[0], _beside(graph, value))
         graph.remove(turn, safe=True)
 
@@ -171,7 +175,9 @@ def _halve_embedding(graph: Any, value: Any) -> None:
 
     users = list(value.uses())
     picked = users and all(node.op_type == "Gather" and at == 0 for node, at in users)
-    if not picked or len(value.shape) != 2 or value.dtype != ir.DataType.FLOAT or value.is_graph_output():
+    if not picked or any(node.outputs[0].is_graph_output() for node, _ in users):
+        return
+    if len(value.shape) != 2 or value.dtype != ir.DataType.FLOAT or value.is_graph_output():
         return
     with np.errstate(over="ignore"):
         half = value.const_value.numpy().astype(np.float16)
