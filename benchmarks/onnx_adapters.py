@@ -4,6 +4,9 @@
 (names="genai"), and runs prefill and one step of decoding of all of them in turn, on one thread. Speeds are ratios to
 the plain export, medians over the rounds of the process's CPU time, so that what else the machine does weighs little,
 and on all alike.
+
+`--quantized`: the same graph with room for slices in float, int8 and int4, with an adapter active and without: speed,
+bytes, and how far the logits are from those of the float graph, as a share of their norm.
 """
 
 import json
@@ -116,5 +119,32 @@ def measure(layers: int = 4, width: int = 512, rounds: int = 60) -> dict[str, An
     }
 
 
+def measure_quantized(layers: int = 4, width: int = 512, rounds: int = 30) -> dict[str, Any]:
+    """Ratios to the float graph in the same state; the goals are at least 2 for `smaller`, and 1 for `speed`."""
+    model, example, kinds = prepared(layers, width), {"input_ids": torch.arange(16)[None]}, ("float", "int8", "int4")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file = save_onnx_adapter(model, folder / "one.onnx_adapter")
+        runs, size = {}, {}
+        for kind in kinds:
+            how = {} if kind == "float" else {"quantize": kind}
+            path = export_onnx(model, folder / kind / "base.onnx", example, "separate", cache=True, **how)
+            runs |= {kind: runner(path), f"{kind}, active": runner(path, file)}
+            size[kind] = sum(part.stat().st_size for part in path.parent.iterdir())
+        figures: dict[str, Any] = {"smaller": {kind: size["float"] / size[kind] for kind in kinds[1:]}}
+        for stage, past, new, repeats in (("prefill", 0, PROMPT, rounds), ("decode", PROMPT, 1, 4 * rounds)):
+            feeds = inputs(model, past, new)
+            ms = medians(in_turn({name: partial(run, feeds) for name, run in runs.items()}, repeats, WARM_UP, cpu_ms))
+            logits = {name: run(feeds)[0] for name, run in runs.items()}
+            figures[stage] = {"float_ms": ms["float"], "speed": {}, "error": {}}
+            for name in (name for name in runs if not name.startswith("float")):
+                whole = "float" + name.removeprefix("int8").removeprefix("int4")
+                figures[stage]["speed"][name] = ms[whole] / ms[name]
+                gap = np.linalg.norm(logits[name] - logits[whole]) / np.linalg.norm(logits[whole])
+                figures[stage]["error"][name] = float(gap)
+    return {"layers": layers, "width": width, "batch": BATCH, "prompt": PROMPT, "rounds": rounds, **figures}
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(**({"layers": 2, "rounds": 5} if "--quick" in sys.argv else {})), indent=2))
+    run = measure_quantized if "--quantized" in sys.argv else measure
+    print(json.dumps(run(**({"layers": 2, "rounds": 5} if "--quick" in sys.argv else {})), indent=2))

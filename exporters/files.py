@@ -7,7 +7,6 @@ process ends: one whose lock is free was left by a process that was killed, and 
 
 import os
 import platform
-import re
 import secrets
 import shutil
 import zlib
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from s2ft_compile.errors import ExportError
+from s2ft_compile.errors import ExportError, of_the_system
 
 try:
     import fcntl
@@ -96,7 +95,7 @@ def _staging(path: Path, target) -> Iterator[Path]:
             undo.close()
             for parent in made:
                 _remove_if_empty(parent)
-            if _of_the_system(error):
+            if of_the_system(error):
                 raise ExportError(f"could not write {target}: {error}") from error
             raise
 
@@ -136,11 +135,6 @@ def _lock(folder: Path, wait: bool) -> int | None:
         if descriptor is not None:
             os.close(descriptor)
         return None
-
-
-def _of_the_system(error: BaseException) -> bool:
-    """A full disk, for instance. Libraries in Rust raise types of their own, with the system's number in the text."""
-    return isinstance(error, OSError) or re.search(r"\(os error \d+\)", str(error)) is not None
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -3,6 +3,8 @@
 Each one is also the built-in exception a caller would expect, so `except ValueError` works too.
 """
 
+import re
+
 
 class S2FTError(Exception):
     """Base of every error this package raises on purpose."""
@@ -38,3 +40,12 @@ class CompileError(S2FTError, RuntimeError):
 
 class VerificationError(S2FTError, RuntimeError):
     """A coupling that changes the model's outputs, or a model that cannot be compared."""
+
+
+# libraries in Rust and C++ raise types of their own; the last is torch's, of a file that it could not write whole
+_SYSTEM = re.compile(r"\(os error \d+\)|No space left|iostream|file write|inline_container\.cc")
+
+
+def of_the_system(error: BaseException) -> bool:
+    """Whether an error is the system's, such as that of a full disk."""
+    return isinstance(error, OSError) or _SYSTEM.search(str(error)) is not None

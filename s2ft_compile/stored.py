@@ -19,6 +19,7 @@ from .errors import AdapterError, ExportError
 from .fingerprint import sample
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX_BYTES = 256 << 20  # names of two million tensors
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -117,10 +118,12 @@ def stored_tensors(directory: str | os.PathLike) -> dict[str, Stored]:
 
 def _shards(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
+        if (size := (folder / INDEX).stat().st_size) > INDEX_BYTES:
+            raise ExportError(f"{folder / INDEX} has {size:,} bytes; an index has {INDEX_BYTES:,} at most")
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-            inside = all(name == os.path.basename(name) for name in names)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            inside = all(name == os.path.basename(name) and os.fsencode(name) for name in names)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ExportError(f"{folder / INDEX} is not the index of a checkpoint: {error!r}") from error
         if not inside or not names:
             raise ExportError(f"{folder / INDEX} names files outside of its folder, or none")

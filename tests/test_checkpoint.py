@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,21 @@ def break_index(base: Path) -> str:
     return "not the index"
 
 
+def nest_index(base: Path) -> str:
+    (base / safetensors_files.INDEX).write_text("[" * 100_000)
+    return "not the index"
+
+
+def half_a_character(base: Path) -> str:
+    (base / safetensors_files.INDEX).write_text(r'{"weight_map": {"a": "\ud800"}}')
+    return "not the index"
+
+
+def swell_index(base: Path) -> str:
+    os.truncate(base / safetensors_files.INDEX, 1 << 36)  # a hole: no space on the disk
+    return "has 68,719,476,736 bytes"
+
+
 def remove_all(base: Path) -> str:
     for path in [*base.glob("*.safetensors"), base / safetensors_files.INDEX]:
         path.unlink()
@@ -274,6 +290,9 @@ def other_prefix(base: Path) -> str:
         remove_shard,
         lead_outside,
         break_index,
+        nest_index,
+        half_a_character,
+        swell_index,
         remove_all,
         other_type,
         other_value,
@@ -476,6 +495,12 @@ def test_merge_and_extract_on_the_command_line(folders, tmp_path):
         made = CliRunner().invoke(app, ["merge", *map(str, arguments)], env={"COLUMNS": "400"})
         assert made.exit_code == 1 and told in made.output and len(made.output.splitlines()) == 1, made.output
     assert not (tmp_path / "no").exists()
+    for base, more, told in (
+        ("no/such-model", (), "no hub id"),
+        (folders / "base", ("--limit", "0.01"), "at most 0.01"),
+    ):
+        made = CliRunner().invoke(app, ["extract", str(base), str(merged), str(adapter), *more], env={"COLUMNS": "400"})
+        assert made.exit_code == 1 and told in made.output and not adapter.exists(), made.output
     assert "10 slices" in s2ft_command("extract", folders / "base", merged, adapter)
     merge_checkpoint(folders / "base", [adapter], tmp_path / "again")
     assert same(stored(tmp_path / "again"), stored(merged))

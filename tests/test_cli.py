@@ -1,12 +1,16 @@
 """The command line on tiny models: what each command leaves behind, and one line for each bad input."""
 
+import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import typer
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from test_data import TEXT, lines, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -16,6 +20,7 @@ from s2ft_compile.cli import inspect as summary
 from s2ft_compile.cli import report
 from s2ft_compile.cli.app import app
 from s2ft_compile.cli.options import TrainOptions, parse_targets
+from s2ft_compile.cli.terminal import reported
 from s2ft_compile.config import SELECTIONS
 from s2ft_compile.errors import ConfigError, S2FTError
 from s2ft_compile.exporters import registration
@@ -263,6 +268,34 @@ def test_inspect_refuses_what_is_no_model(tmp_path):
 def test_debug_shows_the_traceback(tmp_path):
     result = invoke("inspect", tmp_path, "--debug")
     assert isinstance(result.exception, ConfigError)
+
+
+def full_disk_of_torch():
+    """torch.save leaves a RuntimeError of its own behind, whose text is a place in its source."""
+    with open("/dev/full", "wb") as file:
+        torch.save({"a": torch.zeros(1 << 16)}, file)
+
+
+def full_disk_of_safetensors():
+    save_file({"a": torch.zeros(4)}, "/dev/full/a")
+
+
+def full_disk_in_a_backend():
+    def backend(graph, inputs):
+        Path("/dev/full").write_text("a trace")
+
+    torch.compile(torch.nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("act", [full_disk_of_torch, full_disk_of_safetensors, full_disk_in_a_backend])
+def test_an_error_of_the_system_is_one_line_whoever_raises_it(act):
+    console = Console(file=io.StringIO(), width=10_000)
+    with pytest.raises(typer.Exit), reported(console, debug=False):
+        act()
+    assert "error: " in console.file.getvalue() and "Traceback" not in console.file.getvalue()
+    with pytest.raises(KeyError), reported(console, debug=False):
+        raise KeyError("a mistake of ours keeps its traceback")
 
 
 # train

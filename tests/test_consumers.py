@@ -113,6 +113,32 @@ def test_onnxruntime_genai_takes_an_adapter_for_each_request(made, genai_folder,
     assert shown.startswith(f"law: {text}") and shown.partition("\ufffd")[0].endswith(want.partition("\ufffd")[0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_onnxruntime_genai_runs_a_quantized_graph_with_the_adapters_of_the_float_one(
+    made, genai_folder, tmp_path, monkeypatch, quantize
+):
+    """Its tokens are those of ONNX Runtime on the same file, which the exporter compared with the model."""
+    pytest.importorskip("onnxruntime_genai")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import generate_genai
+    import generate_onnx
+
+    files = {name: genai_folder / f"{name}.onnx_adapter" for name in ("law", "chat")}
+    how = dict(cache=True, names="genai", quantize=quantize)
+    adapters = [made.folder / name for name in files]
+    path = export_onnx(made.models["base"], tmp_path / "model.onnx", {"input_ids": tokens(1, 5)}, adapters, **how)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    server, session, ids = generate_genai.Server(tmp_path, files), generate_onnx.load(path), np.array([PROMPT])
+    texts = []
+    for name in ("base", "law", "chat"):
+        adapter = generate_onnx.load_adapter(files[name]) if name in files else None
+        want = generate_onnx.generate(session, ids, np.ones_like(ids), NEW, eos=[0], adapter=adapter)[0, len(PROMPT) :]
+        texts.append(list(server.generate(PROMPT, name, NEW)))
+        assert texts[-1] == want.tolist()
+    assert len(set(map(tuple, texts))) == 3
+
+
 def test_what_olive_makes_of_the_lora_is_our_adapter_file(made, genai_folder):
     pytest.importorskip("olive")
     import onnxruntime

@@ -93,7 +93,7 @@ def test_onnx_runtime_agrees_with_the_merged_model_at_other_sizes(tmp_path, capf
     assert unchanged(model, before) and [m.training for m in model.modules()] == modes
     assert model.config.use_cache == cache
     with merged(model):
-        plain = {name: p.shape for name, p in model.named_parameters()}
+        plain = {name: tuple(p.shape) for name, p in model.named_parameters()}
         model.eval()
         for inputs in (example, tokens(2, 6), tokens(1, 1), tokens(3, 11, padding=5), tokens(5, 2, 1)):
             with torch.no_grad():
@@ -107,7 +107,10 @@ def test_onnx_runtime_agrees_with_the_merged_model_at_other_sizes(tmp_path, capf
     axes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
     assert axes == {"input_ids": ["batch", "sequence"], "attention_mask": ["batch", "sequence"]}
     stored = {t.name: tuple(t.dims) for t in graph.initializer}
-    assert {n: s for n, s in stored.items() if n in plain} == {n: tuple(s) for n, s in plain.items()}
+    # as a product takes it, (in, out), where it is of nothing else
+    assert all(stored[n] in (shape, shape[::-1]) for n, shape in plain.items())
+    read = {name for node in graph.node for name in node.input if node.op_type == "Transpose"}
+    assert read & plain.keys() <= set(tied_names(model).values())
     assert all(np.prod(dims) <= 32 for n, dims in stored.items() if n not in plain)  # weights once
     assert not any(node.doc_string or node.metadata_props for node in graph.node)  # they would name files
 
@@ -233,11 +236,41 @@ def test_a_failure_half_way_restores_a_prepared_model(tmp_path, monkeypatch):
     model = trained(Ffn().bfloat16().train(), (torch.randn(2, 4, dtype=torch.bfloat16),))
     before = bits(model)
     monkeypatch.setattr(exporter, "_translated", lambda *_: type("M", (), {"graph": None})())
-    monkeypatch.setattr(exporter, "name_values", lambda *_: None)
+    for name in ("name_values", "orient_weights"):
+        monkeypatch.setattr(exporter, name, lambda *_: None)
     monkeypatch.setattr(exporter, "_write", half)
     with pytest.raises(ExportError, match="disk full"):
         export_onnx(model, tmp_path / "new" / "m.onnx", (torch.randn(2, 4, dtype=torch.bfloat16),))
     assert not list(tmp_path.iterdir()) and unchanged(model, before) and model.training
+
+
+class Shows(nn.Module):
+    """Gives out what quantizing would change: rows of an embedding, a weight turned over, a product with a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.down, self.up = nn.Embedding(11, 64), nn.Linear(64, 8), nn.Linear(64, 8, bias=False)
+
+    def forward(self, ids):
+        rows = self.embed(ids)
+        return {
+            "rows": rows,
+            "turned": self.up.weight.T,
+            "up": self.up(rows),
+            "down": self.down(rows[:, 0]),
+            "again": self.embed(ids) @ rows.transpose(1, 2),
+        }
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_weights_and_rows_that_are_outputs_stay_as_they_are(tmp_path, quantize):
+    model, ids = Shows(), torch.randint(0, 11, (3, 5))
+    path = export_onnx(model, tmp_path / "m.onnx", (ids[:2],), quantize=quantize)
+    found, expected = run(path, ids=ids), model(ids)
+    for name in ("rows", "turned", *(() if quantize else ("up", "down"))):
+        torch.testing.assert_close(found[name], expected[name])
+    for name in ("up", "down", "again"):
+        assert (found[name] - expected[name]).norm() < 0.02 * expected[name].norm(), name
 
 
 def test_a_batch_that_the_code_fixes_is_named(tmp_path, caplog):

@@ -1,6 +1,7 @@
 """Adapters beside an ONNX graph: the base alone, each adapter switched in one session, and the pass that makes room."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from s2ft_compile.exporters import export_onnx, save_adapter, save_onnx_adapter
 from s2ft_compile.exporters.onnx.adapter import places_of
 from s2ft_compile.exporters.onnx.export import OPSETS
 from s2ft_compile.exporters.onnx.places import NAMES, add_places
+from s2ft_compile.exporters.onnx.weights import FORMS
 from s2ft_compile.state import state_of
 
 TARGETS = {"ffn.out": 5, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
@@ -195,34 +197,75 @@ def test_a_graph_that_is_right_without_an_adapter_only_is_refused(tmp_path, monk
     assert_weights(model, before)
 
 
-@pytest.mark.parametrize("names", ["model", pytest.param("genai", marks=pytest.mark.slow)])
-def test_onnx_runtime_quantizes_the_weights_and_not_the_adapters(tmp_path, names):
-    """Its tools, as the README calls them: each product of a weight is in int8, and each of an adapter is not."""
-    from onnxruntime.quantization import quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+QUANTIZABLE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 1, "eos_token_id": 7}
+CACHED = {f"past_key_values.0.{part}": np.zeros((3, 2, 0, 16), np.float32) for part in ("key", "value")}
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 1, "eos_token_id": 7}
-    base, model = hf("llama", **sizes), tuned("llama", 0, **sizes)
-    example, ids = {"input_ids": tokens()}, tokens(3, 11, seed=5)
-    path = export_onnx(model, tmp_path / "m.onnx", example, "separate", cache=names == "genai", names=names)
-    file, made = save_onnx_adapter(model, tmp_path / "a.onnx_adapter", names=names), tmp_path / "int8.onnx"
-    quant_pre_process(str(path), str(tmp_path / "pre.onnx"), skip_symbolic_shape=True)
-    quantize_dynamic(str(tmp_path / "pre.onnx"), str(made))
-    kinds = [node.op_type for node in onnx.load(made).graph.node]
-    slices = len(state_of(model).plan.slices)
-    assert kinds.count("MatMulInteger") == 8  # seven of the layer, and the head
-    assert kinds.count("MatMul") == 2 + slices * (2 if names == "genai" else 1)  # of the attention, and the adapter's
+
+def check_quantized(made, file, base, model, cache, limit) -> None:
+    """The graph is the base model without the adapter and the trained one with it, within the limit, and tells them
+    apart."""
+    ids = tokens(3, 11, seed=5)
     feeds = {"input_ids": ids.numpy()}
-    if names == "genai":
+    if cache:
         feeds |= {"attention_mask": np.ones((3, 11), np.int64), "position_ids": np.arange(11)[None].repeat(3, 0)}
-        feeds |= {f"past_key_values.0.{part}": np.zeros((3, 2, 0, 16), np.float32) for part in ("key", "value")}
+        feeds |= CACHED
     with torch.no_grad():
         plain, trained = base(ids).logits, model(ids).logits
     session = onnxruntime.InferenceSession(str(made))
     for files, want, other in (((), plain, trained), ((file,), trained, plain)):
         found = run(session, feeds, *files)
         error, apart = (found - want).norm() / want.norm(), (found - other).norm() / want.norm()
-        assert error < 0.06 and apart > 3 * error, (error, apart)
+        assert error < limit and apart > 3 * error, (error, apart)
+
+
+def counted(path) -> dict[str, int]:
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    return {kind: kinds.count(kind) for kind in kinds}
+
+
+@pytest.mark.parametrize("names", ["model", pytest.param("genai", marks=pytest.mark.slow)])
+def test_onnx_runtime_quantizes_the_weights_and_not_the_adapters(tmp_path, names):
+    """Its tool, on the file as it is: each product of a weight is in int8, and each of an adapter is not."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    base, model = hf("llama", **QUANTIZABLE), tuned("llama", 0, **QUANTIZABLE)
+    example, genai = {"input_ids": tokens()}, names == "genai"
+    path = export_onnx(model, tmp_path / "m.onnx", example, "separate", cache=genai, names=names)
+    file, made = save_onnx_adapter(model, tmp_path / "a.onnx_adapter", names=names), tmp_path / "int8.onnx"
+    quantize_dynamic(path, made)
+    kinds, slices = counted(made), len(state_of(model).plan.slices)
+    assert kinds["MatMulInteger"] == 8  # seven of the layer, and the head
+    assert kinds["MatMul"] == 2 + slices * (2 if genai else 1)  # of the attention, and the adapter's
+    check_quantized(made, file, base, model, genai, 0.06)
+
+
+@pytest.mark.parametrize("quantize, names", [("int8", "model"), pytest.param("int4", "genai", marks=pytest.mark.slow)])
+def test_a_quantized_graph_is_the_float_one_within_its_limit_with_an_adapter_and_without(tmp_path, quantize, names):
+    """An embedding that is the head too; no weight of a product is left in float, and no adapter input is not."""
+    changes = {**QUANTIZABLE, "vocab_size": 96, "tie_word_embeddings": True}
+    base, model = hf("llama", **changes), tuned("llama", 0, **changes)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    genai = names == "genai"
+    options = {"cache": genai, "names": names, "quantize": quantize}
+    path = export_onnx(model, tmp_path / "m.onnx", {"input_ids": tokens()}, "separate", **options)
+    assert_weights(model, before)
+    assert not list(tmp_path.glob("*.tmp"))
+    file = save_onnx_adapter(model, tmp_path / "a.onnx_adapter", names=names)
+    kinds, slices = counted(path), len(state_of(model).plan.slices)
+    assert kinds["MatMulNBits"] == 8 and kinds["MatMul"] == 2 + slices * (2 if genai else 1)
+    held = {i.name: i for i in onnx.load(path).graph.initializer}
+    assert held["model.embed_tokens.weight"].data_type == onnx.TensorProto.FLOAT16
+    check_quantized(path, file, base, model, genai, FORMS[quantize].limit)
+
+
+def test_a_graph_that_quantization_changes_beyond_its_limit_does_not_appear(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMS, "int8", dataclasses.replace(FORMS["int8"], limit=1e-6))
+    model = tuned("gpt2", 0, n_layer=1)
+    with pytest.raises(ExportError, match="differs from the model in output 'logits'.*of its norm, and 1e-06 is"):
+        export_onnx(model, tmp_path / "m.onnx", {"input_ids": tokens()}, "separate", quantize="int8")
+    with pytest.raises(ConfigError, match="unknown quantization 'int2'; valid: int8, int4"):
+        export_onnx(model, tmp_path / "m.onnx", {"input_ids": tokens()}, quantize="int2")
+    assert not list(tmp_path.iterdir())
 
 
 # --- opsets -----------------------------------------------------------------------------------------------

@@ -242,6 +242,14 @@ def test_a_seed_is_of_the_request_and_a_draw_is_of_the_distribution(server, clie
         assert {int(request.sampled(scores).argmax()) for _ in range(200)} == left
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_temperature_next_to_zero_is_greedy(temperature, dtype):
+    scores = torch.randn(500).to(dtype)
+    for more in ({}, {"top_p": 0.5}, {"top_k": 3}):
+        assert Request([1], temperature=temperature, seed=0, **more).sampled(scores).argmax() == scores.argmax()
+
+
 def test_adapters_come_and_go_while_others_run(server, client, alone):
     url, engine = server
     headers = {"Authorization": f"Bearer {KEY}"}
@@ -282,7 +290,7 @@ def test_adapters_come_and_go_while_others_run(server, client, alone):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_request_whose_client_left_is_freed(folder, stream):
     """Without end it would generate for longer than the test waits."""
-    with serving(folder, length=60, cache=1024) as (url, engine):
+    with serving(folder, length=60, cache=1024, requests=1) as (url, engine):
         engine.ends = engine._manager.generation_config.eos_token_id = ()
         engine._hooks.append(engine.bank.model.register_forward_pre_hook(lambda *_: time.sleep(0.1)))
         body = {"model": "law", "prompt": [5, 7], "max_tokens": 50, "temperature": 0, "stream": stream}
@@ -293,6 +301,8 @@ def test_a_request_whose_client_left_is_freed(folder, stream):
             connection.sendall(head.encode() + text)
             while not engine.running or engine.steps < 3:
                 time.sleep(0.01)
+            busy = httpx.post(f"{url}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"})
+            assert busy.status_code == 429 and busy.headers["retry-after"] and "the limit" in busy.text
         begun = engine.steps
         assert idle(engine) and engine.steps - begun < 20
         metrics = httpx.get(f"{url}/metrics").text
@@ -315,7 +325,8 @@ def test_a_request_whose_client_left_is_freed(folder, stream):
         ({"suffix": "x", "best_of": 2}, 400, "not supported: best_of, suffix"),
         ({"stop": [""]}, 400, "a stop is a text that is not empty"),
         ({"stream_options": {"x": True}}, 400, "not supported in stream_options: x"),
-        ({"n": 64, "prompt": [[5], [6]]}, 429, "128 requests more are above the limit of 80"),
+        ({"n": 64, "prompt": [[5], [6]]}, 400, "128 answers in one request; valid: up to 80"),
+        ({"model": "x" * 100_000}, 404, "no model 'xxx"),
         ({"logprobs": 0, "user": "me", "presence_penalty": 0.0, "echo": False}, 200, "text_completion"),
     ],
 )
@@ -323,8 +334,8 @@ def test_what_is_refused_is_said_as_openai_says_it(server, client, more, status,
     made = raw(client, **{"model": "law", "prompt": [5, 7, 9], "max_tokens": 2, **more})
     assert made.status_code == status and match in made.text, made.text
     if status != 200:
-        assert made.json()["error"].keys() == {"message", "type", "param", "code"}
-    assert ("retry-after" in made.headers) == (status == 429)
+        assert made.json()["error"].keys() == {"message", "type", "param", "code"} and len(made.content) < 3000
+    assert "retry-after" not in made.headers
 
 
 def test_bodies_keys_paths_and_routes_that_are_refused(server, client, folder, tmp_path):

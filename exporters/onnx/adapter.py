@@ -23,7 +23,6 @@ from s2ft_compile.exporters.lora import adapter_source
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.state import is_prepared, state_of
 
-from .check import first_line
 from .places import GENAI, NAMES, check_names, lora_names, slice_names
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,8 @@ def _write(parameters: Mapping[str, np.ndarray], file: Path) -> None:
     try:
         written.export_adapter(str(file))
     except RuntimeError as error:  # ONNX Runtime's, of a full disk too
-        raise ExportError(f"could not write {file.name}: {first_line(error)}") from error
+        what = str(error).rpartition(")> ")[2]  # behind the name of its own function
+        raise ExportError(f"could not write {file.name}: {what}") from error
     _read_back(arrays, file)
 
 
@@ -149,8 +149,11 @@ def probe(module: nn.Module, places: Sequence[tuple[str, int]], names: str, fold
     loaded, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
     loaded.Load(str(file))
     options.add_active_adapter(loaded)
-    with added(module, adapter):
-        yield options
+    try:
+        with added(module, adapter):
+            yield options
+    finally:
+        file.unlink()
 
 
 def _random_adapter(module: nn.Module, places: Sequence[tuple[str, int]]) -> Adapter:

@@ -21,19 +21,21 @@ def check(
     inputs: tuple[tuple, dict],
     others: Sequence[tuple[tuple, dict]] = (),
     adapted: AbstractContextManager[Any] | None = None,
+    limit: float = 0.0,
 ) -> None:
     """The file is valid ONNX, and gives the module's outputs for the example and for inputs of other sizes.
 
     others: these inputs; none: the example with a row more and a token less, if the module takes it. adapted: a context
     in which the module has an adapter, and which yields the `RunOptions` of a run with it; the file has to give the
-    module's outputs then too. Raises `ExportError`. What ONNX Runtime has no CPU kernel for is not run, with a warning.
+    module's outputs then too. limit: how far the outputs may be, as a share of their norm; 0: by rounding only. Raises
+    `ExportError`. What ONNX Runtime has no CPU kernel for is not run, with a warning.
     """
     session = _session(file)
     if session is None:
         return
     cases = [inputs, *(others or _resized_for(module, session, inputs))]
     for given in cases:
-        _compare(module, session, given)
+        _compare(module, session, given, limit=limit)
     if adapted is None:
         return
     before = _outputs(module, inputs)
@@ -41,7 +43,7 @@ def check(
         if all(close(before[name], value) for name, value in _outputs(module, inputs).items()):
             log.warning("what the adapters change has no effect on the example's outputs, so it was not checked")
         for given in cases:
-            _compare(module, session, given, options)
+            _compare(module, session, given, options, limit)
 
 
 def _session(file: Path) -> Any | None:
@@ -77,7 +79,9 @@ def _outputs(module: nn.Module, inputs: tuple[tuple, dict]) -> dict[str, Tensor]
         return {name: value.detach().cpu() for name, value in named_tensors(module(*args, **kwargs))}
 
 
-def _compare(module: nn.Module, session: Any, inputs: tuple[tuple, dict], options: Any = None) -> None:
+def _compare(
+    module: nn.Module, session: Any, inputs: tuple[tuple, dict], options: Any = None, limit: float = 0.0
+) -> None:
     expected = _outputs(module, inputs)
     feeds = {i.name: t.detach().cpu().numpy() for i, t in zip(session.get_inputs(), tensors(inputs), strict=True)}
     active = "" if options is None else " with an adapter"
@@ -92,8 +96,19 @@ def _compare(module: nn.Module, session: Any, inputs: tuple[tuple, dict], option
         where = f"ONNX Runtime differs from the model{active} in output {name!r}"
         if want.shape != got.shape:
             raise ExportError(f"{where}: shape {tuple(got.shape)} instead of {tuple(want.shape)}")
-        if not close(want, got):
+        if limit and want.is_floating_point():
+            error = apart(want, got)
+            log.info("output %r%s: %.2g of its norm from the model's", name, active, error)
+            if not error <= limit:
+                raise ExportError(f"{where}: by {error:.2g} of its norm, and {limit:g} is the limit of such weights")
+        elif not close(want, got):
             raise ExportError(f"{where}: by up to {(want.double() - got.double()).abs().max():.3g}")
+
+
+def apart(want: Tensor, got: Tensor) -> float:
+    """The norm of the difference, as a share of the norm of what is wanted."""
+    size = float(want.double().norm())
+    return float((got.double() - want.double()).norm()) / size if size else float(got.any())
 
 
 def close(want: Tensor, got: Tensor) -> bool:

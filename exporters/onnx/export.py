@@ -30,6 +30,7 @@ from .check import check, first_line, tensors
 from .genai import FILE, tokens_of, write_genai_config
 from .places import GENAI, NAMES, add_places, check_names
 from .values import Call, name_values
+from .weights import FORMS, QUANTIZER, check_bits, orient_weights, quantized
 
 log = logging.getLogger(__name__)
 OPSETS = (18, 19, 20, 21, 22, 24, 25)  # of 23, ONNX Runtime refuses the RotaryEmbedding that onnxscript makes
@@ -46,14 +47,15 @@ def export_onnx(
     cache: bool = False,
     names: str = NAMES[0],
     opset: int = OPSET,
+    quantize: str | None = None,
 ) -> Path:
     """Writes the model, merged and in eval mode, as an ONNX file, and returns its path.
 
     Inputs are named like the forward's arguments, outputs as the model names them (`logits`; `output`, or
-    `output_0` and so on, where it does not), weights like the parameters. The first two dimensions of each
-    input are dynamic where the model's code allows it; a warning names what is not. Weights over 1 MiB in
-    total lie beside the file, in `<path>.data`, each once. bfloat16 weights are written as float32, because ONNX
-    Runtime has no bfloat16 kernels on a CPU. The model is afterwards as it was.
+    `output_0` and so on, where it does not), weights like the parameters; those of products are (in, out), as ONNX's
+    tools expect them. The first two dimensions of each input are dynamic where the model's code allows it; a warning
+    names what is not. Weights over 1 MiB in total lie beside the file, in `<path>.data`, each once. bfloat16 weights
+    are written as float32, because ONNX Runtime has no bfloat16 kernels on a CPU. The model is afterwards as it was.
 
     adapters: "merged"; "separate", the untrained base model with inputs for what a prepared model trains; or a list
     of adapter folders, the same for all that these change. `save_onnx_adapter` writes what goes there.
@@ -62,6 +64,8 @@ def export_onnx(
     names: "model"; or "genai", with cache=True, what onnxruntime-genai loads: a genai_config.json is written beside
     the file, and adapters are inputs in the form and with the names of Olive's LoRA adapters.
     opset: of the file, one of `OPSETS`.
+    quantize: "int8" or "int4", for the weights of products; an adapter's inputs stay in float. `weights.FORMS` says
+    how far the file may be from the model, with an adapter and without.
 
     Raises `ConfigError` for an option that is unknown, adapters that leave nothing to make room for, or a model
     without a cache that is asked for one, `AdapterError` for an adapter of another base model, `CaptureError` for a
@@ -70,6 +74,7 @@ def export_onnx(
     """
     target, module = Path(path), unwrap(model)
     _check_options(target, module, cache, names, opset)
+    check_bits(quantize)
     inputs = Inputs(*pytree.tree_map(_widened, tuple(arguments(example_inputs))))
     places = [] if adapters == "merged" else places_of(model, adapters)
     beside = [target.with_name(FILE)] if names == GENAI else []
@@ -87,10 +92,15 @@ def export_onnx(
         onnx_model = _translated(module, program, opset)
         name_values(onnx_model.graph, module, program, call)
         add_places(onnx_model.graph, places, lora=names == GENAI)
+        orient_weights(onnx_model.graph)
         _write(onnx_model, file)
         check(module, file, call.inputs, call.checks, probe(module, places, names, folder) if places else None)
         if beside:
             write_genai_config(module, onnx_model.graph, folder / FILE, target.name)
+        if quantize:
+            _write(quantized(onnx_model, quantize), file)
+            again = probe(module, places, names, folder) if places else None
+            check(module, file, call.inputs, call.checks, again, FORMS[quantize].limit)
     log.info("ONNX model written to %s", target)
     return target
 
@@ -270,7 +280,7 @@ def _experts_by_index(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter notes each rule it tries, packages that are missing, outputs that are None: no faults."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", QUANTIZER)]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -21,6 +21,8 @@ import numpy as np
 
 from s2ft_compile.errors import ConfigError, ExportError
 
+from .weights import turns_over
+
 NAMES = ("model", "genai")  # how values are named: as the model names them, or as onnxruntime-genai and Olive do
 GENAI = NAMES[1]
 SAME_SHAPE = "adapter.shape"  # zeros: to Reshape, a dimension of 0 is one that stays
@@ -69,7 +71,7 @@ def _products(graph: Any, name: str) -> list[Product]:
         raise ExportError(f"{name} has no adapter input: the graph does not use it under this name")
     found = []
     for node, at in list(graph.initializers[name].uses()):
-        flipped = node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]
+        flipped = turns_over(node)
         for user, index in list(node.outputs[0].uses()) if flipped else [(node, at)]:
             kind = user.op_type if user.domain in ("", "ai.onnx") else f"{user.domain}.{user.op_type}"
             if kind not in ("MatMul", "Gemm") or index != 1 or _is_set(user, "transA"):

@@ -365,6 +365,9 @@ def export_onnx(
             "the file, and --separate as Olive's LoRA.",
         ),
     ] = False,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or int4: the weights of products in fewer bits; an adapter stays in float.")
+    ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set. [default: 20]")] = None,
     dtype: Dtype = None,
     debug: Debug = False,
@@ -376,7 +379,8 @@ def export_onnx(
         from .data import example_inputs
 
         names = {"names": "genai"} if genai else {}
-        options = {"cache": cache or genai, **names, **({} if opset is None else {"opset": opset})}
+        options = {"cache": cache or genai, "quantize": quantize, **names}
+        options |= {} if opset is None else {"opset": opset}
         if separate:
             _export_separate(model, output, adapter, dtype, options, names)
         else:
@@ -472,9 +476,10 @@ def merge(
 
 @app.command()
 def extract(
-    base: Annotated[Path, typer.Argument(help="A folder of safetensors: the base model.")],
-    tuned: Annotated[Path, typer.Argument(help="A folder of safetensors: the same model, trained in place.")],
+    base: Annotated[str, typer.Argument(help="The base model: a folder of safetensors, or a hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The same, trained in place: a folder of safetensors, or a hub id.")],
     output: Annotated[Path, typer.Argument(help="The adapter folder to write; must not exist yet.")],
+    limit: Annotated[float, typer.Option(help="The share of a tensor's rows or columns that may have changed.")] = 0.5,
     debug: Debug = False,
 ) -> None:
     """Recover an adapter from two checkpoints that differ in a few rows or columns of each weight."""
@@ -483,7 +488,7 @@ def extract(
         from s2ft_compile.exporters import extract as run
 
         with err.status("comparing"):
-            run(base, tuned, output)
+            run(_checkpoint_folder(base), _checkpoint_folder(tuned), output, limit)
         slices = read_adapter(output).slices
         numbers = sum(s.delta.numel() for s in slices)
         out.print(f"adapter: {output}, {len(slices)} slices, {numbers:,} numbers")

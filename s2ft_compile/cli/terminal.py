@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from s2ft_compile.errors import S2FTError
+from s2ft_compile.errors import S2FTError, of_the_system
 
 
 @contextmanager
@@ -24,10 +24,11 @@ def reported(console: Console, debug: bool) -> Iterator[None]:
     logging.disable_progress_bar()  # those of single files; the commands show their own
     try:
         yield
-    except (S2FTError, OSError) as error:
-        if debug:
+    except Exception as error:
+        told = getattr(error, "inner_exception", error)  # dynamo's is around that of a backend
+        if debug or not (isinstance(told, S2FTError) or of_the_system(told)):
             raise
-        text = str(error).encode("utf-8", "backslashreplace").decode()  # a damaged file may hold half of a character
+        text = str(told).encode("utf-8", "backslashreplace").decode()  # a damaged file may hold half of a character
         console.print(f"[bold red]error:[/] [red]{escape(text)}[/]", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 

@@ -8,7 +8,6 @@ A checkpoint holds the deltas, not the frozen weights: the base model is read ag
 
 import hashlib
 import json
-import re
 import shutil
 import signal
 import statistics
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from s2ft_compile.errors import ConfigError, ExportError, S2FTError, TrainingError
+from s2ft_compile.errors import ConfigError, ExportError, S2FTError, TrainingError, of_the_system
 from s2ft_compile.exporters import save_adapter, save_merged
 from s2ft_compile.exporters.card import CARD
 from s2ft_compile.layers import compile_layers
@@ -173,7 +172,7 @@ def _as_one_line(error: BaseException, last: Path | None) -> BaseException:
         )
     if isinstance(error, S2FTError):
         return type(error)(f"{text}{left}") if last and not isinstance(error, ConfigError) else error
-    if isinstance(error, (OSError, SafetensorError)) or re.search(r"os error|No space left|iostream|file write", text):
+    if of_the_system(error):
         return ExportError(f"could not write: {text.splitlines()[0]}{left}")
     return error
 

@@ -76,7 +76,8 @@ class Request:
     def sampled(self, scores: Tensor) -> Tensor:
         """Scores (vocabulary,) whose largest is a draw from what temperature, top_k and top_p leave (the exponential
         race). The draws are the request's own: the same with the same seed, whatever else is in the batch."""
-        scores = scores / self.temperature
+        # below the largest, and in float32: next to 0 the temperature leaves the likeliest, as 0 does
+        scores = (scores.float() - scores.max()) / max(self.temperature, torch.finfo(torch.float32).tiny)
         if self.top_k and self.top_k < scores.shape[0]:
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[-1], -torch.inf)
         if self.top_p < 1:

@@ -29,6 +29,7 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
     "tool_choice": ("none", "auto"),
     "modalities": (["text"],),
 }
+MESSAGE = 2000  # characters of an error: it repeats what a request held, which may be megabytes
 LABELS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 
 
@@ -166,6 +167,7 @@ class Answer:
 
 
 def problem(message: str, kind: str, code: str | None = None) -> dict:
+    message = message if len(message) <= MESSAGE else f"{message[:MESSAGE]}..."
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 

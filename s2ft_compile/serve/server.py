@@ -144,10 +144,15 @@ class Server:
             for tokens in prompts
             for k in range(asked.n or 1)
         ]
+        limit = self.engine.limits.requests
+        if len(jobs) > limit:
+            raise ConfigError(
+                f"{len(jobs)} answers in one request; valid: up to {limit}, the limit of what is under way"
+            )
         for job in jobs:
             self.engine.check(job)
-        if self.engine.running + len(jobs) > self.engine.limits.requests:
-            raise Busy(f"{len(jobs)} requests more are above the limit of {self.engine.limits.requests} under way")
+        if self.engine.running + len(jobs) > limit:
+            raise Busy(f"{len(jobs)} requests more are above the limit of {limit} under way")
         answer = Answer(asked.model, chat)
         if asked.stream:
             events = self._events(asked, answer, jobs, prompts)
