@@ -7,7 +7,6 @@ first step then refuses what this would have.
 
 import logging
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.editor import Mismatch
 from s2ft_compile.passes.select.select import Selection
+from s2ft_compile.recording import exporting
 
 from .attach import ATTACH, TAKE, attach
 from .pushdown import Slicer
@@ -81,20 +81,6 @@ def _takes(gradient: Any) -> list[fx.Node]:
     return found
 
 
-@contextmanager
-def _as_exported():
-    """Code that looks at values unless it is traced (transformers' masks) asks these."""
-    flags = ("_is_compiling_flag", "_is_exporting_flag")
-    before = {flag: getattr(torch.compiler, flag) for flag in flags}
-    for flag in flags:
-        setattr(torch.compiler, flag, True)
-    try:
-        yield
-    finally:
-        for flag, was in before.items():
-            setattr(torch.compiler, flag, was)
-
-
 def _joint_graph(model: nn.Module, example_inputs: Any, places: Sequence[Place]) -> fx.Graph:
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._inductor.decomposition import select_decomp_table
@@ -125,7 +111,7 @@ def _joint_graph(model: nn.Module, example_inputs: Any, places: Sequence[Place])
         floats = [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor) and t.requires_grad]
         return (sum(t.float().sum() for t in floats),)
 
-    with inference_mode_of(model), torch.enable_grad(), _as_exported():
+    with inference_mode_of(model), torch.enable_grad(), exporting():
         joint = aot_export_joint_simple(
             run, [*state.values(), *given, *deltas], trace_joint=True, decompositions=select_decomp_table()
         )

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from s2ft_compile import capture, recording
 from s2ft_compile.capture import Captured, uniform_dims
 from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown, shapes
 
 from .axes import Axis, Pin, atoms, pin, unify
 from .rules import rule_for
 
+OURS = {recording.__file__, capture.__file__}  # frames below the model
 log = logging.getLogger(__name__)
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph")
 
@@ -157,8 +159,11 @@ def atoms_of(axes: Iterable[Axis]) -> set[Axis]:
 
 def source_line(node: fx.Node | None) -> str:
     """The innermost line of the model's own code that made the node."""
-    if node is None or not node.meta.get("stack_trace"):
-        return ""
-    frames = re.findall(r'File "([^"]+)", line (\d+)(?:, in \S+)?\n\s*(.*)', node.meta["stack_trace"])
+    meta = {} if node is None else node.meta
+    if "traceback" in meta:  # of a recording
+        frames = [(f.filename, f.lineno, f.line) for f in meta["traceback"].summary() if f.filename not in OURS]
+    else:
+        found = re.findall(r'File "([^"]+)", line (\d+)(?:, in \S+)?\n\s*(.*)', meta.get("stack_trace") or "")
+        frames = [(name, line, text) for name, line, text in found]
     mine = [f for f in frames if "/torch/" not in f[0]] or frames
     return f"{mine[-1][0]}:{mine[-1][1]} ({mine[-1][2].strip()})" if mine else ""
