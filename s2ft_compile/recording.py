@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,20 +79,69 @@ class Recording:
         return node
 
 
-class _Recorder(Recording, ProxyTorchDispatchMode):
-    """Records each operator as it is called. The dispatcher takes proxy modes alone this early."""
+class Recorder(Recording, ProxyTorchDispatchMode):
+    """Records the operators that are called while it is `on`, in a functional form: nothing is written to.
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    names: of tensors that a model holds besides, by id. decompositions: None records operators as they are before
+    autograd; a table those that autograd calls and makes, taken apart by the table. The dispatcher lets proxy modes
+    alone be where this is.
+    """
+
+    def __init__(self, names: Mapping[int, str] | None = None, decompositions: Mapping[Any, Callable] | None = None):
         Recording.__init__(self, names)
-        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
+        self.pre_dispatch, self.decompositions = decompositions is None, decompositions or {}
+        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch if self.pre_dispatch else None)
         self._mode_key = torch._C._TorchDispatchModeKey.PROXY
         self.enter_stack: list = []
-        self.pre_dispatch = True
+        self.tracer = SimpleNamespace(tensor_tracker={})  # where proxies would be
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.functional = FunctionalTensorMode(pre_dispatch=self.pre_dispatch, export=self.pre_dispatch)
+        self.given: dict[int, tuple[FunctionalTensor, torch.Tensor]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (parts := self._parts(func)) is not None:
+            with self:
+                made = parts(*args, **(kwargs or {}))
+            if made is not NotImplemented:
+                return made
         made = func(*args, **(kwargs or {}))
         self.add(func, args, kwargs or {}, made)
         return made
+
+    def _parts(self, func: Any) -> Callable | None:
+        """What takes an operator apart."""
+        if self.pre_dispatch or func in self.decompositions:
+            return self.decompositions.get(func)
+        known = isinstance(func, torch._ops.OpOverload) and func.namespace != "prim"
+        return func.decompose if known and func._can_decompose() else None
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        with self.fake, exporting(), enable_python_dispatcher(), self, self.functional:
+            yield
+
+    def input(self, t: torch.Tensor, name: str = "", requires_grad: bool = False) -> tuple[FunctionalTensor, str]:
+        """What stands for a tensor while this is on, and the name of its placeholder."""
+        shaped = self.fake.from_tensor(t.detach(), static_shapes=True)
+        place = self.placeholder(shaped, name.replace(".", "_")).name
+        with self.functional:
+            made = FunctionalTensor.to_functional(shaped).requires_grad_(requires_grad)
+        self.given[id(made)] = made, shaped
+        return made, place
+
+    def is_written(self, t: torch.Tensor) -> bool:
+        """Whether it is an input that was written to, or none."""
+        return id(t) not in self.given or now(t) is not self.given[id(t)][1]
+
+    def returns(self, tree: Any) -> fx.Graph:
+        """The graph, which returns these."""
+        self.graph.output(self.arguments(pytree.tree_map(now, tree)))
+        return self.graph
+
+
+def now(t: Any) -> Any:
+    """The value of a tensor of a recording; anything else as it is."""
+    return t.from_functional() if isinstance(t, FunctionalTensor) else t
 
 
 @dataclass(frozen=True)
@@ -113,44 +163,27 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], names: Mapp
     for t in (*held.values(), *given):
         if isinstance(t, torch.Tensor) and type(t) not in (torch.Tensor, nn.Parameter, nn.Buffer):
             raise NotRecorded(f"a {type(t).__name__} is not a plain tensor")
-    recorder, functional = _Recorder(names), FunctionalTensorMode(pre_dispatch=True, export=True)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder, state = Recorder(names), {}
     places: dict[str, dict[str, str]] = {"p": {}, "b": {}}
-    shapes: dict[int, tuple[FunctionalTensor, torch.Tensor]] = {}
-
-    def wrap(t: torch.Tensor, name: str) -> tuple[FunctionalTensor, str]:
-        shaped = fake.from_tensor(t.detach(), static_shapes=True)
-        place = recorder.placeholder(shaped, name.replace(".", "_")).name
-        with functional:
-            made = FunctionalTensor.to_functional(shaped)
-        shapes[id(made)] = made, shaped
-        return made, place
-
-    def unwrap(t: Any) -> Any:
-        return t.from_functional() if isinstance(t, FunctionalTensor) else t
-
-    with fake, exporting(), enable_python_dispatcher(), _as_before(model):
-        state: dict[str, torch.Tensor] = {}
-        for kind, tensors in (("p", model.named_parameters()), ("b", model.named_buffers())):
-            for name, t in tensors:
-                state[name], place = wrap(t, f"{kind}_{name}")
-                places[kind][place] = name
-        inputs = [wrap(t, f"input_{i}")[0] if isinstance(t, torch.Tensor) else t for i, t in enumerate(given)]
-        args, kwargs = pytree.tree_unflatten(inputs, spec)
-        with recorder, functional:
-            made = torch.func.functional_call(model, state, args, kwargs)
-        outputs = pytree.tree_leaves(made)
-        if odd := [o for o in outputs if not isinstance(o, (torch.Tensor, *PLAIN))]:
-            raise NotRecorded(f"it returns a {type(odd[0]).__name__}, in which there may be tensors")
-        buffers = {name: state[name] for name in places["b"].values()}  # functional_call puts new ones there
-        written = {n: unwrap(t) for n, t in buffers.items() if unwrap(t) is not shapes.get(id(t), (t, None))[1]}
-        if any(unwrap(t) is not shaped for t, shaped in shapes.values() if not any(t is b for b in buffers.values())):
-            raise NotRecorded("it writes to a parameter or an input")
-        results = recorder.arguments((*written.values(), *map(unwrap, outputs)))
-    recorder.graph.output(results)
-    module = _LazyGraphModule(dict(recorder.constants), recorder.graph)
-    now = {node.name: name for node, name in zip(results, written)}
-    return Recorded(module, places["p"], places["b"], recorder.constants, now)
+    for kind, tensors in (("p", model.named_parameters()), ("b", model.named_buffers())):
+        for name, t in tensors:
+            state[name], place = recorder.input(t, f"{kind}_{name}")
+            places[kind][place] = name
+    given = [recorder.input(t, f"input_{i}")[0] if isinstance(t, torch.Tensor) else t for i, t in enumerate(given)]
+    args, kwargs = pytree.tree_unflatten(given, spec)
+    with as_before(model), recorder.on():
+        made = torch.func.functional_call(model, state, args, kwargs)
+    outputs = pytree.tree_leaves(made)
+    if odd := [o for o in outputs if not isinstance(o, (torch.Tensor, *PLAIN))]:
+        raise NotRecorded(f"it returns a {type(odd[0]).__name__}, in which there may be tensors")
+    buffers = {name: state[name] for name in places["b"].values()}  # functional_call puts new ones there
+    written = {name: t for name, t in buffers.items() if recorder.is_written(t)}
+    if any(recorder.is_written(t) for t, _ in recorder.given.values() if id(t) not in map(id, buffers.values())):
+        raise NotRecorded("it writes to a parameter or an input")
+    graph = recorder.returns((*written.values(), *outputs))
+    module = _LazyGraphModule(dict(recorder.constants), graph)
+    nexts = {node.name: name for node, name in zip(graph.output_node().args[0], written)}
+    return Recorded(module, places["p"], places["b"], recorder.constants, nexts)
 
 
 @contextmanager
@@ -168,7 +201,7 @@ def exporting() -> Iterator[None]:
 
 
 @contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
+def as_before(model: nn.Module) -> Iterator[None]:
     """Every module has the attributes of before afterwards, and every list or dict among them its items: a forward may
     keep what it computed."""
     attributes = [(m, dict(vars(m))) for m in model.modules()]
