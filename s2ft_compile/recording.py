@@ -104,6 +104,8 @@ class Recorder(Recording, ProxyTorchDispatchMode):
                 made = parts(*args, **(kwargs or {}))
             if made is not NotImplemented:
                 return made
+        if func._schema.is_mutable:
+            raise NotRecorded(f"{func} writes to a tensor that is no buffer")
         made = func(*args, **(kwargs or {}))
         self.add(func, args, kwargs or {}, made)
         return made
