@@ -31,7 +31,9 @@ class Captured:
     elements share memory. constants: name of a node -> the value of a small tensor of integers that the forward made
     from Python numbers. uniform: placeholder name -> the dimensions along which a constant does not vary, a constant
     being what no `state_dict` holds and no forward writes. buffers: placeholder name -> name, of those that a
-    `state_dict` holds; written: output name -> the buffer that it is the next value of. trace: what sets this one apart
+    `state_dict` holds; written: output name -> the buffer that it is the next value of. refused:
+    parameter -> why it has no coupling, whatever the graph says. border: what the graph is of, where that is not the
+    whole model; start: how deep in the model that begins. trace: what sets this one apart
     from the first, in words. resized: it is the one before it, at other sizes of the inputs. training: it is
     of train mode.
     """
@@ -48,6 +50,9 @@ class Captured:
     training: bool = False
     buffers: Mapping[str, str] = field(default_factory=dict)
     written: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    border: str = "the model"
+    start: int = 0
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -129,7 +134,12 @@ def captures(model: nn.Module, example_inputs: Any, train: bool = True) -> list[
 
 
 def _traces(model: nn.Module, inputs: Inputs, train: bool, which: str) -> list[Captured]:
-    first = capture(model, inputs, trace=which)
+    try:
+        first = capture(model, inputs, trace=which)
+    except CaptureError as error:
+        from .pieces import pieces  # which capture their own traces
+
+        return pieces(model, inputs, train, error)
     in_train_mode = _words("in train mode", which)
     other = _resized(model, inputs, train, which)
     if not train:

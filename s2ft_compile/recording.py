@@ -159,7 +159,8 @@ class Recorded:
 
 
 def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], names: Mapping[int, str]) -> Recorded:
-    """Records one call of a model. names: of the tensors that its modules hold besides, by id. Raises `NotRecorded`, or whatever its code raises on values without numbers."""
+    """Records one call of a model. names: of the tensors that its modules hold besides, by id. Raises `NotRecorded`, or
+    whatever its code raises on values without numbers."""
     given, spec = pytree.tree_flatten((args, dict(kwargs)))
     held = dict(model.named_parameters()) | dict(model.named_buffers())
     for t in (*held.values(), *given):

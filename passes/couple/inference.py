@@ -25,6 +25,7 @@ class Inference:
     """Applies the rules to every node once. `env` maps nodes to values (or lists of them)."""
 
     written: Mapping[str, str] = {}  # output -> the buffer that it is the next value of
+    border = "the model"
 
     def __init__(self, captured: Captured, parameters: dict[str, Value] | None = None):
         self.cx = Context(captured.training)
@@ -36,6 +37,9 @@ class Inference:
             what = f"it shares memory with {other}, which is not the same parameter"
             what = "elements of it share memory (it is expanded)" if other == name else what
             pin_all(self.parameters[name], Pin(what))
+        for name, why in captured.refused.items():
+            pin_all(self.parameters[name], Pin(why))
+        self.border = captured.border
         held = {place: name for place, name in captured.buffers.items() if name in self.parameters}
         self.names, self.uniform = {**captured.parameters, **held}, captured.uniform
         self.written = {out: name for out, name in captured.written.items() if name in self.parameters}
@@ -69,7 +73,7 @@ class Inference:
         return fx.node.map_arg(given, lambda n: self.env[n])
 
     def _returned(self, result: Any) -> None:
-        pin_all(result, Pin("it is an output of the model"))
+        pin_all(result, Pin(f"it is an output of {self.border}"))
 
     def _source(self, node: fx.Node) -> Any:
         if node.name in self.names:
@@ -78,7 +82,7 @@ class Inference:
         if not isinstance(val, torch.Tensor):
             return val
         fixed = node.name.startswith(("b_", "c_"))
-        why = Pin(f"it meets {node.name}, which varies along it" if fixed else "it is an input of the model")
+        why = Pin(f"it meets {node.name}, which varies along it" if fixed else f"it is an input of {self.border}")
         alike = self.uniform.get(node.name, ())  # zeros are the same in any order
         return Value([Axis(n, pin=None if d in alike else why) for d, n in enumerate(val.shape)], weight=fixed)
 
