@@ -5,6 +5,7 @@ of one that does not, its children are looked at. What enters or leaves a piece 
 holds where pieces alone read its weights. A weight that anything else reads is refused, with the reason.
 """
 
+import dis
 import inspect
 import logging
 from collections.abc import Collection, Iterator, Mapping
@@ -24,7 +25,8 @@ from .examples import Inputs, resized
 from .recording import as_before
 
 log = logging.getLogger(__name__)
-WHOLE = ("parameters", "named_parameters", "_parameters", "get_parameter", "state_dict")  # ways to read any weight
+WHOLE = set("parameters named_parameters _parameters get_parameter state_dict".split())  # ways to read any weight
+WHOLE |= set("children named_children modules named_modules _modules get_submodule".split())
 MAX_KINDS, MAX_SIZES = 8, 16  # of calls of one module; one that gets more kinds is no piece
 
 
@@ -52,8 +54,13 @@ def pieces(model: nn.Module, inputs: Inputs, train: bool, error: CaptureError) -
     read = {(name, path) for name, running in run.reads for path in running if name in held.get(path, ())}
     outside = {name for name, running in run.reads if not any((name, path) in read for path in running)}
     outside |= set(parameters) - {name for name, _ in read}
-    mentioned = _names_in(model, found)  # a branch that was not taken may read it
-    outside |= {name for name in parameters if mentioned & {name.rpartition(".")[-1], *WHOLE}}
+    mentioned = _attributes(model, found)  # a branch that was not taken may read it
+    for name in {*parameters, *tied}:
+        path = next((p for p in found if name.startswith(f"{p}.")), None)
+        first = name.removeprefix(f"{path}.").partition(".")[0]
+        ways = {("", first), (str(path).rpartition(".")[-1], first)}
+        if path is None or mentioned & ways or WHOLE & {attribute for _, attribute in mentioned}:
+            outside.add(tied.get(name, name))
     refused = dict.fromkeys(sorted(outside), "code that could not be traced reads it")
     log.info("%s was traced in pieces: %s", type(model).__name__, ", ".join(found))
     made, start = [], 0
@@ -79,29 +86,46 @@ def pieces(model: nn.Module, inputs: Inputs, train: bool, error: CaptureError) -
     return made
 
 
-def _names_in(model: nn.Module, found: Collection[str]) -> set[str]:
-    """Every name that code outside of the pieces mentions: that of the modules that hold them and what it calls."""
-    names: set[str] = set()
+def _attributes(model: nn.Module, found: Collection[str]) -> set[tuple[str, str]]:
+    """Every attribute that code outside of the pieces mentions, after the attribute that it is one of ("" for what may
+    be anything): the code of the modules that hold pieces and of what that calls."""
+    attributes: set[tuple[str, str]] = set()
     seen: set[Any] = set()
     for path, module in model.named_modules():
-        if not any(piece == path or path.startswith(f"{piece}.") for piece in found):
-            stack = [type(module).forward]
-            while stack:
-                function = inspect.unwrap(stack.pop())
-                if function in seen or not hasattr(function, "__code__"):
-                    continue
-                seen.add(function)
-                mentioned = _mentioned(function.__code__)
-                names |= mentioned
-                cells = [c.cell_contents for c in function.__closure__ or () if inspect.isfunction(c.cell_contents)]
-                near = (getattr(type(module), n, None) or function.__globals__.get(n) for n in mentioned)
-                stack += [f for f in (*cells, *near) if inspect.isfunction(f) and not f.__module__.startswith("torch.")]
-    return names
+        inside = any(piece == path or path.startswith(f"{piece}.") for piece in found)
+        spaces = [vars(module), *map(vars, type(module).__mro__)]
+        stack = [] if inside or not any(module.children()) else [space.get("forward") for space in spaces]
+        while stack:
+            function = _plain(stack.pop())
+            if function is None or function in seen or function.__module__.startswith("torch."):
+                continue
+            seen.add(function)
+            mentioned = _mentioned(function.__code__)
+            attributes |= mentioned
+            known = {name for _, name in mentioned}.union(function.__code__.co_names)
+            held = [function.__globals__[n] for n in known if n in function.__globals__]
+            modules = [vars(m) for m in held if inspect.ismodule(m)]
+            stack += [*held, *(c.cell_contents for c in function.__closure__ or ())]
+            stack += [space[n] for n in known for space in (*spaces, *modules) if n in space]
+    return attributes
 
 
-def _mentioned(code: CodeType) -> set[str]:
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return set(code.co_names).union(*map(_mentioned, inner))
+def _plain(found: Any) -> Any:
+    """The function in a method, a property or a decorator; None where there is none."""
+    found = getattr(found, "__func__", getattr(found, "fget", found))
+    found = inspect.unwrap(found) if callable(found) else found
+    return found if inspect.isfunction(found) else None
+
+
+def _mentioned(code: CodeType) -> set[tuple[str, str]]:
+    found, before = set(), ""
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            found.add((before, step.argval))
+            before = step.argval
+        elif step.opname not in ("CACHE", "EXTENDED_ARG"):
+            before = "self" if step.opname == "LOAD_FAST" and step.argval == "self" else ""
+    return found.union(*(_mentioned(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 def _found(module: nn.Module, path: str, calls: Mapping[str, Any]) -> Iterator[tuple[str, list[Captured]]]:
