@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from .errors import CaptureError
 from .examples import Inputs, arguments, resized, several
+from .recording import Recorded, record
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +28,12 @@ class Captured:
     """graph_module: aten. parameters: placeholder name -> the parameter's (first) name. tied: other name -> first.
 
     overlapping: a parameter -> another tensor of the model that it shares memory with, in words; itself where its own
-    elements share memory. constants: placeholder name -> the value of a small tensor of integers that the forward made
+    elements share memory. constants: name of a node -> the value of a small tensor of integers that the forward made
     from Python numbers. uniform: placeholder name -> the dimensions along which a constant does not vary, a constant
     being what no `state_dict` holds and no forward writes. buffers: placeholder name -> name, of those that a
-    `state_dict` holds; written: output name -> the buffer that it is the next value of. trace: what sets this one apart
+    `state_dict` holds; written: output name -> the buffer that it is the next value of. refused:
+    parameter -> why it has no coupling, whatever the graph says. border: what the graph is of, where that is not the
+    whole model; start: how deep in the model that begins. trace: what sets this one apart
     from the first, in words. resized: it is the one before it, at other sizes of the inputs. training: it is
     of train mode.
     """
@@ -47,6 +50,9 @@ class Captured:
     training: bool = False
     buffers: Mapping[str, str] = field(default_factory=dict)
     written: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    border: str = "the model"
+    start: int = 0
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -69,27 +75,46 @@ def capture(
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
     with mode_of(model, training), one_draw(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            program = torch.export.export(model, args, kwargs, strict=False).run_decompositions({})
-        except Exception as error:  # export raises many unrelated types
-            raise CaptureError(_explain(model, error, trace)) from error
+        made = _recorded(model, args, kwargs, trace)
     tied = tied_names(model)
-    names = {p: tied.get(n, n) for p, n in program.graph_signature.inputs_to_parameters.items()}
+    names = {place: tied.get(name, name) for place, name in made.parameters.items()}
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    log.info("captured %s: %d nodes, %d parameters", type(model).__name__, len(program.graph.nodes), len(names))
+    nodes = len(made.graph_module.graph.nodes)
+    log.info("captured %s: %d nodes, %d parameters", type(model).__name__, nodes, len(names))
+    saved = _own_buffers(model)
     return Captured(
-        program.graph_module,
+        made.graph_module,
         names,
         shapes,
         tied,
-        overlapping_names(model, program.constants),
-        _small_constants(program),
-        _uniform(program),
+        overlapping_names(model, made.constants),
+        {name: t for name, t in made.constants.items() if is_small_index(t)},
+        _uniform(model, made),
         trace,
         resized,
         training,
-        _own_buffers(model, program.graph_signature),
-        dict(program.graph_signature.buffers_to_mutate),
+        {place: name for place, name in made.buffers.items() if name in saved},
+        made.written,
+    )
+
+
+def _recorded(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], trace: str) -> Recorded:
+    try:
+        return record(model, args, kwargs, {id(t): name for name, t in _held(model)})
+    except Exception as error:  # higher-order operators, sizes that depend on data, or no model that traces at all
+        log.debug("%s was not recorded (%s: %s)", type(model).__name__, type(error).__name__, error)
+    try:
+        program = torch.export.export(model, args, dict(kwargs), strict=False).run_decompositions({})
+    except Exception as error:  # export raises many unrelated types
+        raise CaptureError(_explain(model, error, trace)) from error
+    signature, constants = program.graph_signature, program.constants
+    lifted = signature.inputs_to_lifted_tensor_constants.items()
+    return Recorded(
+        program.graph_module,
+        signature.inputs_to_parameters,
+        signature.inputs_to_buffers,
+        {place: constants[key] for place, key in lifted if isinstance(constants.get(key), torch.Tensor)},
+        dict(signature.buffers_to_mutate),
     )
 
 
@@ -109,7 +134,12 @@ def captures(model: nn.Module, example_inputs: Any, train: bool = True) -> list[
 
 
 def _traces(model: nn.Module, inputs: Inputs, train: bool, which: str) -> list[Captured]:
-    first = capture(model, inputs, trace=which)
+    try:
+        first = capture(model, inputs, trace=which)
+    except CaptureError as error:
+        from .pieces import pieces  # which capture their own traces
+
+        return pieces(model, inputs, train, error)
     in_train_mode = _words("in train mode", which)
     other = _resized(model, inputs, train, which)
     if not train:
@@ -151,20 +181,18 @@ def _steps(captured: Captured) -> list[str]:
     return [name for name in called if not ALIKE.search(name)]
 
 
-def _own_buffers(model: nn.Module, signature) -> dict[str, str]:
-    """Placeholder name -> name, of the buffers that a `state_dict` holds and nothing else shares memory with."""
+def _own_buffers(model: nn.Module) -> set[str]:
+    """The buffers that a `state_dict` holds and nothing else shares memory with."""
     held = [*model.parameters(), *(t for _, t in _held(model))]
     spans = [span for t in held if (span := _span(t)) is not None]
     count = Counter(storage for storage, *_ in spans)
     own = {n for n, t in model.named_buffers() if (span := _span(t)) is not None and count[span[0]] == 1}
-    saved = own - set(signature.non_persistent_buffers)
-    return {place: name for place, name in signature.inputs_to_buffers.items() if name in saved}
+    return own - _not_saved(model)
 
 
-def _small_constants(program) -> dict[str, torch.Tensor]:
-    lifted = program.graph_signature.inputs_to_lifted_tensor_constants.items()
-    values = {name: program.constants.get(key) for name, key in lifted}
-    return {name: t for name, t in values.items() if isinstance(t, torch.Tensor) and is_small_index(t)}
+def _not_saved(model: nn.Module) -> set[str]:
+    """The buffers that no `state_dict` holds."""
+    return {f"{path}.{key}".lstrip(".") for path, m in model.named_modules() for key in m._non_persistent_buffers_set}
 
 
 def is_small_index(t: torch.Tensor) -> bool:
@@ -172,14 +200,12 @@ def is_small_index(t: torch.Tensor) -> bool:
     return t.dtype == torch.int64 and t.numel() <= 64 and not t.is_meta and type(t) is torch.Tensor
 
 
-def _uniform(program) -> dict[str, frozenset[int]]:
+def _uniform(model: nn.Module, made: Recorded) -> dict[str, frozenset[int]]:
     """Dimensions along which the values of constants do not vary, by placeholder. Buffers of the state_dict are state
     (running statistics start out alike and differ later); a tensor without values is taken to vary."""
-    signature = program.graph_signature
-    lifted = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
-    written = set(signature.buffers_to_mutate.values())
-    values = {n: program.constants.get(key) for n, key in lifted.items() if key not in written}
-    return {n: uniform_dims(t) for n, t in values.items() if isinstance(t, torch.Tensor)}
+    fixed, values = _not_saved(model) - set(made.written.values()), dict(model.named_buffers())
+    buffers = {place: values[name] for place, name in made.buffers.items() if name in fixed and name in values}
+    return {place: uniform_dims(t) for place, t in {**buffers, **made.constants}.items()}
 
 
 def uniform_dims(t: torch.Tensor) -> frozenset[int]:

@@ -6,8 +6,7 @@ first step then refuses what this would have.
 """
 
 import logging
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.editor import Mismatch
 from s2ft_compile.passes.select.select import Selection
+from s2ft_compile.recording import Recorder, as_before, exporting
 
 from .attach import ATTACH, TAKE, attach
 from .pushdown import Slicer
@@ -81,43 +81,21 @@ def _takes(gradient: Any) -> list[fx.Node]:
     return found
 
 
-@contextmanager
-def _as_exported():
-    """Code that looks at values unless it is traced (transformers' masks) asks these."""
-    flags = ("_is_compiling_flag", "_is_exporting_flag")
-    before = {flag: getattr(torch.compiler, flag) for flag in flags}
-    for flag in flags:
-        setattr(torch.compiler, flag, True)
-    try:
-        yield
-    finally:
-        for flag, was in before.items():
-            setattr(torch.compiler, flag, was)
-
-
 def _joint_graph(model: nn.Module, example_inputs: Any, places: Sequence[Place]) -> fx.Graph:
+    """Of a sum of the outputs and its gradients by deltas, which come last; recorded, or else traced."""
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._inductor.decomposition import select_decomp_table
 
-    mode, tied = FakeTensorMode(allow_non_fake_inputs=True), tied_names(model)
-    fake = lambda t: mode.from_tensor(t.detach(), static_shapes=True)  # noqa: E731
-    state = {n: fake(t) for n, t in tensors_of(model).items()}
+    tied, tensors = tied_names(model), tensors_of(model)
     inputs, spec = pytree.tree_flatten(tuple(arguments(example_inputs)))
-    given = [fake(t) for t in inputs if isinstance(t, Tensor)]
-    names = list(state)
-    with mode:
-        deltas = []
-        for name, dim in places:
-            shape = list(state[name].shape)
-            shape[dim] = 1
-            deltas.append(torch.zeros(shape, device=state[name].device, requires_grad=True))
+    given = [t for t in inputs if isinstance(t, Tensor)]
 
     def run(*flat):
-        values = dict(zip(names, flat))
+        values = dict(zip(tensors, flat))
         buffers = {n: values[n].clone() for n, _ in model.named_buffers()}  # a forward may write to them
         values.update(buffers)
-        passed = iter(flat[len(names) : len(names) + len(given)])
-        for (name, dim), delta in zip(places, flat[len(names) + len(given) :]):
+        passed = iter(flat[len(tensors) : len(tensors) + len(given)])
+        for (name, dim), delta in zip(places, flat[len(tensors) + len(given) :]):
             values[name] = attach(values[name], delta, dim, [0], [1])
         values.update({other: values[first] for other, first in tied.items()})
         args, kwargs = pytree.tree_unflatten([next(passed) if isinstance(t, Tensor) else t for t in inputs], spec)
@@ -125,8 +103,27 @@ def _joint_graph(model: nn.Module, example_inputs: Any, places: Sequence[Place])
         floats = [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor) and t.requires_grad]
         return (sum(t.float().sum() for t in floats),)
 
-    with inference_mode_of(model), torch.enable_grad(), _as_exported():
-        joint = aot_export_joint_simple(
-            run, [*state.values(), *given, *deltas], trace_joint=True, decompositions=select_decomp_table()
-        )
+    deltas = [tensors[name].detach().narrow(dim, 0, 1) for name, dim in places]
+    with inference_mode_of(model), torch.enable_grad():
+        try:
+            return _recorded(model, run, [*tensors.values(), *given], deltas)
+        except Exception as error:
+            log.debug("gradients were not recorded (%s: %s)", type(error).__name__, error)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fakes = [mode.from_tensor(t.detach(), static_shapes=True) for t in (*tensors.values(), *given, *deltas)]
+        for delta in fakes[len(fakes) - len(places) :]:
+            delta.requires_grad_()
+        with mode, exporting():
+            joint = aot_export_joint_simple(run, fakes, trace_joint=True, decompositions=select_decomp_table())
     return (joint if isinstance(joint, fx.GraphModule) else joint[0]).graph
+
+
+def _recorded(model: nn.Module, run: Callable, fixed: Sequence[Tensor], deltas: Sequence[Tensor]) -> fx.Graph:
+    from torch._inductor.decomposition import select_decomp_table
+
+    recorder = Recorder(decompositions=select_decomp_table())
+    fakes = [recorder.input(t)[0] for t in fixed]
+    leaves = [recorder.input(t, requires_grad=True)[0] for t in deltas]
+    with as_before(model), recorder.on():
+        made = run(*fakes, *leaves)
+        return recorder.returns((*made, *torch.autograd.grad(made, leaves, allow_unused=True)))

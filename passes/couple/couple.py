@@ -65,10 +65,15 @@ def couple(captured: Captured, *others: Captured) -> Analysis:
         heads=frozenset(ids[a] for a in roles.heads if a in ids),
         free=frozenset(c.axis for c in couplings),
         tied=captured.tied,
-        depths=dict(ChainMap(*(depths(c.graph_module.graph, c.parameters) for c in (captured, *others)))),
+        depths=dict(ChainMap(*map(_depths, (captured, *others)))),
         statistics=frozenset(statistics),
         unread=frozenset(captured.shapes) - {name for inference in inferences for name in inference.used},
     )
+
+
+def _depths(captured: Captured) -> dict[str, int]:
+    found = depths(captured.graph_module.graph, captured.parameters)
+    return {name: captured.start + depth for name, depth in found.items()}
 
 
 def _statistics(traces: Sequence[Captured]) -> dict[str, tuple[int, ...]]:

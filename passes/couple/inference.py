@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from s2ft_compile import capture, recording
 from s2ft_compile.capture import Captured, uniform_dims
 from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown, shapes
 
 from .axes import Axis, Pin, atoms, pin, unify
 from .rules import rule_for
 
+OURS = {recording.__file__, capture.__file__}  # frames below the model
 log = logging.getLogger(__name__)
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph")
 
@@ -23,6 +25,7 @@ class Inference:
     """Applies the rules to every node once. `env` maps nodes to values (or lists of them)."""
 
     written: Mapping[str, str] = {}  # output -> the buffer that it is the next value of
+    border = "the model"
 
     def __init__(self, captured: Captured, parameters: dict[str, Value] | None = None):
         self.cx = Context(captured.training)
@@ -34,6 +37,9 @@ class Inference:
             what = f"it shares memory with {other}, which is not the same parameter"
             what = "elements of it share memory (it is expanded)" if other == name else what
             pin_all(self.parameters[name], Pin(what))
+        for name, why in captured.refused.items():
+            pin_all(self.parameters[name], Pin(why))
+        self.border = captured.border
         held = {place: name for place, name in captured.buffers.items() if name in self.parameters}
         self.names, self.uniform = {**captured.parameters, **held}, captured.uniform
         self.written = {out: name for out, name in captured.written.items() if name in self.parameters}
@@ -67,7 +73,7 @@ class Inference:
         return fx.node.map_arg(given, lambda n: self.env[n])
 
     def _returned(self, result: Any) -> None:
-        pin_all(result, Pin("it is an output of the model"))
+        pin_all(result, Pin(f"it is an output of {self.border}"))
 
     def _source(self, node: fx.Node) -> Any:
         if node.name in self.names:
@@ -76,7 +82,7 @@ class Inference:
         if not isinstance(val, torch.Tensor):
             return val
         fixed = node.name.startswith(("b_", "c_"))
-        why = Pin(f"it meets {node.name}, which varies along it" if fixed else "it is an input of the model")
+        why = Pin(f"it meets {node.name}, which varies along it" if fixed else f"it is an input of {self.border}")
         alike = self.uniform.get(node.name, ())  # zeros are the same in any order
         return Value([Axis(n, pin=None if d in alike else why) for d, n in enumerate(val.shape)], weight=fixed)
 
@@ -157,8 +163,11 @@ def atoms_of(axes: Iterable[Axis]) -> set[Axis]:
 
 def source_line(node: fx.Node | None) -> str:
     """The innermost line of the model's own code that made the node."""
-    if node is None or not node.meta.get("stack_trace"):
-        return ""
-    frames = re.findall(r'File "([^"]+)", line (\d+)(?:, in \S+)?\n\s*(.*)', node.meta["stack_trace"])
+    meta = {} if node is None else node.meta
+    if "traceback" in meta:  # of a recording
+        frames = [(f.filename, f.lineno, f.line) for f in meta["traceback"].summary() if f.filename not in OURS]
+    else:
+        found = re.findall(r'File "([^"]+)", line (\d+)(?:, in \S+)?\n\s*(.*)', meta.get("stack_trace") or "")
+        frames = [(name, line, text) for name, line, text in found]
     mine = [f for f in frames if "/torch/" not in f[0]] or frames
     return f"{mine[-1][0]}:{mine[-1][1]} ({mine[-1][2].strip()})" if mine else ""

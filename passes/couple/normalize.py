@@ -30,6 +30,8 @@ COPIES = {
     aten.detach.default,
     aten._to_copy.default,
     aten.to.dtype,
+    aten.lift_fresh.default,
+    aten.lift_fresh_copy.default,
 }
 PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093, 10099, 10103, 10111, 10133, 10139)
 MAX_PIECES = 64  # a loop over the positions of a sequence takes an axis apart, too, and has nothing to gain
@@ -126,7 +128,7 @@ def _indexed(editor: Editor, node: fx.Node, x: fx.Node, indices, constants) -> I
     if len(used) != 1:
         return
     dim, index = used[0]
-    while index.op == "call_function" and index.target in COPIES | {aten.lift_fresh_copy.default}:
+    while index.op == "call_function" and index.target in COPIES:
         index = index.args[0]
     values = constants.get(index.name)
     if values is None or values.dim() > 1 or not values.numel():

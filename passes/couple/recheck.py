@@ -10,7 +10,6 @@ It may *enter* one only if it left another before; what else a permuted axis mee
 """
 
 import logging
-import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,14 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 from torch._dynamo.utils import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2ft_compile.capture import is_small_index
 from s2ft_compile.errors import CompileError
 from s2ft_compile.layout import Layout, Leaf, Product, leaves
+from s2ft_compile.recording import Recording
 from s2ft_compile.structure import Analysis
 
 from .axes import ATOM, PRODUCT, SUM, Axis, Pin, atoms, find, unify
@@ -117,20 +115,13 @@ def _is_static(value: torch.Tensor) -> bool:
     return all(isinstance(n, int) for n in (*value.shape, *value.stride()))
 
 
-class _Recorder(TorchDispatchMode):
-    """A graph of the operators that are dispatched while it is on, each with its value. constants: other tensors that
-    they are given, by the names that the graph has for them."""
+class _Recorder(Recording, TorchDispatchMode):
+    """The operators that are dispatched while it is on."""
 
     def __init__(self):
-        super().__init__()
-        self.graph = fx.Graph()
-        self.constants: dict[str, torch.Tensor] = {}
-        self.nodes: dict[int, fx.Node] = {}
-        self.values: list[Any] = []  # kept, so that none of them is at another's address
+        Recording.__init__(self)
+        TorchDispatchMode.__init__(self)
         self.paused = False
-
-    def placeholder(self, value: torch.Tensor) -> fx.Node:
-        return self._holds(value, self.graph.placeholder(f"arg{len(self.nodes)}"))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {})) if self.paused else self.record(func, args, kwargs or {})
@@ -140,36 +131,8 @@ class _Recorder(TorchDispatchMode):
         self.paused = True
         made = func(*args, **kwargs)
         self.paused = False
-        parts = made if isinstance(made, (list, tuple)) else [made]
-        if not any(isinstance(part, torch.Tensor) for part in parts):  # a question about sizes or strides
-            return made
-        node = self.graph.call_function(func, self.arguments(args), self.arguments(kwargs))
-        node.meta["val"] = made
-        if parts is not made:
-            self._holds(made, node)
-            return made
-        for i, part in enumerate(parts):
-            if isinstance(part, torch.Tensor):
-                self._holds(part, self.graph.call_function(operator.getitem, (node, i)))
+        self.add(func, args, kwargs, made)
         return made
-
-    def _holds(self, value: torch.Tensor, node: fx.Node) -> fx.Node:
-        node.meta["val"] = value
-        self.nodes[id(value)] = node
-        self.values.append(value)
-        return node
-
-    def arguments(self, given: Any) -> Any:
-        return pytree.tree_map_only((torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool), self._argument, given)
-
-    def _argument(self, value: Any) -> fx.Node:
-        if id(value) in self.nodes:
-            return self.nodes[id(value)]
-        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
-            raise ValueError(f"{value} comes from where nothing is recorded")
-        name = f"_tensor_constant{len(self.constants)}"
-        self.constants[name] = value
-        return self._holds(value, self.graph.get_attr(name))
 
 
 class _Through(fx.Interpreter):
