@@ -175,6 +175,8 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], names: Mapp
     given = [recorder.input(t, f"input_{i}")[0] if isinstance(t, torch.Tensor) else t for i, t in enumerate(given)]
     args, kwargs = pytree.tree_unflatten(given, spec)
     with as_before(model), recorder.on():
+        for module in model.modules():
+            vars(module).pop("_compiled_call_impl", None)  # of `model.compile`: what is recorded is its own code
         made = torch.func.functional_call(model, state, args, kwargs)
     outputs = pytree.tree_leaves(made)
     if odd := [o for o in outputs if not isinstance(o, (torch.Tensor, *PLAIN))]:
