@@ -27,7 +27,7 @@ from .config import CompileOptions, S2FTConfig
 from .errors import ConfigError, StateError
 from .pipeline import DYNAMO, JOINT, Pipeline
 from .preparation import prepare
-from .sliced import block_of, blocks_in, refresh
+from .sliced import Beside, block_of, blocks_in, refresh
 from .state import live_states
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,13 @@ def _refreshed(compiled: Callable, pairs: Sequence[tuple[int, int]], weights: Se
                 block.attached = True
                 if replays:
                     block.own_gradient()
-        refresh(block for i in weights if (block := block_of(args[i])) is not None)
+        blocks = [block for i in weights if (block := block_of(args[i])) is not None]
+        for block in blocks:
+            if isinstance(block, Beside):
+                block.attached = True
+                if replays:
+                    block.own_gradient()
+        refresh(blocks)
         return compiled(*args)
 
     return run

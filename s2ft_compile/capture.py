@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from .errors import CaptureError
 from .examples import Inputs, arguments, resized, several
+from .quantized import StandIn, stand_ins
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Captured:
     being what no `state_dict` holds and no forward writes. buffers: placeholder name -> name, of those that a
     `state_dict` holds; written: output name -> the buffer that it is the next value of. trace: what sets this one apart
     from the first, in words. resized: it is the one before it, at other sizes of the inputs. training: it is
-    of train mode.
+    of train mode. elsewhere: the quantized weights that something else than their own layers reads.
     """
 
     graph_module: torch.fx.GraphModule
@@ -47,6 +48,7 @@ class Captured:
     training: bool = False
     buffers: Mapping[str, str] = field(default_factory=dict)
     written: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: frozenset[str] = frozenset()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -67,15 +69,15 @@ def capture(
     args, kwargs = arguments(example_inputs)
     if any(p.is_meta for p in model.parameters()):  # structure without weights takes inputs without values
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
-    with mode_of(model, training), one_draw(), warnings.catch_warnings():
+    with stand_ins(model) as quantized, mode_of(model, training), one_draw(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, args, kwargs, strict=False).run_decompositions({})
         except Exception as error:  # export raises many unrelated types
             raise CaptureError(_explain(model, error, trace)) from error
+        shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     tied = tied_names(model)
     names = {p: tied.get(n, n) for p, n in program.graph_signature.inputs_to_parameters.items()}
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     log.info("captured %s: %d nodes, %d parameters", type(model).__name__, len(program.graph.nodes), len(names))
     return Captured(
         program.graph_module,
@@ -90,7 +92,19 @@ def capture(
         training,
         _own_buffers(model, program.graph_signature),
         dict(program.graph_signature.buffers_to_mutate),
+        _read_elsewhere(program.graph_module.graph, {place: n for place, n in names.items() if n in quantized}),
     )
+
+
+def _read_elsewhere(graph: torch.fx.Graph, quantized: Mapping[str, str]) -> frozenset[str]:
+    """Of quantized weights (placeholder -> name), those that something else than their own layers reads."""
+    found = set()
+    for place in graph.find_nodes(op="placeholder"):
+        for user in place.users if place.name in quantized else ():
+            readers = list(user.meta.get("nn_module_stack", {}).values())
+            if not readers or not str(readers[-1][1]).endswith(StandIn.__name__):
+                found.add(quantized[place.name])
+    return frozenset(found)
 
 
 def captures(model: nn.Module, example_inputs: Any, train: bool = True) -> list[Captured]:
