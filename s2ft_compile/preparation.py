@@ -27,7 +27,7 @@ from .fingerprint import fingerprint
 from .plan import Plan, Slice
 from .processes import check_not_sharded
 from .quantized import Values, settle
-from .sliced import Beside, Block, InPlace, blocks_in, free_key
+from .sliced import Beside, Block, InPlace, beside_of, blocks_in, free_key, places_of
 from .state import State, find_state, live_states, watch_optimizers
 from .structure import Analysis, Coupling
 from .verification import verify as verify_couplings
@@ -149,7 +149,12 @@ def prepare(
 
 
 def _check_not_shared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    if blocks_in(model) or any(state.holds(list(parameters.values())) for state in live_states()):
+    if (held := blocks_in(model)) and all(isinstance(b, Beside) and not b.delta.requires_grad for b in held):
+        raise StateError(
+            f"an adapter's slices lie beside the quantized weights of this {type(model).__name__}; take them off first: "
+            f"s2ft.exporters.unload_adapter(model)"
+        )
+    if held or any(state.holds(list(parameters.values())) for state in live_states()):
         raise StateError(
             f"a part of this {type(model).__name__} belongs to another prepared model; prepare the outermost model "
             f"once, or call s2ft.release on the other one first"
@@ -206,17 +211,22 @@ def _left_out(wanted: Sequence[Selection], selections: Sequence[Selection]) -> l
 def _block(model: nn.Module, parameters: Values, selection: Selection, index) -> tuple[Block, Slice]:
     """The block of a selection in the permuted weight, or beside it. Its order along `dim` is the order of `indices`."""
     name, dim = selection.parameter_name, selection.dim
-    weight, shape = parameters.own[name], list(parameters.shape(name))
+    shape = parameters.shape(name)
     moved = index.get((name, dim), torch.arange(shape[dim]))
     mask = torch.isin(moved, selection.indices)
-    delta_shape = [*shape[:dim], len(selection.indices), *shape[dim + 1 :]]
-    delta = nn.Parameter(torch.zeros(delta_shape, dtype=torch.float32, device=weight.device))
-    places = [(m, key) for m in model.modules() for key, p in m._parameters.items() if p is weight]
-    common = {"name": name, "weight": weight, "dim": dim, "delta": delta, "places": places}
-    common["delta_key"] = free_key(places)
     if name in parameters.quantized:
-        block = Beside(**common, size=shape[dim], index=moved[mask])
+        block = beside_of(model, parameters.quantized[name], dim, moved[mask])
     else:
-        block = InPlace(**common, ranges=ranges(mask))
+        weight = parameters.own[name]
+        delta_shape = [*shape[:dim], len(selection.indices), *shape[dim + 1 :]]
+        block = InPlace(
+            name=name,
+            weight=weight,
+            dim=dim,
+            delta=nn.Parameter(torch.zeros(delta_shape, dtype=torch.float32, device=weight.device)),
+            places=(places := places_of(model, weight)),
+            delta_key=free_key(places),
+            ranges=ranges(mask),
+        )
         block.backup = block.read()
-    return block, Slice(name, dim, moved[mask], tuple(shape), selection.roles, delta)
+    return block, Slice(name, dim, moved[mask], shape, selection.roles, block.delta)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import ExportError
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -210,6 +212,16 @@ class Values(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.quantized[name].shape if name in self.quantized else tuple(self.own[name].shape)
+
+
+def check_not_quantized(model: nn.Module, what: str) -> None:
+    """Raises `ExportError`. what: takes no quantized weights."""
+    if found := quantized_in(model):
+        raise ExportError(
+            f"{what} takes no quantized weights yet, and {next(iter(found))} ({len(found)} in all) is quantized; "
+            f"s2ft.exporters.save_merged(model, directory, dequantize=True) writes an ordinary model, and save_adapter "
+            f"what was trained, for the base model without quantization"
+        )
 
 
 class StandIn(nn.Linear):

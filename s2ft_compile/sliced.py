@@ -390,7 +390,13 @@ def refresh(blocks: Iterable[Block]) -> None:
     with _writing:
         together = []
         for block in blocks:
-            if not isinstance(block, InPlace) or not block.active or block.weight.is_meta or block.backup.is_meta or block.follow_shards():
+            if (
+                not isinstance(block, InPlace)
+                or not block.active
+                or block.weight.is_meta
+                or block.backup.is_meta
+                or block.follow_shards()
+            ):
                 continue  # shards are written where all processes are: after an optimizer's step
             if block.edited:
                 raise StateError(
@@ -593,6 +599,30 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The named parameters that the model has itself: all but the deltas."""
     deltas = {id(block.delta) for block in blocks_in(model)}
     return {name: p for name, p in model.named_parameters() if id(p) not in deltas}
+
+
+def beside_of(model: nn.Module, weight: Quantized, dim: int, index: Tensor, delta: Tensor | None = None) -> Beside:
+    """A slice beside a quantized weight, not yet installed. index: int64 (n,). delta: of values that stay; by default
+    zeros that train."""
+    shape = [*weight.shape[:dim], len(index), *weight.shape[dim + 1 :]]
+    held, places = weight.held, places_of(model, weight.held)
+    made = torch.zeros(shape, dtype=torch.float32) if delta is None else delta.detach().clone()
+    parameter = nn.Parameter(made.to(held.device), requires_grad=delta is None)
+    return Beside(
+        name=weight.name,
+        weight=held,
+        dim=dim,
+        delta=parameter,
+        places=places,
+        delta_key=free_key(places),
+        size=weight.shape[dim],
+        index=index.to(torch.int64),
+    )
+
+
+def places_of(model: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """The modules that hold a weight, each with the name it has there."""
+    return [(m, key) for m in model.modules() for key, p in m._parameters.items() if p is weight]
 
 
 def free_key(places: list[tuple[nn.Module, str]]) -> str:

@@ -70,6 +70,7 @@ def export_onnx(
     """
     target, module = Path(path), unwrap(model)
     _check_options(target, module, cache, names, opset)
+    check_not_quantized(module, "export_onnx")
     inputs = Inputs(*pytree.tree_map(_widened, tuple(arguments(example_inputs))))
     places = [] if adapters == "merged" else places_of(model, adapters)
     beside = [target.with_name(FILE)] if names == GENAI else []
