@@ -107,11 +107,13 @@ def untrained(model: nn.Module) -> Iterator[None]:
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> Plan:
     """Puts an adapter on the model it was trained from, and returns its plan.
 
-    A plain model's weights become the trained ones, bit for bit those of `save_merged`. On a model prepared
-    with the same slices the deltas (and the weights) become the adapter's. Quantized weights are not written: the
-    slices lie beside them, and the outputs are those of training, bit for bit; `unload_adapter` takes them off. Raises `AdapterError` for files
-    that are missing, damaged or made for another base, and for a model prepared with other slices; the
-    model is then unchanged.
+    A plain model's weights become the trained ones, bit for bit those of `save_merged`. Quantized weights are not
+    written: the slices lie beside them, the outputs are those of training bit for bit, and `unload_adapter` takes them
+    off. On a model prepared with the same slices the deltas (and the weights) become the adapter's.
+
+    Warns where the slices were trained beside quantized weights, and these are not. Raises `AdapterError` for files
+    that are missing, damaged or made for another base, and for a model prepared with other slices; the model is then
+    unchanged.
     """
     module, adapter = unwrap(model), read_adapter(directory)
     with untrained(model):
@@ -144,8 +146,7 @@ def _into_weights(module: nn.Module, plan: Plan) -> None:
     held = {block.name for block in blocks_in(module)}
     if twice := [s.parameter_name for s in plan.slices if s.parameter_name in held]:
         raise AdapterError(
-            f"an adapter's slice lies beside {twice[0]} already; s2ft.exporters.unload_adapter(model) takes it off, and "
-            f"an AdapterBank holds several"
+            f"an adapter's slice lies beside {twice[0]} already; s2ft.exporters.unload_adapter(model) takes it off"
         )
     for weight in values.quantized.values():
         settle(weight.layer, weight.key)

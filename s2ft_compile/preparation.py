@@ -151,8 +151,8 @@ def prepare(
 def _check_not_shared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
     if (held := blocks_in(model)) and all(isinstance(b, Beside) and not b.delta.requires_grad for b in held):
         raise StateError(
-            f"an adapter's slices lie beside the quantized weights of this {type(model).__name__}; take them off first: "
-            f"s2ft.exporters.unload_adapter(model)"
+            f"an adapter's slices lie beside the quantized weights of this {type(model).__name__}; take them off first "
+            f"with s2ft.exporters.unload_adapter(model)"
         )
     if held or any(state.holds(list(parameters.values())) for state in live_states()):
         raise StateError(
@@ -209,7 +209,7 @@ def _left_out(wanted: Sequence[Selection], selections: Sequence[Selection]) -> l
 
 
 def _block(model: nn.Module, parameters: Values, selection: Selection, index) -> tuple[Block, Slice]:
-    """The block of a selection in the permuted weight, or beside it. Its order along `dim` is the order of `indices`."""
+    """The block of a selection in the permuted weight, or beside it. Its order along `dim` is that of `indices`."""
     name, dim = selection.parameter_name, selection.dim
     shape = parameters.shape(name)
     moved = index.get((name, dim), torch.arange(shape[dim]))

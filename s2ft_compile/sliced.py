@@ -333,8 +333,8 @@ class Beside(Block):
 
 def _other_base(name: str) -> StateError:
     return StateError(
-        f"the weights to load are not of this prepared model's base: {name}, which is quantized, differs. Load the same "
-        f"quantized model, and prepare it with the same configuration"
+        f"the weights to load are not of this prepared model's base: {name}, which is quantized, differs. Load the "
+        f"same quantized model, and prepare it with the same configuration"
     )
 
 

@@ -23,6 +23,7 @@ from s2ft_compile.errors import CaptureError, ConfigError, ExportError
 from s2ft_compile.exporters.adapter import untrained
 from s2ft_compile.exporters.files import new_files
 from s2ft_compile.exporters.merged import plain
+from s2ft_compile.quantized import check_not_quantized
 
 from .adapter import places_of, probe
 from .cache import stepping

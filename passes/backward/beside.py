@@ -54,7 +54,7 @@ class Place(torch.autograd.Function):
 
 
 def added(x: Tensor, y: Tensor, delta: Tensor, dim: int, index: Tensor, inverse: Tensor) -> Tensor:
-    """y with what a slice along `dim` of the layer's weight adds to it. x (..., in), y (..., out). index: int64 (n,)."""
+    """y with what a slice along `dim` of the layer's weight adds to it. x (..., in), y (..., out)."""
     if dim == 1:
         x = Take.apply(x, index, inverse)
     made = F.linear(x, delta.to(x.dtype)).to(y.dtype)
