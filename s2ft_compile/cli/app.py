@@ -80,6 +80,7 @@ def estimate(
     dtype: Annotated[
         str, typer.Option(help="Type of the weights: auto (the configuration's), or float32, bfloat16, float16.")
     ] = "auto",
+    quantize: Annotated[str, typer.Option(help="As for `s2ft train`: nf4, int8 or fp8.")] = "none",
     activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
     logits: Annotated[bool, typer.Option(help="Whether a step returns its logits; `s2ft train` does not.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print bytes as JSON.")] = False,
@@ -92,7 +93,7 @@ def estimate(
 
         how = CompileOptions(activation_budget=activation_budget, logits=logits)
         with err.status(f"compiling {model} without weights"):
-            made = estimate_folder(model, batch, seq, dtype, S2FTConfig(parse_targets(targets)), how)
+            made = estimate_folder(model, batch, seq, dtype, S2FTConfig(parse_targets(targets)), how, quantize)
         if as_json:
             print(json.dumps({**asdict(made), "total": made.total}))
         else:
@@ -218,6 +219,9 @@ def train(
     dtype: Annotated[
         str, typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16 or float16.")
     ] = "auto",
+    quantize: Annotated[
+        str, typer.Option(help="Quantize the frozen linear layers while they are loaded: nf4, int8 or fp8.")
+    ] = "none",
     inner: Annotated[
         str, typer.Option(help="What compiles the rewritten graph: inductor, aot_eager or eager.")
     ] = "inductor",

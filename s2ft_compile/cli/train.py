@@ -59,7 +59,9 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
     _check_batches(training, options)
     with _folder(options) as work:
         with console.status("loading the model"):
-            model = load_model(options.model, options.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+            model = load_model(options.model, options.dtype, options.quantize)
+            if options.quantize == "none":
+                model.to("cuda" if torch.cuda.is_available() else "cpu")
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
             plan = _prepared(model, training, options, work)
