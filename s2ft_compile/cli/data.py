@@ -275,7 +275,8 @@ def load_model(model: str | Path, dtype: str = "auto", quantize: str = "none") -
 
 
 def quantization(quantize: str, dtype: torch.dtype | None) -> dict[str, Any]:
-    """What `from_pretrained` is given to quantize; dtype: in which products are computed. Raises `ConfigError` for an unknown way, or a library not here."""
+    """What `from_pretrained` is given to quantize. dtype: in which products are computed. Raises `ConfigError` for an
+    unknown way, or a library that is not here."""
     check_choice("quantize", quantize, QUANTIZE)
     if quantize == "none":
         return {}
