@@ -162,8 +162,8 @@ def test_gradients_of_dequantized_weights(kind, config, dtype):
 
 @pytest.mark.parametrize("kind, by_layer", [("int8", False), ("nf4 twice", True)])
 def test_compiled_without_a_gradient_of_full_size(kind, by_layer):
-    """Run as Inductor is given them, the graphs are right, and no product in them has the shape of a weight. Layers share
-    graphs: the first is another, since no gradient goes into it."""
+    """Run as Inductor is given them, the graphs are right, and no product in them has the shape of a weight. Layers
+    share graphs: the first is another, since no gradient goes into it."""
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph, inputs, **_):
