@@ -171,8 +171,9 @@ def test_compiled_without_a_gradient_of_full_size(kind, by_layer):
         return boxed(graph, inputs)
 
     model = prepared(kind, DEEPER if by_layer else LLAMA)
+    kept = partial(backend, inner_compile=keep)
     for module in model.model.layers if by_layer else [model]:
-        module.compile(backend=partial(backend, inner_compile=keep))
+        module.compile(backend=kept)
     for _ in range(2):  # gradients accumulate
         model(**STEP).loss.backward()
     for s in state_of(model).plan.slices:
