@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import ExportError
-from s2ft_compile.quantized import Quantized, Values, quantized_in, stand_ins
+from s2ft_compile.quantized import Quantized, Values, not_quantized, quantized_in, stand_ins
 from s2ft_compile.sliced import Beside, base_parameters, blocks_in
 from s2ft_compile.state import is_prepared, merged, state_of
 from s2ft_compile.stored import check_stored, names_in
@@ -140,21 +140,8 @@ def dense(module: nn.Module) -> Iterator[None]:
             undo.callback(block.install)
             block.uninstall()
         undo.enter_context(stand_ins(module, value))
-        undo.enter_context(_not_quantized(module))
+        undo.enter_context(not_quantized(module))
         yield
-
-
-@contextmanager
-def _not_quantized(module: nn.Module) -> Iterator[None]:
-    """Context in which transformers takes a model for one that was never quantized."""
-    config = getattr(module, "config", None)
-    hidden = [(owner, name) for owner, name in ((module, "hf_quantizer"), (config, "quantization_config"))]
-    kept = [(o, n, vars(o).pop(n)) for o, n in hidden if o is not None and n in vars(o)]
-    try:
-        yield
-    finally:
-        for owner, name, value in kept:
-            vars(owner)[name] = value
 
 
 def _save(module: nn.Module, path: Path) -> None:

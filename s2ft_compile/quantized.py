@@ -224,6 +224,23 @@ def check_not_quantized(model: nn.Module, what: str) -> None:
         )
 
 
+# what transformers and accelerate know a quantized model by
+MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
+
+
+@contextmanager
+def not_quantized(model: nn.Module) -> Iterator[None]:
+    """Context in which transformers takes a model for one that is not quantized: one that its Trainer trains, and that
+    is saved as an ordinary one."""
+    marked = [(model, name) for name in MARKS] + [(getattr(model, "config", None), "quantization_config")]
+    kept = [(owner, name, vars(owner).pop(name)) for owner, name in marked if owner is not None and name in vars(owner)]
+    try:
+        yield
+    finally:
+        for owner, name, value in kept:
+            vars(owner)[name] = value
+
+
 class StandIn(nn.Linear):
     """A linear layer that takes its input in any type, as quantized ones do."""
 

@@ -8,6 +8,7 @@ from functools import cache, partial
 import pytest
 import torch
 import transformers
+from test_cli import base, invoke, text  # noqa: F401  (fixtures)
 from torch import nn
 
 import s2ft_compile as s2ft
@@ -405,3 +406,23 @@ def test_loaded_by_transformers(kind, tmp_path):
     assert not quantized_in(ordinary) and getattr(ordinary.config, "quantization_config", None) is None
     assert (logits(ordinary) - logits(model)).abs().max() <= 0.02 * logits(model).abs().max()
     assert model.hf_quantizer is not None and model.config.quantization_config is not None
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_train_quantized(kind, base, text, tmp_path):  # noqa: F811
+    """The command leaves the quantized checkpoint with the adapter inside, goes on where it stopped, and exports."""
+    pytest.importorskip("torchao" if kind == "int8" else "bitsandbytes")
+    run = tmp_path / "run"
+    how = {"model": base, "data": text, "output": run, "targets": "ffn.out=3,ffn.in=3", "steps": 3, "batch-size": 2}
+    how |= {"seq-len": 16, "inner": "eager", "save-every": 1, "quantize": kind}
+    result = invoke("train", *(piece for name, value in how.items() for piece in (f"--{name}", value)))
+    assert result.exit_code == 0, result.output
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(run / "merged").eval()
+    load_adapter(loaded, run / "merged" / "adapter")
+    result = invoke("export", "merged", "--model", base, "--adapter", run, "--output", tmp_path / "dense")
+    assert result.exit_code == 0, result.output
+    ordinary = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert not quantized_in(ordinary)
+    torch.testing.assert_close(logits(ordinary), logits(loaded), rtol=1e-2, atol=1e-2)
+    result = invoke("train", "--resume", "--output", run, "--steps", 4)
+    assert result.exit_code == 0, result.output

@@ -34,6 +34,7 @@ from s2ft_compile.layers import compile_layers
 from s2ft_compile.optimizers import learning_rate, optimizer
 from s2ft_compile.plan import Plan
 from s2ft_compile.preparation import prepare
+from s2ft_compile.quantized import not_quantized
 from s2ft_compile.state import state_of
 
 from .data import Blocks, example_inputs, load_model, load_tokenizer, split, tokenize
@@ -220,7 +221,7 @@ def fit(
 ) -> list[float]:
     """Trains a prepared model, compiled, with Trainer, from its last checkpoint if it has one; each step's seconds."""
     steps = options.total_steps(len(blocks))
-    with _compiled(model, options):
+    with _compiled(model, options), not_quantized(model):  # which Trainer takes for a model that cannot train
         watch = _watch(bars, steps, options, work, _tokens(blocks, options))
         trainer = _trainer(model, blocks, held_out, options, work, steps, watch)
         start = last_checkpoint(work)
