@@ -277,6 +277,9 @@ class Beside(Block):
     size: int
     index: Tensor
 
+    def _register(self) -> None:
+        _blocks[self.delta] = self  # a weight that is known by weak references cannot be moved to another device
+
     @property
     def buffers(self) -> tuple[str, str]:
         """What the module calls the positions, and their inverse: with them it moves them to another device."""
