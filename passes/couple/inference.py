@@ -11,6 +11,7 @@ from torch import fx
 
 from s2ft_compile.capture import Captured, uniform_dims
 from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown, shapes
+from s2ft_compile.quantized import __file__ as STAND_INS
 
 from .axes import Axis, Pin, atoms, pin, unify
 from .rules import rule_for
@@ -160,5 +161,5 @@ def source_line(node: fx.Node | None) -> str:
     if node is None or not node.meta.get("stack_trace"):
         return ""
     frames = re.findall(r'File "([^"]+)", line (\d+)(?:, in \S+)?\n\s*(.*)', node.meta["stack_trace"])
-    mine = [f for f in frames if "/torch/" not in f[0]] or frames
+    mine = [f for f in frames if "/torch/" not in f[0] and f[0] != STAND_INS] or frames
     return f"{mine[-1][0]}:{mine[-1][1]} ({mine[-1][2].strip()})" if mine else ""
