@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from s2ft_compile.lazy import attributes
 
 if TYPE_CHECKING:
-    from s2ft_compile.exporters.adapter import load_adapter, save_adapter
+    from s2ft_compile.exporters.adapter import load_adapter, save_adapter, unload_adapter
     from s2ft_compile.exporters.checkpoint import merge_checkpoint
     from s2ft_compile.exporters.extraction import extract
     from s2ft_compile.exporters.lora import save_lora
@@ -23,6 +23,7 @@ __getattr__, __dir__ = attributes(
     {
         "load_adapter": "adapter",
         "save_adapter": "adapter",
+        "unload_adapter": "adapter",
         "merge_checkpoint": "checkpoint",
         "extract": "extraction",
         "save_lora": "lora",
@@ -39,6 +40,7 @@ __all__ = [
     "merge_checkpoint",
     "save_adapter",
     "load_adapter",
+    "unload_adapter",
     "extract",
     "save_lora",
     "export_onnx",

@@ -8,7 +8,7 @@ Saving and loading are inverse of each other, bit for bit:
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -25,9 +25,11 @@ from s2ft_compile.adapters.format import (
     write_adapter,
 )
 from s2ft_compile.capture import unwrap
-from s2ft_compile.errors import AdapterError, ExportError
+from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.fingerprint import samples_of
 from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.quantized import Values, settle
+from s2ft_compile.sliced import beside_of, blocks_in
 from s2ft_compile.state import State, disabled, is_prepared, state_of
 
 from . import sharded
@@ -55,9 +57,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
 def _write(adapter: Adapter | None, directory: str | os.PathLike, model: nn.Module | None = None) -> None:
     with new_directory(directory) as folder:
         adapter = adapter or adapter_of(model)
-        write_adapter(folder, adapter)
-        (folder / CARD).write_text(card(adapter), encoding="utf-8")
+        write_all(folder, adapter)
     log.info("adapter written to %s: %d slices", directory, len(adapter.slices))
+
+
+def write_all(folder: Path, adapter: Adapter) -> None:
+    """An adapter's files and its card, into a folder that exists."""
+    write_adapter(folder, adapter)
+    (folder / CARD).write_text(card(adapter), encoding="utf-8")
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -65,12 +72,14 @@ def adapter_of(model: nn.Module) -> Adapter:
     for deltas, or sums with the weights, that are not finite."""
     plan, module = ascending(state_of(model).plan), unwrap(model)
     with untrained(model):
-        weights = dict(module.named_parameters())
+        values, samples, blocks = Values(module), samples_of(module), {}
         for s in plan.slices:
-            _check_trained(weights[s.parameter_name], s)
-        blocks = {s.parameter_name: hash_of_block(weights[s.parameter_name], s) for s in plan.slices}
-        named = named_base(*named_in(module))
-        base = describe_base(type(module).__name__, dtypes_of(module), samples_of(module), blocks, named)
+            W = values[s.parameter_name]
+            _check_trained(W, s)
+            is_quantized = s.parameter_name in values.quantized
+            blocks[s.parameter_name] = samples[s.parameter_name] if is_quantized else hash_of_block(W, s)
+        named, quantized = named_base(*named_in(module)), sorted(values.quantized)
+        base = describe_base(type(module).__name__, dtypes_of(module), samples, blocks, named, quantized)
     return Adapter(plan, base)
 
 
@@ -98,10 +107,13 @@ def untrained(model: nn.Module) -> Iterator[None]:
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> Plan:
     """Puts an adapter on the model it was trained from, and returns its plan.
 
-    A plain model's weights become the trained ones, bit for bit those of `save_merged`. On a model prepared
-    with the same slices the deltas (and the weights) become the adapter's. Raises `AdapterError` for files
-    that are missing, damaged or made for another base, and for a model prepared with other slices; the
-    model is then unchanged.
+    A plain model's weights become the trained ones, bit for bit those of `save_merged`. Quantized weights are not
+    written: the slices lie beside them, the outputs are those of training bit for bit, and `unload_adapter` takes them
+    off. On a model prepared with the same slices the deltas (and the weights) become the adapter's.
+
+    Warns where the slices were trained beside quantized weights, and these are not. Raises `AdapterError` for files
+    that are missing, damaged or made for another base, and for a model prepared with other slices; the model is then
+    unchanged.
     """
     module, adapter = unwrap(model), read_adapter(directory)
     with untrained(model):
@@ -130,10 +142,39 @@ def _check_trained(W: Tensor, s: Slice) -> None:
 
 @torch.no_grad()
 def _into_weights(module: nn.Module, plan: Plan) -> None:
-    weights = dict(module.named_parameters())
-    sums = [(weights[s.parameter_name], *summed(weights[s.parameter_name], [(s, 1.0)])) for s in plan.slices]
+    values = Values(module)
+    held = {block.name for block in blocks_in(module)}
+    if twice := [s.parameter_name for s in plan.slices if s.parameter_name in held]:
+        raise AdapterError(
+            f"an adapter's slice lies beside {twice[0]} already; s2ft.exporters.unload_adapter(model) takes it off"
+        )
+    for weight in values.quantized.values():
+        settle(weight.layer, weight.key)
+    beside = [
+        beside_of(module, values.quantized[s.parameter_name], s.dim, s.indices, s.delta)
+        for s in plan.slices
+        if s.parameter_name in values.quantized
+    ]
+    in_place = [s for s in plan.slices if s.parameter_name not in values.quantized]
+    sums = [(values[s.parameter_name], *summed(values[s.parameter_name], [(s, 1.0)])) for s in in_place]
+    with ExitStack() as undo:
+        for block in beside:
+            undo.callback(block.uninstall)
+            block.install()
+        undo.pop_all()
     for W, dim, indices, block in sums:
         W.index_copy_(dim, indices, block)
+
+
+def unload_adapter(model: nn.Module) -> None:
+    """Takes off the slices that `load_adapter` or `release` has left beside quantized weights. Raises `StateError` for
+    a prepared model, and for one without such slices."""
+    if is_prepared(model):
+        raise StateError("this model is prepared: s2ft.disabled(model) is its base, s2ft.release(model) ends it")
+    if not (blocks := blocks_in(unwrap(model))):
+        raise StateError(f"no slices lie beside the weights of this {type(unwrap(model)).__name__}")
+    for block in blocks:
+        block.uninstall()
 
 
 @torch.no_grad()

@@ -3,23 +3,28 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import ExportError
+from s2ft_compile.quantized import Quantized, Values, not_quantized, quantized_in, stand_ins
+from s2ft_compile.sliced import Beside, base_parameters, blocks_in
 from s2ft_compile.state import is_prepared, merged, state_of
 from s2ft_compile.stored import check_stored, names_in
 
 from . import sharded
+from .adapter import adapter_of, untrained, write_all
 from .conversion import as_stored
 from .files import new_directory
 
 log = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
+ADAPTER = "adapter"  # the folder inside a quantized checkpoint
 
 
 @contextmanager
@@ -31,8 +36,10 @@ def plain(model: nn.Module) -> Iterator[None]:
         return
     slices = state_of(model).plan.slices
     with merged(model):
-        weights = dict(unwrap(model).named_parameters())
+        weights, quantized = dict(unwrap(model).named_parameters()), quantized_in(unwrap(model))
         for s in slices:
+            if s.parameter_name in quantized:  # checked where it is added
+                continue
             W = weights[s.parameter_name].detach()
             if not W.index_select(s.dim, s.indices.to(W.device)).isfinite().all():
                 raise ExportError(
@@ -41,32 +48,100 @@ def plain(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def save_merged(model: nn.Module, directory: str | os.PathLike) -> Path:
+def save_merged(model: nn.Module, directory: str | os.PathLike, dequantize: bool = False) -> Path:
     """Writes the model into a new folder, and returns its path.
 
     A Hugging Face model (one with `save_pretrained`) becomes a folder for `from_pretrained`; any other
     becomes `model.safetensors`, in which tied weights are stored once (`safetensors.torch.load_model` ties
     them again). The weights keep their type, and the model is afterwards as it was. Of a model sharded by FSDP2, every
-    process calls this, and process 0 writes. Raises `ExportError` if the folder exists.
+    process calls this, and process 0 writes.
+
+    A model with quantized weights is written as the quantized checkpoint, with the adapter in the folder `adapter`
+    inside: `load_adapter(from_pretrained(directory), f"{directory}/adapter")` is what was trained, bit for bit.
+    dequantize: write an ordinary model instead, each sum of a dequantized weight and its slice rounded once to the type
+    of the model's other weights; all of it has to fit into memory.
+
+    Raises `ExportError` if the folder exists, and for a quantized model that transformers cannot save as it is.
     """
     if sharded.is_sharded(model):
         sharded.save_merged(model, directory)
     else:
         with new_directory(directory) as folder:
-            write_merged(model, folder)
+            write_merged(model, folder, dequantize)
     log.info("merged model written to %s", directory)
     return Path(directory)
 
 
-def write_merged(model: nn.Module, folder: Path) -> None:
+def write_merged(model: nn.Module, folder: Path, dequantize: bool = False) -> None:
     """Writes the model's files into a folder that exists. Raises `ExportError`."""
     module = unwrap(model)
-    with plain(model):
+    if quantized_in(module) and not dequantize:
+        _write_quantized(model, folder)
+        return
+    with plain(model), dense(module):
         if hasattr(module, "save_pretrained"):
             module.save_pretrained(folder)
         else:
             _save(module, folder / WEIGHTS)
         _read_back(module, sorted(folder.glob("*.safetensors")))
+
+
+def _write_quantized(model: nn.Module, folder: Path) -> None:
+    """The base as it is, and the adapter in a folder inside."""
+    module = unwrap(model)
+    other = "save_merged(model, directory, dequantize=True) writes an ordinary model, save_adapter the slices alone"
+    if getattr(module, "hf_quantizer", None) is None:
+        raise ExportError(
+            f"{type(module).__name__} has quantized weights, and was not loaded with a quantization_config, so that no "
+            f"checkpoint of it could be loaded as it is: {other}"
+        )
+    if not is_prepared(model) and blocks_in(module):
+        raise ExportError(
+            f"an adapter's slices lie beside the quantized weights of this {type(module).__name__}, and its checkpoint "
+            f"would not hold them: unload_adapter(model) leaves the base, whose folder goes with the adapter's; {other}"
+        )
+    if is_prepared(model):
+        with new_directory(folder / ADAPTER) as inside:
+            write_all(inside, adapter_of(model))
+    with untrained(model):
+        try:
+            module.save_pretrained(folder)
+        except (ValueError, RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+            raise ExportError(f"transformers cannot save this quantized model ({error}): {other}") from error
+
+
+@contextmanager
+def dense(module: nn.Module) -> Iterator[None]:
+    """Context in which a plain model has no quantized weights: each is the sum of its values and the slice beside it,
+    rounded once to the type of the other weights. Raises `ExportError` for sums that are not finite."""
+    values = Values(module)
+    if not values.quantized:
+        yield
+        return
+    blocks = {id(b.weight): b for b in blocks_in(module) if isinstance(b, Beside)}
+    others = [p for n, p in base_parameters(module).items() if n not in values.quantized and p.is_floating_point()]
+
+    def value(weight: Quantized) -> nn.Parameter:
+        made, block = weight.values(), blocks.get(id(weight.held))
+        dtype = others[0].dtype if others else made.dtype
+        if block is not None:
+            wide = torch.promote_types(made.dtype, block.delta.dtype)
+            at, delta = block.index.to(made.device), block.delta.detach().to(made.device, wide)
+            made = made.to(wide).index_add_(block.dim, at, delta)
+        made = made.to(dtype)
+        if not made.isfinite().all():
+            raise ExportError(
+                f"the trained {weight.name} is not finite: its delta is not, or their sum exceeds {dtype}"
+            )
+        return nn.Parameter(made, requires_grad=False)
+
+    with ExitStack() as undo:
+        for block in blocks.values():
+            undo.callback(block.install)
+            block.uninstall()
+        undo.enter_context(stand_ins(module, value))
+        undo.enter_context(not_quantized(module))
+        yield
 
 
 def _save(module: nn.Module, path: Path) -> None:

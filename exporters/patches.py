@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import ExportError
-from s2ft_compile.sliced import Block
+from s2ft_compile.quantized import check_not_quantized
+from s2ft_compile.sliced import InPlace
 from s2ft_compile.state import State, state_of
 
 from .conversion import as_stored
@@ -40,7 +41,7 @@ class _Place:
 
     name: str
     shape: tuple[int, ...]
-    block: Block
+    block: InPlace
     indices: Tensor
     picked: Tensor | None
 
@@ -56,6 +57,7 @@ def patches(model: nn.Module) -> Iterator[Patch]:
     model that is not prepared, `ExportError` for a weight of 2^31 numbers or more.
     """
     state = state_of(model)
+    check_not_quantized(state.model, "patches")
     if state not in _places:
         _places[state] = list(_found(state, unwrap(model)))
     whole: dict[int, Tensor] = {}

@@ -3,7 +3,7 @@
 Inverse of `move(p, dim, index)`: `move(p, dim, argsort(index))`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +28,21 @@ def moves_for(orders: Mapping[int, Tensor], layouts) -> dict[tuple[str, int], Te
     }
 
 
-def dense_orders(analysis: Analysis, selections: Sequence[Selection]) -> dict[int, Tensor]:
+def dense_orders(
+    analysis: Analysis, selections: Sequence[Selection], unmovable: Collection[str] = ()
+) -> dict[int, Tensor]:
     """For each axis, its selected units first, those that most selections share in front, else in base order.
 
     What can be one range becomes one; heads chosen inside different groups become a few ranges of whole heads. An
     axis that some selected weight has along another dimension stays in base order, and with it that weight's delta.
+    So does every axis of a parameter in `unmovable`.
     """
     counts: dict[int, Tensor] = {}
     selected = {s.parameter_name: s.dim for s in selections}
     crossing = {
         leaf.axis
         for (name, dim), layout in analysis.layouts.items()
-        if selected.get(name, dim) != dim
+        if selected.get(name, dim) != dim or name in unmovable
         for leaf in leaves(layout)
     }
     for selection in selections:

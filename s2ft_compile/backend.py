@@ -27,7 +27,7 @@ from .config import CompileOptions, S2FTConfig
 from .errors import ConfigError, StateError
 from .pipeline import DYNAMO, JOINT, Pipeline
 from .preparation import prepare
-from .sliced import block_of, blocks_in, refresh
+from .sliced import Beside, block_of, blocks_in, refresh, trains_beside
 from .state import live_states
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ def s2ft(
     _check_config(example_inputs, weights, config)
     log.info("%d of a graph's %d inputs are weights with a delta", len(pairs), len(example_inputs))
     pipeline = Pipeline(how, next(_numbers))
-    graph = _copy(gm) if pairs and not how.logits else gm  # what leaves logits out is the one pass that changes it
+    trains = pairs or trains_beside(example_inputs)
+    graph = _copy(gm) if trains and not how.logits else gm  # what leaves logits out is the one pass that changes it
     pipeline.run(DYNAMO, graph.graph, example_inputs)
     if graph is not gm:
         graph.recompile()
@@ -97,7 +98,13 @@ def _refreshed(compiled: Callable, pairs: Sequence[tuple[int, int]], weights: Se
                 block.attached = True
                 if replays:
                     block.own_gradient()
-        refresh(block for i in weights if (block := block_of(args[i])) is not None)
+        blocks = [block for i in weights if (block := block_of(args[i])) is not None]
+        for block in blocks:
+            if isinstance(block, Beside):
+                block.attached = True
+                if replays:
+                    block.own_gradient()
+        refresh(blocks)
         return compiled(*args)
 
     return run

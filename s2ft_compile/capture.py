@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map_only
 
 from .errors import CaptureError
 from .examples import Inputs, arguments, resized, several
+from .quantized import StandIn, stand_ins
+from .quantized import __file__ as STAND_INS
 from .recording import Recorded, record
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ class Captured:
     parameter -> why it has no coupling, whatever the graph says. border: what the graph is of, where that is not the
     whole model; start: how deep in the model that begins. trace: what sets this one apart
     from the first, in words. resized: it is the one before it, at other sizes of the inputs. training: it is
-    of train mode.
+    of train mode. elsewhere: the quantized weights that something else than their own layers reads.
     """
 
     graph_module: torch.fx.GraphModule
@@ -53,6 +55,7 @@ class Captured:
     refused: Mapping[str, str] = field(default_factory=dict)
     border: str = "the model"
     start: int = 0
+    elsewhere: frozenset[str] = frozenset()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -73,12 +76,12 @@ def capture(
     args, kwargs = arguments(example_inputs)
     if any(p.is_meta for p in model.parameters()):  # structure without weights takes inputs without values
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
-    with mode_of(model, training), one_draw(), warnings.catch_warnings():
+    with stand_ins(model) as quantized, mode_of(model, training), one_draw(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = _recorded(model, args, kwargs, trace)
+        shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     tied = tied_names(model)
     names = {place: tied.get(name, name) for place, name in made.parameters.items()}
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     nodes = len(made.graph_module.graph.nodes)
     log.info("captured %s: %d nodes, %d parameters", type(model).__name__, nodes, len(names))
     saved = _own_buffers(model)
@@ -95,6 +98,9 @@ def capture(
         training,
         {place: name for place, name in made.buffers.items() if name in saved},
         made.written,
+        elsewhere=_read_elsewhere(
+            made.graph_module.graph, {place: name for place, name in names.items() if name in quantized}
+        ),
     )
 
 
@@ -116,6 +122,19 @@ def _recorded(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], trace: s
         {place: constants[key] for place, key in lifted if isinstance(constants.get(key), torch.Tensor)},
         dict(signature.buffers_to_mutate),
     )
+
+
+def _read_elsewhere(graph: torch.fx.Graph, quantized: Mapping[str, str]) -> frozenset[str]:
+    """Of quantized weights (placeholder -> name), those that something else than their own layers reads."""
+    places = [place for place in graph.find_nodes(op="placeholder") if place.name in quantized]
+    return frozenset(quantized[p.name] for p in places if not all(map(_is_of_a_stand_in, p.users)))
+
+
+def _is_of_a_stand_in(node: torch.fx.Node) -> bool:
+    if "traceback" in node.meta:  # of a recording
+        return any(frame.filename == STAND_INS for frame in node.meta["traceback"].summary())
+    modules = list(node.meta.get("nn_module_stack", {}).values())
+    return bool(modules) and str(modules[-1][1]).endswith(StandIn.__name__)
 
 
 def captures(model: nn.Module, example_inputs: Any, train: bool = True) -> list[Captured]:

@@ -22,6 +22,7 @@ from .capture import Inputs, arguments
 from .config import CompileOptions, S2FTConfig
 from .errors import ConfigError
 from .preparation import prepare
+from .sliced import InPlace
 from .state import parameters, state_of
 
 aten = torch.ops.aten
@@ -86,8 +87,12 @@ def _plain(budget: str) -> str:
 
 
 def _with_fake_storage(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    held = [*model.parameters(), *model.buffers(), *(b.backup for b in state_of(model).blocks)]
+    held = [*model.parameters(), *model.buffers(), *_backups(model)]
     return copy.deepcopy(model, {id(t): _fake(mode, t) for t in held})
+
+
+def _backups(model: nn.Module) -> list[Tensor]:
+    return [block.backup for block in state_of(model).blocks if isinstance(block, InPlace)]
 
 
 def _fake(mode: FakeTensorMode, t: Tensor) -> Tensor:
@@ -132,7 +137,7 @@ def _summed(model: nn.Module, graphs: list[fx.GraphModule], inputs) -> Estimate:
     saved, peak = _peak([g.graph for g in graphs])
     given = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     tokens = next((t.numel() for t in given if t.ndim == 2 and not t.is_floating_point()), 0)
-    backups = sum(_bytes(b.backup) for b in state_of(model).blocks)
+    backups = sum(map(_bytes, _backups(model)))
     return Estimate(
         sum(map(_bytes, fixed)), 8 * numbers + backups, 8 * numbers, saved, peak - saved, numbers, len(given[0]), tokens
     )

@@ -1,12 +1,13 @@
 """A cheap content hash of a model's weights: which base model an adapter belongs to."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .capture import unwrap
+from .quantized import quantized_in, sampled
 from .sliced import base_parameters
 
 SAMPLES = 4096  # elements read of each parameter: 300 parameters of an 8B model are 2.4 MB, milliseconds
@@ -25,12 +26,13 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def samples_of(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> `sample` of it: what the fingerprint is made of."""
-    return samples(base_parameters(unwrap(model)).items())
-
-
-def samples(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    return {name: sample(tensor) for name, tensor in tensors}
+    """Parameter name -> `sample` of it, or of all that a quantized one is made of: what the fingerprint is made of."""
+    model = unwrap(model)
+    quantized = quantized_in(model)
+    return {
+        name: sampled(quantized[name], sample) if name in quantized else sample(tensor)
+        for name, tensor in base_parameters(model).items()
+    }
 
 
 def combined(samples: Mapping[str, str]) -> str:

@@ -10,8 +10,10 @@ from statistics import median
 
 from torch import nn, optim
 
+from .capture import unwrap
 from .config import OPTIMIZERS, check_choice
 from .errors import ConfigError
+from .quantized import Values
 from .sliced import whole
 from .state import parameters, state_of
 
@@ -49,7 +51,8 @@ def learning_rate(model: nn.Module) -> float:
 
     At its peak a step then changes an entry by 2% of that with Muon.
     """
-    weights = (whole(block.weight).detach().float() for block in state_of(model).blocks)
+    values = Values(unwrap(model))
+    weights = (whole(values[block.name]).detach().float() for block in state_of(model).blocks)
     rate = RATE * median(weight.square().mean().sqrt().item() for weight in weights)
     log.info("learning rate %.2g, %g of the weights' root mean square", rate, RATE)
     return rate or RATE * 0.02  # weights that are all zero say nothing; 0.02 is what most are drawn with

@@ -26,6 +26,7 @@ from . import tracing
 from .config import CompileOptions
 from .errors import CompileError, ConfigError, S2FTError
 from .rules import rules_key
+from .sliced import trains_beside
 from .state import live_states
 
 log = logging.getLogger(__name__)
@@ -64,9 +65,13 @@ def _prove(graph: fx.Graph, inputs: Sequence[Any]) -> None:
                     log.warning("a graph could not be proved again (%s: %s)", type(error).__name__, error)
 
 
+def _chunk(graph: fx.Graph, inputs: Sequence[Any]) -> None:
+    chunk_loss.chunk_loss(graph, trains_beside(inputs))
+
+
 PASSES = (
     Pass("recheck", DYNAMO, _prove, lambda graph: None, (recheck,)),
-    Pass("chunk_loss", DYNAMO, lambda graph, _: chunk_loss.chunk_loss(graph), chunk_loss.whole_logits, (chunk_loss,)),
+    Pass("chunk_loss", DYNAMO, _chunk, chunk_loss.whole_logits, (chunk_loss,)),
     Pass("slice_pushdown", JOINT, lambda graph, _: pushdown.slice_pushdown(graph), pushdown.attached, (pushdown,)),
     Pass("keep_saved", JOINT, lambda graph, _: chunk_loss.keep_saved(graph), chunk_loss.unsaved, (chunk_loss,)),
     Pass("lower", JOINT, lambda graph, _: lower.lower_where_possible(graph), lower.rounded, (lower,)),

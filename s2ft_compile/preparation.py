@@ -26,7 +26,8 @@ from .examples import several
 from .fingerprint import fingerprint
 from .plan import Plan, Slice
 from .processes import check_not_sharded
-from .sliced import Block, blocks_in, free_key
+from .quantized import Values, settle
+from .sliced import Beside, Block, InPlace, beside_of, blocks_in, free_key, places_of
 from .state import State, find_state, live_states, watch_optimizers
 from .structure import Analysis, Coupling
 from .verification import verify as verify_couplings
@@ -108,32 +109,34 @@ def prepare(
         raise StateError("this model is prepared already; call s2ft.release(model) before preparing it again")
     if given is None:
         check_calibration(config.selection, calibration)
-    parameters = dict(model.named_parameters())
+    parameters = Values(model)
     taken = _taken(model, config) if given is None else None
-    _check_not_shared(model, parameters)
+    _check_not_shared(model, parameters.own)
+    for weight in parameters.quantized.values():
+        settle(weight.layer, weight.key)
     analysis, base = analyze(model, example_inputs, train=train), fingerprint(model)
     if given is None:
         selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss), taken)
     else:
         selections = _selected(given, base, analysis)
-    _check_trainable(selections, parameters)
+    _check_trainable(selections, parameters, analysis)
     wanted, selections = selections, trainable(model, several(example_inputs)[0], config, selections)
     notes = (*raised(analysis, config), *_left_out(wanted, selections))
     for note in notes:
         log.info("%s", note)
-    orders = dense_orders(analysis, selections)
+    orders = dense_orders(analysis, selections, parameters.quantized)
     index = moves_for(orders, analysis.layouts)
     moves = [(name, dim, order) for (name, dim), order in index.items()]
-    frozen = [name for name, p in parameters.items() if p.requires_grad]
+    frozen = [name for name, p in parameters.own.items() if p.requires_grad]
     with ExitStack() as undo:
         tensors = tensors_of(model)  # batch norms' statistics follow their channels
         for name, dim, order in moves:
             move(tensors[name], dim, order)
             undo.callback(move, tensors[name], dim, torch.argsort(order))
-        made = [_block(model, parameters[s.parameter_name], s, index) for s in selections]
+        made = [_block(model, parameters, s, index) for s in selections]
         for name in frozen:
-            parameters[name].requires_grad_(False)
-            undo.callback(parameters[name].requires_grad_, True)
+            parameters.own[name].requires_grad_(False)
+            undo.callback(parameters.own[name].requires_grad_, True)
         plan = Plan(config, base, tuple(piece for _, piece in made), notes)
         state = State(plan, [block for block, _ in made], moves, frozen, Permuted.of(analysis, orders))
         undo.callback(state.uninstall, model)
@@ -146,7 +149,12 @@ def prepare(
 
 
 def _check_not_shared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    if blocks_in(model) or any(state.holds(list(parameters.values())) for state in live_states()):
+    if (held := blocks_in(model)) and all(isinstance(b, Beside) and not b.delta.requires_grad for b in held):
+        raise StateError(
+            f"an adapter's slices lie beside the quantized weights of this {type(model).__name__}; take them off first "
+            f"with s2ft.exporters.unload_adapter(model)"
+        )
+    if held or any(state.holds(list(parameters.values())) for state in live_states()):
         raise StateError(
             f"a part of this {type(model).__name__} belongs to another prepared model; prepare the outermost model "
             f"once, or call s2ft.release on the other one first"
@@ -181,9 +189,15 @@ def _selected(plan: Plan, base: str, analysis: Analysis) -> tuple[Selection, ...
     return tuple(Selection(s.parameter_name, s.dim, s.roles, s.indices.sort().values) for s in plan.slices)
 
 
-def _check_trainable(selections: Sequence[Selection], parameters) -> None:
+def _check_trainable(selections: Sequence[Selection], parameters: Values, analysis: Analysis) -> None:
     for s in selections:
-        dtype = parameters[s.parameter_name].dtype
+        dtype, weight = parameters.dtype(s.parameter_name), parameters.quantized.get(s.parameter_name)
+        if weight is not None and (not weight.is_linear or s.parameter_name in analysis.elsewhere):
+            why = "something else reads it" if weight.is_linear else "it is not that of a linear layer"
+            raise ConfigError(
+                f"{s.parameter_name} is quantized, and {why}: a slice can only lie beside a weight that its own linear "
+                f"layer alone reads. Leave it out of the targets, or load it without quantization"
+            )
         if not dtype.is_floating_point:
             raise ConfigError(f"{s.parameter_name} is {dtype}; only floating-point weights train")
 
@@ -194,16 +208,25 @@ def _left_out(wanted: Sequence[Selection], selections: Sequence[Selection]) -> l
     return [f"left out, since their gradients have no slice rule: {', '.join(names)}"] if names else []
 
 
-def _block(model: nn.Module, weight: nn.Parameter, selection: Selection, index) -> tuple[Block, Slice]:
-    """The block of a selection in the permuted weight. Its order along `dim` is the order of `indices`."""
+def _block(model: nn.Module, parameters: Values, selection: Selection, index) -> tuple[Block, Slice]:
+    """The block of a selection in the permuted weight, or beside it. Its order along `dim` is that of `indices`."""
     name, dim = selection.parameter_name, selection.dim
-    moved = index.get((name, dim), torch.arange(weight.shape[dim]))
+    shape = parameters.shape(name)
+    moved = index.get((name, dim), torch.arange(shape[dim]))
     mask = torch.isin(moved, selection.indices)
-    found = ranges(mask)
-    shape = list(weight.shape)
-    shape[dim] = len(selection.indices)
-    delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
-    places = [(m, key) for m in model.modules() for key, p in m._parameters.items() if p is weight]
-    block = Block(name, weight, dim, found, delta, torch.empty(0), places, free_key(places))
-    block.backup = block.read()
-    return block, Slice(name, dim, moved[mask], tuple(weight.shape), selection.roles, delta)
+    if name in parameters.quantized:
+        block = beside_of(model, parameters.quantized[name], dim, moved[mask])
+    else:
+        weight = parameters.own[name]
+        delta_shape = [*shape[:dim], len(selection.indices), *shape[dim + 1 :]]
+        block = InPlace(
+            name=name,
+            weight=weight,
+            dim=dim,
+            delta=nn.Parameter(torch.zeros(delta_shape, dtype=torch.float32, device=weight.device)),
+            places=(places := places_of(model, weight)),
+            delta_key=free_key(places),
+            ranges=ranges(mask),
+        )
+        block.backup = block.read()
+    return block, Slice(name, dim, moved[mask], shape, selection.roles, block.delta)

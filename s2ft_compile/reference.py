@@ -66,7 +66,7 @@ def base_values(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def _write(state: State, trained: bool) -> None:
     for block in state.blocks:
-        block.write_own(block.trained() if trained else block.backup)
+        block.put(trained)
     if any(hasattr(block.weight, "placements") for block in state.blocks):
         from torch.distributed.fsdp import FSDPModule
 

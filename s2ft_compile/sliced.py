@@ -7,13 +7,16 @@ of one layer, a frame that a compiler gave up. Compiled, the read is the operato
 `passes.backward.eager`. With gradients off it is the weight, which always holds its value:
 
     W[block] == cast(W0 + D)        looked at, and written, at every read, so that a change of D by any road is in it
+
+A weight that cannot be written, since it is quantized, stays as it is, and so do the positions of its units: the slice
+lies beside it, and the layer's forward adds what it makes (`Beside`, `passes.backward.beside`).
 """
 
 import copyreg
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +25,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from s2ft_compile.kernels import refresh as kernel
 from s2ft_compile.passes.backward.attach import attach
+from s2ft_compile.passes.backward.beside import added, inverse_of
 from s2ft_compile.passes.backward.eager import attached, composed, read_from
 
 from .errors import StateError
 from .processes import other_process
+from .quantized import Quantized, same_parts, settle
 
 HELD = "_s2ft"  # a sliced module's attribute: name of a weight -> its block
 Ranges = tuple[tuple[int, int], ...]
@@ -55,36 +60,31 @@ class Stamp:
         return self.checksum == other.checksum
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Block:
-    """A slice while it trains.
+    """A slice while it trains: in place or beside its weight.
 
-    ranges: the (start, length) it occupies along `dim` of the permuted weight. delta: float32, of the weight's shape
-    but for `dim`. backup: W0 of the block, the weight's dtype. places: the modules that hold the weight, each with the
-    name it has there. delta_key: what the delta is called beside it.
+    delta: float32, of the weight's shape but for `dim`. places: the modules that hold the weight, each with the name it
+    has there. delta_key: what the delta is called beside it.
     """
 
     name: str
     weight: nn.Parameter
     dim: int
-    ranges: Ranges
     delta: nn.Parameter
-    backup: Tensor
     places: list[tuple[nn.Module, str]]
     delta_key: str
     active: bool = False  # whether reading attaches: not in the base model's order, nor in what was released
     attached: bool = False  # whether a forward has used the delta, so that it can have a gradient
     owns_gradient: bool = False
-    seen: tuple[Stamp, Stamp] | None = None  # weight and delta when the block was last written
     loading: bool = False  # whether load_state_dict may put another tensor in its place
 
     def __post_init__(self):
-        self.starts, self.lengths = [s for s, _ in self.ranges], [n for _, n in self.ranges]
         self._register()
 
     def __setstate__(self, values):  # copy.deepcopy and pickle arrive here
         self.__dict__.update(values)
-        self.owns_gradient, self.seen = False, None  # copies have no hooks, and count their versions anew
+        self.owns_gradient = False  # copies have no hooks
         self._register()
 
     def _register(self) -> None:
@@ -94,8 +94,6 @@ class Block:
     def delta_name(self) -> str:
         """What the delta is called in the model, as `name` is the weight's."""
         return self.name.removesuffix(self.places[0][1]) + self.delta_key
-
-    # --- the modules -------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
         """From now on reading the weight attaches the delta."""
@@ -116,8 +114,38 @@ class Block:
         """Takes the tensors that the module holds now, after `_apply` or a load that may have replaced them."""
         module, key = self.places[0]
         self.weight, self.delta = module._parameters[key], module._parameters[self.delta_key]
-        self.seen = None
         self._register()
+
+    def own_gradient(self) -> None:
+        """From now on copies the delta's gradients out of the memory they are made in."""
+        if not self.owns_gradient:
+            self.delta.register_hook(torch.clone)
+            self.owns_gradient = True
+
+
+@dataclass(eq=False, kw_only=True)
+class InPlace(Block):
+    """A slice in its weight, whose block holds cast(W0 + D).
+
+    ranges: the (start, length) it occupies along `dim` of the permuted weight. backup: W0 of the block, the weight's
+    dtype.
+    """
+
+    ranges: Ranges
+    backup: Tensor = field(default_factory=lambda: torch.empty(0))
+    seen: tuple[Stamp, Stamp] | None = None  # weight and delta when the block was last written
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.starts, self.lengths = [s for s, _ in self.ranges], [n for _, n in self.ranges]
+
+    def __setstate__(self, values):
+        super().__setstate__(values)
+        self.seen = None  # copies count versions anew
+
+    def adopt(self) -> None:
+        super().adopt()
+        self.seen = None
 
     def follow_shards(self) -> bool:
         """Whether FSDP has replaced weight and delta by shards, which are the block's from then on."""
@@ -168,6 +196,11 @@ class Block:
         else:
             for local, part in self._local_parts(self.weight, values):
                 local.copy_(part)
+
+    @torch.no_grad()
+    def put(self, trained: bool) -> None:
+        """Writes the trained block into the weight, or the base's."""
+        self.write_own(self.trained() if trained else self.backup)
 
     @torch.no_grad()
     def refresh_shards(self) -> None:
@@ -262,11 +295,80 @@ class Block:
         room = room + 4 * torch.finfo(made.dtype).eps * made.abs().max()
         return all(((held - part).abs() <= room).all() for held, part in parts)
 
-    def own_gradient(self) -> None:
-        """From now on copies the delta's gradients out of the memory they are made in."""
-        if not self.owns_gradient:
-            self.delta.register_hook(torch.clone)
-            self.owns_gradient = True
+
+@dataclass(eq=False, kw_only=True)
+class Beside(Block):
+    """A slice beside a weight that is never written.
+
+    size: of the weight's values along `dim`. index: int64, the slice's positions there, in the base model's order.
+    """
+
+    size: int
+    index: Tensor
+
+    def _register(self) -> None:
+        _blocks[self.delta] = self  # a weight that is known by weak references cannot be moved to another device
+
+    @property
+    def buffers(self) -> tuple[str, str]:
+        """What the module calls the positions, and their inverse: with them it moves them to another device."""
+        return f"{self.delta_key}_index", f"{self.delta_key}_inverse"
+
+    def install(self) -> None:
+        for module, key in self.places:
+            if "forward" in module.__dict__:
+                raise StateError(
+                    f"{self.name}: the forward of its layer was replaced in that object (by hooks of accelerate, for a "
+                    f"model on several devices?), and the slice beside a quantized weight would be left out. Load the "
+                    f"model on one device"
+                )
+            settle(module, key)
+            for name, t in zip(self.buffers, (self.index, inverse_of(self.index, self.size))):
+                module.register_buffer(name, t.to(self.delta.device), persistent=False)
+        super().install()
+
+    def uninstall(self) -> None:
+        super().uninstall()
+        for module, _ in self.places:
+            for name in self.buffers:
+                module._buffers.pop(name, None)
+                module._non_persistent_buffers_set.discard(name)
+
+    def add_to(self, y: Tensor, x: Tensor, module: nn.Module) -> Tensor:
+        """What the layer gives for x, of what it gives without the slice."""
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self.attached = True
+        index, inverse = (module._buffers[name] for name in self.buffers)
+        return added(x, y, module._parameters[self.delta_key], self.dim, index, inverse)
+
+    def follow_shards(self) -> bool:
+        held = self.places[0][0]._parameters.get(self.delta_key)
+        if held is not None and held is not self.delta:
+            self.adopt()
+        return hasattr(self.delta, "placements")
+
+    # The weight holds the base's values, whatever is trained.
+
+    def edited(self) -> bool:
+        return False
+
+    def put(self, trained: bool) -> None:
+        pass
+
+    def refresh_shards(self) -> None:
+        pass
+
+    def check_loaded(self, name: str, weight: Tensor, delta: Tensor | None = None) -> None:
+        """Raises `StateError` for another weight than this one: it is compared, never loaded."""
+        if not weight.is_meta and not same_parts(self.weight.detach(), weight.detach()):
+            raise _other_base(name)
+
+
+def _other_base(name: str) -> StateError:
+    return StateError(
+        f"the weights to load are not of this prepared model's base: {name}, which is quantized, differs. Load the "
+        f"same quantized model, and prepare it with the same configuration"
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -281,6 +383,18 @@ def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def check_extra(weight: Quantized, state_dict: dict[str, Tensor], prefix: str = "") -> None:
+    """Takes out of a state dict what a quantized weight has there besides itself, which not every library loads. Raises
+    `StateError` where that differs from what it has now."""
+    path = prefix + weight.name.removesuffix(weight.key)
+    for name, t in weight.saved().items():
+        if name not in weight.layer._parameters and (given := state_dict.get(path + name)) is not None:
+            if not same_parts(t, given):
+                raise _other_base(path + name)
+            if name not in weight.layer._buffers:
+                del state_dict[path + name]
 
 
 def check_same(name: str, given: Tensor, held: Tensor, dim: int, index: Tensor) -> None:
@@ -300,6 +414,11 @@ def block_of(tensor: Any) -> Block | None:
     return block if block is not None and (tensor is block.weight or tensor is block.delta) else None
 
 
+def trains_beside(inputs: Iterable[Any]) -> bool:
+    """Whether a graph of these inputs, traced now, trains slices beside their weights."""
+    return torch.is_grad_enabled() and any(isinstance(block_of(x), Beside) and x.requires_grad for x in inputs)
+
+
 def refresh(blocks: Iterable[Block]) -> None:
     """Writes the deltas into their weights: on a GPU in one launch, elsewhere one after another.
 
@@ -310,7 +429,13 @@ def refresh(blocks: Iterable[Block]) -> None:
     with _writing:
         together = []
         for block in blocks:
-            if not block.active or block.weight.is_meta or block.backup.is_meta or block.follow_shards():
+            if (
+                not isinstance(block, InPlace)
+                or not block.active
+                or block.weight.is_meta
+                or block.backup.is_meta
+                or block.follow_shards()
+            ):
                 continue  # shards are written where all processes are: after an optimizer's step
             now = block.look()
             if block.edited(now):
@@ -380,29 +505,46 @@ def _taken(module: nn.Module, key: str) -> StateError:
     )
 
 
-_classes: dict[tuple[type, tuple[str, ...]], type] = {}
+_classes: dict[tuple[type, tuple[str, ...], bool], type] = {}
 
 
 def _reclass(module: nn.Module) -> None:
-    """Gives a module the class in which its sliced weights, and no others, are properties."""
-    base, keys = getattr(type(module), "_s2ft_base", type(module)), tuple(module.__dict__[HELD])
-    if not keys:
+    """Gives a module the class in which its sliced weights, and no others, are properties, or its forward adds the
+    slices beside them."""
+    base, held = getattr(type(module), "_s2ft_base", type(module)), module.__dict__[HELD]
+    keys = tuple(key for key, block in held.items() if isinstance(block, InPlace))
+    if not held:
         del module.__dict__[HELD]
-    module.__class__ = _class(base, keys)
+    module.__class__ = _class(base, keys, len(held) > len(keys))
 
 
-def _class(base: type, keys: tuple[str, ...]) -> type:
-    if not keys:
+def _class(base: type, keys: tuple[str, ...], adds: bool) -> type:
+    """keys: of the weights that are properties. adds: whether the forward adds slices."""
+    if not keys and not adds:
         return base
-    if (base, keys) not in _classes:
+    if (base, keys, adds) not in _classes:
         named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        readers = {key: _property(key) for key in keys}
-        _classes[base, keys] = type(base.__name__, (Sliced, base), {**named, **readers, "_s2ft_base": base})
-    return _classes[base, keys]
+        readers: dict[str, Any] = {key: _property(key) for key in keys}
+        forward = {"forward": _adding(base)} if adds else {}
+        made = type(base.__name__, (Sliced, base), {**named, **readers, **forward, "_s2ft_base": base})
+        _classes[base, keys, adds] = made
+    return _classes[base, keys, adds]
 
 
-def _new(base: type, keys: tuple[str, ...]) -> nn.Module:
-    made = _class(base, keys)
+def _adding(base: type) -> Callable:
+    def forward(self, *args, **kwargs):
+        y = base.forward(self, *args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        for block in getattr(self, HELD).values():
+            if isinstance(block, Beside) and block.active:
+                y = block.add_to(y, x, self)
+        return y
+
+    return forward
+
+
+def _new(base: type, keys: tuple[str, ...], adds: bool = False) -> nn.Module:
+    made = _class(base, keys, adds)
     return made.__new__(made)
 
 
@@ -412,7 +554,8 @@ class Sliced:
     def __reduce_ex__(self, protocol):
         make, arguments, *rest = super().__reduce_ex__(protocol)
         if make is copyreg.__newobj__:  # a class that is made here has no name to be found under
-            make, arguments = _new, (self._s2ft_base, tuple(self.__dict__[HELD]))
+            keys = tuple(key for key, block in self.__dict__[HELD].items() if isinstance(block, InPlace))
+            make, arguments = _new, (self._s2ft_base, keys, len(self.__dict__[HELD]) > len(keys))
         return (make, arguments, *rest)
 
     def _sliced(self) -> list[Block]:
@@ -449,11 +592,14 @@ class Sliced:
         for key, block in keys.items():
             if prefix + key in state_dict:
                 block.check_loaded(prefix + key, state_dict[prefix + key], state_dict.get(prefix + block.delta_key))
+        compared = {prefix + key for key, block in keys.items() if isinstance(block, Beside)}
+        state_dict = {name: t for name, t in state_dict.items() if name not in compared}
         for block in keys.values():
             block.loading = True
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
         for block in keys.values():
             block.loading = False
+        missing_keys[:] = [key for key in missing_keys if key not in compared]
         for key, block in keys.items():
             if prefix + block.delta_key in missing_keys:
                 missing_keys.remove(prefix + block.delta_key)
@@ -461,7 +607,8 @@ class Sliced:
                 module._parameters[other] = self._parameters[key]
                 module._parameters[block.delta_key] = self._parameters[block.delta_key]
             block.adopt()
-            block.loaded(weight=prefix + key in state_dict, delta=prefix + block.delta_key in state_dict)
+            if isinstance(block, InPlace):
+                block.loaded(weight=prefix + key in state_dict, delta=prefix + block.delta_key in state_dict)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         """Deltas move with their weights, but stay float32 under `model.half()` and its kin."""
@@ -474,6 +621,8 @@ class Sliced:
         super()._apply(moved, recurse)
         for block in self._sliced():
             block.adopt()
+            if not isinstance(block, InPlace):
+                continue
             moved_backup = fn(block.backup)  # what has no values has none after `to_empty` either
             block.backup = block.backup.to(moved_backup.dtype) if block.backup.is_meta else moved_backup
             block.refresh()
@@ -490,6 +639,30 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The named parameters that the model has itself: all but the deltas."""
     deltas = {id(block.delta) for block in blocks_in(model)}
     return {name: p for name, p in model.named_parameters() if id(p) not in deltas}
+
+
+def beside_of(model: nn.Module, weight: Quantized, dim: int, index: Tensor, delta: Tensor | None = None) -> Beside:
+    """A slice beside a quantized weight, not yet installed. index: int64 (n,). delta: of values that stay; by default
+    zeros that train."""
+    shape = [*weight.shape[:dim], len(index), *weight.shape[dim + 1 :]]
+    held, places = weight.held, places_of(model, weight.held)
+    made = torch.zeros(shape, dtype=torch.float32) if delta is None else delta.detach().clone()
+    parameter = nn.Parameter(made.to(held.device), requires_grad=delta is None)
+    return Beside(
+        name=weight.name,
+        weight=held,
+        dim=dim,
+        delta=parameter,
+        places=places,
+        delta_key=free_key(places),
+        size=weight.shape[dim],
+        index=index.to(torch.int64),
+    )
+
+
+def places_of(model: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """The modules that hold a weight, each with the name it has there."""
+    return [(m, key) for m in model.modules() for key, p in m._parameters.items() if p is weight]
 
 
 def free_key(places: list[tuple[nn.Module, str]]) -> str:

@@ -22,7 +22,8 @@ from .capture import tensors_of, unwrap
 from .errors import StateError
 from .plan import Plan
 from .processes import check_processes
-from .sliced import Block, check_same, refresh
+from .quantized import quantized_in
+from .sliced import Beside, Block, check_extra, check_same, refresh
 
 NAME = "_s2ft_state"
 _live: "weakref.WeakSet[State]" = weakref.WeakSet()
@@ -104,12 +105,16 @@ class State:
         self._hook = model.register_load_state_dict_pre_hook(_check_loaded)
         self._keep_names(model)
 
-    def uninstall(self, model: nn.Module) -> None:
-        """The inverse: no delta is among the model's parameters, and its modules have the classes they had."""
+    def uninstall(self, model: nn.Module, trained: bool = False) -> None:
+        """The inverse: no delta is among the model's parameters, and its modules have the classes they had. trained:
+        but for the slices beside weights that cannot take them, which stay where they are, and count."""
         if self._hook is not None:
             self._hook.remove()
         for block in self.blocks:
-            block.uninstall()
+            if trained and isinstance(block, Beside):
+                block.active = True
+            else:
+                block.uninstall()
         self._restore_names(model)
         model.__dict__.pop(NAME, None)
 
@@ -144,6 +149,8 @@ def _check_loaded(model: nn.Module, state_dict, prefix, *_) -> None:
     state = find_state(model)
     if state is None:
         return
+    for weight in quantized_in(model).values():
+        check_extra(weight, state_dict, prefix)
     blocks, now = {b.name: b for b in state.blocks}, dict(model.named_parameters())
     known = {*now, *(n for n, _ in model.named_buffers())}
     absent = [n for n in blocks if prefix + n not in state_dict and prefix + blocks[n].delta_name not in state_dict]
@@ -206,7 +213,7 @@ def _arranged(model: nn.Module, trained: bool) -> Iterator[None]:
     finally:
         state.move(back=False)
         for block in state.blocks:
-            block.seen = None
+            block.adopt()
         state.set_active(True)
         refresh(state.blocks)
 
@@ -225,7 +232,7 @@ def _to_base_order(state: State, trained: bool) -> None:
     else:
         state.refresh()
         for block in state.blocks:
-            block.write(block.backup)
+            block.put(trained=False)
     state.set_active(False)
     state.move(back=True)
 
@@ -240,7 +247,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     """Context in which the model is a plain one in the base model's order, with the trained weights in place."""
     state, module = state_of(model), unwrap(model)
     with _arranged(model, trained=True):
-        state.uninstall(module)
+        state.uninstall(module, trained=True)
         try:
             yield
         finally:
@@ -248,10 +255,17 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 
 def release(model: nn.Module) -> None:
-    """Turns a prepared model into a plain one: original order, trained weights, what was frozen trains again."""
+    """Turns a prepared model into a plain one: original order, trained weights, what was frozen trains again.
+
+    Quantized weights cannot take their slices, which stay beside them, frozen: as after `exporters.load_adapter` into
+    such a model.
+    """
     state, module = state_of(model), unwrap(model)
     _to_base_order(state, trained=True)
-    state.uninstall(module)
+    state.uninstall(module, trained=True)
+    for block in state.blocks:
+        if isinstance(block, Beside):
+            block.delta.requires_grad_(False).grad = None
     now = dict(module.named_parameters())
     for name in state.frozen:
         now[name].requires_grad_(True)

@@ -67,7 +67,8 @@ class Analysis:
     heads: the axes that attention products run over in parallel (heads, kv groups, queries per group).
     free: the axes that may be permuted. tied: other names of a parameter -> the name it is listed under.
     depths: parameter -> how far down the model it is first used; layers are told apart and ordered by it.
-    unread: the parameters that no trace reads. statistics: buffers that are permuted with parameters.
+    unread: the parameters that no trace reads. statistics: buffers that are permuted with parameters. elsewhere: the
+    quantized weights that something else than their own layers reads.
     """
 
     couplings: tuple[Coupling, ...]
@@ -79,6 +80,7 @@ class Analysis:
     depths: Mapping[str, int] = field(repr=False, default_factory=dict)
     unread: frozenset[str] = field(repr=False, default=frozenset())
     statistics: frozenset[str] = field(repr=False, default=frozenset())
+    elsewhere: frozenset[str] = field(repr=False, default=frozenset())
 
     def roles(self) -> Counter[str]:
         """How many members each role has."""

@@ -27,6 +27,7 @@ from s2ft_compile.passes.permute import moves_for
 from .capture import inference_mode_of, unwrap
 from .errors import ConfigError, StateError, VerificationError
 from .examples import Inputs, resized, several
+from .quantized import Quantized, stand_ins
 from .state import find_state
 from .structure import Analysis, Coupling
 
@@ -100,13 +101,17 @@ def verify(model: nn.Module, example_inputs: Any, analysis: Analysis, seed: int 
         raise ConfigError(
             "a model on the meta device has no weights to verify; load them, or call analyze without verify"
         )
-    with inference_mode_of(model), torch.no_grad():
+    with stand_ins(model, _dequantized), inference_mode_of(model), torch.no_grad():
         made = [
             replace(verification, where=where)
             for i, inputs in enumerate(several(example_inputs))
             for verification, where in _verified(model, inputs, f"with example {i + 1}" if i else "", analysis, seed)
         ]
     return replace(next((v for v in made if not v.ok), made[0]), calls=len(made))
+
+
+def _dequantized(weight: Quantized) -> nn.Parameter:
+    return nn.Parameter(weight.values(), requires_grad=False)
 
 
 def _verified(

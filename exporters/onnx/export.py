@@ -23,6 +23,7 @@ from s2ft_compile.errors import CaptureError, ConfigError, ExportError
 from s2ft_compile.exporters.adapter import untrained
 from s2ft_compile.exporters.files import new_files
 from s2ft_compile.exporters.merged import plain
+from s2ft_compile.quantized import check_not_quantized
 
 from .adapter import places_of, probe
 from .cache import stepping
@@ -75,6 +76,7 @@ def export_onnx(
     target, module = Path(path), unwrap(model)
     _check_options(target, module, cache, names, opset)
     check_bits(quantize)
+    check_not_quantized(module, "export_onnx")
     inputs = Inputs(*pytree.tree_map(_widened, tuple(arguments(example_inputs))))
     places = [] if adapters == "merged" else places_of(model, adapters)
     beside = [target.with_name(FILE)] if names == GENAI else []

@@ -138,12 +138,13 @@ class Head(NamedTuple):
         return tuple(found)
 
 
-def chunk_loss(graph: fx.Graph) -> int:
+def chunk_loss(graph: fx.Graph, trains: bool = False) -> int:
     """Rewrites a dynamo graph in place; returns how many losses are chunked. Outputs that were their logits are None.
 
-    Where nothing trains, nothing matches or something else reads the logits, nothing changes; a warning says why.
+    trains: whether slices beside its weights train; those that are attached are seen. Where nothing trains, nothing
+    matches or something else reads the logits, nothing changes; a warning says why.
     """
-    if not any(str(n.target).startswith("s2ft.attach") for n in graph.nodes):
+    if not trains and not any(str(n.target).startswith("s2ft.attach") for n in graph.nodes):
         return 0
     output = graph.output_node()
     chunked, dropped = 0, set()

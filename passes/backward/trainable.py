@@ -19,6 +19,7 @@ from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.editor import Mismatch
 from s2ft_compile.passes.select.select import Selection
+from s2ft_compile.quantized import stand_ins
 from s2ft_compile.recording import Recorder, as_before, exporting
 
 from .attach import ATTACH, TAKE, attach
@@ -33,7 +34,9 @@ def trainable(
 ) -> tuple[Selection, ...]:
     """The selections whose gradients have slice rules. A weight that is targeted by its name, or all of which a target
     consists, raises `ConfigError`; others of a role are left out, with a line in the log."""
-    refused = refused_gradients(model, example_inputs, [(s.parameter_name, s.dim) for s in selections])
+    with stand_ins(model) as quantized:
+        places = [(s.parameter_name, s.dim) for s in selections if s.parameter_name not in quantized]
+        refused = refused_gradients(model, example_inputs, places)
     left = tuple(s for s in selections if (s.parameter_name, s.dim) not in refused)
     for s in selections:
         why = refused.get((s.parameter_name, s.dim))
@@ -46,13 +49,15 @@ def trainable(
 
 def refused_gradients(model: nn.Module, example_inputs: Any, places: Sequence[Place]) -> dict[Place, Mismatch]:
     """The places (parameter, dim) whose gradient has no slice rule -> why."""
+    if not places:
+        return {}
     try:
         graph = _joint_graph(model, example_inputs, places)
     except Exception as error:  # tracing raises many unrelated types
         log.info("gradients could not be looked at before the first step: %s: %s", type(error).__name__, error)
         return {}
     gradients = graph.output_node().args[0]
-    gradients = gradients[-len(places) :] if places else []
+    gradients = gradients[-len(places) :]
     slicer, refused = Slicer(graph), {}
     for node in graph.find_nodes(op="call_function", target=ATTACH):
         node.replace_all_uses_with(node.args[0])

@@ -67,6 +67,7 @@ def couple(captured: Captured, *others: Captured) -> Analysis:
         tied=captured.tied,
         depths=dict(ChainMap(*map(_depths, (captured, *others)))),
         statistics=frozenset(statistics),
+        elsewhere=frozenset().union(*(c.elsewhere for c in (captured, *others))),
         unread=frozenset(captured.shapes) - {name for inference in inferences for name in inference.used},
     )
 

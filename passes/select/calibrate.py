@@ -14,16 +14,19 @@ the operator that made it. The model runs in eval mode and is left as it was.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from s2ft_compile.capture import arguments, inference_mode_of
 from s2ft_compile.config import SELECTIONS, looks_at_data
 from s2ft_compile.errors import ConfigError
+from s2ft_compile.quantized import Quantized, quantized_in
 
 from .lean_saving import lean_saving
 from .products import Uses
@@ -45,12 +48,13 @@ def calibrate(
     """
     check(selection, batches)
     places = list(places)
-    weights = {name: model.get_parameter(name) for name, _ in places}
+    quantized = quantized_in(model)
+    weights = {name: quantized.get(name) or model.get_parameter(name) for name, _ in places}
     gradients, score = SELECTIONS[selection] == "gradients", SCORES[selection]
     if not gradients:
-        weights = {name: w for name, w in weights.items() if w.ndim > 1}
+        weights = {name: w for name, w in weights.items() if len(w.shape) > 1}
     sums = {
-        (name, dim): torch.zeros(weights[name].shape[dim], dtype=torch.float64, device=weights[name].device)
+        (name, dim): torch.zeros(weights[name].shape[dim], dtype=torch.float64, device=_device(weights[name]))
         for name, dim in dict.fromkeys(places)
         if name in weights
     }
@@ -61,7 +65,8 @@ def calibrate(
             if gradients:
                 _add_gradients(model, weights, sums, score, batch, loss)
             else:
-                with torch.no_grad(), Uses(weights, sums, score):
+                plain = {name: w for name, w in weights.items() if name not in quantized}
+                with torch.no_grad(), Uses(plain, sums, score) as uses, _seen(model, weights, uses):
                     _call(model, batch)
     if not count:
         raise ConfigError("calibration has no batches; pass a list of tuples or dicts of the forward's arguments")
@@ -98,7 +103,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 def _add_gradients(
     model: nn.Module,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | Quantized],
     sums: Mapping[Place, Tensor],
     score: Callable[[Tensor, int], Tensor],
     batch: Any,
@@ -106,7 +111,8 @@ def _add_gradients(
 ) -> None:
     """Every weight that is asked for becomes a leaf of its own, whose gradient is reduced and dropped as soon as it is
     complete; all others are constants, so that nothing is computed below the first leaf."""
-    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    quantized = {name: w for name, w in weights.items() if isinstance(w, Quantized)}
+    leaves = {name: (w.hollow() if name in quantized else w.detach()).requires_grad_() for name, w in weights.items()}
     totals: dict[str, list[tuple[int, Tensor]]] = {}
     for (name, dim), total in sums.items():
         totals.setdefault(name, []).append((dim, total))
@@ -118,15 +124,75 @@ def _add_gradients(
 
     for name, leaf in leaves.items():
         leaf.register_post_accumulate_grad_hook(partial(reduce, name))
-    frozen = {name: p.detach() for name, p in model.named_parameters()}
+    kept = quantized_in(model)
+    frozen = {name: p.detach() for name, p in model.named_parameters() if name not in kept}
+    given = {name: leaf for name, leaf in leaves.items() if name not in quantized}
     args, kwargs = arguments(batch)
     with torch.enable_grad():
-        with lean_saving([*frozen.values(), *model.buffers()]):
-            output = torch.func.functional_call(model, {**frozen, **leaves}, args, kwargs)
+        with lean_saving([*frozen.values(), *model.buffers()]), _tapped(model, quantized, leaves):
+            output = torch.func.functional_call(model, {**frozen, **given}, args, kwargs)
             value = _loss_of(model, output, batch, loss)
         del output
         if value.requires_grad:  # else it does not depend on any of them
             torch.autograd.backward(value, inputs=list(leaves.values()))
+
+
+# --- quantized weights: their layers' inputs and outputs -------------------------------------------------------------
+
+
+def _device(weight: Tensor | Quantized) -> torch.device:
+    return weight.held.device if isinstance(weight, Quantized) else weight.device
+
+
+@contextmanager
+def _hooked(model: nn.Module, weights: Iterable[Tensor | Quantized], hook: Callable) -> Iterator[None]:
+    """Context: what the layers of quantized weights give goes through hook(weight, layer, x, y)."""
+    by_id = {id(w.held): w for w in weights if isinstance(w, Quantized)}
+    handles = [
+        layer.register_forward_hook(lambda layer, args, y, weight=by_id[id(p)]: hook(weight, layer, args[0], y))
+        for layer in model.modules()
+        for p in layer._parameters.values()
+        if id(p) in by_id
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _seen(model: nn.Module, weights: Mapping[str, Tensor | Quantized], uses: Uses):
+    """Context: a quantized weight's products count as those of its values, which exist for one product at a time."""
+
+    def count(weight: Quantized, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        with _disable_current_modes():
+            uses.add_linear(weight.name, weight.values(), x, y, layer.bias)
+
+    return _hooked(model, weights.values(), count)
+
+
+def _tapped(model: nn.Module, weights: Mapping[str, Quantized], leaves: Mapping[str, Tensor]):
+    """Context: each leaf gets the gradient that its quantized weight's values would have."""
+
+    def tap(weight: Quantized, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return _Tap.apply(y, x, leaves[weight.name])
+
+    return _hooked(model, weights.values(), tap)
+
+
+class _Tap(torch.autograd.Function):
+    """y = x Wᵀ as it is, with the gradient of W going to a leaf of its shape."""
+
+    @staticmethod
+    def forward(ctx, y, x, leaf):
+        ctx.save_for_backward(x)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        made = grad.flatten(0, -2).mT @ x.to(grad.dtype).flatten(0, -2)
+        return grad, None, made
 
 
 def _loss_of(model: nn.Module, output: Any, batch: Any, loss: Loss | None) -> Tensor:

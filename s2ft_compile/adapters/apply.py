@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from s2ft_compile.errors import AdapterError
 from s2ft_compile.fingerprint import samples_of
 from s2ft_compile.plan import Slice
+from s2ft_compile.quantized import Values, quantized_in
 from s2ft_compile.sliced import base_parameters
 
 from .format import Adapter, check_base, check_slice
@@ -15,11 +16,11 @@ from .format import Adapter, check_base, check_slice
 
 def check_fits(module: nn.Module, adapter: Adapter) -> None:
     """That a plain model is the adapter's base, its blocks untouched, and can hold the sums. Raises `AdapterError`."""
-    check_base(adapter, samples_of(module), f"a {type(module).__name__} in {dtypes_of(module)}")
-    weights = dict(module.named_parameters())
+    values, samples = Values(module), samples_of(module)
+    check_base(adapter, samples, f"a {type(module).__name__} in {dtypes_of(module)}", values.quantized)
     for s in adapter.slices:
-        W = weights[s.parameter_name]
-        check_slice(adapter, s, W)
+        W = values[s.parameter_name]
+        check_slice(adapter, s, W, samples[s.parameter_name] if s.parameter_name in values.quantized else None)
         check_finite(s.parameter_name, summed(W, [(s, 1.0)])[2])
 
 
@@ -40,8 +41,9 @@ def overflow_of(block: Tensor) -> str:
 
 
 def dtypes_of(module: nn.Module) -> str:
-    """The types of a model's own parameters, for a person: `bfloat16 and float32`."""
-    own = {str(p.dtype) for p in base_parameters(module).values()}
+    """The types of a model's own parameters that are not quantized, for a person: `bfloat16 and float32`."""
+    quantized = quantized_in(module)
+    own = {str(p.dtype) for name, p in base_parameters(module).items() if name not in quantized}
     return " and ".join(sorted(own)).replace("torch.", "")
 
 

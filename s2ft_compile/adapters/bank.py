@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import AdapterError, StateError
 from s2ft_compile.plan import Slice
+from s2ft_compile.quantized import check_not_quantized
 from s2ft_compile.state import is_prepared
 
 from .apply import check_fits, summed
@@ -60,6 +61,7 @@ class AdapterBank:
                 "s2ft.release(model), or load the base model again"
             )
         self.model = unwrap(model)
+        check_not_quantized(self.model, "an AdapterBank")
         self.active: tuple[str, ...] = ()  # the names whose sum the weights hold
         self._adapters: dict[str, Adapter] = {}  # on the model's device
         self._blocks: dict[str, Blocks] = {}  # of those that were activated

@@ -14,7 +14,8 @@ allocated, and everything else before a model is touched.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,14 +65,20 @@ def ascending(plan: Plan) -> Plan:
 
 
 def describe_base(
-    kind: str, dtype: str, samples: Mapping[str, str], blocks: Mapping[str, str], named: Mapping[str, str] = {}
+    kind: str,
+    dtype: str,
+    samples: Mapping[str, str],
+    blocks: Mapping[str, str],
+    named: Mapping[str, str] = {},
+    quantized: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The samples tell base models apart; blocks that were trained are hashed whole, so that no sum is made twice.
 
-    named: what `named_base` says.
+    named: what `named_base` says. quantized: the names of weights that are, and whose blocks are their samples.
     """
     return {
         **named,
+        **({"quantized": list(quantized)} if quantized else {}),
         "class": kind,
         "dtype": dtype,
         "fingerprint": combined(samples),
@@ -199,6 +206,9 @@ def _read_plan(folder: Path, config: Mapping[str, Any]) -> Plan:
         or combined(samples) != plan.fingerprint
     ):
         raise AdapterError(f"{folder / CONFIG}: the samples of the base model do not make its fingerprint")
+    quantized = base.get("quantized", [])
+    if not isinstance(quantized, list) or not all(isinstance(name, str) and name in samples for name in quantized):
+        raise AdapterError(f"{folder / CONFIG}: the quantized weights are not a list of the base model's names")
     return plan
 
 
@@ -246,12 +256,14 @@ def _check_delta(s: Slice, dtypes: Mapping[str, str]) -> None:
 # --- against a base model ----------------------------------------------------------------------------------
 
 
-def check_base(adapter: Adapter, fingerprints: Mapping[str, str], what: str) -> None:
+def check_base(adapter: Adapter, fingerprints: Mapping[str, str], what: str, quantized: Collection[str] = ()) -> None:
     """That what has these samples is the adapter's base: what both have is the same, and every slice is there.
 
-    A checkpoint may hold buffers besides parameters, and a tied weight once or twice.
+    A checkpoint may hold buffers besides parameters, and a tied weight once or twice. quantized: names of weights that
+    are. Where the adapter's base was quantized and this is not, everything else is compared, and a warning says so.
     """
-    theirs = adapter.base["samples"]
+    widened = {name for name in adapter.base.get("quantized", ()) if name in fingerprints and name not in quantized}
+    theirs = {name: sample for name, sample in adapter.base["samples"].items() if name not in widened}
     absent = [s.parameter_name for s in adapter.slices if s.parameter_name not in fingerprints]
     differ = absent + [name for name in theirs if name in fingerprints and fingerprints[name] != theirs[name]]
     if differ:
@@ -262,6 +274,14 @@ def check_base(adapter: Adapter, fingerprints: Mapping[str, str], what: str) -> 
             f"{', ...' if len(differ) > 3 else ''}{_alike(differ[0], fingerprints, adapter) if absent else ''}"
         )
 
+    if widened:
+        warnings.warn(
+            f"{adapter.source} was trained beside quantized weights, and those of {what} are not: {len(widened)} "
+            f"weights differ from what it was trained with by their quantization error, and so do the outputs. The "
+            f"same quantized model gives what was trained",
+            stacklevel=3,
+        )
+
 
 def _alike(name: str, fingerprints: Mapping[str, str], adapter: Adapter) -> str:
     """What is named like a missing weight but for a prefix: the same weights of another class have such names."""
@@ -269,8 +289,9 @@ def _alike(name: str, fingerprints: Mapping[str, str], adapter: Adapter) -> str:
     return f"; it has {alike[0]}: save it as a {adapter.base.get('class')}, whose names these are" if alike else ""
 
 
-def check_slice(adapter: Adapter, s: Slice, W: Tensor) -> None:
-    """That the slice is one of `W`, in base order, and that its block there is what was trained."""
+def check_slice(adapter: Adapter, s: Slice, W: Tensor, sample: str | None = None) -> None:
+    """That the slice is one of `W`, in base order, and that its block there is what was trained. sample: of a quantized
+    weight, whose values are W."""
     where = f"adapter slice {s.parameter_name!r}"
     if tuple(W.shape) != s.shape:
         raise AdapterError(f"{where}: a parameter of shape {s.shape}; the model has {tuple(W.shape)}")
@@ -279,7 +300,9 @@ def check_slice(adapter: Adapter, s: Slice, W: Tensor) -> None:
             f"{where}: {str(W.dtype).removeprefix('torch.')} weights cannot take a delta; valid: "
             f"float64, float32, bfloat16, float16"
         )
-    if hash_of_block(W, s) != adapter.base["blocks"].get(s.parameter_name):
+    if sample is None and s.parameter_name in adapter.base.get("quantized", ()):
+        return  # `check_base` has warned
+    if (sample or hash_of_block(W, s)) != adapter.base["blocks"].get(s.parameter_name):
         raise AdapterError(
             f"{where}: the model has other values there than the base model; was an adapter loaded "
             f"into it before, or was it trained?"

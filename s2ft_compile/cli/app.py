@@ -96,6 +96,7 @@ def estimate(
     dtype: Annotated[
         str, typer.Option(help="Type of the weights: auto (the configuration's), or float32, bfloat16, float16.")
     ] = "auto",
+    quantize: Annotated[str, typer.Option(help="As for `s2ft train`: nf4, int8 or fp8.")] = "none",
     activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
     logits: Annotated[bool, typer.Option(help="Whether a step returns its logits; `s2ft train` does not.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print bytes as JSON.")] = False,
@@ -108,7 +109,7 @@ def estimate(
 
         how = CompileOptions(activation_budget=activation_budget, logits=logits)
         with err.status(f"compiling {model} without weights"):
-            made = estimate_folder(model, batch, seq, dtype, S2FTConfig(parse_targets(targets)), how)
+            made = estimate_folder(model, batch, seq, dtype, S2FTConfig(parse_targets(targets)), how, quantize)
         if as_json:
             print(json.dumps({**asdict(made), "total": made.total}))
         else:
@@ -234,6 +235,9 @@ def train(
     dtype: Annotated[
         str, typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16 or float16.")
     ] = "auto",
+    quantize: Annotated[
+        str, typer.Option(help="Quantize the frozen linear layers while they are loaded: nf4, int8 or fp8.")
+    ] = "none",
     inner: Annotated[
         str, typer.Option(help="What compiles the rewritten graph: inductor, aot_eager or eager.")
     ] = "inductor",
@@ -320,7 +324,7 @@ def export_merged(model: Model, adapter: Adapter, output: Output, dtype: Dtype =
 
         with err.status("merging"), new_directory(output) as work:
             tokenizer = _tokenizer(model)
-            write_merged(_adapted(model, adapter, dtype), work)
+            write_merged(_adapted(model, adapter, dtype), work, dequantize=True)
             if tokenizer:
                 tokenizer.save_pretrained(work)
         out.print(f"merged model: {output}")
@@ -334,11 +338,9 @@ def export_adapter(model: Model, adapter: Adapter, output: Output, dtype: Dtype 
         from s2ft_compile.exporters import load_adapter
         from s2ft_compile.exporters.files import new_directory
 
-        from .data import load_model
-
         with err.status("checking"), new_directory(output) as work:
             folder = adapter_folder(adapter)
-            plan = load_adapter(load_model(model, dtype or _trained_dtype(adapter)), folder)
+            plan = load_adapter(_base(model, adapter, dtype), folder)
             for file in (f for f in folder.iterdir() if f.is_file()):
                 shutil.copyfile(file, work / file.name)
             read_adapter(work)  # whose checksums tell whether the copy is whole
@@ -411,10 +413,8 @@ def export_lora(
     with reported(err, debug):
         from s2ft_compile.exporters import save_lora
 
-        from .data import load_model
-
         with err.status("converting"):
-            base = load_model(model, dtype or _trained_dtype(adapter))
+            base = _base(model, adapter, dtype)
             number = int(ranks) if ranks.isdecimal() else ranks
             save_lora(base, output, layout, number, adapter=adapter_folder(adapter), truncate=truncate)
         size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
@@ -427,10 +427,8 @@ def export_shira(model: Model, adapter: Adapter, output: Output, dtype: Dtype = 
     with reported(err, debug):
         from s2ft_compile.exporters import save_shira
 
-        from .data import load_model
-
         with err.status("converting"):
-            save_shira(load_model(model, dtype or _trained_dtype(adapter)), output, adapter=adapter_folder(adapter))
+            save_shira(_base(model, adapter, dtype), output, adapter=adapter_folder(adapter))
         out.print(f"SHiRA: {output}")
 
 
@@ -542,13 +540,13 @@ def _export_separate(
 ) -> None:
     from s2ft_compile.exporters import export_onnx, save_onnx_adapter
 
-    from .data import example_inputs, load_model
+    from .data import example_inputs
 
     if adapter is None:
         raise ConfigError("--separate makes room for an adapter; name it with --adapter")
     folder, file = adapter_folder(adapter), output.with_suffix(".onnx_adapter")
     with err.status("exporting"):
-        base = load_model(model, dtype or _trained_dtype(adapter))
+        base = _base(model, adapter, dtype)
         save_onnx_adapter(base, file, adapter=folder, **names)
         try:
             export_onnx(base, output, example_inputs(base), [folder], **options)
@@ -566,7 +564,7 @@ def _adapted(model: str, adapter: Path | None, dtype: str | None):
 
     if adapter is None:
         return load_model(model, dtype or "auto")
-    folder, loaded = adapter_folder(adapter), load_model(model, dtype or _trained_dtype(adapter))
+    folder, loaded = adapter_folder(adapter), _base(model, adapter, dtype)
     load_adapter(loaded, folder)
     return loaded
 
@@ -601,12 +599,16 @@ def _checkpoint_folder(model: str) -> Path:
         raise ConfigError(f"{model} is no folder, and no hub id that can be reached: {first_line(error)}") from error
 
 
-def _trained_dtype(run: Path) -> str:
-    """The type that a training run loaded its base model in: an adapter fits those weights only."""
+def _base(model: str, adapter: Path, dtype: str | None):
+    """The base model as the training run that left the adapter loaded it: an adapter fits those weights only."""
+    from .data import load_model
+
     try:
-        return json.loads((run / "metrics.json").read_text())["options"]["dtype"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "auto"  # an adapter by itself does not say
+        options = json.loads((adapter / "metrics.json").read_text())["options"]
+        trained, quantize = options["dtype"], options.get("quantize", "none")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        trained, quantize = "auto", "none"  # an adapter by itself does not say
+    return load_model(model, dtype or trained, quantize)
 
 
 def _save_beside(tokenizer, folder: Path) -> None:

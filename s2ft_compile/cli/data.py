@@ -9,8 +9,10 @@ tells that it looks at none before it.
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from s2ft_compile.errors import ConfigError
 from .records import Records
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE = ("none", "nf4", "int8", "fp8")
 IGNORE = -100  # the label that a cross-entropy skips
 
 
@@ -261,12 +264,39 @@ def model_class(config):
     return next((cls for name in names if (cls := getattr(transformers, name, None))), transformers.AutoModel)
 
 
-def load_model(model: str | Path, dtype: str = "auto") -> nn.Module:
-    """A model in eval mode, from a folder or hub id. dtype: `auto` (as stored) or the name of one."""
+def load_model(model: str | Path, dtype: str = "auto", quantize: str = "none") -> nn.Module:
+    """A model in eval mode, from a folder or hub id. dtype: `auto` (as stored) or the name of one. quantize: its linear
+    layers but the head, on the device that trains, a layer at a time."""
     check_choice("dtype", dtype, DTYPES)
     config = load_config(model)
+    how = quantization(quantize, getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype))
     with _one_line(model, "model"):
-        return _with_loss(model_class(config).from_pretrained(model, dtype=dtype).eval())
+        return _with_loss(model_class(config).from_pretrained(model, dtype=dtype, **how).eval())
+
+
+def quantization(quantize: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    """What `from_pretrained` is given to quantize. dtype: in which products are computed. Raises `ConfigError` for an
+    unknown way, or a library that is not here."""
+    check_choice("quantize", quantize, QUANTIZE)
+    if quantize == "none":
+        return {}
+    library = "bitsandbytes" if quantize == "nf4" else "torchao"
+    if find_spec(library) is None:
+        raise ConfigError(f"--quantize {quantize} needs {library}: pip install 's2ft-compile[quantized]'")
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if quantize == "nf4":
+        made: Any = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype or torch.float32,
+        )
+    else:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+        made = TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[quantize]())
+    return {"quantization_config": made, "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}}
 
 
 def load_structure(model: str | Path, dtype: str = "auto") -> nn.Module:

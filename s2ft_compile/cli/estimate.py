@@ -9,15 +9,20 @@ from torch import Tensor, nn
 from s2ft_compile.config import CompileOptions, S2FTConfig, check_choice
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.estimation import Estimate, estimate
+from s2ft_compile.planned import plan_quantization
 
-from .data import DTYPES, example_inputs, load_structure, takes_labels
+from .data import DTYPES, QUANTIZE, example_inputs, load_structure, takes_labels
 
 
 def estimate_folder(
-    model: str, batch: int, length: int, dtype: str, config: S2FTConfig, options: CompileOptions
+    model: str, batch: int, length: int, dtype: str, config: S2FTConfig, options: CompileOptions, quantize: str = "none"
 ) -> Estimate:
-    """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels."""
+    """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels. quantize: its
+    linear layers but the head, to one of `QUANTIZE`."""
+    check_choice("quantize", quantize, QUANTIZE)
     loaded, inputs = structure_and_step(model, batch, length, dtype)
+    if quantize != "none":
+        plan_quantization(loaded, quantize)
     return estimate(loaded, inputs, config, options)
 
 

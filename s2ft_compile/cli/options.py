@@ -14,7 +14,7 @@ from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.config import OPTIMIZERS, ROLES, CompileOptions, S2FTConfig, check_choice, is_glob
 from s2ft_compile.errors import ConfigError, ExportError
 
-from .data import DTYPES, load_config, model_class
+from .data import DTYPES, QUANTIZE, load_config, model_class
 from .records import Records, read_records
 
 COUNTS = ("batch_size", "grad_accum", "seq_len", "calibration_batches", "save_every", "keep")
@@ -28,10 +28,11 @@ class TrainOptions:
     """Everything `s2ft train` takes. steps: optimizer steps; None for `epochs` passes over the data. held_out: the
     share of the blocks that is only measured. batch_size: blocks in a forward. optimizer, lr: see `s2ft.optimizer`.
     calibration_batches: how many batches of the training blocks a selection looks at, if it looks at data.
-    activation_budget: see `CompileOptions`. by_layer: see `compile_layers`. warmup: steps, or below 1 a share of them;
-    None for a tenth, at most 10. clip: the largest norm of a step's gradients, 0 for none. save_every, eval_every: in
-    steps. keep: how many checkpoints. patience: evaluations without an improvement, after which the run ends with its
-    best deltas. resume: goes on from the last checkpoint in `output`. given: what was asked for, as it was written.
+    quantize: the linear layers but the head, while they are loaded (docs/quantized.md). activation_budget: see
+    `CompileOptions`. by_layer: see `compile_layers`. warmup: steps, or below 1 a share of them; None for a tenth, at
+    most 10. clip: the largest norm of a step's gradients, 0 for none. save_every, eval_every: in steps. keep: how many
+    checkpoints. patience: evaluations without an improvement, after which the run ends with its best deltas. resume:
+    goes on from the last checkpoint in `output`. given: what was asked for, as it was written.
     Raises `ConfigError` when it is made.
     """
 
@@ -47,6 +48,7 @@ class TrainOptions:
     grad_accum: int = 1
     seed: int = 0
     dtype: str = "auto"
+    quantize: str = "none"
     inner: str = "inductor"
     held_out: float = 0.05
     calibration_batches: int = 4
@@ -88,6 +90,7 @@ class TrainOptions:
         if self.eval_every and not self.held_out:
             raise ConfigError("eval_every needs data that is held out, and held_out is 0")
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("quantize", self.quantize, QUANTIZE)
         CompileOptions(self.inner, self.activation_budget)
 
     def total_steps(self, blocks: int) -> int:

@@ -33,6 +33,7 @@ from s2ft_compile.layers import compile_layers
 from s2ft_compile.optimizers import learning_rate, optimizer
 from s2ft_compile.plan import Plan
 from s2ft_compile.preparation import prepare
+from s2ft_compile.quantized import not_quantized
 from s2ft_compile.state import state_of
 
 from .data import Blocks, example_inputs, load_model, load_tokenizer, split, tokenize
@@ -58,7 +59,9 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
     _check_batches(training, options)
     with _folder(options) as work:
         with console.status("loading the model"):
-            model = load_model(options.model, options.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+            model = load_model(options.model, options.dtype, options.quantize)
+            if options.quantize == "none":
+                model.to("cuda" if torch.cuda.is_available() else "cpu")
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
             plan = _prepared(model, training, options, work)
@@ -217,7 +220,7 @@ def fit(
 ) -> list[float]:
     """Trains a prepared model, compiled, with Trainer, from its last checkpoint if it has one; each step's seconds."""
     steps = options.total_steps(len(blocks))
-    with _compiled(model, options):
+    with _compiled(model, options), not_quantized(model):  # which Trainer takes for a model that cannot train
         watch = _watch(bars, steps, options, work, _tokens(blocks, options))
         trainer = _trainer(model, blocks, held_out, options, work, steps, watch)
         start = last_checkpoint(work)

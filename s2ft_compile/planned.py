@@ -1,0 +1,76 @@
+"""Quantized weights that are only planned: what an estimate has in their place, on the `meta` device.
+
+They have the size of the real ones, and what training does with them: dequantized for each product, forward and
+backward, and gone after it.
+"""
+
+from math import ceil, prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .quantized import Kind, register
+
+# Bytes of a weight of n numbers in rows of k. nf4: half a byte, and a byte of scale for 64 numbers, which share 4 bytes
+# for 256 of them. The others: a byte, and a float32 scale for each row (int8 also has a byte for its zero).
+BYTES = {
+    "nf4": lambda n, k: n / 2 + n / 64 + 4 * n / (64 * 256),
+    "int8": lambda n, k: n + 5 * n / k,
+    "fp8": lambda n, k: n + 4 * n / k,
+}
+
+
+@torch.library.custom_op("s2ft::dequantized", mutates_args=())
+def _dequantized(weight: Tensor, out: int, dtype: torch.dtype, backward: bool) -> Tensor:
+    raise NotImplementedError("only planned")
+
+
+@_dequantized.register_fake
+def _(weight, out, dtype, backward):
+    return weight.new_empty((out, weight.shape[1]), dtype=dtype)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, out):
+        ctx.save_for_backward(weight)
+        ctx.out = out
+        return F.linear(x, torch.ops.s2ft.dequantized(weight, out, x.dtype, False))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return grad @ torch.ops.s2ft.dequantized(weight, ctx.out, grad.dtype, True), None, None
+
+
+class Planned(nn.Linear):
+    """weight: uint8, of as many bytes as the quantized one has, for each column as many."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Product.apply(x, self.weight, self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+def plan_quantization(model: nn.Module, to: str) -> None:
+    """Has the linear layers of a model on the meta device but its output embedding planned as quantized, in place. to:
+    one of `BYTES`."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer is not head:
+            n, k = prod(layer.weight.shape), layer.in_features
+            layer.values_dtype = layer.weight.dtype
+            packed = torch.empty((ceil(BYTES[to](n, k) / k), k), dtype=torch.uint8, device="meta")
+            layer.weight = nn.Parameter(packed, requires_grad=False)
+            layer.__class__ = Planned
+
+
+def _is_planned(layer: nn.Module, key: str) -> bool:
+    return isinstance(layer, Planned) and key == "weight"
+
+
+def _values(layer: nn.Module, key: str) -> Tensor:
+    return torch.empty(layer.out_features, layer.in_features, dtype=layer.values_dtype, device="meta")
+
+
+register(Kind("planned", _is_planned, lambda layer, key: layer.values_dtype, _values))

@@ -1,0 +1,284 @@
+"""What a quantized weight is: how its shape, type and values are had. A row of `KINDS` for each way to quantize one.
+
+A quantized weight is never written, and only its own layer can read it. So everything here that wants a weight's values
+asks for them one at a time (`values_of`), and what only wants its shape, such as a trace, sees an ordinary linear layer
+with an ordinary weight of no size (`stand_ins`).
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import ExportError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to quantize the weight of a layer.
+
+    holds: (layer, name of one of its parameters) -> whether that is a weight of this kind. dtype: of a layer's values.
+    values: a layer's, dequantized: a new tensor (out, in). settle: makes the library keep the weight as it is, where it
+    would rearrange it between two forwards.
+    """
+
+    name: str
+    holds: Callable[[nn.Module, str], bool]
+    dtype: Callable[[nn.Module, str], torch.dtype]
+    values: Callable[[nn.Module, str], Tensor]
+    settle: Callable[[nn.Module], None] = lambda layer: None
+
+
+def _made_by(layer: nn.Module, library: str, name: str) -> bool:
+    return any(c.__name__ == name and c.__module__.split(".")[0] == library for c in type(layer).__mro__)
+
+
+def _dequantizes_itself(layer: nn.Module, key: str) -> bool:
+    """Whether it is a tensor of a class that is made of others and knows its values, such as those of torchao."""
+    classes = type(layer._parameters[key]).__mro__
+    own = [vars(c) for c in classes[: classes.index(Tensor)]]
+    return any("dequantize" in c for c in own) and any("__tensor_flatten__" in c for c in own)
+
+
+def _values_4bit(layer: nn.Module, key: str) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    _settle_4bit(layer)
+    weight = layer._parameters[key]
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
+def _settle_4bit(layer: nn.Module) -> None:
+    """On some CPUs a forward in eval mode rounds the scales, and the layer does not train afterwards."""
+    if getattr(layer._parameters["weight"].quant_state, "packing_format_for_cpu", False):
+        layer.state_dict()  # which turns it back
+    layer.support_avx512bf16_for_cpu = False
+
+
+def _values_8bit(layer: nn.Module, key: str) -> Tensor:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    weight = layer._parameters[key]
+    scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+    return int8_vectorwise_dequant(weight.data, scales)
+
+
+KINDS: list[Kind] = [
+    Kind(
+        "a tensor that dequantizes itself",
+        _dequantizes_itself,
+        lambda layer, key: layer._parameters[key].dtype,
+        lambda layer, key: layer._parameters[key].dequantize(),
+    ),
+    Kind(
+        "bitsandbytes 4-bit",
+        lambda layer, key: (
+            key == "weight"
+            and _made_by(layer, "bitsandbytes", "Linear4bit")
+            and getattr(layer._parameters[key], "quant_state", None) is not None
+        ),
+        lambda layer, key: layer._parameters[key].quant_state.dtype,
+        _values_4bit,
+        _settle_4bit,
+    ),
+    Kind(
+        "bitsandbytes 8-bit",
+        lambda layer, key: (
+            key == "weight"
+            and _made_by(layer, "bitsandbytes", "Linear8bitLt")
+            and layer._parameters[key].dtype == torch.int8
+        ),
+        lambda layer, key: torch.float32,
+        _values_8bit,
+    ),
+]
+
+
+def register(kind: Kind) -> None:
+    """Adds a way to quantize weights. It is asked before those that are known."""
+    KINDS.insert(0, kind)
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A quantized weight. layer, key: the (first) module that holds it, and its name there."""
+
+    name: str
+    layer: nn.Module
+    key: str
+    kind: Kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values."""
+        linear = isinstance(self.layer, nn.Linear)
+        return (self.layer.out_features, self.layer.in_features) if linear else tuple(self.held.shape)
+
+    @property
+    def held(self) -> nn.Parameter:
+        return self.layer._parameters[self.key]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kind.dtype(self.layer, self.key)
+
+    @property
+    def is_linear(self) -> bool:
+        return isinstance(self.layer, nn.Linear) and self.key == "weight"
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """Dequantized: a new tensor."""
+        return self.kind.values(self.layer, self.key).detach()
+
+    def hollow(self) -> nn.Parameter:
+        """A tensor of the values' shape, type and device that has one element in memory."""
+        one = torch.zeros((), dtype=self.dtype, device=self.held.device)
+        return nn.Parameter(one.expand(self.shape), requires_grad=False)
+
+    def saved(self) -> dict[str, Tensor]:
+        """What the layer's `state_dict` holds of it, by the names it has there."""
+        saved: dict[str, Tensor] = {}
+        self.layer.state_dict(destination=saved)
+        return {n: t for n, t in saved.items() if n == self.key or n not in self.layer._parameters}
+
+
+def _flat(tensors) -> Iterator[tuple[str, Tensor]]:
+    for name, t in tensors:
+        if hasattr(t, "__tensor_flatten__"):
+            yield from _flat((f"{name}.{part}", getattr(t, part)) for part in t.__tensor_flatten__()[0])
+        else:
+            yield name, t
+
+
+def same_parts(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, plain or made of others, hold the same."""
+    ours, theirs = dict(_flat([("", a)])), dict(_flat([("", b)]))
+    return ours.keys() == theirs.keys() and all(
+        t.shape == theirs[n].shape and t.dtype == theirs[n].dtype and torch.equal(t, theirs[n].to(t.device))
+        for n, t in ours.items()
+    )
+
+
+def sampled(weight: Quantized, sample: Callable[[Tensor], str]) -> str:
+    """128 bits (hex) of a quantized weight's kind, shape, type, and samples of its parts."""
+    parts = sorted(_flat(weight.saved().items()))
+    text = f"{weight.shape} {weight.dtype}" + "".join(f"\n{name} {sample(t)}" for name, t in parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def settle(layer: nn.Module, key: str) -> None:
+    """Makes the library keep a quantized weight as it is from now on."""
+    if kind := kind_of(layer, key):
+        kind.settle(layer)
+
+
+def kind_of(layer: nn.Module, key: str) -> Kind | None:
+    return next((kind for kind in KINDS if kind.holds(layer, key)), None)
+
+
+def quantized_in(model: nn.Module) -> dict[str, Quantized]:
+    """The quantized weights of a model, by (first) name."""
+    found: dict[int, Quantized] = {}
+    for path, layer in model.named_modules():
+        for key, parameter in layer._parameters.items():
+            if parameter is not None and id(parameter) not in found and (kind := kind_of(layer, key)):
+                found[id(parameter)] = Quantized(f"{path}.{key}" if path else key, layer, key, kind)
+    return {weight.name: weight for weight in found.values()}
+
+
+class Values(Mapping[str, Tensor]):
+    """A model's parameters by name, a quantized one as its values, made anew whenever it is asked for. own: as they
+    are. quantized: what is known of those that are."""
+
+    def __init__(self, model: nn.Module):
+        self.own, self.quantized = dict(model.named_parameters()), quantized_in(model)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.quantized[name].values() if name in self.quantized else self.own[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.quantized[name].dtype if name in self.quantized else self.own[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.quantized[name].shape if name in self.quantized else tuple(self.own[name].shape)
+
+
+def check_not_quantized(model: nn.Module, what: str) -> None:
+    """Raises `ExportError`. what: takes no quantized weights."""
+    if found := quantized_in(model):
+        raise ExportError(
+            f"{what} takes no quantized weights yet, and {next(iter(found))} ({len(found)} in all) is quantized; "
+            f"s2ft.exporters.save_merged(model, directory, dequantize=True) writes an ordinary model, and save_adapter "
+            f"what was trained, for the base model without quantization"
+        )
+
+
+# what transformers and accelerate know a quantized model by
+MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
+
+
+@contextmanager
+def not_quantized(model: nn.Module) -> Iterator[None]:
+    """Context in which transformers takes a model for one that is not quantized: one that its Trainer trains, and that
+    is saved as an ordinary one."""
+    marked = [(model, name) for name in MARKS] + [(getattr(model, "config", None), "quantization_config")]
+    kept = [(owner, name, vars(owner).pop(name)) for owner, name in marked if owner is not None and name in vars(owner)]
+    try:
+        yield
+    finally:
+        for owner, name, value in kept:
+            vars(owner)[name] = value
+
+
+class StandIn(nn.Linear):
+    """A linear layer that takes its input in any type, as quantized ones do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if weight.dtype != x.dtype:
+            weight = weight.to(x.dtype)
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return F.linear(x, weight, bias)
+
+
+@contextmanager
+def stand_ins(
+    model: nn.Module, value: Callable[[Quantized], nn.Parameter] = Quantized.hollow
+) -> Iterator[dict[str, Quantized]]:
+    """Context in which quantized layers are ordinary ones, and `value(weight)` their weights: by default of no size.
+
+    Gives the weights that are replaced, by name.
+    """
+    found, made, undo = quantized_in(model), {}, []
+    named = {id(weight.held): weight for weight in found.values()}
+    try:
+        for layer in model.modules():
+            for key, parameter in list(layer._parameters.items()):
+                if (weight := named.get(id(parameter))) is None:
+                    continue
+                if weight.name not in made:
+                    made[weight.name] = value(weight)
+                undo.append((layer, type(layer), key, parameter, layer.__dict__.get("forward")))
+                layer._parameters[key] = made[weight.name]
+                if isinstance(layer, nn.Linear):
+                    layer.__dict__.pop("forward", None)
+                    layer.__class__ = StandIn
+        yield found
+    finally:
+        for layer, cls, key, parameter, forward in undo:
+            layer.__class__ = cls
+            layer._parameters[key] = parameter
+            if forward is not None:
+                layer.__dict__["forward"] = forward

@@ -1,0 +1,429 @@
+"""Slices beside quantized weights: gradients as of dense training, a base that is never written, what comes out."""
+
+import copy
+import io
+import warnings
+from functools import cache, partial
+
+import pytest
+import torch
+import transformers
+from test_cli import base, invoke, text  # noqa: F401  (fixtures)
+from torch import nn
+
+import s2ft_compile as s2ft
+from s2ft_compile.backend import boxed
+from s2ft_compile.backend import s2ft as backend
+from s2ft_compile.capture import capture
+from s2ft_compile.errors import AdapterError, ConfigError, ExportError, StateError
+from s2ft_compile.exporters import load_adapter, save_adapter, save_lora, save_merged, unload_adapter
+from s2ft_compile.fingerprint import fingerprint
+from s2ft_compile.quantized import KINDS, Kind, Values, quantized_in, register
+from s2ft_compile.sliced import Beside, InPlace
+from s2ft_compile.state import state_of
+
+IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+STEP = {"input_ids": IDS, "labels": IDS}
+TARGETS = {"ffn.in": 3, "ffn.out": 5, "attention.out": 1, "attention.query": 1}
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA = transformers.LlamaConfig(**SIZES, **HEADS, use_cache=False)
+DEEPER = transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 3}, **HEADS, use_cache=False)
+BIASED = transformers.Qwen2Config(**SIZES, **HEADS, use_cache=False)
+CONFIGS = (LLAMA, DEEPER, BIASED)
+
+
+def dense(config=LLAMA, dtype=torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def quantized(kind: str, config=LLAMA, dtype=torch.float32) -> nn.Module:
+    model = dense(config, dtype)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            path, _, key = name.rpartition(".")
+            setattr(model.get_submodule(path), key, QUANTIZE[kind](layer))
+    return model
+
+
+def _torchao(name: str):
+    def quantize(layer):
+        ao = pytest.importorskip("torchao.quantization")
+        held = nn.ModuleList([layer])
+        ao.quantize_(held, getattr(ao, name)())
+        return held[0]
+
+    return quantize
+
+
+def _bitsandbytes(cls: str, **options):
+    def quantize(layer):
+        bnb = pytest.importorskip("bitsandbytes")
+        made = getattr(bnb.nn, cls)(layer.in_features, layer.out_features, layer.bias is not None, **options)
+        made.load_state_dict(layer.state_dict())
+        return made.to(dtype=layer.weight.dtype).to("cpu") if cls == "Linear8bitLt" else made.to("cpu")
+
+    return quantize
+
+
+class Rounded(nn.Linear):
+    """A way to quantize that no row knows: whole multiples of a scale, as integers."""
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> "Rounded":
+        made = cls(layer.in_features, layer.out_features, layer.bias is not None)
+        scale = layer.weight.detach().abs().max() / 127
+        made.weight = nn.Parameter((layer.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        made.register_buffer("scale", scale)
+        made.bias = layer.bias
+        return made
+
+    def values(self) -> torch.Tensor:
+        return self.weight.to(self.scale.dtype) * self.scale
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.values(), self.bias)
+
+
+QUANTIZE = {
+    "int8": _torchao("Int8WeightOnlyConfig"),
+    "fp8": _torchao("Float8WeightOnlyConfig"),
+    "nf4": _bitsandbytes("Linear4bit", quant_type="nf4", compress_statistics=False),
+    "nf4 twice": _bitsandbytes("Linear4bit", quant_type="nf4", compute_dtype=torch.float32),
+    "8 bits": _bitsandbytes("Linear8bitLt", has_fp16_weights=False),
+    "own": Rounded.of,
+}
+LIBRARIES = ("int8", "fp8", "nf4", "nf4 twice", "8 bits")
+
+
+@pytest.fixture(autouse=True)
+def own_kind(monkeypatch):
+    monkeypatch.setattr("s2ft_compile.quantized.KINDS", list(KINDS))
+    is_own = lambda layer, key: isinstance(layer, Rounded) and key == "weight"  # noqa: E731
+    register(Kind("own", is_own, lambda layer, key: layer.scale.dtype, lambda layer, key: layer.values()))
+
+
+def prepared(kind: str, config=LLAMA, dtype=torch.float32) -> nn.Module:
+    """Prepared, with deltas that are not zero."""
+    return copy.deepcopy(_prepared(kind, config.model_type, config.num_hidden_layers, dtype))
+
+
+@cache
+def _prepared(kind: str, model_type: str, layers: int, dtype: torch.dtype) -> nn.Module:
+    model = quantized(
+        kind, next(c for c in CONFIGS if (c.model_type, c.num_hidden_layers) == (model_type, layers)), dtype
+    )
+    plan = s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig(dict(TARGETS)))
+    generator = torch.Generator().manual_seed(1)
+    for s in plan.slices:
+        s.delta.data = 0.01 * torch.randn(s.delta.shape, generator=generator)
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def oracle(model: nn.Module, config=LLAMA) -> nn.Module:
+    """The dense model of dequantized weights and deltas, in float64, after a backward."""
+    made = dense(config).double()
+    with s2ft.disabled(model):
+        values = {name: w.detach().double().clone() for name, w in Values(model).items() if name in made.state_dict()}
+    for s in state_of(model).plan.slices:
+        values[s.parameter_name].index_add_(s.dim, s.indices, s.delta.detach().double())
+    made.load_state_dict(values)
+    made(**STEP).loss.backward()
+    return made
+
+
+def assert_gradients(model: nn.Module, config=LLAMA, u: float = 2.0**-24) -> None:
+    """Against float64: sums of up to 128 terms through some 20 operators, each of which rounds to u."""
+    full = dict(oracle(model, config).named_parameters())
+    for s in state_of(model).plan.slices:
+        expected = full[s.parameter_name].grad.index_select(s.dim, s.indices)
+        error = (s.delta.grad.double() - expected).norm() / expected.norm()
+        assert error <= 20 * 128**0.5 * u, f"{s.parameter_name}: {error:.2g}"
+
+
+@pytest.mark.parametrize(
+    "kind, config, dtype",
+    [(kind, LLAMA, torch.float32) for kind in (*LIBRARIES, "own")]
+    + [("nf4", BIASED, torch.bfloat16), ("int8", BIASED, torch.bfloat16)],
+)
+def test_gradients_of_dequantized_weights(kind, config, dtype):
+    model = prepared(kind, config, dtype)
+    blocks = state_of(model).blocks
+    assert all(isinstance(block, Beside) for block in blocks) and not state_of(model).moves
+    model.train()(**STEP).loss.backward()  # bitsandbytes' 8 bits round activations too in eval mode
+    assert_gradients(model, config, 2.0**-24 if dtype == torch.float32 else 2.0**-9)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("kind, by_layer", [("int8", False), ("nf4 twice", True)])
+def test_compiled_without_a_gradient_of_full_size(kind, by_layer):
+    """Run as Inductor is given them, the graphs are right, and no product in them has the shape of a weight. Layers
+    share graphs: the first is another, since no gradient goes into it."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph, inputs, **_):
+        graphs.append(graph)
+        return boxed(graph, inputs)
+
+    model = prepared(kind, DEEPER if by_layer else LLAMA)
+    kept = partial(backend, inner_compile=keep)
+    for module in model.model.layers if by_layer else [model]:
+        module.compile(backend=kept)
+    for _ in range(2):  # gradients accumulate
+        model(**STEP).loss.backward()
+    for s in state_of(model).plan.slices:
+        s.delta.grad /= 2
+    assert_gradients(model, DEEPER if by_layer else LLAMA)
+    nodes = [n for graph in graphs for n in graph.graph.nodes if n.target == torch.ops.aten.mm.default]
+    made = {tuple(n.meta["val"].shape) for n in nodes}
+    weights = {s.shape for s in state_of(model).plan.slices}
+    assert len(graphs) == (4 if by_layer else 2) and not made & {*weights, *(shape[::-1] for shape in weights)}
+    assert {tuple(s.delta.shape) for s in state_of(model).plan.slices} & made  # the gradients of slices are products
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    model = prepared("nf4 twice").train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    model(**STEP).loss.backward()
+    assert_gradients(model)
+
+
+def test_the_trace_allocates_nothing_of_full_size_and_dequantizes_nothing(monkeypatch):
+    model = quantized("own")
+    monkeypatch.setattr(Rounded, "values", lambda layer: pytest.fail("dequantized"))
+    found = s2ft.analyze(model, {"input_ids": IDS})
+    assert str(found) == str(s2ft.analyze(dense(), {"input_ids": IDS}))
+    for weight in quantized_in(model).values():
+        assert weight.hollow().untyped_storage().nbytes() == 4
+    assert isinstance(model.model.layers[0].mlp.up_proj, Rounded) and capture(model, (IDS,)).elsewhere == frozenset()
+
+
+def test_a_weight_that_something_else_reads_is_refused():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = (Rounded.of(nn.Linear(*size)) for size in ((8, 16), (16, 8)))
+
+        def forward(self, x):
+            return self.down(self.up(x)) + x @ self.up.weight.to(x.dtype).T.sum(1, keepdim=True)
+
+    with pytest.raises(ConfigError, match="up.weight is quantized, and something else reads it"):
+        s2ft.prepare(Reads(), (torch.randn(2, 3, 8),), s2ft.S2FTConfig({"up.weight": 2}))
+
+
+@pytest.mark.parametrize("selection", ["weight", "weight_activation", "gradient"])
+def test_selections_see_dequantized_weights(selection):
+    model, same = quantized("nf4 twice"), dense()
+    values = Values(model)
+    same.load_state_dict({name: values[name] for name in values}, strict=False)
+    config = s2ft.S2FTConfig(dict(TARGETS), selection)
+    plans = [s2ft.prepare(m, {"input_ids": IDS}, config, calibration=[STEP, STEP]) for m in (model, same)]
+    for a, b in zip(*(plan.slices for plan in plans), strict=True):
+        assert a.parameter_name == b.parameter_name and torch.equal(a.indices, b.indices.sort().values)
+
+
+def test_quantized_and_dense_weights_in_one_structure():
+    """The axes of a quantized weight stay where they are; a dense one of its structure trains in scattered rows."""
+    model = quantized("own")
+    for layer in model.model.layers:
+        layer.mlp.up_proj = nn.Linear(64, 128, bias=False)
+    before = logits(model)
+    s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig({"ffn.in": 3, "ffn.out": 3, "attention.out": 1}))
+    assert torch.equal(logits(model), before)
+    kinds = {block.name.split(".")[-2]: type(block) for block in state_of(model).blocks}
+    assert kinds == {"gate_proj": Beside, "up_proj": InPlace, "down_proj": Beside, "o_proj": Beside}
+    s2ft.parameters(model)[0].grad = None
+    for delta in s2ft.parameters(model):
+        delta.data.normal_(std=0.01)
+    model(**STEP).loss.backward()
+    assert_gradients(model)
+
+
+def test_the_base_is_one_call_away_and_never_written():
+    model = quantized("nf4 twice")
+    before = fingerprint(model), {n: p.detach().clone() for n, p in model.named_parameters()}
+    s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig(dict(TARGETS)))
+    first = logits(model)
+    optimizer = s2ft.optimizer(model)
+    losses = []
+    for _ in range(3):
+        loss = model.train()(**STEP).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        model.eval()
+        assert not torch.equal(logits(model), first)
+    assert losses[2] < losses[1] < losses[0]
+    with s2ft.disabled(model):
+        assert torch.equal(logits(model), first)
+    with s2ft.base_values(model):
+        assert torch.equal(logits(model), first)
+    trained = logits(model)
+    s2ft.release(model)
+    assert torch.equal(logits(model), trained) and not s2ft.is_prepared(model)
+    with pytest.raises(StateError, match="unload_adapter"):
+        s2ft.prepare(model, {"input_ids": IDS})
+    unload_adapter(model)
+    after = fingerprint(model), dict(model.named_parameters())
+    assert after[0] == before[0] and after[1].keys() == before[1].keys()
+    assert all(torch.equal(p, after[1][n]) for n, p in before[1].items()) and torch.equal(logits(model), first)
+    with pytest.raises(StateError, match="no slices"):
+        unload_adapter(model)
+
+
+def test_an_optimizer_made_before_is_refused():
+    model = quantized("own")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig(dict(TARGETS)))
+    model(**STEP).loss.backward()
+    with pytest.raises(StateError, match="made before the model was prepared"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4 twice"])
+def test_state_goes_on_bit_for_bit(kind):
+    model = prepared(kind)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=False)
+    again = quantized(kind)
+    s2ft.prepare(again, {"input_ids": IDS}, s2ft.S2FTConfig(dict(TARGETS)))
+    again = again.to("cpu")
+    assert str(again.load_state_dict(state)) == "<All keys matched successfully>"
+    assert torch.equal(logits(again), logits(model)) and torch.equal(logits(copy.deepcopy(model)), logits(model))
+    other = dense()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(2)
+    layer = QUANTIZE[kind](other.model.layers[0].mlp.up_proj)
+    changed = {f"model.layers.0.mlp.up_proj.{name}": t for name, t in layer.state_dict().items()}
+    deltas = [d.clone() for d in s2ft.parameters(again)]
+    with pytest.raises(StateError, match=r"not of this prepared model's base: model.layers.0.mlp.up_proj"):
+        again.load_state_dict({**state, **changed, s2ft.state.state_of(model).blocks[0].delta_name: deltas[0] + 1})
+    assert torch.equal(s2ft.parameters(again)[0], deltas[0])
+
+
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_adapter_and_merged_model(kind, tmp_path):
+    model = prepared(kind)
+    trained, values = logits(model), Values(quantized(kind))
+    save_adapter(model, tmp_path / "adapter")
+    plain = quantized(kind)
+    load_adapter(plain, tmp_path / "adapter")
+    assert torch.equal(logits(plain), trained)
+    with pytest.raises(AdapterError, match="unload_adapter"):
+        load_adapter(plain, tmp_path / "adapter")
+    again, plan = prepared(kind), state_of(model).plan
+    for delta in s2ft.parameters(again):
+        delta.data.zero_()
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again), trained)
+
+    with pytest.raises(ExportError, match="dequantize=True"):
+        save_merged(model, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    for name, source in (("merged", model), ("loaded", plain)):
+        save_merged(source, tmp_path / name, dequantize=True)
+        merged = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).named_parameters())
+        for s in plan.slices:
+            expected = values[s.parameter_name].float().index_add(s.dim, s.indices, s.delta.detach())
+            assert torch.equal(merged[s.parameter_name], expected), s.parameter_name
+    assert torch.equal(logits(model), trained) and torch.equal(logits(plain), trained)
+    save_lora(model, tmp_path / "lora")
+
+
+def test_an_adapter_of_a_quantized_base_on_another(tmp_path):
+    model = prepared("own")
+    save_adapter(model, tmp_path / "adapter")
+    full = dense()
+    with pytest.warns(UserWarning, match="quantization error"):
+        load_adapter(full, tmp_path / "adapter")
+    s, weights = state_of(model).plan.slices[0], dict(full.named_parameters())
+    held = dict(dense().named_parameters())[s.parameter_name]
+    assert torch.equal(weights[s.parameter_name], held.index_add(s.dim, s.indices, s.delta.detach()))
+    other = dense()
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    with pytest.raises(AdapterError, match="another base model.*model.norm.weight"):
+        load_adapter(other, tmp_path / "adapter")
+    with warnings.catch_warnings(), pytest.raises(AdapterError, match="another base model"):
+        warnings.simplefilter("error")
+        changed = quantized("own")
+        changed.model.layers[0].mlp.up_proj.scale *= 2
+        load_adapter(changed, tmp_path / "adapter")
+
+
+def test_what_takes_no_quantized_weights_says_so(tmp_path):
+    model = prepared("own")
+    for refused in (
+        lambda: s2ft.exporters.export_onnx(model, tmp_path / "model.onnx", {"input_ids": IDS}),
+        lambda: list(s2ft.patches(model)),
+        lambda: s2ft.AdapterBank(quantized("own")),
+    ):
+        with pytest.raises(ExportError, match="takes no quantized weights yet.*dequantize=True"):
+            refused()
+
+
+def test_a_replaced_forward_is_refused_and_nothing_changes():
+    model = quantized("own")
+    layer = model.model.layers[0].mlp.down_proj
+    layer.forward = layer.forward
+    with pytest.raises(StateError, match="down_proj.weight: the forward of its layer was replaced"):
+        s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig(dict(TARGETS)))
+    del layer.forward
+    assert not s2ft.is_prepared(model) and not any(
+        "delta" in n for n, _ in [*model.named_parameters(), *model.named_buffers()]
+    )
+    assert all(type(q.layer) is Rounded for q in quantized_in(model).values())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_loaded_by_transformers(kind, tmp_path):
+    pytest.importorskip("torchao" if kind == "int8" else "bitsandbytes")
+    dense(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    from s2ft_compile.cli.data import load_model
+
+    model = load_model(tmp_path / "base", quantize=kind)
+    assert model.hf_quantizer is not None and quantized_in(model)
+    s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig(dict(TARGETS)))
+    for delta in s2ft.parameters(model):
+        delta.data.normal_(std=0.01)
+    save_merged(model, tmp_path / "quantized")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "quantized").eval()
+    load_adapter(again, tmp_path / "quantized" / "adapter")
+    assert torch.equal(logits(again), logits(model))
+    save_merged(model, tmp_path / "dense", dequantize=True)
+    ordinary = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert not quantized_in(ordinary) and getattr(ordinary.config, "quantization_config", None) is None
+    assert (logits(ordinary) - logits(model)).abs().max() <= 0.02 * logits(model).abs().max()
+    assert model.hf_quantizer is not None and model.config.quantization_config is not None
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_train_quantized(kind, base, text, tmp_path):  # noqa: F811
+    """The command leaves the quantized checkpoint with the adapter inside, goes on where it stopped, and exports."""
+    pytest.importorskip("torchao" if kind == "int8" else "bitsandbytes")
+    run = tmp_path / "run"
+    how = {"model": base, "data": text, "output": run, "targets": "ffn.out=3,ffn.in=3", "steps": 3, "batch-size": 2}
+    how |= {"seq-len": 16, "inner": "eager", "save-every": 1, "quantize": kind}
+    result = invoke("train", *(piece for name, value in how.items() for piece in (f"--{name}", value)))
+    assert result.exit_code == 0, result.output
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(run / "merged").eval()
+    load_adapter(loaded, run / "merged" / "adapter")
+    result = invoke("export", "merged", "--model", base, "--adapter", run, "--output", tmp_path / "dense")
+    assert result.exit_code == 0, result.output
+    ordinary = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert not quantized_in(ordinary)
+    torch.testing.assert_close(logits(ordinary), logits(loaded), rtol=1e-2, atol=1e-2)
+    result = invoke("train", "--resume", "--output", run, "--steps", 4)
+    assert result.exit_code == 0, result.output
