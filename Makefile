@@ -39,7 +39,7 @@ $(DOCS): $(STAMP)
 	touch $@
 
 docs: $(DOCS)  ## build the documentation into build/docs (open build/docs/index.html)
-	$(PY) -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m mkdocs build --quiet --strict
 	$(PY) .ci/check_site.py build/docs
 
 # From another folder, so that it is the wheel's files that are imported.

@@ -1,4 +1,4 @@
-"""Fails where a page of a built site loads something from elsewhere: `check_site.py FOLDER`. Links may lead anywhere."""
+"""Fails where a page of a built site loads something from elsewhere: `check_site.py FOLDER`."""
 
 import re
 import sys

@@ -1,8 +1,6 @@
 """What users test their models and operators with: it passes where rules are right, and notices where not."""
 
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
