@@ -8,6 +8,7 @@ A block of `text` right below one of Python is what that prints, with `...` for 
 import ast
 import contextlib
 import io
+import itertools
 import re
 import shlex
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def says(pattern: str, text: str) -> bool:
 
 
 def llama():
-    return hf("llama", vocab_size=320, max_position_embeddings=128)
+    return hf("llama", num_hidden_layers=1, vocab_size=320, max_position_embeddings=128)
 
 
 @pytest.fixture
@@ -88,6 +89,7 @@ def workplace(tmp_path, monkeypatch):
         return plain(*args, backend=backend, options=options, **kwargs)
 
     monkeypatch.setattr(torch, "compile", quick)
+    monkeypatch.setattr("s2ft_compile.backend._numbers", itertools.count())  # as in a process of its own
     exporters = dict(registration.REGISTERED)
     yield {"s2ft": s2ft, "torch": torch, "model": llama(), "base": llama(), "batch": batch, "fresh": llama} | {
         "data": [batch],
@@ -118,7 +120,7 @@ def adapters(names: dict):
     names |= {"three_prompts": {"input_ids": ids, "attention_mask": ids, "max_new_tokens": 2, "pad_token_id": 0}}
 
 
-PRELUDES = {"docs/devices.md": processes, "docs/adapters.md": adapters}
+PRELUDES = {"docs/devices.md": processes, "docs/adapters.md": adapters, "docs/deployment.md": adapters}
 
 
 @pytest.mark.parametrize("name", [name for name, page in zip(NAMES, PAGES) if python(page)])
