@@ -12,6 +12,7 @@ import itertools
 import re
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,8 @@ def says(pattern: str, text: str) -> bool:
 # --- Python -------------------------------------------------------------------------------------------------------
 
 
-def llama():
-    return hf("llama", num_hidden_layers=1, vocab_size=320, max_position_embeddings=128)
+def llama(layers: int = 1):
+    return hf("llama", num_hidden_layers=layers, vocab_size=320, max_position_embeddings=128)
 
 
 @pytest.fixture
@@ -108,11 +109,12 @@ def processes(names: dict):
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     names |= {"fully_shard": fully_shard, "DistributedDataParallel": DistributedDataParallel, "AdamW": AdamW}
+    names["fresh"] = partial(llama, 2)
 
 
-def adapters(names: dict):
-    """Three adapters of the base model, and prompts."""
-    for seed, name in enumerate(("law", "code", "chat")):
+def adapters(names: dict, called=("law", "code", "chat")):
+    """Adapters of the base model, and prompts."""
+    for seed, name in enumerate(called):
         model = llama()
         s2ft.prepare(model, names["batch"], s2ft.S2FTConfig({"ffn.out": 2}, seed=seed))
         s2ft.exporters.save_adapter(model, f"adapters/{name}")
@@ -120,7 +122,11 @@ def adapters(names: dict):
     names |= {"three_prompts": {"input_ids": ids, "attention_mask": ids, "max_new_tokens": 2, "pad_token_id": 0}}
 
 
-PRELUDES = {"docs/devices.md": processes, "docs/adapters.md": adapters, "docs/deployment.md": adapters}
+PRELUDES = {
+    "docs/devices.md": processes,
+    "docs/adapters.md": adapters,
+    "docs/deployment.md": partial(adapters, called=("law",)),
+}
 
 
 @pytest.mark.parametrize("name", [name for name, page in zip(NAMES, PAGES) if python(page)])
