@@ -109,7 +109,7 @@ def processes(names: dict):
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     names |= {"fully_shard": fully_shard, "DistributedDataParallel": DistributedDataParallel, "AdamW": AdamW}
-    names["fresh"] = partial(llama, 2)
+    names["layered"] = partial(llama, 2)
 
 
 def adapters(names: dict, called=("law", "code", "chat")):
