@@ -83,6 +83,7 @@ def workplace(tmp_path, monkeypatch):
     tokenizer, plain = tiny_tokenizer(), torch.compile
     llama().save_pretrained("my-model")
     tokenizer.save_pretrained("my-model")
+    Path("BASE").symlink_to("my-model")
     batch = dict(tokenizer(["one example", "and another"], return_tensors="pt", padding=True))
 
     def quick(*args, backend="inductor", options=None, **kwargs):
