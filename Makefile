@@ -38,7 +38,7 @@ $(DOCS): $(STAMP)
 	$(PY) -m pip install --quiet --no-compile -c constraints.txt -e ".[docs]"
 	touch $@
 
-docs: $(DOCS)  ## build the documentation into build/docs (open build/docs/index.html)
+docs: $(DOCS)  ## build the documentation into build/docs (its search needs a server: python3 -m http.server -d build/docs)
 	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m mkdocs build --quiet --strict
 	$(PY) .ci/check_site.py build/docs
 
