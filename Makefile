@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.docs
 # A GPU machine may have its own torch and no package registry: its python3 then runs this checkout as it is.
 GPU_PY := $(if $(wildcard $(PY)),$(PY),PYTHONPATH=. python3)
 
@@ -13,7 +14,7 @@ test test-slow demo bench-cpu bench-adapters bench-serve compare: export TOKENIZ
 demo: export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types wheel test test-slow gpu-test gpu-sanitize gpu-bench demo bench-cpu bench-adapters bench-serve compare sweep clean
+.PHONY: help setup lint types docs wheel test test-slow gpu-test gpu-sanitize gpu-bench demo bench-cpu bench-adapters bench-serve compare sweep clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -31,6 +32,15 @@ lint: $(STAMP)  ## rules and format of the source (ruff)
 
 types: $(STAMP)  ## types of the values and the public names (mypy)
 	$(VENV)/bin/mypy
+
+# The site's own packages come with its first build, and not with `make setup`.
+$(DOCS): $(STAMP)
+	$(PY) -m pip install --quiet --no-compile -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(DOCS)  ## build the documentation into build/docs (its search needs a server: python3 -m http.server -d build/docs)
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m mkdocs build --quiet --strict
+	$(PY) .ci/check_site.py build/docs
 
 # From another folder, so that it is the wheel's files that are imported.
 wheel: $(STAMP)  ## build the wheel, and import every module of it from a folder of its own

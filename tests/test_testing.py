@@ -1,8 +1,6 @@
 """What users test their models and operators with: it passes where rules are right, and notices where not."""
 
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -163,26 +161,3 @@ def test_what_gradients_cannot_be_asserted_of_is_refused():
     s2ft.release(model)
     with pytest.raises(StateError, match="the plan that prepare returned"):
         assert_gradients(model, plan, CASE.inputs)
-
-
-# --- the page that shows all this -------------------------------------------------------------------------------------
-
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "testing.md"
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_the_page_on_testing_says_what_happens():
-    """Its code runs from top to bottom; a block marked `raises` fails with the text below it."""
-    names: dict = {}
-    blocks = re.findall(r"^```(\S+)([^\n]*)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert sum("raises" in mark for _, mark, _ in blocks) >= 2
-    for (kind, mark, code), (_, _, expected) in zip(blocks, [*blocks[1:], ("", "", "")]):
-        if kind != "python":
-            continue
-        if "raises" not in mark:
-            exec(compile(code, str(PAGE), "exec"), names)
-            continue
-        with pytest.raises(AssertionError) as raised:
-            exec(compile(code, str(PAGE), "exec"), names)
-        pattern = ".*".join(map(re.escape, expected.strip().split("...")))
-        assert re.search(pattern, f"AssertionError: {raised.value}", re.DOTALL), raised.value
