@@ -67,7 +67,7 @@ def _write(parameters: Mapping[str, np.ndarray], file: Path) -> None:
     try:
         written.export_adapter(str(file))
     except RuntimeError as error:  # ONNX Runtime's, of a full disk too
-        what = str(error).rpartition(")> ")[2]  # behind the name of its own function
+        what = str(error).rpartition(")> ")[2].strip()  # behind the name of its own function
         raise ExportError(f"could not write {file.name}: {what}") from error
     _read_back(arrays, file)
 

@@ -100,7 +100,10 @@ def _compare(
             error = apart(want, got)
             log.info("output %r%s: %.2g of its norm from the model's", name, active, error)
             if not error <= limit:
-                raise ExportError(f"{where}: by {error:.2g} of its norm, and {limit:g} is the limit of such weights")
+                raise ExportError(
+                    f"{where}: by {error:.2g} of its norm, and {limit:g} is the limit of such weights; "
+                    f"more bits are nearer, and quantize=None is the model itself"
+                )
         elif not close(want, got):
             raise ExportError(f"{where}: by up to {(want.double() - got.double()).abs().max():.3g}")
 
