@@ -62,7 +62,7 @@ def pieces(model: nn.Module, inputs: Inputs, train: bool, error: CaptureError) -
         if path is None or mentioned & ways or WHOLE & {attribute for _, attribute in mentioned}:
             outside.add(tied.get(name, name))
     refused = dict.fromkeys(sorted(outside), "code that could not be traced reads it")
-    log.info("%s was traced in pieces: %s", type(model).__name__, ", ".join(found))
+    log.warning("%s; %d modules that do trace were looked at by themselves", str(error).rstrip("."), len(found))
     made, start = [], 0
     for path in (p for p in run.calls if p in found):
         module = model.get_submodule(path)

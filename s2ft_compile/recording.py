@@ -187,7 +187,8 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], names: Mapp
         raise NotRecorded("it writes to a parameter or an input")
     graph = recorder.returns((*written.values(), *outputs))
     module = _LazyGraphModule(dict(recorder.constants), graph)
-    nexts = {node.name: name for node, name in zip(graph.output_node().args[0], written)}
+    returned: Any = graph.output_node().args[0]
+    nexts = {node.name: name for node, name in zip(returned, written)}
     return Recorded(module, places["p"], places["b"], recorder.constants, nexts)
 
 
