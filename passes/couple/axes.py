@@ -30,6 +30,8 @@ class Pin:
 
 
 class Axis:
+    """A dimension of tensors: an atom, or a product or a sum of other axes. Axes that are found equal become one."""
+
     __slots__ = ("size", "kind", "parts", "alias", "pin", "role", "uses", "twin")
 
     def __init__(self, size: int, kind: str = ATOM, parts: Sequence["Axis"] = (), pin: Pin | None = None):
@@ -57,6 +59,7 @@ def find(axis: Axis) -> Axis:
 
 
 def product(factors: Iterable[Axis]) -> Axis:
+    """The axis that runs over all of the factors, the last one fastest."""
     factors = [f for f in factors if f.size != 1]
     if not factors:
         return ONE
