@@ -52,9 +52,9 @@ def merge_checkpoint(
     _refuse_equal(read)
     tensors = _under_their_names(read, stored, Path(base))
     parts = _by_parameter(read, factors)
-    found = {n: sampled(t) for n, t in tensors.items() if isinstance(t, Stored) or n in parts}
+    samples = {n: sampled(t) for n, t in tensors.items() if isinstance(t, Stored) or n in parts}
     for adapter in read:
-        check_base(adapter, found, f"the checkpoint {base}")
+        check_base(adapter, samples, f"the checkpoint {base}")
     files = _other_files(Path(base)) + sorted({tensor.file for tensor in stored.values()})
     with new_directory(out) as folder:
         for path in files:
@@ -94,14 +94,14 @@ def _under_their_names(
     """The checkpoint's tensors, by the names that the adapters have for them. Raises `AdapterError`."""
     if all(s.parameter_name in stored for adapter in adapters for s in adapter.slices):
         return stored
-    made = by_model_names(stored, base, adapters[0].base.get("class"))
+    converted = by_model_names(stored, base, adapters[0].base.get("class"))
     for name in (s.parameter_name for adapter in adapters for s in adapter.slices):
-        if why := made.refused.get(name) or (name not in made.tensors and made.why):
+        if why := converted.refused.get(name) or (name not in converted.tensors and converted.why):
             raise AdapterError(
                 f"{base} does not hold {name} under this name or in this form, and it could not be converted: {why}. "
                 f"Through the model it can: `s2ft export merged --model {base} --adapter {adapters[0].source} ...`"
             )
-    return made.tensors
+    return converted.tensors
 
 
 def _patch(stored: Stored | Assembled, parts: Sequence[Part]) -> None:

@@ -83,20 +83,20 @@ def by_model_names(stored: Mapping[str, Stored], folder: Path, kind: str | None 
         return Converted(stored, {}, f"{type(error).__name__}: {error}".splitlines()[0])
     names = {id(tensor): name for name, tensor in held.items()}
     renamed = {name: names[id(tensor)] for name, tensor in written.items() if id(tensor) in names}
-    found: dict[str, Stored | Assembled] = {}
+    tensors: dict[str, Stored | Assembled] = {}
     for name, tensor in stored.items():
         known = renamed.get(name, name)
-        found[name if known in stored else known] = tensor
+        tensors[name if known in stored else known] = tensor
     refused: dict[str, str] = {}
-    for name in held.keys() - found.keys() - set(renamed.values()):
+    for name in held.keys() - tensors.keys() - set(renamed.values()):
         pieces, why = _pieces(model, name, held[name], stored)
         if why:
             refused |= dict.fromkeys((name, *pieces), why)
             continue
         for piece in pieces:
-            del found[piece]
-        found[name] = Assembled(name, model, tuple(held[name].shape), {n: stored[n] for n in pieces})
-    return Converted(found, refused)
+            del tensors[piece]
+        tensors[name] = Assembled(name, model, tuple(held[name].shape), {n: stored[n] for n in pieces})
+    return Converted(tensors, refused)
 
 
 def _skeleton(folder: Path, kind: str | None) -> nn.Module:
@@ -114,14 +114,19 @@ def _skeleton(folder: Path, kind: str | None) -> nn.Module:
 def _pieces(model: nn.Module, name: str, tensor: Tensor, stored: Mapping[str, Stored]) -> tuple[list[str], str]:
     """The tensors on disk that a parameter is stored as, and why not, if it is not these and nothing else."""
     try:
-        made = as_stored(model, {name: tensor})
+        stored_parts = as_stored(model, {name: tensor})
     except ExportError as error:
         return [], str(error)
-    absent = [n for n in made if n not in stored]
+    absent = [n for n in stored_parts if n not in stored]
     if absent:
-        return list(made), f"{absent[0]}, as which {name} is stored, is missing"
-    types = {stored[n].dtype for n in made}
-    differ = [n for n, part in made.items() if stored[n].shape != tuple(part.shape)]
-    if differ or len(types) > 1 or None in types or sum(part.numel() for part in made.values()) != tensor.numel():
-        return list(made), f"{name} is stored together with others, or in several types"
-    return list(made), ""
+        return list(stored_parts), f"{absent[0]}, as which {name} is stored, is missing"
+    types = {stored[n].dtype for n in stored_parts}
+    differ = [n for n, part in stored_parts.items() if stored[n].shape != tuple(part.shape)]
+    if (
+        differ
+        or len(types) > 1
+        or None in types
+        or sum(part.numel() for part in stored_parts.values()) != tensor.numel()
+    ):
+        return list(stored_parts), f"{name} is stored together with others, or in several types"
+    return list(stored_parts), ""

@@ -97,9 +97,9 @@ def _tensors(source: nn.Module | str | os.PathLike, described: Path | None, refu
     """
     if not isinstance(source, nn.Module):
         stored = stored_tensors(source)
-        made = by_model_names(stored, described) if described else Converted(stored, {})
-        refused |= made.refused
-        return {name: tensor.opened for name, tensor in made.tensors.items()}
+        converted = by_model_names(stored, described) if described else Converted(stored, {})
+        refused |= converted.refused
+        return {name: tensor.opened for name, tensor in converted.tensors.items()}
     module = unwrap(source)
     if is_prepared(module):
         raise StateError(
@@ -158,8 +158,8 @@ def _slice(name: str, W: Tensor, T: Tensor, limit: float) -> Slice | None:
 
 def _few(changed: Tensor) -> tuple[int, Tensor]:
     """(dim, indices along it that have a change), of the dimension where they are the smallest share."""
-    found = [(dim, _along(changed, dim).nonzero().squeeze(1)) for dim in range(changed.dim())]
-    return min(found, key=lambda f: len(f[1]) / changed.shape[f[0]])
+    by_dim = [(dim, _along(changed, dim).nonzero().squeeze(1)) for dim in range(changed.dim())]
+    return min(by_dim, key=lambda f: len(f[1]) / changed.shape[f[0]])
 
 
 def _along(changed: Tensor, dim: int) -> Tensor:

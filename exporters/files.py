@@ -82,7 +82,7 @@ def _refuse_existing(paths: list[Path]) -> None:
 @contextmanager
 def _staging(path: Path, target) -> Iterator[Path]:
     """A temporary folder beside `path`, gone afterwards; on failure so are the folders above that it made."""
-    made = [parent for parent in path.parents if not parent.exists()]
+    new_parents = [parent for parent in path.parents if not parent.exists()]
     with ExitStack() as undo:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def _staging(path: Path, target) -> Iterator[Path]:
             _flush_folder(path.parent)
         except BaseException as error:
             undo.close()
-            for parent in made:
+            for parent in new_parents:
                 _remove_if_empty(parent)
             if of_the_system(error):
                 raise ExportError(f"could not write {target}: {error}") from error

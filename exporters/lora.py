@@ -152,7 +152,7 @@ def _all_factors(module: nn.Module, source: Adapter) -> list[Factors]:
     experts = [s for s in source.slices if len(s.shape) == 3]
     linear = replace(source, plan=replace(source.plan, slices=tuple(s for s in source.slices if len(s.shape) != 3)))
     holders = linear_layers(module, linear)
-    made = [
+    factors = [
         _factors(s, layer := holders[s.parameter_name][0], layer, holders[s.parameter_name][1]) for s in linear.slices
     ]
     if experts and any(flip for _, flip in holders.values()):
@@ -173,8 +173,8 @@ def _all_factors(module: nn.Module, source: Adapter) -> list[Factors]:
         ]
         # PEFT wraps a module once for each of its parameters, the first of them innermost
         stored = layer + ".base_layer" * (len(beside) - 1 - beside.index(key))
-        made.append(_factors(s, s.parameter_name, stored, bool(getattr(holder, "is_transposed", False))))
-    return made
+        factors.append(_factors(s, s.parameter_name, stored, bool(getattr(holder, "is_transposed", False))))
+    return factors
 
 
 def _factors(s: Slice, target: str, stored: str, transposed: bool) -> Factors:

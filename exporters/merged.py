@@ -122,18 +122,18 @@ def dense(module: nn.Module) -> Iterator[None]:
     others = [p for n, p in base_parameters(module).items() if n not in values.quantized and p.is_floating_point()]
 
     def value(weight: Quantized) -> nn.Parameter:
-        made, block = weight.values(), blocks.get(id(weight.held))
-        dtype = others[0].dtype if others else made.dtype
+        dense, block = weight.values(), blocks.get(id(weight.held))
+        dtype = others[0].dtype if others else dense.dtype
         if block is not None:
-            wide = torch.promote_types(made.dtype, block.delta.dtype)
-            at, delta = block.index.to(made.device), block.delta.detach().to(made.device, wide)
-            made = made.to(wide).index_add_(block.dim, at, delta)
-        made = made.to(dtype)
-        if not made.isfinite().all():
+            wide = torch.promote_types(dense.dtype, block.delta.dtype)
+            at, delta = block.index.to(dense.device), block.delta.detach().to(dense.device, wide)
+            dense = dense.to(wide).index_add_(block.dim, at, delta)
+        dense = dense.to(dtype)
+        if not dense.isfinite().all():
             raise ExportError(
                 f"the trained {weight.name} is not finite: its delta is not, or their sum exceeds {dtype}"
             )
-        return nn.Parameter(made, requires_grad=False)
+        return nn.Parameter(dense, requires_grad=False)
 
     with ExitStack() as undo:
         for block in blocks.values():
@@ -159,11 +159,11 @@ def _read_back(module: nn.Module, files: list[Path]) -> None:
         return
     if not names_in(files) <= held.keys():
         held = as_stored(module, held)
-    found = check_stored(files, held)
-    places = {_place(held[name]) for name in found}
+    stored = check_stored(files, held)
+    places = {_place(held[name]) for name in stored}
     left_out = getattr(module, "_keys_to_ignore_on_save", None) or ()
     lost = [
-        n for n, t in held.items() if n not in found and n not in left_out and t.numel() and _place(t) not in places
+        n for n, t in held.items() if n not in stored and n not in left_out and t.numel() and _place(t) not in places
     ]
     if lost:
         raise ExportError(f"{type(module).__name__} was not written whole: {', '.join(lost[:3])} is in no file")

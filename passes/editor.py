@@ -35,7 +35,7 @@ class Editor:
         modes = [v.fake_mode for v in values if isinstance(v, torch.Tensor) and hasattr(v, "fake_mode")]
         self.mode = mode or (modes[0] if modes else nullcontext())
         self.at: fx.Node | None = None
-        self.made: set[fx.Node] = set()
+        self.created: set[fx.Node] = set()
 
     def call(self, target: Callable, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> Any:
         """Inserts target(*args, **kwargs); like: the node that it stands for. Of a `Mismatch` among the arguments
@@ -55,9 +55,9 @@ class Editor:
     def again(self, node: fx.Node, *args: Any) -> fx.Node:
         """Inserts the call that a node is, of a function or a method, on other arguments; without a value."""
         with self.graph.inserting_before(self.at):
-            made = self.graph.create_node(node.op, node.target, args, dict(node.kwargs))
-        self._comes_from(made, node)
-        return made
+            copy = self.graph.create_node(node.op, node.target, args, dict(node.kwargs))
+        self._comes_from(copy, node)
+        return copy
 
     def inline(self, graph: fx.Graph, operands: Sequence[fx.Node], like: fx.Node) -> fx.Node:
         """Inserts the calls of another graph on these operands; its one output."""
@@ -70,6 +70,6 @@ class Editor:
         return copies[graph.output_node().args[0]]
 
     def _comes_from(self, node: fx.Node, like: fx.Node | None) -> None:
-        self.made.add(node)
+        self.created.add(node)
         if like is not None:
             node.meta.update({k: v for k, v in like.meta.items() if k in ORIGIN})

@@ -70,8 +70,8 @@ def s2ft(
 def attached_inputs(graph: fx.Graph) -> list[tuple[int, int]]:
     """The positions of each weight and delta that a dynamo graph attaches."""
     positions = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
-    found = [n.args[:2] for n in graph.nodes if n.op == "call_function" and n.target in ATTACHES]
-    return list(dict.fromkeys((positions[w], positions[d]) for w, d in found if w in positions and d in positions))
+    pairs = [n.args[:2] for n in graph.nodes if n.op == "call_function" and n.target in ATTACHES]
+    return list(dict.fromkeys((positions[w], positions[d]) for w, d in pairs if w in positions and d in positions))
 
 
 ATTACHES = (torch.ops.s2ft.attach, ATTACH)

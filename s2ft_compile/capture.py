@@ -78,28 +78,28 @@ def capture(
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
     with stand_ins(model) as quantized, mode_of(model, training), one_draw(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = _recorded(model, args, kwargs, trace)
+        recorded = _recorded(model, args, kwargs, trace)
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     tied = tied_names(model)
-    names = {place: tied.get(name, name) for place, name in made.parameters.items()}
-    nodes = len(made.graph_module.graph.nodes)
+    names = {place: tied.get(name, name) for place, name in recorded.parameters.items()}
+    nodes = len(recorded.graph_module.graph.nodes)
     log.info("captured %s: %d nodes, %d parameters", type(model).__name__, nodes, len(names))
     saved = _own_buffers(model)
     return Captured(
-        made.graph_module,
+        recorded.graph_module,
         names,
         shapes,
         tied,
-        overlapping_names(model, made.constants),
-        {name: t for name, t in made.constants.items() if is_small_index(t)},
-        _uniform(model, made),
+        overlapping_names(model, recorded.constants),
+        {name: t for name, t in recorded.constants.items() if is_small_index(t)},
+        _uniform(model, recorded),
         trace,
         resized,
         training,
-        {place: name for place, name in made.buffers.items() if name in saved},
-        made.written,
+        {place: name for place, name in recorded.buffers.items() if name in saved},
+        recorded.written,
         elsewhere=_read_elsewhere(
-            made.graph_module.graph, {place: name for place, name in names.items() if name in quantized}
+            recorded.graph_module.graph, {place: name for place, name in names.items() if name in quantized}
         ),
     )
 
@@ -174,16 +174,16 @@ def _traces(model: nn.Module, inputs: Inputs, train: bool, which: str) -> list[C
 
 def _resized(model: nn.Module, inputs: Inputs, training: bool, which: str) -> list[Captured]:
     """The traces at other sizes that the model runs at: at all of them at once, or at each alone."""
-    made = []
+    traces = []
     for choice in resized(model, inputs):
         try:
-            made.append(capture(model, choice.inputs, training, _words(choice.label, which), True))
+            traces.append(capture(model, choice.inputs, training, _words(choice.label, which), True))
         except CaptureError as error:
             log.debug("a size is fixed: %s", error)
             continue
         if choice.whole:
             break
-    return made
+    return traces
 
 
 def _words(*parts: str) -> str:
@@ -219,12 +219,12 @@ def is_small_index(t: torch.Tensor) -> bool:
     return t.dtype == torch.int64 and t.numel() <= 64 and not t.is_meta and type(t) is torch.Tensor
 
 
-def _uniform(model: nn.Module, made: Recorded) -> dict[str, frozenset[int]]:
+def _uniform(model: nn.Module, recorded: Recorded) -> dict[str, frozenset[int]]:
     """Dimensions along which the values of constants do not vary, by placeholder. Buffers of the state_dict are state
     (running statistics start out alike and differ later); a tensor without values is taken to vary."""
-    fixed, values = _not_saved(model) - set(made.written.values()), dict(model.named_buffers())
-    buffers = {place: values[name] for place, name in made.buffers.items() if name in fixed and name in values}
-    return {place: uniform_dims(t) for place, t in {**buffers, **made.constants}.items()}
+    fixed, values = _not_saved(model) - set(recorded.written.values()), dict(model.named_buffers())
+    buffers = {place: values[name] for place, name in recorded.buffers.items() if name in fixed and name in values}
+    return {place: uniform_dims(t) for place, t in {**buffers, **recorded.constants}.items()}
 
 
 def uniform_dims(t: torch.Tensor) -> frozenset[int]:
@@ -256,16 +256,16 @@ def overlapping_names(model: nn.Module, constants: Mapping[str, Any] | None = No
     for name, t in [*parameters.items(), *_held(model), *(constants or {}).items()]:
         if isinstance(t, torch.Tensor) and (span := _span(t)) is not None:
             spans.setdefault(span[0], []).append((*span[1:], name))
-    found = {n: n for n, p in parameters.items() if any(s > 1 and not d for s, d in zip(p.shape, p.stride()))}
+    overlaps = {n: n for n, p in parameters.items() if any(s > 1 and not d for s, d in zip(p.shape, p.stride()))}
     for held in spans.values():
         last_end, last_name = 0, ""
         for start, end, name in sorted(set(held)):
             if start < last_end:
-                found[name] = last_name
-                found.setdefault(last_name, name)
+                overlaps[name] = last_name
+                overlaps.setdefault(last_name, name)
             if end > last_end:
                 last_end, last_name = end, name
-    return {name: other for name, other in found.items() if name in parameters}
+    return {name: other for name, other in overlaps.items() if name in parameters}
 
 
 def _span(t: torch.Tensor) -> tuple[int, int, int] | None:
@@ -346,10 +346,10 @@ class _SingleDraws(TorchFunctionMode):
     """`torch.rand` of one number as a constant, which a trace can branch on."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        if func is not torch.rand or made.shape not in ((), (1,)):
-            return made
-        return torch.tensor([0.5] if made.dim() else 0.5, dtype=made.dtype, device=made.device)
+        drawn = func(*args, **(kwargs or {}))
+        if func is not torch.rand or drawn.shape not in ((), (1,)):
+            return drawn
+        return torch.tensor([0.5] if drawn.dim() else 0.5, dtype=drawn.dtype, device=drawn.device)
 
 
 def configs_of(model: nn.Module) -> list[Any]:
@@ -393,8 +393,8 @@ TRAIN_MODE = (
 
 
 def _advice(message: str) -> str:
-    found = next((advice for sign, advice in ADVICE.items() if sign in message.lower()), "")
-    return found or (
+    advice = next((advice for sign, advice in ADVICE.items() if sign in message.lower()), "")
+    return advice or (
         "The forward has to run on the example inputs without branching on tensor values; example inputs that "
         "avoid the branch, or a forward without it, trace."
     )

@@ -98,8 +98,8 @@ def _backups(model: nn.Module) -> list[Tensor]:
 def _fake(mode: FakeTensorMode, t: Tensor) -> Tensor:
     """A fake on the CPU, whose operators save what those of a GPU do."""
     with mode:
-        made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
-    return nn.Parameter(made, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else made
+        empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+    return nn.Parameter(empty, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else empty
 
 
 def graphs_of_step(
@@ -110,10 +110,10 @@ def graphs_of_step(
     mode = FakeTensorMode(shape_env=ShapeEnv())
     model = _with_fake_storage(model.train(), mode)
     args, kwargs = pytree.tree_map_only(Tensor, partial(_fake, mode), (args, kwargs))
-    found: list[fx.GraphModule] = []
+    graphs: list[fx.GraphModule] = []
 
     def keep(gm: fx.GraphModule, inputs, **_) -> Callable:
-        found.append(gm)
+        graphs.append(gm)
         return boxed(gm, inputs)
 
     how = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("inner", "mode")}
@@ -124,7 +124,7 @@ def graphs_of_step(
         if loss is None:
             loss = sum(t.float().sum() for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
         loss.backward()
-    return model, found
+    return model, graphs
 
 
 # --- from graphs to bytes ----------------------------------------------------------------------------------------

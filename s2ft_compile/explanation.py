@@ -92,8 +92,8 @@ def explain(
 
 def _without_storage(model: nn.Module) -> nn.Module:
     def bare(t: Tensor) -> Tensor:
-        made = t.detach().to("meta")
-        return nn.Parameter(made, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else made
+        hollow = t.detach().to("meta")
+        return nn.Parameter(hollow, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else hollow
 
     return copy.deepcopy(model, {id(t): bare(t) for t in (*model.parameters(), *model.buffers())})
 

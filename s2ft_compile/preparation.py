@@ -49,8 +49,8 @@ def analyze(model: nn.Module, example_inputs: Any, verify: bool = False, train: 
     ffn × 8: 0.weight[0] (ffn.in), 0.bias[0] (ffn.in), 2.weight[1] (ffn.out)
     """
     analysis = couple(*captures(unwrap(model), example_inputs, train))
-    if verify and not (made := verify_couplings(model, example_inputs, analysis)).ok:
-        raise VerificationError(str(made))
+    if verify and not (verified := verify_couplings(model, example_inputs, analysis)).ok:
+        raise VerificationError(str(verified))
     return analysis
 
 
@@ -133,18 +133,18 @@ def prepare(
         for name, dim, order in moves:
             move(tensors[name], dim, order)
             undo.callback(move, tensors[name], dim, torch.argsort(order))
-        made = [_block(model, parameters, s, index) for s in selections]
+        pairs = [_block(model, parameters, s, index) for s in selections]
         for name in frozen:
             parameters.own[name].requires_grad_(False)
             undo.callback(parameters.own[name].requires_grad_, True)
-        plan = Plan(config, base, tuple(piece for _, piece in made), notes)
-        state = State(plan, [block for block, _ in made], moves, frozen, Permuted.of(analysis, orders))
+        plan = Plan(config, base, tuple(piece for _, piece in pairs), notes)
+        state = State(plan, [block for block, _ in pairs], moves, frozen, Permuted.of(analysis, orders))
         undo.callback(state.uninstall, model)
         state.install(model)
         undo.pop_all()
     watch_optimizers()
     trained = sum(b.delta.numel() for b in state.blocks)
-    log.info("prepared %s: %d slices, %d parameters train", type(model).__name__, len(made), trained)
+    log.info("prepared %s: %d slices, %d parameters train", type(model).__name__, len(pairs), trained)
     return plan
 
 

@@ -57,16 +57,16 @@ class Recording:
         """The same with nodes in place of tensors."""
         return pytree.tree_map_only((torch.Tensor, *SYMBOLS), self.node_of, given)
 
-    def add(self, func: Callable, args: Any, kwargs: Any, made: Any) -> None:
-        """A call that returned `made`. One that returned no tensor was a question about sizes or types."""
-        parts = made if isinstance(made, (list, tuple)) else [made]
+    def add(self, func: Callable, args: Any, kwargs: Any, result: Any) -> None:
+        """A call that returned `result`. One that returned no tensor was a question about sizes or types."""
+        parts = result if isinstance(result, (list, tuple)) else [result]
         if not any(isinstance(part, torch.Tensor) for part in parts):
             return
         node = self.graph.call_function(func, self.arguments(args), self.arguments(kwargs))
         node.meta["traceback"] = CapturedTraceback.extract()
-        node.meta["val"] = made
-        if parts is not made:
-            self._hold(made, node)
+        node.meta["val"] = result
+        if parts is not result:
+            self._hold(result, node)
             return
         for i, part in enumerate(parts):
             if isinstance(part, torch.Tensor):
@@ -101,14 +101,14 @@ class Recorder(Recording, ProxyTorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if (parts := self._parts(func)) is not None:
             with self:
-                made = parts(*args, **(kwargs or {}))
-            if made is not NotImplemented:
-                return made
+                result = parts(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         if func._schema.is_mutable:
             raise NotRecorded(f"{func} writes to a tensor that is no buffer")
-        made = func(*args, **(kwargs or {}))
-        self.add(func, args, kwargs or {}, made)
-        return made
+        result = func(*args, **(kwargs or {}))
+        self.add(func, args, kwargs or {}, result)
+        return result
 
     def _parts(self, func: Any) -> Callable | None:
         """What takes an operator apart."""
@@ -127,9 +127,9 @@ class Recorder(Recording, ProxyTorchDispatchMode):
         shaped = self.fake.from_tensor(t.detach(), static_shapes=True)
         place = self.placeholder(shaped, name.replace(".", "_")).name
         with self.functional:
-            made = FunctionalTensor.to_functional(shaped).requires_grad_(requires_grad)
-        self.given[id(made)] = made, shaped
-        return made, place
+            result = FunctionalTensor.to_functional(shaped).requires_grad_(requires_grad)
+        self.given[id(result)] = result, shaped
+        return result, place
 
     def is_written(self, t: torch.Tensor) -> bool:
         """Whether it is an input that was written to, or none."""
@@ -177,8 +177,8 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], names: Mapp
     with as_before(model), recorder.on():
         for module in model.modules():
             vars(module).pop("_compiled_call_impl", None)  # of `model.compile`: what is recorded is its own code
-        made = torch.func.functional_call(model, state, args, kwargs)
-    outputs = pytree.tree_leaves(made)
+        result = torch.func.functional_call(model, state, args, kwargs)
+    outputs = pytree.tree_leaves(result)
     if odd := [o for o in outputs if not isinstance(o, (torch.Tensor, *PLAIN))]:
         raise NotRecorded(f"it returns a {type(odd[0]).__name__}, in which there may be tensors")
     buffers = {name: state[name] for name in places["b"].values()}  # functional_call puts new ones there

@@ -341,8 +341,8 @@ def _blocks_in(optimizer) -> list[tuple[State, list[Block]]]:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for block in (b for state in _live for b in state.blocks):
         block.follow_shards()
-    found = [(state, [b for b in state.blocks if id(b.delta) in held]) for state in _live]
-    return [(state, blocks) for state, blocks in found if blocks]
+    pairs = [(state, [b for b in state.blocks if id(b.delta) in held]) for state in _live]
+    return [(state, blocks) for state, blocks in pairs if blocks]
 
 
 _optimizer_hooks: list = []

@@ -71,10 +71,10 @@ class Verification:
         return not self.couplings or self.control > self.tolerance
 
     def __str__(self) -> str:
-        found = "unchanged" if self.ok else "CHANGED"
+        outcome = "unchanged" if self.ok else "CHANGED"
         lines = [
             f"{self.couplings} couplings permuted at once in {self.parameters} parameters ({self.dtype}): "
-            f"outputs {found}, difference {self.difference:.2g}, allowed {self.tolerance:.2g}; "
+            f"outputs {outcome}, difference {self.difference:.2g}, allowed {self.tolerance:.2g}; "
             f"control {self.control:.2g}"
         ]
         if self.calls > 1:
@@ -102,12 +102,12 @@ def verify(model: nn.Module, example_inputs: Any, analysis: Analysis, seed: int 
             "a model on the meta device has no weights to verify; load them, or call analyze without verify"
         )
     with stand_ins(model, _dequantized), inference_mode_of(model), torch.no_grad():
-        made = [
+        verifications = [
             replace(verification, where=where)
             for i, inputs in enumerate(several(example_inputs))
             for verification, where in _verified(model, inputs, f"with example {i + 1}" if i else "", analysis, seed)
         ]
-    return replace(next((v for v in made if not v.ok), made[0]), calls=len(made))
+    return replace(next((v for v in verifications if not v.ok), verifications[0]), calls=len(verifications))
 
 
 def _dequantized(weight: Quantized) -> nn.Parameter:
@@ -160,8 +160,10 @@ class _Trial:
         buffers = {name: b.clone() for name, b in self.buffers.items()}
         with torch.random.fork_rng(devices=[]), default_dtype(self.dtype), Promoted(self.dtype):
             torch.manual_seed(self.seed)
-            made = functional_call(self.model, {**buffers, **weights}, self.args, self.kwargs)
-        return [t for t in tree_leaves(dict(made) if isinstance(made, Mapping) else made) if isinstance(t, Tensor)]
+            output = functional_call(self.model, {**buffers, **weights}, self.args, self.kwargs)
+        return [
+            t for t in tree_leaves(dict(output) if isinstance(output, Mapping) else output) if isinstance(t, Tensor)
+        ]
 
     def difference(self, weights: Mapping[str, Tensor]) -> float:
         after = self.outputs(weights)

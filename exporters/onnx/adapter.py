@@ -98,7 +98,7 @@ class Part(NamedTuple):
 
 
 def _oriented(module: nn.Module, source: Adapter) -> list[Part]:
-    layers, made = linear_layers(module, source, "an adapter beside an ONNX graph"), []
+    layers, arrays = linear_layers(module, source, "an adapter beside an ONNX graph"), []
     weights = dict(module.named_parameters())
     for s in source.slices:
         transposed, dtype = layers[s.parameter_name][1], weights[s.parameter_name].dtype
@@ -109,29 +109,29 @@ def _oriented(module: nn.Module, source: Adapter) -> list[Part]:
                 f"`save_merged` takes it, since the sum does not"
             )
         columns = (s.dim == 1) != transposed
-        made.append(Part(s.parameter_name, columns, s.indices.numpy(), delta.numpy(), s.shape[s.dim]))
-    return made
+        arrays.append(Part(s.parameter_name, columns, s.indices.numpy(), delta.numpy(), s.shape[s.dim]))
+    return arrays
 
 
 def _slices(parts: Sequence[Part]) -> dict[str, np.ndarray]:
-    made = {}
+    arrays = {}
     for part in parts:
         indices, delta = slice_names(part.weight, part.columns)
-        made |= {indices: part.indices, delta: part.delta}
-    return made
+        arrays |= {indices: part.indices, delta: part.delta}
+    return arrays
 
 
 def _loras(parts: Sequence[Part]) -> dict[str, np.ndarray]:
     """A (in, r) and B (r, out): a slice is a LoRA with a one-hot factor; those of one weight lie side by side."""
-    made: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for part in parts:
         one_hot = np.zeros((part.size, len(part.indices)), part.delta.dtype)
         one_hot[part.indices, np.arange(len(part.indices))] = 1
         for name, factor, axis in zip(
             lora_names(part.weight), (one_hot, part.delta) if part.columns else (part.delta, one_hot.T), (1, 0)
         ):
-            made[name] = np.concatenate([made[name], factor], axis) if name in made else factor
-    return made
+            arrays[name] = np.concatenate([arrays[name], factor], axis) if name in arrays else factor
+    return arrays
 
 
 # --- a graph's check ---------------------------------------------------------------------------------------
@@ -204,11 +204,11 @@ def places_of(model: nn.Module, adapters: str | Sequence[str | os.PathLike]) -> 
             )
         slices = list(state_of(model).plan.slices)
     else:
-        found = [read_adapter(folder) for folder in adapters]
+        read = [read_adapter(folder) for folder in adapters]
         with untrained(model):
-            for adapter in found:
+            for adapter in read:
                 check_fits(unwrap(model), adapter)
-        slices = [s for adapter in found for s in adapter.slices]
+        slices = [s for adapter in read for s in adapter.slices]
     if not slices:
         raise ConfigError("no adapter was given, so there is nothing that the graph could make room for")
     return list(dict.fromkeys((s.parameter_name, s.dim) for s in slices))

@@ -30,8 +30,8 @@ def tokens_of(module: nn.Module) -> dict[str, Any]:
     sources = (getattr(module, "generation_config", None), config and config.get_text_config())
 
     def find(name: str, default: Any = None) -> Any:
-        found = [getattr(source, name, None) for source in sources]
-        return next((value for value in found if value is not None), default)
+        values = [getattr(source, name, None) for source in sources]
+        return next((value for value in values if value is not None), default)
 
     needed = {"eos_token_id": find("eos_token_id"), "max_position_embeddings": find("max_position_embeddings")}
     for name, value in needed.items():

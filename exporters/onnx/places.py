@@ -56,12 +56,12 @@ def lora_names(weight: str) -> tuple[str, str]:
 def add_places(graph: Any, places: Sequence[tuple[str, int]], lora: bool = False) -> None:
     """Makes room in an onnx-ir graph for adapters of these (weight, dim), as slices or as LoRAs. Raises
     `ExportError`, with the node."""
-    found = {name: _products(graph, name) for name, _ in places}
-    for name in found if lora else ():
-        for product in found[name]:
+    products = {name: _products(graph, name) for name, _ in places}
+    for name in products if lora else ():
+        for product in products[name]:
             _add_lora(graph, name, product)
     for name, dim in places if not lora else ():
-        for product in found[name]:
+        for product in products[name]:
             _add_slices(graph, name, product, columns=product.contracts == dim)
 
 
@@ -69,7 +69,7 @@ def _products(graph: Any, name: str) -> list[Product]:
     """Every node that multiplies by a weight; no other may use it."""
     if name not in graph.initializers:
         raise ExportError(f"{name} has no adapter input: the graph does not use it under this name")
-    found = []
+    products = []
     for node, at in list(graph.initializers[name].uses()):
         flipped = turns_over(node)
         for user, index in list(node.outputs[0].uses()) if flipped else [(node, at)]:
@@ -79,8 +79,8 @@ def _products(graph: Any, name: str) -> list[Product]:
                     f"{name} has no adapter input: node {user.name} ({kind}) uses it other than as the "
                     f"weight of a matrix product"
                 )
-            found.append(Product(user, 1 if flipped != _is_set(user, "transB") else 0))
-    return found
+            products.append(Product(user, 1 if flipped != _is_set(user, "transB") else 0))
+    return products
 
 
 def _is_set(node: Any, attribute: str) -> bool:
@@ -104,13 +104,13 @@ def _add_slices(graph: Any, name: str, product: Product, columns: bool) -> None:
     else:
         # not ScatterElements with reduction "add", for which ONNX Runtime has no float16 kernel on a CPU
         kept = _kept(graph, _empty(graph, second, (size_in, 0), first, dtype))
-        made = ir.node("MatMul", [x, kept.outputs[0]])
+        new = ir.node("MatMul", [x, kept.outputs[0]])
         picked = ir.node("Gather", [y, indices], {"axis": -1})
-        summed = ir.node("Add", [picked.outputs[0], made.outputs[0]])
+        summed = ir.node("Add", [picked.outputs[0], new.outputs[0]])
         sizes = ir.node("Shape", [summed.outputs[0]])
         places = ir.node("Expand", [indices, sizes.outputs[0]])
         scattered = ir.node("ScatterElements", [y, places.outputs[0], summed.outputs[0]], {"axis": -1})
-        nodes = [kept, made, picked, summed, sizes, places, scattered]
+        nodes = [kept, new, picked, summed, sizes, places, scattered]
     _insert(graph, product, nodes)
 
 
@@ -135,8 +135,8 @@ def _kept(graph: Any, value: Any) -> Any:
 
     if SAME_SHAPE not in graph.initializers:
         tensor = ir.tensor(np.zeros(2, np.int64), name=SAME_SHAPE)
-        made = ir.Value(name=SAME_SHAPE, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        graph.initializers.add(made)
+        new = ir.Value(name=SAME_SHAPE, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        graph.initializers.add(new)
     return ir.node("Reshape", [value, graph.initializers[SAME_SHAPE]])
 
 

@@ -94,18 +94,18 @@ def quantized(onnx_model: Any, kind: str) -> Any:
         _untie(graph, value)
         _halve_embedding(graph, value)
     form = FORMS[kind]
-    made = _quantizer()(
+    quantizer = _quantizer()(
         ir.serde.serialize_model(onnx_model),
         bits=form.bits,
         block_size=form.block,
         is_symmetric=form.symmetric,
         accuracy_level=INT8_PRODUCTS,
     )
-    made.process()
-    result = ir.serde.deserialize_model(made.model.model)
+    quantizer.process()
+    result = ir.serde.deserialize_model(quantizer.model.model)
     after = _bytes(result)
-    told = log.warning if 2 * after > before else log.info
-    told(
+    say = log.warning if 2 * after > before else log.info
+    say(
         "%s: %.1f MB of weights became %.1f MB; what is no constant factor of a product (batched experts, "
         "convolutions) stays as it is",
         kind,
@@ -163,9 +163,9 @@ def _beside(graph: Any, value: Any) -> Any:
 
     name = f"{value.name}.transposed"
     if name not in graph.initializers:
-        made = ir.Value(name=name)
-        _turn(value, made)
-        graph.initializers.add(made)
+        turned = ir.Value(name=name)
+        _turn(value, turned)
+        graph.initializers.add(turned)
     return graph.initializers[name]
 
 

@@ -90,9 +90,9 @@ def push_pad(editor, node, x, dim):
     inside = [p - before for p in taken if before <= p < before + size]
     if not inside:
         return None
-    made = editor.push_ranges(source, dim, *runs(inside))
+    sliced = editor.push_ranges(source, dim, *runs(inside))
     around = [sum(p < before for p in taken), sum(p >= before + size for p in taken)]
-    return editor.call(x.target, made, [*pad[:place], *around, *pad[place + 2 :]], *value, like=x)
+    return editor.call(x.target, sliced, [*pad[:place], *around, *pad[place + 2 :]], *value, like=x)
 
 
 def push_scatter_add(editor, node, x, dim):

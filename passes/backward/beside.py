@@ -57,5 +57,5 @@ def added(x: Tensor, y: Tensor, delta: Tensor, dim: int, index: Tensor, inverse:
     """y with what a slice along `dim` of the layer's weight adds to it. x (..., in), y (..., out)."""
     if dim == 1:
         x = Take.apply(x, index, inverse)
-    made = F.linear(x, delta.to(x.dtype)).to(y.dtype)
-    return y + (made if dim == 1 else Place.apply(made, index, inverse))
+    added = F.linear(x, delta.to(x.dtype)).to(y.dtype)
+    return y + (added if dim == 1 else Place.apply(added, index, inverse))

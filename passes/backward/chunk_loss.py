@@ -54,11 +54,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, h, W, b, labels, ignore_index, mean, steps, chunks):
         tokens, losses, parts = h.shape[0], [], []
         for k in range(chunks):
-            some = slice(tokens * k // chunks, tokens * (k + 1) // chunks)
+            chosen = slice(tokens * k // chunks, tokens * (k + 1) // chunks)
             with torch.enable_grad():
-                part = h[some].detach().requires_grad_()
+                part = h[chosen].detach().requires_grad_()
                 logits = _stepped(F.linear(part, W.detach(), b if b is None else b.detach()), steps)
-                loss = F.cross_entropy(logits, labels[some], ignore_index=ignore_index, reduction="sum")
+                loss = F.cross_entropy(logits, labels[chosen], ignore_index=ignore_index, reduction="sum")
             parts.append(torch.autograd.grad(loss, part)[0])
             losses.append(loss.detach())
         dh, dtype = torch.cat(parts), losses[0].dtype
@@ -129,13 +129,13 @@ class Head(NamedTuple):
     @property
     def logits(self) -> tuple[fx.Node, ...]:
         """The head's result, and what is computed from it element by element, for the loss or to be returned."""
-        found = {self.linear: None, **dict.fromkeys(self.chain)}
-        pending = list(found)
+        nodes = {self.linear: None, **dict.fromkeys(self.chain)}
+        pending = list(nodes)
         while pending:
-            more = [u for u in pending.pop().users if u not in found and _step(u)]
-            found |= dict.fromkeys(more)
+            more = [u for u in pending.pop().users if u not in nodes and _step(u)]
+            nodes |= dict.fromkeys(more)
             pending += more
-        return tuple(found)
+        return tuple(nodes)
 
 
 def chunk_loss(graph: fx.Graph, trains: bool = False) -> int:
@@ -240,8 +240,8 @@ def _replace(graph: fx.Graph, head: Head) -> None:
             h = editor.again(node, h, *args)
     labels, ignored, mean = (head.options[name] for name in ("target", "ignore_index", "reduction"))
     names, values = [step for step, _ in steps], [value for _, value in steps]
-    made = editor.call(CHUNKED, h, W, b, labels, ignored, mean == "mean", names, values, chunks)
-    head.loss.replace_all_uses_with(made)
+    chunked = editor.call(CHUNKED, h, W, b, labels, ignored, mean == "mean", names, values, chunks)
+    head.loss.replace_all_uses_with(chunked)
     log.info("cross-entropy %s of %d tokens in %d chunks", head.loss.name, tokens, chunks)
 
 

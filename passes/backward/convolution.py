@@ -36,8 +36,8 @@ def push_convolution(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | M
         X = editor.take(X, 1, node)
     sliced = editor.take(W, dim, node)
     only_dW = [False, True, False]
-    made = editor.call(BACKWARD, dY, X, sliced, [0], *geometry, transposed, padding, groups, only_dW, like=maker)
-    return editor.call(operator.getitem, made, 1, like=x)
+    gradients = editor.call(BACKWARD, dY, X, sliced, [0], *geometry, transposed, padding, groups, only_dW, like=maker)
+    return editor.call(operator.getitem, gradients, 1, like=x)
 
 
 def _grouped(editor, node, dY, X, size, groups: int, dim: int):

@@ -54,13 +54,13 @@ def attached(
 ) -> Tensor:
     """weight, with the gradient of its ranges along `dim` going to `delta`."""
     where = Where(dim % weight.ndim, ranges, name, [] if whole is None else whole)
-    made = _Attached.apply(weight, delta, where)
+    read = _Attached.apply(weight, delta, where)
     if weight.requires_grad:
-        return made  # somebody trains all of it: there is nothing to leave out
-    made = made.as_subclass(AttachedWeight)
-    made.parts = weight, delta, where
-    made._is_param = True  # `isinstance(module.weight, nn.Parameter)` as before, which `get_parameter` asks
-    return made
+        return read  # somebody trains all of it: there is nothing to leave out
+    read = read.as_subclass(AttachedWeight)
+    read.parts = weight, delta, where
+    read._is_param = True  # `isinstance(module.weight, nn.Parameter)` as before, which `get_parameter` asks
+    return read
 
 
 _warned: set[str] = set()  # the first weight whose gradient was made at full size
@@ -107,16 +107,16 @@ class AttachedWeight(Tensor):
             )
         rule = PARTIAL.get(func)
         if rule is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled() and _takes(rule, kwargs):
-            made = rule(*args, **kwargs)
-            if made is not NotImplemented:
-                return made
+            output = rule(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
         with torch._C.DisableTorchFunctionSubclass():
-            made = func(*args, **kwargs)
-        if isinstance(made, Tensor) and made.requires_grad and not torch.compiler.is_compiling():
+            output = func(*args, **kwargs)
+        if isinstance(output, Tensor) and output.requires_grad and not torch.compiler.is_compiling():
             for x in pytree.tree_leaves((args, kwargs)):
                 if _is_attached(x):
                     x.parts[2].whole.append(func)
-        return made
+        return output
 
 
 def _takes(rule: Callable, keywords: dict[str, Any]) -> bool:
@@ -204,8 +204,8 @@ def _matmul(a, b, *, out=None):
     if out is not None or _is_attached(a) == _is_attached(b) or not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return NotImplemented
     if _is_attached(a):
-        made = _matmul(b.mT, _transposed(a, -2, -1)) if a.ndim == b.ndim >= 2 else NotImplemented
-        return made if made is NotImplemented else made.mT
+        transposed = _matmul(b.mT, _transposed(a, -2, -1)) if a.ndim == b.ndim >= 2 else NotImplemented
+        return transposed if transposed is NotImplemented else transposed.mT
     W, D, where = b.parts
     if W.ndim == 3 and (a.ndim != 3 or where.dim == 0 or len(a) != len(W)) or W.ndim not in (2, 3):
         return NotImplemented
@@ -322,19 +322,19 @@ def _entry(x, index):
         return NotImplemented
     W, D, where = x.parts
     if isinstance(index, int) or (isinstance(index, Tensor) and index.dtype == torch.int64 and index.ndim <= 1):
-        made = W[index]
-        return attached(made, D[index], where.dim - W.ndim + made.ndim, *where[1:])
+        entry = W[index]
+        return attached(entry, D[index], where.dim - W.ndim + entry.ndim, *where[1:])
     return NotImplemented
 
 
 def _cast(x, *args, **kwargs):
     """To another type; what goes to another device is an ordinary tensor."""
     with torch._C.DisableTorchFunctionSubclass():
-        made = x.to(*args, **kwargs) if _is_attached(x) else None
-    if made is None or made.device != x.device or not made.is_floating_point():
+        cast = x.to(*args, **kwargs) if _is_attached(x) else None
+    if cast is None or cast.device != x.device or not cast.is_floating_point():
         return NotImplemented
     W, D, where = x.parts
-    return x if W.dtype == made.dtype else attached(W.to(made.dtype), D, *where)
+    return x if W.dtype == cast.dtype else attached(W.to(cast.dtype), D, *where)
 
 
 def _cast_to(dtype: torch.dtype) -> Callable:

@@ -31,8 +31,8 @@ def push_grouped_mm(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | Mi
     if missing := -size % (ALIGNED // sliced.meta["val"].itemsize):
         sliced = editor.call(aten.constant_pad_nd.default, sliced, [0, missing], like=x)
     pair = (editor.call(aten.permute.default, sliced, [1, 0], like=x), b) if dim == 1 else (a, sliced)
-    made = editor.call(x.target, *pair, *rest, like=x, **x.kwargs)
-    return editor.call(aten.slice.Tensor, made, dim, 0, size, like=x) if missing else made
+    result = editor.call(x.target, *pair, *rest, like=x, **x.kwargs)
+    return editor.call(aten.slice.Tensor, result, dim, 0, size, like=x) if missing else result
 
 
 def push_output(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | Mismatch:
@@ -44,8 +44,8 @@ def push_output(editor, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | Mismat
         return Mismatch(WHOLE)
     X, W, offsets, dY = maker.args
     X, dY = (editor.take(X, 1, node), dY) if dim == 1 else (X, editor.take(dY, 1, node))
-    made = editor.call(maker.target, X, editor.take(W, dim, node), offsets, dY, like=maker)
-    return editor.call(operator.getitem, made, 1, like=x)
+    result = editor.call(maker.target, X, editor.take(W, dim, node), offsets, dY, like=maker)
+    return editor.call(operator.getitem, result, 1, like=x)
 
 
 def without_weight_gradients(editor, graph: fx.Graph) -> None:

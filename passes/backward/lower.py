@@ -49,8 +49,8 @@ def lower_where_possible(graph: fx.Graph) -> int:
 
 def graph_capability(graph: fx.Graph) -> tuple[int, int] | None:
     """The least capability of the devices of a joint graph's gradients, None if one of them has none."""
-    found = [capability(device) for device in {root.meta["val"].device for root in _gradients(graph)}]
-    return min(found) if found and None not in found else None
+    capabilities = [capability(device) for device in {root.meta["val"].device for root in _gradients(graph)}]
+    return min(capabilities) if capabilities and None not in capabilities else None
 
 
 def lower(graph: fx.Graph, capability: tuple[int, int] | None) -> int:

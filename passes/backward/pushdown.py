@@ -51,9 +51,9 @@ class Slicer(Editor):
 
     def push_ranges(self, x: fx.Node, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> fx.Node | Mismatch:
         here = self.at
-        made = self.pushed(self.take_ranges(x, dim, starts, lengths))
+        sliced = self.pushed(self.take_ranges(x, dim, starts, lengths))
         self.at = here
-        return made
+        return sliced
 
     def pushed(self, node: fx.Node) -> fx.Node | Mismatch:
         """What computes `node` (a take of a gradient) without its full-size input."""
@@ -63,25 +63,25 @@ class Slicer(Editor):
             log.warning("the gradient of a frozen weight is computed at its full size %s", list(x.meta["val"].shape))
             return node
         rule = rule_for(x.target) if x.op == "call_function" else None
-        made = rule(self, node, x, dim) if rule else None
-        if made is None:
-            made = Mismatch(f"it has no slice rule for dimension {dim}")
-        if isinstance(made, Mismatch) and not made.operator:
+        sliced = rule(self, node, x, dim) if rule else None
+        if sliced is None:
+            sliced = Mismatch(f"it has no slice rule for dimension {dim}")
+        if isinstance(sliced, Mismatch) and not sliced.operator:
             maker = x.args[0] if x.target is operator.getitem else x
-            return replace(made, operator=f"{maker.target} ({maker.name})", size=tuple(x.meta["val"].shape))
-        return made
+            return replace(sliced, operator=f"{maker.target} ({maker.name})", size=tuple(x.meta["val"].shape))
+        return sliced
 
 
 def _needed(graph: fx.Graph) -> set[fx.Node]:
     """What the graph computes for more than slices of gradients."""
-    found: set[fx.Node] = set()
+    nodes: set[fx.Node] = set()
     stack = [graph.output_node()]
     while stack:
         node = stack.pop()
-        if node not in found and node.target is not TAKE:
-            found.add(node)
+        if node not in nodes and node.target is not TAKE:
+            nodes.add(node)
             stack += node.all_input_nodes
-    return found
+    return nodes
 
 
 def slice_pushdown(graph: fx.Graph) -> int:
@@ -97,12 +97,12 @@ def slice_pushdown(graph: fx.Graph) -> int:
     for node in attached:
         node.replace_all_uses_with(node.args[0])
     for node in taken:
-        made = slicer.pushed(node)
-        if isinstance(made, Mismatch):
+        sliced = slicer.pushed(node)
+        if isinstance(sliced, Mismatch):
             raise CompileError(
-                f"the gradient of a frozen weight would be {made}; choose other targets than this weight"
+                f"the gradient of a frozen weight would be {sliced}; choose other targets than this weight"
             )
-        node.replace_all_uses_with(made)
+        node.replace_all_uses_with(sliced)
     graph.eliminate_dead_code()
     grouped.without_weight_gradients(slicer, graph)
     convolution.without_weight_gradients(graph)
@@ -135,10 +135,10 @@ def _lower(slicer: Slicer, node: fx.Node) -> None:
     x, dim, starts, lengths = node.args
     pieces = [slicer.call(aten.slice.Tensor, x, dim, s, s + n) for s, n in zip(starts, lengths)]
     if len(pieces) == 1:
-        made = slicer.call(aten.clone.default, pieces[0], memory_format=torch.contiguous_format)
+        sliced = slicer.call(aten.clone.default, pieces[0], memory_format=torch.contiguous_format)
     else:
-        made = slicer.call(aten.cat.default, pieces, dim)
-    node.replace_all_uses_with(made)
+        sliced = slicer.call(aten.cat.default, pieces, dim)
+    node.replace_all_uses_with(sliced)
     slicer.graph.erase_node(node)
 
 
@@ -146,5 +146,6 @@ def hoist(editor: Editor) -> None:
     """Computes slices and their gradients as soon as they can be. Autograd gets to the weights last of all, which would
     keep the dY of every layer alive until the end of the backward."""
     for node in list(editor.graph.nodes):
-        if node in editor.made and (latest := max(node.all_input_nodes, default=None)) and latest.op != "placeholder":
+        latest = max(node.all_input_nodes, default=None) if node in editor.created else None
+        if latest is not None and latest.op != "placeholder":
             latest.append(node)

@@ -49,8 +49,8 @@ def push_view(editor, node, x, dim):
             shape = list(new)
             shape[dim] = node.meta["val"].shape[dim]
             return editor.call(aten.reshape.default, inner, shape, like=x)
-    made = _split_view(editor, node, x, dim)
-    return _merging_view(editor, node, x, dim) if made is None else made
+    sliced = _split_view(editor, node, x, dim)
+    return _merging_view(editor, node, x, dim) if sliced is None else sliced
 
 
 def _split_view(editor, node, x, dim):
@@ -76,20 +76,20 @@ def _merging_view(editor, node, x, dim):
     """The dimension joins several: the indices of the first of them that the ranges touch, and the ranges in those."""
     old, new = list(x.args[0].meta["val"].shape), list(x.meta["val"].shape)
     ends = product(range(len(old)), range(2, len(old) + 1))
-    found = [(i, j) for i, j in ends if prod(old[i:j]) == new[dim] and prod(old[:i]) == prod(new[:dim]) and j - i > 1]
-    if not found:
+    fits = [(i, j) for i, j in ends if prod(old[i:j]) == new[dim] and prod(old[:i]) == prod(new[:dim]) and j - i > 1]
+    if not fits:
         return Mismatch("its view joins and divides dimensions at once")
-    source, inner = found[0][0], new[dim] // old[found[0][0]]
+    source, inner = fits[0][0], new[dim] // old[fits[0][0]]
     taken = positions(node)
     touched = sorted({p // inner for p in taken})
     if len(touched) == old[source]:
         return Mismatch("its view joins dimensions, and the slice touches every index of the first of them")
-    made = editor.push_ranges(x.args[0], source, *runs(touched))
-    made = editor.call(aten.reshape.default, made, [*new[:dim], len(touched) * inner, *new[dim + 1 :]], like=x)
+    sliced = editor.push_ranges(x.args[0], source, *runs(touched))
+    sliced = editor.call(aten.reshape.default, sliced, [*new[:dim], len(touched) * inner, *new[dim + 1 :]], like=x)
     if len(taken) == len(touched) * inner:
-        return made
+        return sliced
     local = runs([touched.index(p // inner) * inner + p % inner for p in taken])
-    pieces = [editor.call(aten.slice.Tensor, made, dim, s, s + n, like=x) for s, n in zip(*local)]
+    pieces = [editor.call(aten.slice.Tensor, sliced, dim, s, s + n, like=x) for s, n in zip(*local)]
     return editor.call(aten.cat.default, pieces, dim, like=x)
 
 
@@ -171,11 +171,11 @@ def _window(editor, node, x, dim):
     taken = positions(node)
     inside = [p - start for p in taken if start <= p < end]
     before, after = sum(p < start for p in taken), sum(p >= end for p in taken)
-    made = editor.push_ranges(values, dim, *runs(inside or [0]))
+    sliced = editor.push_ranges(values, dim, *runs(inside or [0]))
     if not inside:
-        return editor.call(aten.new_zeros.default, made, list(node.meta["val"].shape), like=x)
+        return editor.call(aten.new_zeros.default, sliced, list(node.meta["val"].shape), like=x)
     pad = [0, 0] * (len(size) - 1 - dim) + [before, after]
-    return editor.call(aten.constant_pad_nd.default, made, pad, like=x) if before or after else made
+    return editor.call(aten.constant_pad_nd.default, sliced, pad, like=x) if before or after else sliced
 
 
 def push_select_backward(editor, node, x, dim):
@@ -204,13 +204,13 @@ def push_cat(editor, node, x, dim):
     if at != dim:
         return editor.call(x.target, [editor.push(part, dim, node) for part in parts], at, like=x)
     taken = positions(node)
-    made, offset = [], 0
+    sliced, offset = [], 0
     for part in parts:
         size = part.meta["val"].shape[dim]
         if inside := [p - offset for p in taken if offset <= p < offset + size]:
-            made.append(editor.push_ranges(part, dim, *runs(inside)))
+            sliced.append(editor.push_ranges(part, dim, *runs(inside)))
         offset += size
-    return made[0] if len(made) == 1 else editor.call(x.target, made, dim, like=x)
+    return sliced[0] if len(sliced) == 1 else editor.call(x.target, sliced, dim, like=x)
 
 
 def push_result(editor, node, x, dim):

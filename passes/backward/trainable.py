@@ -63,27 +63,27 @@ def refused_gradients(model: nn.Module, example_inputs: Any, places: Sequence[Pl
         node.replace_all_uses_with(node.args[0])
     for place, gradient in zip(places, gradients):
         for node in _takes(gradient):
-            made = slicer.pushed(node)
-            if isinstance(made, Mismatch):
-                refused[place] = made
+            sliced = slicer.pushed(node)
+            if isinstance(sliced, Mismatch):
+                refused[place] = sliced
             else:
-                node.replace_all_uses_with(made)
+                node.replace_all_uses_with(sliced)
     return refused
 
 
 def _takes(gradient: Any) -> list[fx.Node]:
     """The slices that a delta's gradient is made of: casts and sums of takes."""
-    found, stack, seen = [], [gradient], set()
+    takes, stack, seen = [], [gradient], set()
     while stack:
         node = stack.pop()
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
         if node.target is TAKE:
-            found.append(node)
+            takes.append(node)
         else:
             stack += node.all_input_nodes
-    return found
+    return takes
 
 
 def _joint_graph(model: nn.Module, example_inputs: Any, places: Sequence[Place]) -> fx.Graph:
@@ -104,8 +104,8 @@ def _joint_graph(model: nn.Module, example_inputs: Any, places: Sequence[Place])
             values[name] = attach(values[name], delta, dim, [0], [1])
         values.update({other: values[first] for other, first in tied.items()})
         args, kwargs = pytree.tree_unflatten([next(passed) if isinstance(t, Tensor) else t for t in inputs], spec)
-        made = torch.func.functional_call(model, values, args, kwargs, tie_weights=False)
-        floats = [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor) and t.requires_grad]
+        outputs = torch.func.functional_call(model, values, args, kwargs, tie_weights=False)
+        floats = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
         return (sum(t.float().sum() for t in floats),)
 
     deltas = [tensors[name].detach().narrow(dim, 0, 1) for name, dim in places]
@@ -130,5 +130,5 @@ def _recorded(model: nn.Module, run: Callable, fixed: Sequence[Tensor], deltas: 
     fakes = [recorder.input(t)[0] for t in fixed]
     leaves = [recorder.input(t, requires_grad=True)[0] for t in deltas]
     with as_before(model), recorder.on():
-        made = run(*fakes, *leaves)
-        return recorder.returns((*made, *torch.autograd.grad(made, leaves, allow_unused=True)))
+        outputs = run(*fakes, *leaves)
+        return recorder.returns((*outputs, *torch.autograd.grad(outputs, leaves, allow_unused=True)))

@@ -283,25 +283,25 @@ def reshape(dims: Sequence[Axis], sizes: Sequence[int], why: Pin) -> list[Axis]:
     left, right = [d for d in dims if d.size != 1], [i for i, size in enumerate(sizes) if size != 1]
     while left:
         # the smallest runs of dimensions on both sides that hold the same number of elements
-        group, made = [left.pop(0)], [right.pop(0)]
-        while (a := prod(d.size for d in group)) != (b := prod(sizes[i] for i in made)):
+        group, regrouped = [left.pop(0)], [right.pop(0)]
+        while (a := prod(d.size for d in group)) != (b := prod(sizes[i] for i in regrouped)):
             if a < b:
                 group.append(left.pop(0))
             else:
-                made.append(right.pop(0))
-        for i, axis in zip(made, _regroup(group, [sizes[i] for i in made], why)):
+                regrouped.append(right.pop(0))
+        for i, axis in zip(regrouped, _regroup(group, [sizes[i] for i in regrouped], why)):
             result[i] = axis
     return result
 
 
 def _regroup(group: Sequence[Axis], sizes: Sequence[int], why: Pin) -> list[Axis]:
-    made, rest = [], [f for d in group for f in factors(d)]
+    regrouped, rest = [], [f for d in group for f in factors(d)]
     for size in sizes:
         sides = split_factors(rest, size)
         if sides is None:
             for axis in group:
                 pin(axis, why)
             return [Axis(size, pin=why) for size in sizes]
-        made.append(product(sides[0]))
+        regrouped.append(product(sides[0]))
         rest = [f for x in sides[1] for f in factors(x)]
-    return made
+    return regrouped

@@ -11,7 +11,7 @@ from torch import fx
 
 def depths(graph: fx.Graph, parameters: Mapping[str, str]) -> dict[str, int]:
     """Parameter name -> depth, from 1. parameters: placeholder name -> parameter name. Linear in the graph's size."""
-    found: dict[str, int] = {}
+    first: dict[str, int] = {}
     held: dict[fx.Node, tuple[str, ...]] = {}  # the parameters that a node is computed from, without any input
     depth: dict[fx.Node, int] = {}  # of everything else
     for node in graph.nodes:
@@ -25,6 +25,6 @@ def depths(graph: fx.Graph, parameters: Mapping[str, str]) -> dict[str, int]:
             held[node] = names  # a constant, a view of a weight, a table of positions
             continue
         for name in names:
-            found.setdefault(name, above + 1)
+            first.setdefault(name, above + 1)
         depth[node] = above + bool(names)
-    return found
+    return first

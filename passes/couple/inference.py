@@ -104,28 +104,28 @@ class Inference:
             return self.run(args[graphs[0]], [a for a in args[graphs[0] + 1 :] if not isinstance(a, str)])
         if not _has_tensor(node.meta.get("val")):
             return None
-        made = self._apply(node, args, kwargs)
+        result = self._apply(node, args, kwargs)
         operands = list(values((args, kwargs)))
         weight = all(v.weight for v in operands)
         scores = any(v.scores for v in operands)
-        if isinstance(made, Value):
-            return made
+        if isinstance(result, Value):
+            return result
         rows = [v.looked_up for v in operands if not v.weight and v.dims]
         looked_up = rows[0] if rows and all(rows) else ()
         if isinstance(node.meta["val"], (list, tuple)):
-            return [Value(d, weight, scores, looked_up) for d in made]
-        return Value(made, weight, scores, looked_up)
+            return [Value(d, weight, scores, looked_up) for d in result]
+        return Value(result, weight, scores, looked_up)
 
     def _apply(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         """The rule's result. What a rule cannot take (sizes that depend on data can contradict each other) is refused:
         all that the operator touches is pinned, whatever the rule has stated before."""
         try:
-            made = rule_for(node.target)(self.cx, node, *args, **kwargs)
-            several = made if isinstance(node.meta["val"], (list, tuple)) else [made]
-            found = [[d.size for d in (m.dims if isinstance(m, Value) else m)] for m in several]
-            if found[: len(shapes(node))] != shapes(node):
-                raise ValueError(f"rule for {node.target} made {found} where the graph has {shapes(node)}")
-            return made
+            result = rule_for(node.target)(self.cx, node, *args, **kwargs)
+            several = result if isinstance(node.meta["val"], (list, tuple)) else [result]
+            sizes = [[d.size for d in (m.dims if isinstance(m, Value) else m)] for m in several]
+            if sizes[: len(shapes(node))] != shapes(node):
+                raise ValueError(f"rule for {node.target} made {sizes} where the graph has {shapes(node)}")
+            return result
         except Exception as error:
             if not any(n.meta.get("made up") for n in (node, *node.all_input_nodes)):
                 log.warning("the rule for %s failed, so its axes are refused: %r", node.target, error)
@@ -167,7 +167,7 @@ def source_line(node: fx.Node | None) -> str:
     if "traceback" in meta:  # of a recording
         frames = [(f.filename, f.lineno, f.line) for f in meta["traceback"].summary() if f.filename not in OURS]
     else:
-        found = re.findall(r'File "([^"]+)", line (\d+)(?:, in \S+)?\n\s*(.*)', meta.get("stack_trace") or "")
-        frames = [(name, line, text) for name, line, text in found]
+        matches = re.findall(r'File "([^"]+)", line (\d+)(?:, in \S+)?\n\s*(.*)', meta.get("stack_trace") or "")
+        frames = [(name, line, text) for name, line, text in matches]
     mine = [f for f in frames if "/torch/" not in f[0]] or frames
     return f"{mine[-1][0]}:{mine[-1][1]} ({mine[-1][2].strip()})" if mine else ""

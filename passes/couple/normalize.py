@@ -84,9 +84,9 @@ def normalize(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None:
             continue
         editor.at = node
         for taker, part in list(_parts(editor, node, constants)):
-            made = _pushed(editor, part, node)
-            if made is not None:
-                taker.replace_all_uses_with(made)
+            rewritten = _pushed(editor, part, node)
+            if rewritten is not None:
+                taker.replace_all_uses_with(rewritten)
     graph.eliminate_dead_code()
 
 
@@ -119,8 +119,8 @@ def _sliced(
     elif step > 1 and whole % step == 0 and start < step and size == whole // step:
         shape = list(x.meta["val"].shape)
         pairs = editor.call(aten.reshape.default, x, [*shape[:dim], size, step, *shape[dim + 1 :]], like=node)
-        made = editor.call(aten.select.int, pairs, dim + 1, start, like=node)
-        node.replace_all_uses_with(made)
+        rewritten = editor.call(aten.select.int, pairs, dim + 1, start, like=node)
+        node.replace_all_uses_with(rewritten)
 
 
 def _indexed(editor: Editor, node: fx.Node, x: fx.Node, indices, constants) -> Iterator[tuple[fx.Node, Part]]:
@@ -136,9 +136,9 @@ def _indexed(editor: Editor, node: fx.Node, x: fx.Node, indices, constants) -> I
     found = [v % x.meta["val"].shape[dim] for v in values.reshape(-1).tolist()]
     if found == list(range(found[0], found[0] + len(found))):
         part = Part(x, dim, found[0], len(found), values.dim() == 0)
-        made = _taken(editor, part, node)
-        node.replace_all_uses_with(made)
-        yield made, part
+        rewritten = _taken(editor, part, node)
+        node.replace_all_uses_with(rewritten)
+        yield rewritten, part
 
 
 def _split(node: fx.Node, x: fx.Node) -> Iterator[tuple[fx.Node, Part]]:
@@ -170,13 +170,13 @@ def _pushed(editor: Editor, part: Part, like: fx.Node) -> fx.Node | None:
     source, at, below = found
     shape, m = list(x.meta["val"].shape), prod(below)
     merged = [*shape[:dim], shape[dim] * m, *shape[dim + 1 + len(below) :]]
-    made = editor.call(aten.reshape.default, source, merged, like=like)
-    made = editor.call(aten.slice.Tensor, made, dim, part.start * m, (part.start + part.size) * m, like=like)
+    rewritten = editor.call(aten.reshape.default, source, merged, like=like)
+    rewritten = editor.call(aten.slice.Tensor, rewritten, dim, part.start * m, (part.start + part.size) * m, like=like)
     split = [*shape[:dim], part.size, *below, *shape[dim + 1 + len(below) :]]
-    made = editor.call(aten.reshape.default, made, split, like=like)
+    rewritten = editor.call(aten.reshape.default, rewritten, split, like=like)
     for step in reversed(path):
-        made = editor.call(step.target, made, *step.args[1:], like=like, **step.kwargs)
-    return editor.call(aten.squeeze.dim, made, part.dim, like=like) if part.drop else made
+        rewritten = editor.call(step.target, rewritten, *step.args[1:], like=like, **step.kwargs)
+    return editor.call(aten.squeeze.dim, rewritten, part.dim, like=like) if part.drop else rewritten
 
 
 def _through(node: fx.Node, dim: int) -> tuple[fx.Node, int] | None:

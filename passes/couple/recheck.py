@@ -97,13 +97,13 @@ def _quickly(graph: fx.GraphModule, weights: Weights, left: Collection[Crossing]
     recorder = _Recorder()
     try:
         with _fake(places), torch.no_grad():
-            made = [recorder.placeholder(_value(n)) for n in places]
+            placeholders = [recorder.placeholder(_value(n)) for n in places]
             with recorder:
                 result = _Through(graph, recorder).run(*map(_value, places))
         recorder.graph.output(recorder.arguments(result))
         traced = SimpleNamespace(graph=recorder.graph, **recorder.constants)  # a GraphModule would write its code
         normalize(traced.graph, _constants(traced))
-        inference = _Piece({new: weights[old] for old, new in zip(places, made, strict=True) if old in weights})
+        inference = _Piece({new: weights[old] for old, new in zip(places, placeholders, strict=True) if old in weights})
         inference.run(traced, None)
     except Exception as error:  # a higher-order operator, a size that depends on data
         log.debug("a graph was not recorded (%s: %s)", type(error).__name__, error)
@@ -129,10 +129,10 @@ class _Recorder(Recording, TorchDispatchMode):
     def record(self, func: Callable, args: Any, kwargs: Any) -> Any:
         """Calls it, as one operator."""
         self.paused = True
-        made = func(*args, **kwargs)
+        output = func(*args, **kwargs)
         self.paused = False
-        self.add(func, args, kwargs, made)
-        return made
+        self.add(func, args, kwargs, output)
+        return output
 
 
 class _Through(fx.Interpreter):
@@ -168,8 +168,8 @@ def _aten(graph: fx.GraphModule, weights: Weights) -> tuple[fx.GraphModule, Weig
         copied: dict[fx.Node, fx.Node] = {}
         output = traced.graph.graph_copy(graph.graph, copied)
         traced.graph.output(output)
-    made = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    known = {new: weights[old] for old, new in zip(places, made, strict=True) if old in weights}
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    known = {new: weights[old] for old, new in zip(places, placeholders, strict=True) if old in weights}
     for module in traced.modules():
         if isinstance(module, fx.GraphModule):
             concretize(module.graph)
@@ -264,16 +264,16 @@ class _Piece(Inference):
         if plain is None:
             return super()._apply(node, args, kwargs)
         node.target = plain
-        made = super()._apply(node, args, kwargs)
-        dims = made.dims if isinstance(made, Value) else made
+        result = super()._apply(node, args, kwargs)
+        dims = result.dims if isinstance(result, Value) else result
         for before, after in zip(args[0].dims, dims):
             unify(before, after, Pin(f"{plain} in place of two axes that cannot be aligned", node))
-        return made
+        return result
 
-    def _returned(self, made: Any) -> None:
+    def _returned(self, returned: Any) -> None:
         """What the graph returns: the permuted axes in it leave."""
         roots = {find(axis): key for key, axis in self.permuted.items()}
-        for value in values(made):
+        for value in values(returned):
             self.leaving |= {roots[atom] for axis in value.dims for atom in atoms(axis) if atom in roots}
 
     def broken(self, left: Collection[Crossing] | None) -> tuple[Axis | None, str] | None:
@@ -310,13 +310,13 @@ class _Stepped(_Piece):
         self.left = left
 
     def _call(self, node: fx.Node) -> Any:
-        made = super()._call(node)
+        result = super()._call(node)
         self._check(node)
-        return made
+        return result
 
     def _check(self, node: fx.Node) -> None:
-        if (found := self.broken(self.left)) is not None:
-            root, why = found
+        if (crossing := self.broken(self.left)) is not None:
+            root, why = crossing
             places = [
                 f"{name}[{d}]"
                 for name, p in dict.fromkeys(self.weights.values())

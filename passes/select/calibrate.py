@@ -191,8 +191,8 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        made = grad.flatten(0, -2).mT @ x.to(grad.dtype).flatten(0, -2)
-        return grad, None, made
+        gradient = grad.flatten(0, -2).mT @ x.to(grad.dtype).flatten(0, -2)
+        return grad, None, gradient
 
 
 def _loss_of(model: nn.Module, output: Any, batch: Any, loss: Loss | None) -> Tensor:

@@ -79,9 +79,9 @@ class Uses(TorchDispatchMode):
             )
         return output
 
-    def add_linear(self, name: str, weight: Tensor, X: Tensor, made: Tensor, bias: Tensor | None) -> None:
+    def add_linear(self, name: str, weight: Tensor, X: Tensor, output: Tensor, bias: Tensor | None) -> None:
         """Counts a product with values of a weight that is held in another form."""
-        _, use = linear_uses(made, X, weight, bias)
+        _, use = linear_uses(output, X, weight, bias)
         self._add(Held(name, _locate_in(weight), *_span(weight)), use)
 
     def _hold(self, t: Tensor, held: Held) -> None:

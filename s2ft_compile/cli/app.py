@@ -109,11 +109,11 @@ def estimate(
 
         how = CompileOptions(activation_budget=activation_budget, logits=logits)
         with err.status(f"compiling {model} without weights"):
-            made = estimate_folder(model, batch, seq, dtype, S2FTConfig(parse_targets(targets)), how, quantize)
+            estimated = estimate_folder(model, batch, seq, dtype, S2FTConfig(parse_targets(targets)), how, quantize)
         if as_json:
-            print(json.dumps({**asdict(made), "total": made.total}))
+            print(json.dumps({**asdict(estimated), "total": estimated.total}))
         else:
-            out.print(table(made))
+            out.print(table(estimated))
 
 
 @app.command()
@@ -140,8 +140,8 @@ def explain(
         how = CompileOptions(logits=logits, off=off or (), trace=trace)
         with err.status(f"compiling {model} without weights"):
             loaded, inputs = structure_and_step(model, batch, seq, "auto")
-            made = run(loaded, inputs, S2FTConfig(parse_targets(targets)), how)
-        out.print(str(made), highlight=False, soft_wrap=True, markup=False)
+            explained = run(loaded, inputs, S2FTConfig(parse_targets(targets)), how)
+        out.print(str(explained), highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -160,9 +160,9 @@ def verify(
         with err.status(f"tracing and permuting {model}"):
             loaded = load_model(model)
             inputs = example_inputs(loaded)
-            made = run(loaded, inputs, analyze(loaded, inputs), seed)
-        out.print(str(made), highlight=False, soft_wrap=True, markup=False)
-        if not made.ok:
+            verified = run(loaded, inputs, analyze(loaded, inputs), seed)
+        out.print(str(verified), highlight=False, soft_wrap=True, markup=False)
+        if not verified.ok:
             raise typer.Exit(1)
 
 

@@ -286,7 +286,7 @@ def quantization(quantize: str, dtype: torch.dtype | None) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if quantize == "nf4":
-        made: Any = BitsAndBytesConfig(
+        config: Any = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -295,8 +295,8 @@ def quantization(quantize: str, dtype: torch.dtype | None) -> dict[str, Any]:
     else:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-        made = TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[quantize]())
-    return {"quantization_config": made, "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}}
+        config = TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[quantize]())
+    return {"quantization_config": config, "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}}
 
 
 def load_structure(model: str | Path, dtype: str = "auto") -> nn.Module:

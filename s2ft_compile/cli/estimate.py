@@ -53,15 +53,15 @@ def _labels(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {"labels": torch.zeros_like(logits[..., 0], dtype=kind)}
 
 
-def table(made: Estimate) -> Table:
+def table(estimated: Estimate) -> Table:
     """What a person reads, in MiB."""
     rows = {
-        "weights": made.weights,
-        f"slices ({made.trainable:,} numbers): deltas, gradients, backups": made.slices,
-        "optimizer (AdamW)": made.optimizer,
-        f"activations saved for the backward ({_amount(made)})": made.activations,
-        "working memory at the peak": made.working,
-        "total": made.total,
+        "weights": estimated.weights,
+        f"slices ({estimated.trainable:,} numbers): deltas, gradients, backups": estimated.slices,
+        "optimizer (AdamW)": estimated.optimizer,
+        f"activations saved for the backward ({_amount(estimated)})": estimated.activations,
+        "working memory at the peak": estimated.working,
+        "total": estimated.total,
     }
     shown = Table("memory of a training step", "MiB")
     shown.columns[1].justify = "right"
@@ -70,5 +70,5 @@ def table(made: Estimate) -> Table:
     return shown
 
 
-def _amount(made: Estimate) -> str:
-    return f"{made.tokens:,} tokens" if made.tokens else f"a batch of {made.batch:,}"
+def _amount(estimated: Estimate) -> str:
+    return f"{estimated.tokens:,} tokens" if estimated.tokens else f"a batch of {estimated.batch:,}"

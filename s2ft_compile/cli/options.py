@@ -147,12 +147,12 @@ def _mapping(path: Path) -> Mapping[str, Any]:
     import yaml
 
     try:
-        made = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(made, dict):
+    if not isinstance(values, dict):
         raise ConfigError(f"{path} is no map of options, such as `lr: 0.001`")
-    return made
+    return values
 
 
 def _typed(path: Path, parameter: Any, ctx: Any, value: Any) -> Any:

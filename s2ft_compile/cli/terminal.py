@@ -25,10 +25,10 @@ def reported(console: Console, debug: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = getattr(error, "inner_exception", error)  # dynamo's is around that of a backend
-        if debug or not (isinstance(told, S2FTError) or of_the_system(told)):
+        cause = getattr(error, "inner_exception", error)  # dynamo's is around that of a backend
+        if debug or not (isinstance(cause, S2FTError) or of_the_system(cause)):
             raise
-        text = str(told).encode("utf-8", "backslashreplace").decode()  # a damaged file may hold half of a character
+        text = str(cause).encode("utf-8", "backslashreplace").decode()  # a damaged file may hold half of a character
         console.print(f"[bold red]error:[/] [red]{escape(text)}[/]", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
@@ -56,8 +56,8 @@ def write_json(path: Path, values: Any) -> None:
 
 def versions() -> dict[str, str]:
     names = ("torch", "transformers", "s2ft-compile", "onnxruntime")
-    found = {d.metadata["Name"]: d.version for d in map(_distribution, names) if d}
-    return {"python": platform.python_version(), **found}
+    installed = {d.metadata["Name"]: d.version for d in map(_distribution, names) if d}
+    return {"python": platform.python_version(), **installed}
 
 
 def _distribution(name: str):

@@ -136,7 +136,7 @@ def _check_batches(training: Blocks, options: TrainOptions) -> None:
 def _folder(options: TrainOptions) -> Iterator[Path]:
     """The output folder, made where it is not there; after an error it is gone again, unless it has a checkpoint."""
     work = Path(options.output)
-    made = [folder for folder in (work, *work.parents) if not folder.exists()]
+    new_folders = [folder for folder in (work, *work.parents) if not folder.exists()]
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -147,20 +147,20 @@ def _folder(options: TrainOptions) -> Iterator[Path]:
         last = last_checkpoint(work)
         if last is None and not options.resume:
             shutil.rmtree(work, ignore_errors=True)
-            for folder in made[1:]:
+            for folder in new_folders[1:]:
                 folder.rmdir()
         raise _as_one_line(error, last) from error
 
 
 def last_checkpoint(work: Path) -> Path | None:
     """The last checkpoint that is complete: Trainer writes its state behind everything else."""
-    found = {}
+    complete = {}
     for folder in (work / CHECKPOINTS).glob("checkpoint-*"):
         try:
-            found[json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]] = folder
+            complete[json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]] = folder
         except (OSError, ValueError, KeyError):
             continue
-    return found[max(found)] if found else None
+    return complete[max(complete)] if complete else None
 
 
 def _as_one_line(error: BaseException, last: Path | None) -> BaseException:

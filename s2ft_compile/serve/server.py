@@ -157,13 +157,14 @@ class Server:
         if asked.stream:
             events = self._events(asked, answer, jobs, prompts)
             return StreamingResponse(events, headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
-        made = await _unless_gone(http, lambda: self._all(asked, jobs))
-        if made is None:
+        answers = await _unless_gone(http, lambda: self._all(asked, jobs))
+        if answers is None:
             return await _unread()
         choices = [
-            answer.choice(i, *one, tokens if asked.return_token_ids else None) for i, (*one, tokens) in enumerate(made)
+            answer.choice(i, *one, tokens if asked.return_token_ids else None)
+            for i, (*one, tokens) in enumerate(answers)
         ]
-        used = usage(sum(map(len, prompts)), sum(len(tokens) for *_, tokens in made))
+        used = usage(sum(map(len, prompts)), sum(len(tokens) for *_, tokens in answers))
         return JSONResponse(answer.whole(choices, used))
 
     async def _all(self, asked: Asked, jobs: Sequence[Tokens]) -> list[tuple[str, str, list[int]]]:
@@ -174,29 +175,29 @@ class Server:
     async def _one(self, asked: Asked, job: Tokens) -> tuple[str, str, list[int]]:
         """The text, why it ended, and its tokens."""
         async with aclosing(self._parts(asked, job)) as parts:
-            made = [part async for part in parts]
-        tokens = [token for _, _, fresh in made for token in fresh]
-        return "".join(text for text, _, _ in made), made[-1][1] or "length", tokens
+            received = [part async for part in parts]
+        tokens = [token for _, _, fresh in received for token in fresh]
+        return "".join(text for text, _, _ in received), received[-1][1] or "length", tokens
 
     async def _parts(self, asked: Asked, job: Tokens) -> AsyncIterator[tuple[str, str | None, list[int]]]:
         """(text, why it ended or None, new tokens); the last part says why."""
         text, begun = Text(self.tokenizer, asked.stops), time.perf_counter()
         name, finish = job.adapter or self.options.name, "cancelled"
         try:
-            told, fresh = "", []
+            sent, fresh = "", []
             async with aclosing(self.engine.generate(job)) as parts:
                 async for fresh in parts:
                     if not text.tokens:
                         self.numbers.first.labels(name).observe(time.perf_counter() - begun)
-                    told = text.add(fresh)
+                    sent = text.add(fresh)
                     if text.stopped:
                         break
-                    yield told, None, fresh
-                    told, fresh = "", []
-            told += text.end()
+                    yield sent, None, fresh
+                    sent, fresh = "", []
+            sent += text.end()
             ended = text.stopped or text.tokens[-1] in self.engine.ends
             finish = "stop" if ended else "length"
-            yield told, finish, fresh
+            yield sent, finish, fresh
         except Exception:
             finish = "failed"
             raise

@@ -41,10 +41,10 @@ class Text:
         if self.stopped:
             return ""
         text, self._held = self._held + fresh, ""
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
+        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if ends:
             self.stopped = True
-            return text[: min(found)]
+            return text[: min(ends)]
         keep = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -400,8 +400,8 @@ class Drawn:
         return (torch.randn(*shape, 5, generator=random, dtype=torch.float64).to(self.dtype),)
 
     def outputs(self, model: nn.Module | None = None) -> tuple[Tensor, ...]:
-        made = (self.model if model is None else model)(*self.inputs)
-        return made if isinstance(made, tuple) else (made,)
+        output = (self.model if model is None else model)(*self.inputs)
+        return output if isinstance(output, tuple) else (output,)
 
     def loss(self, model: nn.Module | None = None) -> Tensor:
         """A scalar that every output, and so every parameter, has an uneven part in."""

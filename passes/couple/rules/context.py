@@ -61,9 +61,9 @@ class Context:
                 weight.dims[d].uses.add(use)
         for d in contracted:
             self.contractions.setdefault(id(weight.dims[d]), []).extend(weight.dims[p] for p in produced)
-        made = self.projections.setdefault(node, Projection())
-        made.produced.extend(weight.dims[d] for d in produced)
-        made.contracted.extend(weight.dims[d] for d in contracted)
+        projection = self.projections.setdefault(node, Projection())
+        projection.produced.extend(weight.dims[d] for d in produced)
+        projection.contracted.extend(weight.dims[d] for d in contracted)
 
     def product(self, left: Value, right: Value, batch: Sequence[Axis]) -> bool:
         """Records a contraction of two activations; returns whether its result holds attention scores."""
@@ -106,8 +106,8 @@ def axes_unknown(cx, node, *args, **kwargs):
     for value in tensors((args, kwargs)):
         for axis in value.dims:
             pin(axis, why)
-    made = [[Axis(size, pin=why) for size in out] for out in shapes(node)]
-    return made if isinstance(node.meta["val"], (list, tuple)) else made[0]
+    outputs = [[Axis(size, pin=why) for size in out] for out in shapes(node)]
+    return outputs if isinstance(node.meta["val"], (list, tuple)) else outputs[0]
 
 
 def name(node) -> str:

@@ -43,9 +43,9 @@ def _activation(left: Value, a: int, right: Value, b: int) -> Axis:
 
 def axes_linear(cx, node, x, weight, bias=None):
     rank = len(x.dims)
-    made = list(range(len(weight.dims) - 1))  # a weight of one dimension makes a scalar
-    out = contract(cx, node, x, weight, [], [(rank - 1, len(made))], list(range(rank - 1)), made)
-    add_bias(bias, [weight.dims[d] for d in made], node)
+    rows = list(range(len(weight.dims) - 1))  # a weight of one dimension makes a scalar
+    out = contract(cx, node, x, weight, [], [(rank - 1, len(rows))], list(range(rank - 1)), rows)
+    add_bias(bias, [weight.dims[d] for d in rows], node)
     return out
 
 
@@ -121,10 +121,10 @@ def axes_matmul(cx, node, left, right):
 
 def axes_einsum(cx, node, equation, operands, **kwargs):
     equation = equation.replace(" ", "")
-    made = spelled_out(equation, [len(v.dims) for v in operands])
-    if made is None:
+    spelled = spelled_out(equation, [len(v.dims) for v in operands])
+    if spelled is None:
         return axes_unknown(cx, node, *operands)
-    inputs, output = made
+    inputs, output = spelled
     alone = len(operands) == 2 and any(c not in output and sum(c in i for i in inputs) == 1 for i in inputs for c in i)
     if len(operands) != 2 or alone:
         return einsum_of_any(cx, node, inputs, output, operands)
@@ -140,8 +140,8 @@ def axes_einsum(cx, node, equation, operands, **kwargs):
         [a.index(c) for c in a if c not in b],
         [b.index(c) for c in b if c not in a],
     )
-    made = [c for c, _ in pairs if c in output] + [c for c in a if c not in b] + [c for c in b if c not in a]
-    return replace(value, dims=[value.dims[made.index(c)] for c in output])
+    letters = [c for c, _ in pairs if c in output] + [c for c in a if c not in b] + [c for c in b if c not in a]
+    return replace(value, dims=[value.dims[letters.index(c)] for c in output])
 
 
 def spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
@@ -174,10 +174,10 @@ def einsum_of_any(cx, node, inputs: Sequence[str], output: str, operands: Sequen
     activations = [v for v in operands if not v.weight]
     for letters, value in zip(inputs, operands):
         if value.weight and activations:
-            made, gone = ([d for d, c in enumerate(letters) if (c in output) == kept] for kept in (True, False))
+            produced, gone = ([d for d, c in enumerate(letters) if (c in output) == kept] for kept in (True, False))
             shared = {c for other in inputs if other is not letters for c in other}
-            cx.project(node, value, [d for d in made if letters[d] not in shared], gone)
-            cx.experts += [value.dims[d] for d in made if letters[d] in shared]
+            cx.project(node, value, [d for d in produced if letters[d] not in shared], gone)
+            cx.experts += [value.dims[d] for d in produced if letters[d] in shared]
     if len(activations) > 1:
         cx.attention += [a for v in activations for a in v.dims]
         of_activations = [i for i, v in zip(inputs, operands) if not v.weight]

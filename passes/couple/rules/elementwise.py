@@ -45,8 +45,8 @@ def axes_pinned_dim(cx, node, x, *args, **kwargs):
     why = Pin(f"{name(node)} depends on the order along the axis", node)
     for d in acted_dims(node, len(x.dims)):
         pin(x.dims[d], why)
-    made = [[a if a.size == size else Axis(size, pin=why) for a, size in zip(x.dims, out)] for out in shapes(node)]
-    return made if isinstance(node.meta["val"], (list, tuple)) else made[0]
+    outputs = [[a if a.size == size else Axis(size, pin=why) for a, size in zip(x.dims, out)] for out in shapes(node)]
+    return outputs if isinstance(node.meta["val"], (list, tuple)) else outputs[0]
 
 
 def axes_fourier(cx, node, x, *args, **kwargs):

@@ -40,8 +40,8 @@ def axes_cell(cx, node, x, state, *weights, **kwargs):
     for value in states:
         unify(x.dims[0], value.dims[0], why)
         unify(hidden, value.dims[1], why)
-    made = [[x.dims[0], hidden] for _ in shapes(node)]
-    return made if isinstance(node.meta["val"], (list, tuple)) else made[0]
+    outputs = [[x.dims[0], hidden] for _ in shapes(node)]
+    return outputs if isinstance(node.meta["val"], (list, tuple)) else outputs[0]
 
 
 def _arguments(args: Sequence) -> tuple:

@@ -42,8 +42,8 @@ def axes_spatial(spatial: int):
         why = Pin(f"{name(node)} depends on the order along the axis", node)
         for axis in x.dims[-spatial:]:
             pin(axis, why)
-        made = [[*x.dims[:-spatial], *[Axis(size, pin=why) for size in out[-spatial:]]] for out in shapes(node)]
-        return made if isinstance(node.meta["val"], (list, tuple)) else made[0]
+        outputs = [[*x.dims[:-spatial], *[Axis(size, pin=why) for size in out[-spatial:]]] for out in shapes(node)]
+        return outputs if isinstance(node.meta["val"], (list, tuple)) else outputs[0]
 
     return rule
 
