@@ -273,7 +273,7 @@ class Server:
         except (OSError, ValueError):  # a path that no file has
             inside = False
         if not inside:
-            raise ConfigError(f"{given.path!r} is no adapter folder under the server's root")
+            raise ConfigError(f"no adapter folder under the server's root is called {given.path!r}")
         if given.name == self.options.name or given.name in self.engine.bank.names:
             raise ConfigError(f"there is a model {given.name!r} already; remove it first")
         try:
