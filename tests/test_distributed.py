@@ -28,6 +28,14 @@ def test_fsdp2_trains_as_one_process_on_the_joined_batch():
 
 
 @pytest.mark.slow
+def test_fsdp2_with_mixed_precision_and_with_offloading():
+    """bfloat16: gradients of sums of products that are rounded to eight bits, through two layers."""
+    ways = run("fsdp2.py", "policies")
+    assert ways["offloaded"]["gradients"] < 1e-5 and ways["offloaded"]["losses"] < 1e-5
+    assert 1e-5 < ways["bfloat16"]["gradients"] < 2**-5 and ways["bfloat16"]["losses"] < 2**-8
+
+
+@pytest.mark.slow
 def test_two_processes_save_what_one_would_and_four_go_on(tmp_path):
     """AdamW divides a gradient by its own size, so a roundoff in one can move an entry by a part of its rate, 1e-2."""
     saved = run("many.py", "save", tmp_path)

@@ -1,13 +1,14 @@
 """Two processes train a sharded model; process 0 prints how far they are from one process on the joined batch."""
 
 import json
+import sys
 
 import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import s2ft_compile as s2ft
 
@@ -51,15 +52,19 @@ def main():
     one, _ = made(ids)
     expected, gradients = train(one, ids)
     found = {}
-    for how in ("eager", "by layer"):
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ways = {"eager": {}, "by layer": {}}
+    if sys.argv[1:] == ["policies"]:
+        ways = {"bfloat16": {"mp_policy": bf16}, "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)}}
+    for how, policy in ways.items():
         torch._dynamo.reset()
         model, _ = made(ids)
-        if how == "by layer":
+        if how != "eager":
             s2ft.compile_layers(model, inner="aot_eager")
         mesh = init_device_mesh("cpu", (size,))
         for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=mesh, **policy)
+        fully_shard(model, mesh=mesh, **policy)
         losses, sharded = train(model, ids[2 * rank : 2 * rank + 2])
         dist.all_reduce(losses)
         whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
