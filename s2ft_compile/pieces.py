@@ -55,14 +55,16 @@ def pieces(model: nn.Module, inputs: Inputs, train: bool, error: CaptureError) -
     outside = {name for name, running in run.reads if not any((name, path) in read for path in running)}
     outside |= set(parameters) - {name for name, _ in read}
     mentioned = _attributes(model, found)  # a branch that was not taken may read it
+    any_is_read = not WHOLE.isdisjoint(attribute for _, attribute in mentioned)
     for name in {*parameters, *tied}:
         path = next((p for p in found if name.startswith(f"{p}.")), None)
         first = name.removeprefix(f"{path}.").partition(".")[0]
         ways = {("", first), (str(path).rpartition(".")[-1], first)}
-        if path is None or mentioned & ways or WHOLE & {attribute for _, attribute in mentioned}:
+        if path is None or any_is_read or mentioned & ways:
             outside.add(tied.get(name, name))
     refused = dict.fromkeys(sorted(outside), "code that could not be traced reads it")
     log.warning("%s; %d modules that do trace were looked at by themselves", str(error).rstrip("."), len(found))
+    shapes, overlapping = {name: tuple(p.shape) for name, p in parameters.items()}, overlapping_names(model)
     made, start = [], 0
     for path in (p for p in run.calls if p in found):
         module = model.get_submodule(path)
@@ -74,8 +76,8 @@ def pieces(model: nn.Module, inputs: Inputs, train: bool, error: CaptureError) -
                     parameters={place: local[n] for place, n in captured.parameters.items()},
                     buffers={place: local[n] for place, n in captured.buffers.items()},
                     written={place: local[n] for place, n in captured.written.items()},
-                    shapes={name: tuple(p.shape) for name, p in parameters.items()},
-                    overlapping=overlapping_names(model),
+                    shapes=shapes,
+                    overlapping=overlapping,
                     tied=tied,
                     refused=refused,
                     border=f"{path}, which is traced by itself",

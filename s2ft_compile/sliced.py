@@ -512,10 +512,15 @@ def _reclass(module: nn.Module) -> None:
     """Gives a module the class in which its sliced weights, and no others, are properties, or its forward adds the
     slices beside them."""
     base, held = getattr(type(module), "_s2ft_base", type(module)), module.__dict__[HELD]
-    keys = tuple(key for key, block in held.items() if isinstance(block, InPlace))
+    module.__class__ = _class(base, *_ways(held))
     if not held:
         del module.__dict__[HELD]
-    module.__class__ = _class(base, keys, len(held) > len(keys))
+
+
+def _ways(held: dict[str, Block]) -> tuple[tuple[str, ...], bool]:
+    """What `_class` is told of the blocks that a module holds."""
+    keys = tuple(key for key, block in held.items() if isinstance(block, InPlace))
+    return keys, len(held) > len(keys)
 
 
 def _class(base: type, keys: tuple[str, ...], adds: bool) -> type:
@@ -554,8 +559,7 @@ class Sliced:
     def __reduce_ex__(self, protocol):
         make, arguments, *rest = super().__reduce_ex__(protocol)
         if make is copyreg.__newobj__:  # a class that is made here has no name to be found under
-            keys = tuple(key for key, block in self.__dict__[HELD].items() if isinstance(block, InPlace))
-            make, arguments = _new, (self._s2ft_base, keys, len(self.__dict__[HELD]) > len(keys))
+            make, arguments = _new, (self._s2ft_base, *_ways(self.__dict__[HELD]))
         return (make, arguments, *rest)
 
     def _sliced(self) -> list[Block]:

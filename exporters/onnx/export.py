@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from s2ft_compile.capture import Inputs, arguments, configs_of, inference_mode_of, tied_names, unwrap
+from s2ft_compile.config import check_choice
 from s2ft_compile.errors import CaptureError, ConfigError, ExportError
 from s2ft_compile.exporters.adapter import untrained
 from s2ft_compile.exporters.files import new_files
@@ -31,7 +32,7 @@ from .check import check, first_line, tensors
 from .genai import FILE, tokens_of, write_genai_config
 from .places import GENAI, NAMES, add_places, check_names
 from .values import Call, name_values
-from .weights import FORMS, QUANTIZER, check_bits, orient_weights, quantized
+from .weights import FORMS, QUANTIZER, orient_weights, quantized
 
 log = logging.getLogger(__name__)
 OPSETS = (18, 19, 20, 21, 22, 24, 25)  # of 23, ONNX Runtime refuses the RotaryEmbedding that onnxscript makes
@@ -75,7 +76,8 @@ def export_onnx(
     """
     target, module = Path(path), unwrap(model)
     _check_options(target, module, cache, names, opset)
-    check_bits(quantize)
+    if quantize is not None:
+        check_choice("quantization", quantize, tuple(FORMS))
     check_not_quantized(module, "export_onnx")
     inputs = Inputs(*pytree.tree_map(_widened, tuple(arguments(example_inputs))))
     places = [] if adapters == "merged" else places_of(model, adapters)

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from s2ft_compile.errors import ConfigError
-
 log = logging.getLogger(__name__)
 
 
@@ -33,12 +31,6 @@ class Form:
 FORMS = {"int8": Form(8, 128, True, 0.1), "int4": Form(4, 32, False, 0.5)}
 INT8_PRODUCTS = 4  # MatMulNBits' accuracy_level
 QUANTIZER = "onnxruntime.quantization.matmul_nbits_quantizer"
-
-
-def check_bits(kind: str | None) -> None:
-    """Raises `ConfigError` for a kind of quantization that is not known."""
-    if kind is not None and kind not in FORMS:
-        raise ConfigError(f"unknown quantization {kind!r}; valid: {', '.join(FORMS)}")
 
 
 # --- orientation -------------------------------------------------------------------------------------------

@@ -19,7 +19,16 @@ def inverse_of(index: Tensor, size: int) -> Tensor:
     return inverse
 
 
-class Take(torch.autograd.Function):
+class _Gathered(torch.autograd.Function):
+    """A function of (x, index, inverse) whose gradient is gathered by the same two."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, index, inverse = inputs
+        ctx.save_for_backward(index, inverse)
+
+
+class Take(_Gathered):
     """x[..., index]."""
 
     @staticmethod
@@ -27,26 +36,16 @@ class Take(torch.autograd.Function):
         return x.index_select(-1, index)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, index, inverse = inputs
-        ctx.save_for_backward(index, inverse)
-
-    @staticmethod
     def backward(ctx, grad):
         return Place.apply(grad, *ctx.saved_tensors), None, None
 
 
-class Place(torch.autograd.Function):
-    """Zeros but for made[..., index] = x."""
+class Place(_Gathered):
+    """Zeros but for y[..., index] = x."""
 
     @staticmethod
     def forward(x, index, inverse):
         return F.pad(x, (0, 1)).index_select(-1, inverse)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, index, inverse = inputs
-        ctx.save_for_backward(index, inverse)
 
     @staticmethod
     def backward(ctx, grad):
