@@ -11,7 +11,7 @@ GPU_PY := $(if $(wildcard $(PY)),$(PY),PYTHONPATH=. python3)
 test test-slow demo compare sweep: export HF_HUB_OFFLINE = 1
 test test-slow demo bench-cpu bench-adapters bench-serve compare: export TOKENIZERS_PARALLELISM = false
 # Where other work shares the cores, threads that spin while they wait make a step several times slower.
-demo: export OMP_WAIT_POLICY = passive
+demo compare: export OMP_WAIT_POLICY = passive
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint types docs wheel test test-slow gpu-test gpu-sanitize gpu-bench demo bench-cpu bench-adapters bench-serve compare sweep clean

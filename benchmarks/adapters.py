@@ -97,12 +97,12 @@ def our_adapters(model: nn.Module, setting: Setting) -> list[Adapter]:
     shape = model_of(replace(setting, device="meta"))
     analysis = s2ft.analyze(shape, {"input_ids": torch.zeros(2, 8, dtype=torch.int64, device="meta")})
     weights, base = dict(model.named_parameters()), samples_of(model)
-    found = []
+    slices = []
     for seed in range(ADAPTERS):
         config = s2ft.S2FTConfig(TARGETS, seed=seed)
         chosen = [(s.parameter_name, s.dim, s.roles, s.indices) for s in select(analysis, config, {})]
-        found.append(adapter_of(config, chosen, weights, base, setting.dtype))
-    return found
+        slices.append(adapter_of(config, chosen, weights, base, setting.dtype))
+    return slices
 
 
 class BatchedLoRA:
@@ -120,8 +120,8 @@ class BatchedLoRA:
         def add(layer, args, y):
             if self.ids is None:
                 return None
-            made = torch.einsum("nti,nir->ntr", args[0], A[self.ids])
-            return y + torch.einsum("ntr,nro->nto", made, B[self.ids])
+            low_rank = torch.einsum("nti,nir->ntr", args[0], A[self.ids])
+            return y + torch.einsum("ntr,nro->nto", low_rank, B[self.ids])
 
         return add
 

@@ -120,14 +120,14 @@ def compile_times(quick: bool, threads: int) -> dict[str, float]:
     """First steps of stock Inductor on the frozen model and of ours, each with an empty cache; then ours again."""
     with tempfile.TemporaryDirectory() as folder:
         order = [("stock_cold_s", "floor"), ("ours_cold_s", "ours"), ("ours_warm_s", "ours")]
-        found = {
+        seconds = {
             key: _first_step(method, Path(folder) / method, quick, threads)
             for key, method in track(order, "first steps", console=console)
         }
     return {
-        **found,
-        "ours_over_stock": found["ours_cold_s"] / found["stock_cold_s"],
-        "cold_over_warm": found["ours_cold_s"] / found["ours_warm_s"],
+        **seconds,
+        "ours_over_stock": seconds["ours_cold_s"] / seconds["stock_cold_s"],
+        "cold_over_warm": seconds["ours_cold_s"] / seconds["ours_warm_s"],
     }
 
 

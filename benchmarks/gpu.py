@@ -56,8 +56,8 @@ def main() -> None:
     arguments = _arguments()
     torch._dynamo.config.recompile_limit = 64  # every method compiles the same forward
     ends = time.monotonic() + arguments.seconds
-    told = facts(DEVICE, arguments.quick)
-    rows = [] if arguments.fresh or arguments.quick else _before(arguments.output or RESULTS / "gpu.json", told)
+    machine = facts(DEVICE, arguments.quick)
+    rows = [] if arguments.fresh or arguments.quick else _before(arguments.output or RESULTS / "gpu.json", machine)
     missing: list[str] = []
     for label, setting, methods in settings(arguments):
         have = {row["method"] for row in rows if row["setting"] == label}
@@ -68,7 +68,9 @@ def main() -> None:
     tflops = gemm_tflops()
     shapes = {name: asdict(setting) for name, setting in SHAPES.items()}
     console.print(table(rows, tflops))
-    save({**told, "gemm_tflops": tflops, "shapes": shapes, "rows": rows, "missing": missing}, "gpu", arguments.output)
+    save(
+        {**machine, "gemm_tflops": tflops, "shapes": shapes, "rows": rows, "missing": missing}, "gpu", arguments.output
+    )
     if missing:
         console.print(f"not measured: {'; '.join(missing)}")
 
@@ -226,11 +228,11 @@ def _free() -> None:
 
 
 def table(rows: list[dict[str, Any]], tflops: float | None) -> Table:
-    made = Table("setting", "method", "step", "tokens/s", "× ours", "of the FLOP floor", "peak")
+    table = Table("setting", "method", "step", "tokens/s", "× ours", "of the FLOP floor", "peak")
     for row in rows:
         peak = f"{row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""
         share = f"{1e3 * row['floor_tflop'] / tflops / row['step_ms']:.0%}" if tflops else ""
-        made.add_row(
+        table.add_row(
             row["setting"],
             TITLES[row["method"]],
             f"{row['step_ms']:.1f} ms",
@@ -239,7 +241,7 @@ def table(rows: list[dict[str, Any]], tflops: float | None) -> Table:
             share,
             peak,
         )
-    return made
+    return table
 
 
 if __name__ == "__main__":

@@ -93,11 +93,11 @@ def replayed(run: Run) -> Run:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    made = Table("part", "what", "method", "time", "ours / it")
+    table = Table("part", "what", "method", "time", "ours / it")
     for row in rows:
         for method, ms in row["ms"].items():
-            made.add_row(row["part"], row["name"], method, f"{ms:.3f} ms", f"{row['ms']['ours'] / ms:.2f}")
-    return made
+            table.add_row(row["part"], row["name"], method, f"{ms:.3f} ms", f"{row['ms']['ours'] / ms:.2f}")
+    return table
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -114,9 +114,9 @@ def slice_grad(shape: Shape) -> Part:
     for ratio in shape.ratios:
         n = round(ratio * shape.ffn)
         for T in shape.tokens:
-            X, dY, made = randn(T, n), randn(T, shape.hidden), randn(T, shape.ffn)[:, :n]
+            X, dY, activations = randn(T, n), randn(T, shape.hidden), randn(T, shape.ffn)[:, :n]
             yield f"columns, {n} × {shape.hidden}, {T} tokens", _gradients(dY, X), 1
-            yield f"rows, {n} × {shape.hidden}, {T} tokens", _gradients(made, dY), 1
+            yield f"rows, {n} × {shape.hidden}, {T} tokens", _gradients(activations, dY), 1
 
 
 def _gradients(A: Tensor, B: Tensor) -> Methods:
@@ -132,11 +132,11 @@ def _gradients(A: Tensor, B: Tensor) -> Methods:
 
 def _blocks(shape: Shape, layers: int) -> list[tuple]:
     """W, W0, D, dim, ranges of o and down of some layers."""
-    made = []
+    blocks = []
     for width, n in shape.slices(shape.ratios[0]) * layers:
         W, D = randn(shape.hidden, width), 1e-3 * randn(shape.hidden, n, dtype=torch.float32)
-        made.append((W, W[:, :n].contiguous(), D, 1, ((0, n),)))
-    return made
+        blocks.append((W, W[:, :n].contiguous(), D, 1, ((0, n),)))
+    return blocks
 
 
 def refresh_all(shape: Shape) -> Part:

@@ -113,7 +113,7 @@ def main():
         return
     depths = [int(d) for d in arguments.depths.split(",")]
     rows = {d: {how: in_a_process("--one", how, str(d), *quick) for how in ("layers", "whole")} for d in depths}
-    found = {
+    measured = {
         **facts("cpu", arguments.quick),
         "tokens": TOKENS[0] * TOKENS[1],
         "hidden": hidden,
@@ -122,8 +122,8 @@ def main():
         "layers_deepest_to_shallowest": rows[depths[-1]]["layers"] / rows[depths[0]]["layers"],
         "step_layers_to_whole": in_a_process("--one", "later", str(depths[len(depths) // 2]), *quick),
     }
-    print(json.dumps(found, indent=1))
-    save(found, "layers", arguments.output)
+    print(json.dumps(measured, indent=1))
+    save(measured, "layers", arguments.output)
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ class Trial:
         """One whole step; its loss."""
         for leaf in self.leaves:
             leaf.grad = None
-        for some in zip(*(x.chunk(self.forwards) for x in inputs.values())):
-            loss = self.model(**dict(zip(inputs, some))).loss
+        for micro_batch in zip(*(x.chunk(self.forwards) for x in inputs.values())):
+            loss = self.model(**dict(zip(inputs, micro_batch))).loss
             loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -167,8 +167,8 @@ def peft_method(
         _apply_liger_kernel_to_instance(model=model)
     if recomputed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    made = getattr(peft, config)(r=min(LORA_RANK, setting.hidden // 16), target_modules=LINEARS, **options)
-    model = peft.get_peft_model(model, made, autocast_adapter_dtype=own_type)
+    adapter = getattr(peft, config)(r=min(LORA_RANK, setting.hidden // 16), target_modules=LINEARS, **options)
+    model = peft.get_peft_model(model, adapter, autocast_adapter_dtype=own_type)
     return _trial(setting, torch.compile(model, backend=setting.inner) if compiled else model, _trainable(model))
 
 

@@ -64,19 +64,19 @@ def main() -> None:
     base = [("base", prompt, new) for _, prompt, new in mixed]
     spent: dict[str, list[float]] = {"base": [], "adapters": []}
     cpu: dict[str, list[float]] = {"base": [], "adapters": []}  # what others on the machine take is not in it
-    found: list[list[int]] = []
+    correct: list[list[int]] = []
     with tempfile.TemporaryDirectory() as folder, running(engine, setting.vocabulary, Path(folder)) as url:
         for turn in range(rounds + 1):
             for kind in ("base", "adapters") if turn % 2 else ("adapters", "base"):
                 with console.status(f"round {turn} of {rounds}, {kind}"):
                     began = time.process_time()
                     seconds, answers = asyncio.run(ask(url, mixed if kind == "adapters" else base))
-                found = answers if kind == "adapters" else found
+                correct = answers if kind == "adapters" else correct
                 if turn:  # the first warms up
                     spent[kind].append(seconds)
                     cpu[kind].append(time.process_time() - began)
     with console.status("each adapter alone"):
-        wrong = compare(engine, mixed, found)
+        wrong = compare(engine, mixed, correct)
     tokens = sum(new for _, _, new in mixed)
     speed = {kind: tokens / median(seconds) for kind, seconds in spent.items()}
     ratios = {"adapters_over_base": speed["adapters"] / speed["base"], **wrong}
@@ -160,7 +160,7 @@ async def ask(url: str, asked: Sequence[Asked]) -> tuple[float, list[list[int]]]
                 return [token async for part in stream for token in part.choices[0].token_ids]
 
         began = time.perf_counter()
-        answers = await asyncio.gather(*(one(i, *some) for i, some in enumerate(asked)), return_exceptions=True)
+        answers = await asyncio.gather(*(one(i, *request) for i, request in enumerate(asked)), return_exceptions=True)
         seconds = time.perf_counter() - began
     for error in {str(answer) for answer in answers if isinstance(answer, BaseException)}:
         console.print(f"[red]{error}")
@@ -187,10 +187,10 @@ def compare(engine: Engine, asked: Sequence[Asked], found: Sequence[Sequence[int
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    made = goal_table(GOALS, result["ratios"])
+    table = goal_table(GOALS, result["ratios"])
     for kind, speed in result["tokens_per_second"].items():
         console.print(f"{kind}: {speed:.1f} tokens a second")
-    return made
+    return table
 
 
 if __name__ == "__main__":

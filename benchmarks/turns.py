@@ -66,17 +66,17 @@ def in_turn(
 
 
 def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
-    return {name: median(some) for name, some in times.items()}
+    return {name: median(seconds) for name, seconds in times.items()}
 
 
 # --- one run of a benchmark --------------------------------------------------------------------------------------
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=doc.splitlines()[0])
-    made.add_argument("--quick", action="store_true", help="tiny models and few rounds, to see that everything runs")
-    made.add_argument("--output", type=Path, help="JSON (default: in benchmarks/results/; with --quick none)")
-    return made
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny models and few rounds, to see that everything runs")
+    parser.add_argument("--output", type=Path, help="JSON (default: in benchmarks/results/; with --quick none)")
+    return parser
 
 
 def facts(device: str, quick: bool) -> dict[str, Any]:
@@ -93,11 +93,11 @@ def facts(device: str, quick: bool) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python and of those packages that are installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def goal_table(goals: Goals, measured: Mapping[str, float], notes: Mapping[str, str] = {}, title: str = "") -> Table:

@@ -55,8 +55,8 @@ def main() -> None:
     tokenizer = og.Tokenizer(server.model)
     for request in given.requests:
         name, _, prompt = request.partition(": ")
-        made = list(server.generate(tokenizer.encode(prompt).tolist(), name, given.max_new_tokens))
-        print(f"{name}: {prompt}{tokenizer.decode(np.array(made, np.int32))}")
+        generated = list(server.generate(tokenizer.encode(prompt).tolist(), name, given.max_new_tokens))
+        print(f"{name}: {prompt}{tokenizer.decode(np.array(generated, np.int32))}")
 
 
 if __name__ == "__main__":

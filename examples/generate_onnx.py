@@ -47,9 +47,9 @@ def generate(
     for _ in range(max_new_tokens):
         positions = np.maximum(attention_mask.cumsum(1) - 1, 0)[:, -new.shape[1] :]
         feeds = {"input_ids": new, "attention_mask": attention_mask, "position_ids": positions, **past}
-        made = dict(zip(gives, session.run(gives, {name: feeds[name] for name in takes}, options)))
-        past = {name.replace("present", "past_key_values"): t for name, t in made.items() if name != "logits"}
-        new = np.where(running, made["logits"][:, -1].argmax(-1), pad)[:, None]
+        output = dict(zip(gives, session.run(gives, {name: feeds[name] for name in takes}, options)))
+        past = {name.replace("present", "past_key_values"): t for name, t in output.items() if name != "logits"}
+        new = np.where(running, output["logits"][:, -1].argmax(-1), pad)[:, None]
         input_ids = np.concatenate([input_ids, new], 1)
         attention_mask = np.concatenate([attention_mask, np.ones_like(new)], 1)
         running &= ~np.isin(new[:, 0], eos)
@@ -84,7 +84,7 @@ def main() -> None:
     encoded = tokenizer(given.prompts, return_tensors="np", padding=len(given.prompts) > 1)
     ids, mask = (encoded[name].astype(np.int64) for name in ("input_ids", "attention_mask"))
     adapter = load_adapter(given.adapter) if given.adapter else None
-    made = generate(
+    tokens = generate(
         load(given.model),
         ids,
         mask,
@@ -93,7 +93,7 @@ def main() -> None:
         tokenizer.pad_token_id or 0,
         adapter,
     )
-    for row, length in zip(made, mask.sum(1)):
+    for row, length in zip(tokens, mask.sum(1)):
         print(tokenizer.decode(row[len(ids[0]) - length :], skip_special_tokens=True))
 
 

@@ -59,8 +59,8 @@ def merge_checkpoint(
     with new_directory(out) as folder:
         for path in files:
             shutil.copyfile(path, folder / path.name)  # by the kernel, through the links of a hub cache
-        for name, some in parts.items():
-            _patch(tensors[name].at(folder), some)
+        for name, part in parts.items():
+            _patch(tensors[name].at(folder), part)
     log.info("%s with %d adapters written to %s", base, len(adapters), out)
     return Path(out)
 
@@ -122,11 +122,11 @@ def _patch(stored: Stored | Assembled, parts: Sequence[Part]) -> None:
 
 def _other_files(folder: Path) -> list[Path]:
     """What belongs to a checkpoint besides its weights; another format's weights would be those of the base."""
-    found, left = [], []
+    copied, left = [], []
     for path in sorted(folder.iterdir()):
         foreign = not path.is_file() or path.name.endswith(OTHER_WEIGHTS)
-        (left if foreign else found).append(path)
+        (left if foreign else copied).append(path)
     names = [path.name for path in left if not path.name.endswith(".safetensors") and not path.name.startswith(".")]
     if names:
         log.warning("not copied from %s: %s", folder, ", ".join(names))
-    return found
+    return copied

@@ -162,13 +162,13 @@ def _check_not_shared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) 
 
 
 def _taken(model: nn.Module, config: S2FTConfig) -> Taken:
-    found: dict[str, list[tuple[int, Tensor]]] = {}
+    units: dict[str, list[tuple[int, Tensor]]] = {}
     for folder in config.exclude:
         adapter = read_adapter(folder)
         check_fits(model, adapter)
         for s in adapter.slices:
-            found.setdefault(s.parameter_name, []).append((s.dim, s.indices))
-    return found
+            units.setdefault(s.parameter_name, []).append((s.dim, s.indices))
+    return units
 
 
 def _measured(model: nn.Module, analysis: Analysis, config: S2FTConfig, calibration, loss) -> dict:

@@ -51,26 +51,26 @@ def check_stored(paths: Iterable[Path], expected: Mapping[str, Tensor]) -> set[s
 
     The files are mapped, so this takes no memory, and the time to read what the system still has in its cache.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
                     if name not in expected or not same_bits(file.get_tensor(name), expected[name]):
                         raise ExportError(f"{path.name} was not written correctly: read again, it differs in {name}")
-                    found.add(name)
+                    names.add(name)
         except SafetensorError as error:
             raise ExportError(f"{path.name} was not written correctly: {error}") from error
-    return found
+    return names
 
 
 def names_in(paths: Iterable[Path]) -> set[str]:
     """The names of all tensors in these files."""
-    found: set[str] = set()
+    names: set[str] = set()
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            found.update(file.keys())
-    return found
+            names.update(file.keys())
+    return names
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -110,10 +110,10 @@ def stored_tensors(directory: str | os.PathLike) -> dict[str, Stored]:
     """Name -> tensor of every tensor in a checkpoint. Raises `ExportError` for one that is missing or damaged."""
     folder = Path(directory)
     names = _shards(folder)
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for name in names:
-        found.update(_header(folder / name))
-    return found
+        tensors.update(_header(folder / name))
+    return tensors
 
 
 def _shards(folder: Path) -> list[str]:

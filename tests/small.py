@@ -115,11 +115,11 @@ def hf(name: str, **changes) -> nn.Module:
         "bert": (t.BertConfig, t.BertForMaskedLM, BERT),
     }[name]
     torch.manual_seed(0)
-    made = model(config(**{**fields, **changes})).eval()
+    built = model(config(**{**fields, **changes})).eval()
     with torch.no_grad():
-        for p in made.parameters():
+        for p in built.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
-    return made
+    return built
 
 
 def tokens(batch: int = 2, length: int = 8, seed: int = 0) -> Tensor:
@@ -142,10 +142,10 @@ def tuned(base: nn.Module, plan) -> dict[str, Tensor]:
 
 def assert_weights(model: nn.Module, expected: dict[str, Tensor]) -> None:
     """Every parameter, bit for bit."""
-    found = dict(model.named_parameters())
-    assert found.keys() == expected.keys()
+    weights = dict(model.named_parameters())
+    assert weights.keys() == expected.keys()
     for name, value in expected.items():
-        assert same_bits(found[name], value), name
+        assert same_bits(weights[name], value), name
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -66,8 +66,10 @@ def test_flags_and_cache_are_put_back_after_a_failure():
 
 def test_inputs_as_a_tuple_a_dict_or_a_tensor():
     drawn = Drawn(Spec(batch=2, length=3))
-    found = [s2ft.analyze(drawn.model, given) for given in (drawn.inputs, {"inputs": drawn.inputs[0]}, drawn.inputs[0])]
-    assert found[0].couplings == found[1].couplings == found[2].couplings
+    analyses = [
+        s2ft.analyze(drawn.model, given) for given in (drawn.inputs, {"inputs": drawn.inputs[0]}, drawn.inputs[0])
+    ]
+    assert analyses[0].couplings == analyses[1].couplings == analyses[2].couplings
 
 
 @pytest.mark.parametrize("inputs", [None, 3, "text"])

@@ -117,8 +117,8 @@ def test_inference_does_not_prepare():
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     net = compiled(model)
     with torch.no_grad():
-        found = net(*case.inputs)
-    torch.testing.assert_close(found, model(*case.inputs), rtol=NOISE64, atol=NOISE64)
+        output = net(*case.inputs)
+    torch.testing.assert_close(output, model(*case.inputs), rtol=NOISE64, atol=NOISE64)
     assert not s2ft.is_prepared(model) and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
@@ -203,11 +203,11 @@ def replayed(gm, inputs, **_):
     memory: dict[int, torch.Tensor] = {}
 
     def run(*args):
-        made = gm.forward(*args)
-        for i, value in enumerate(made):
+        results = gm.forward(*args)
+        for i, value in enumerate(results):
             if isinstance(value, torch.Tensor):
                 memory.setdefault(i, torch.empty_like(value)).copy_(value)
-        return [memory[i].detach() if i in memory else value for i, value in enumerate(made)]
+        return [memory[i].detach() if i in memory else value for i, value in enumerate(results)]
 
     return make_boxed_func(run)
 
@@ -215,15 +215,15 @@ def replayed(gm, inputs, **_):
 @pytest.mark.parametrize("copied", [False, True])
 def test_micro_batches_add_up_where_a_graph_writes_to_the_same_memory(copied):
     case, model = prepared(TARGETS)
-    made = partial(torch.compile, backend=partial(backend, inner_compile=replayed, mode="reduce-overhead"))
-    net = made(model)
+    compiler = partial(torch.compile, backend=partial(backend, inner_compile=replayed, mode="reduce-overhead"))
+    net = compiler(model)
     batches, expected = [case.inputs, tuple(x.flip(0) * 2 for x in case.inputs)], []
     for inputs in batches:
         model.zero_grad()
         net(*inputs).sum().backward()
         expected.append([delta.grad.clone() for delta in s2ft.parameters(model)])
     if copied:  # parameters lose their hooks
-        net = made(model := copy.deepcopy(model))
+        net = compiler(model := copy.deepcopy(model))
     model.zero_grad()
     for inputs in batches:
         net(*inputs).sum().backward()

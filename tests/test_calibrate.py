@@ -39,10 +39,10 @@ def dims_of(module):
 
 def oracle(model, batches, call):
     """selection -> (name, dim) -> scores, by forward hooks on the modules that hold the weights; uses add up."""
-    found = {"activation": {}, "weight_activation": {}}
+    scores = {"activation": {}, "weight_activation": {}}
 
     def add(selection, place, values):
-        found[selection][place] = found[selection].get(place, 0) + values
+        scores[selection][place] = scores[selection].get(place, 0) + values
 
     def hook(module, args, kwargs, output):
         name, (_, read) = places[module], dims_of(module)
@@ -65,21 +65,21 @@ def oracle(model, batches, call):
             call(model, batch)
     for handle in handles:
         handle.remove()
-    return found
+    return scores
 
 
 def gradients(model, batches, loss):
     """(name, dim) -> scores: the squares of every batch's full gradients."""
-    found = {}
+    squares = {}
     for batch in batches:
-        made = torch.autograd.grad(loss(model, batch), list(model.parameters()), allow_unused=True)
-        for (name, p), g in zip(model.named_parameters(), made):
+        gradients = torch.autograd.grad(loss(model, batch), list(model.parameters()), allow_unused=True)
+        for (name, p), g in zip(model.named_parameters(), gradients):
             g = torch.zeros_like(p) if g is None else g
             for dim in range(p.ndim):
                 others = [d for d in range(p.ndim) if d != dim]
                 total = g.double().square().sum(others) if others else g.double().square()
-                found[name, dim] = found.get((name, dim), 0) + total
-    return found
+                squares[name, dim] = squares.get((name, dim), 0) + total
+    return squares
 
 
 def assert_close(found, expected):
@@ -122,12 +122,12 @@ def test_scores_of_drawn_models_are_those_of_plain_hooks(case):
 def test_a_tied_weight_adds_its_uses(selection):
     case = drawn(tied=True)
     model, batches = case.make(), [case.inputs]
-    found = calibrate(model, [("embed.weight", 1)], selection, batches, case_loss)
+    scores = calibrate(model, [("embed.weight", 1)], selection, batches, case_loss)
     if selection == "gradient":
         expected = gradients(model, batches, lambda m, b: case_loss(m(*b)))
     else:
         expected = oracle(model, batches, lambda m, b: m(*b))[selection]
-    assert_close(found, {("embed.weight", 1): expected["embed.weight", 1]})
+    assert_close(scores, {("embed.weight", 1): expected["embed.weight", 1]})
 
 
 # --- Hugging Face models ---------------------------------------------------------------------------------------------
@@ -135,8 +135,8 @@ def test_a_tied_weight_adds_its_uses(selection):
 
 def hf_batches(name):
     """Batches with labels, of different sizes."""
-    made = [tokens(2, 8, 1), tokens(1, 5, 2), tokens(3, 8, 3)]
-    return [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)} for ids in made]
+    batches = [tokens(2, 8, 1), tokens(1, 5, 2), tokens(3, 8, 3)]
+    return [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
 
 
 @pytest.mark.parametrize(
@@ -262,26 +262,26 @@ def test_grouped_products_of_experts():
 
     model, x, ends = Experts(), torch.randn(9, 8).bfloat16(), torch.tensor([4, 4, 9], dtype=torch.int32)
     groups = [x[0:4], x[4:4], x[4:9]]
-    made = [(g @ W.T).double() for g, W in zip(groups, model.up.detach())]
-    found = calibrate(model, [("up", 1)], "activation", [(x, ends)])
-    expected = sum(y.square().sum(0) for y in made)
-    torch.testing.assert_close(found["up", 1], expected, rtol=2**-6, atol=0.0)  # bf16 outputs of two kernels
+    outputs = [(g @ W.T).double() for g, W in zip(groups, model.up.detach())]
+    scores = calibrate(model, [("up", 1)], "activation", [(x, ends)])
+    expected = sum(y.square().sum(0) for y in outputs)
+    torch.testing.assert_close(scores["up", 1], expected, rtol=2**-6, atol=0.0)  # bf16 outputs of two kernels
     entries = sum(W.double().square() * g.double().square().sum(0) for g, W in zip(groups, model.up.detach()))
-    found = calibrate(model, [("up", 1)], "weight_activation", [(x, ends)])
-    assert_close(found, {("up", 1): entries.sum(1)})
+    scores = calibrate(model, [("up", 1)], "weight_activation", [(x, ends)])
+    assert_close(scores, {("up", 1): entries.sum(1)})
 
 
 def test_a_transformer_encoder_layer_is_seen_in_its_parts():
     """In eval mode torch has one operator for the whole layer, which would hide its products."""
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dtype=torch.float64).eval()
     x = torch.randn(2, 5, 8, dtype=torch.float64)
-    found = calibrate(layer, [("linear2.weight", 1), ("self_attn.in_proj_weight", 0)], "activation", [(x,)])
+    scores = calibrate(layer, [("linear2.weight", 1), ("self_attn.in_proj_weight", 0)], "activation", [(x,)])
     assert torch.backends.mha.get_fastpath_enabled(), "put back"
     with torch.no_grad():
         q = (x @ layer.self_attn.in_proj_weight.T).square().sum((0, 1))
         h = layer.norm1(x + layer.self_attn(x, x, x)[0])
         h = F.relu(layer.linear1(h)).square().sum((0, 1))
-    assert_close(found, {("linear2.weight", 1): h, ("self_attn.in_proj_weight", 0): q})
+    assert_close(scores, {("linear2.weight", 1): h, ("self_attn.in_proj_weight", 0): q})
 
 
 def test_the_memory_of_a_copy_that_is_gone_is_not_taken_for_it():
@@ -298,8 +298,8 @@ def test_the_memory_of_a_copy_that_is_gone_is_not_taken_for_it():
             return y
 
     model, x = Copies(), torch.randn(2, 3)
-    found = calibrate(model, [("weight", 1)], "activation", [(x,)])
-    assert_close(found, {("weight", 1): 20 * x.double().square().sum(0)})
+    scores = calibrate(model, [("weight", 1)], "activation", [(x,)])
+    assert_close(scores, {("weight", 1): 20 * x.double().square().sum(0)})
 
 
 def test_a_use_that_is_no_product_is_refused():
@@ -440,14 +440,14 @@ class Live(TorchDispatchMode):
         self.alive, self.peak = {}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for t in pytree.tree_leaves(made):
+        result = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves(result):
             if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.known:
                 storage = t.untyped_storage()
                 self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return made
+        return result
 
 
 def test_no_two_gradients_are_alive_at_once(monkeypatch):

@@ -393,10 +393,10 @@ def test_extracting_is_the_inverse_of_merging(tmp_path, dtype):
     extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter")
     merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "again")
     assert same(stored(tmp_path / "again"), stored(tmp_path / "tuned"))
-    found = {s.parameter_name: s for s in read_adapter(tmp_path / "adapter").slices}
-    assert found.keys() == {s.parameter_name for s in state_of(model).plan.slices}
+    extracted = {s.parameter_name: s for s in read_adapter(tmp_path / "adapter").slices}
+    assert extracted.keys() == {s.parameter_name for s in state_of(model).plan.slices}
     for s in state_of(model).plan.slices:
-        mine = found[s.parameter_name]
+        mine = extracted[s.parameter_name]
         assert mine.dim == s.dim and torch.equal(mine.indices, s.indices.sort().values)
     extract(base, type(base).from_pretrained(tmp_path / "tuned", dtype=dtype), tmp_path / "from_models")
     for adapter in ("adapter", "from_models"):
@@ -485,22 +485,26 @@ def test_merge_and_extract_on_the_command_line(folders, tmp_path):
     )
     merge_checkpoint(folders / "base", [folders / "first", folders / "second"], tmp_path / "expected_sum", [1, 0.5])
     assert same(stored(tmp_path / "sum"), stored(tmp_path / "expected_sum"))
-    for arguments, told in (
+    for arguments, message in (
         ((folders / "base", folders / "first", folders / "first", tmp_path / "no"), "the same adapter"),
         ((folders / "base", folders / "first", tmp_path / "no", "--weights", "1,x"), "numbers by commas"),
         ((folders / "base", folders / "first", tmp_path / "no", "--weights", "1,2"), "1 adapters and 2 weights"),
         (("no/such-model", folders / "first", tmp_path / "no"), "no hub id that can be reached"),
         ((tmp_path / "nowhere", folders / "first", tmp_path / "no"), "nowhere is not a checkpoint"),
     ):
-        made = CliRunner().invoke(app, ["merge", *map(str, arguments)], env={"COLUMNS": "400"})
-        assert made.exit_code == 1 and told in made.output and len(made.output.splitlines()) == 1, made.output
+        result = CliRunner().invoke(app, ["merge", *map(str, arguments)], env={"COLUMNS": "400"})
+        assert result.exit_code == 1 and message in result.output and len(result.output.splitlines()) == 1, (
+            result.output
+        )
     assert not (tmp_path / "no").exists()
-    for base, more, told in (
+    for base, more, message in (
         ("no/such-model", (), "no hub id"),
         (folders / "base", ("--limit", "0.01"), "at most 0.01"),
     ):
-        made = CliRunner().invoke(app, ["extract", str(base), str(merged), str(adapter), *more], env={"COLUMNS": "400"})
-        assert made.exit_code == 1 and told in made.output and not adapter.exists(), made.output
+        result = CliRunner().invoke(
+            app, ["extract", str(base), str(merged), str(adapter), *more], env={"COLUMNS": "400"}
+        )
+        assert result.exit_code == 1 and message in result.output and not adapter.exists(), result.output
     assert "10 slices" in s2ft_command("extract", folders / "base", merged, adapter)
     merge_checkpoint(folders / "base", [adapter], tmp_path / "again")
     assert same(stored(tmp_path / "again"), stored(merged))

@@ -46,11 +46,11 @@ class Model(nn.Module):
             logits = logits + self.added.to(h.device)
         if labels is None:
             return {"logits": logits}
-        made = logits
+        scores = logits
         for step in self.chain:
-            made = CHAINS[step](made)
-        labels = labels[:, -made.shape[1] :]
-        loss = F.cross_entropy(made.reshape(-1, VOCABULARY), labels.reshape(-1), **self.loss)
+            scores = CHAINS[step](scores)
+        labels = labels[:, -scores.shape[1] :]
+        loss = F.cross_entropy(scores.reshape(-1, VOCABULARY), labels.reshape(-1), **self.loss)
         return {"loss": loss if self.late is None else loss + self.late(logits), "logits": logits}
 
 
@@ -65,11 +65,11 @@ def check(model: Model, inputs: dict, inner: str = "aot_eager", tolerance: float
     full = full_gradients(model, lambda m: m(**inputs)["loss"])
     expected = model(**inputs)["loss"].detach()
     plan = s2ft.prepare(model, {"x": inputs["x"]}, s2ft.S2FTConfig({"ffn.out": 0.5}))
-    made = compiled(model, inner, logits=False)(**inputs)
-    made["loss"].backward()
-    torch.testing.assert_close(made["loss"].detach(), expected, rtol=tolerance, atol=0)
+    output = compiled(model, inner, logits=False)(**inputs)
+    output["loss"].backward()
+    torch.testing.assert_close(output["loss"].detach(), expected, rtol=tolerance, atol=0)
     assert_gradients(plan, full, tolerance)
-    return made["logits"] is None
+    return output["logits"] is None
 
 
 @settings(max_examples=15, phases=QUICK)
@@ -145,9 +145,9 @@ def test_a_head_that_trains_keeps_its_logits():
     model, inputs = Model(), example(2, 5)
     full = full_gradients(model, lambda m: m(**inputs)["loss"])
     plan = s2ft.prepare(model, {"x": inputs["x"]}, s2ft.S2FTConfig({"head.weight": 2, "ffn.out": 0.5}))
-    made = compiled(model, logits=False)(**inputs)
-    made["loss"].backward()
-    assert made["logits"].shape == (2, 5, VOCABULARY)
+    output = compiled(model, logits=False)(**inputs)
+    output["loss"].backward()
+    assert output["logits"].shape == (2, 5, VOCABULARY)
     assert_gradients(plan, full, NOISE64)
 
 
@@ -157,9 +157,9 @@ def test_hugging_face_models(family):
     full = full_gradients(model, lambda m: m(input_ids=ids, labels=ids).loss)
     plan = s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig({"ffn.out": 3}))
     net = compiled(model, logits=False)
-    made = net(input_ids=ids, labels=ids)
-    made.loss.backward()
-    assert made.logits is None
+    output = net(input_ids=ids, labels=ids)
+    output.loss.backward()
+    assert output.logits is None
     assert_gradients(plan, full, 1e-5)  # these models compute their norms in float32
     with torch.no_grad():
         assert net(input_ids=ids, labels=ids).logits.shape == (2, 12, 50)  # nothing is hidden from an evaluation
@@ -182,8 +182,8 @@ def test_no_tensor_holds_all_logits(monkeypatch, logits, rows):
     model, inputs = Model(), example(3, 20)
     s2ft.prepare(model, {"x": inputs["x"]}, s2ft.S2FTConfig({"ffn.out": 0.5}))
     compiled(model, logits=logits)(**inputs)["loss"].backward()
-    made = [n.meta["val"] for gm in graphs for n in gm.graph.nodes if n.op == "call_function"]
-    wide = [t.numel() // VOCABULARY for t in made if isinstance(t, torch.Tensor) and t.shape[-1:] == (VOCABULARY,)]
+    values = [n.meta["val"] for gm in graphs for n in gm.graph.nodes if n.op == "call_function"]
+    wide = [t.numel() // VOCABULARY for t in values if isinstance(t, torch.Tensor) and t.shape[-1:] == (VOCABULARY,)]
     assert len(graphs) == 2 and max(wide) == rows
 
 
@@ -214,9 +214,9 @@ def test_logits_that_are_cast_and_returned_are_dropped():
 
 def check_dropped(model: nn.Module, inputs: dict) -> bool:
     s2ft.prepare(model, inputs, s2ft.S2FTConfig({"ffn.out": 0.5}))
-    made = compiled(model, logits=False)(**inputs)
-    made["loss"].backward()
-    return made["logits"] is None
+    output = compiled(model, logits=False)(**inputs)
+    output["loss"].backward()
+    return output["logits"] is None
 
 
 def test_much_longer_inputs_have_more_chunks(monkeypatch, caplog):

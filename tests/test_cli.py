@@ -132,8 +132,8 @@ def plugin(tmp_path, monkeypatch):
 
 def test_what_a_user_registers_is_imported_before_a_command(plugin, base, run, tmp_path):
     with_adapter = ("--model", base, "--adapter", run[0], "--output", tmp_path / "out")
-    made = invoke("--import", plugin, "export", "custom", "save_head", *with_adapter)
-    assert made.exit_code == 0, made.output
+    result = invoke("--import", plugin, "export", "custom", "save_head", *with_adapter)
+    assert result.exit_code == 0, result.output
     assert torch.equal(load_file(tmp_path / "out" / "head.safetensors")["head"], load(run[0] / "merged").lm_head.weight)
     assert SELECTIONS["mine::last"] == "nothing"
     assert "unknown exporter 'save_tail'; valid: save_head" in refused("export", "custom", "save_tail", *with_adapter)
@@ -151,8 +151,8 @@ def test_what_cannot_be_imported_is_one_line(name, found, tmp_path, monkeypatch)
 
 def test_runs_are_reported_on_one_page(run, tmp_path):
     pytest.importorskip("matplotlib")
-    made = invoke("report", run[0], run[0], "--output", tmp_path / "out.html")
-    assert made.exit_code == 0, made.output
+    result = invoke("report", run[0], run[0], "--output", tmp_path / "out.html")
+    assert result.exit_code == 0, result.output
     page, metrics = (tmp_path / "out.html").read_text(), json.loads((run[0] / "metrics.json").read_text())
     assert f"{metrics['loss_before']:.4f} → {metrics['loss_after']:.4f}" in page
     assert page.count("model.layers.1.mlp.down_proj.weight") == 2 and page.count("<svg") == 1
@@ -547,9 +547,9 @@ def test_export_onnx_equals_the_run(run, base, tmp_path):
     assert result.exit_code == 0, result.output
     tokens = torch.randint(280, (3, 11), generator=torch.Generator().manual_seed(0))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (found,) = session.run(["logits"], {"input_ids": tokens.numpy()})
+    (output,) = session.run(["logits"], {"input_ids": tokens.numpy()})
     expected = load(run[0] / "merged")(input_ids=tokens, use_cache=False).logits
-    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(output), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("command, output", [("merged", "out"), ("adapter", "out"), ("onnx", "out.onnx")])

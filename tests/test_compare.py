@@ -27,11 +27,11 @@ def test_the_search_ends_at_the_best_rate_with_a_worse_one_on_both_sides(least, 
         asked.append(exponent)
         return math.nan if exponent > max(least, diverges) else (exponent - least) ** 2
 
-    found = run.search(loss, start)
+    best = run.search(loss, start)
     assert len(asked) == len(set(asked))  # no rate runs twice
-    assert all(e in asked for e in (found - run.STEP, found + run.STEP) if run.LIMITS[0] <= e <= run.LIMITS[1])
+    assert all(e in asked for e in (best - run.STEP, best + run.STEP) if run.LIMITS[0] <= e <= run.LIMITS[1])
     if start <= max(least, diverges):
-        assert found == least
+        assert best == least
 
 
 def row(exponent: float, seed: int, choose: float, test: float = 0.0, method: str = "s2ft") -> run.Row:
@@ -64,8 +64,8 @@ def test_half_an_interval_is_students():
 def test_an_answer_is_right_if_all_of_its_tokens_are():
     logits = torch.eye(4).repeat(2, 1, 1)  # after token i it says i
     labels = torch.tensor([[IGNORED, 0, 1, 2], [IGNORED, 0, 3, IGNORED]])
-    made = run.score(logits, Rows(labels, labels, exact=True))
-    assert made["exact"] == 0.5 and made["loss"] > 0
+    scores = run.score(logits, Rows(labels, labels, exact=True))
+    assert scores["exact"] == 0.5 and scores["loss"] > 0
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
@@ -73,8 +73,8 @@ def test_slices_have_as_many_numbers_as_the_lora(setting):
     wanted = contenders.lora_numbers(setting) / setting.layers
     for parts in (("channels", 0), ("columns", 0)):
         amounts = contenders.targets(setting, *parts)
-        made = sum(amounts.get("ffn.in", 0) * 2 * setting.hidden + amounts["ffn.out"] * setting.hidden for _ in [0])
-        assert abs(made - wanted) <= 1.5 * setting.hidden
+        numbers = sum(amounts.get("ffn.in", 0) * 2 * setting.hidden + amounts["ffn.out"] * setting.hidden for _ in [0])
+        assert abs(numbers - wanted) <= 1.5 * setting.hidden
 
 
 def test_a_line_that_was_cut_short_is_run_again(tmp_path):

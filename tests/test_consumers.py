@@ -59,8 +59,8 @@ def tuned(seed: int, targets: dict) -> nn.Module:
 
 def greedy(model: nn.Module) -> list[int]:
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    made = model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=NEW, use_cache=True)
-    return made[0, len(PROMPT) :].tolist()
+    generated = model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=NEW, use_cache=True)
+    return generated[0, len(PROMPT) :].tolist()
 
 
 @pytest.fixture(scope="module")

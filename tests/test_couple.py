@@ -311,8 +311,10 @@ def test_adversary(case: str):
     model, x = Formula(shapes, formula), torch.randn(3, 4, 5, dtype=torch.float64)
     analysis = s2ft.analyze(model, (x,))
     if expected is not None:
-        found = Counter((c.units, frozenset((m.parameter_name, m.dim) for m in c.members)) for c in analysis.couplings)
-        assert found == Counter((units, members_of(text)) for units, text in expected), str(analysis)
+        couplings = Counter(
+            (c.units, frozenset((m.parameter_name, m.dim) for m in c.members)) for c in analysis.couplings
+        )
+        assert couplings == Counter((units, members_of(text)) for units, text in expected), str(analysis)
     assert_symmetric(model, lambda: model(x), analysis)
 
 

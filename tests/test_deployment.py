@@ -71,8 +71,8 @@ def run(line: str) -> subprocess.Popen | None:
         code = [sys.executable, "-c", "from s2ft_compile.cli.app import app; app()"]
         return subprocess.Popen([*code, *words[1:], "--port", "0"], stderr=subprocess.PIPE, text=True)
     if line.startswith("s2ft "):
-        made = CliRunner().invoke(app, words[1:])
-        assert made.exit_code == 0, (line, made.output, made.exception)
+        result = CliRunner().invoke(app, words[1:])
+        assert result.exit_code == 0, (line, result.output, result.exception)
     elif line.startswith("python examples/"):
         if find_spec("onnxruntime_genai"):
             subprocess.run([sys.executable, ROOT / words[1], *words[2:]], check=True)

@@ -49,15 +49,15 @@ MARK = re.compile(r"<!-- (not run|raises|setup)(?:: (.*?))? -->")
 
 
 def blocks(text: str) -> list[Block]:
-    made, found = [], list(FENCE.finditer(text))
-    for i, fence in enumerate(found):
-        between = text[found[i - 1].end() if i else 0 : fence.start()]
+    parts, fences = [], list(FENCE.finditer(text))
+    for i, fence in enumerate(fences):
+        between = text[fences[i - 1].end() if i else 0 : fence.start()]
         above = re.search(r"(?:<!--[^\n]*-->\n)*$", between).group(0)
-        after = found[i + 1] if i + 1 < len(found) else None
+        after = fences[i + 1] if i + 1 < len(fences) else None
         joined = after and after[1] == "text" and not text[fence.end() : after.start()].strip()
         line = text[: fence.start()].count("\n") + 2
-        made.append(Block(fence[1], fence[2], line, dict(MARK.findall(above)), after[2] if joined else None))
-    return made
+        parts.append(Block(fence[1], fence[2], line, dict(MARK.findall(above)), after[2] if joined else None))
+    return parts
 
 
 def python(page: Path) -> list[Block]:
@@ -159,10 +159,10 @@ def run(block: Block, name: str, names: dict) -> None:
 
 def test_blocks_that_are_not_run_say_why():
     pages = {name: python(page) for name, page in zip(NAMES, PAGES)}
-    found = {name: [b.marks["not run"] for b in all_of if "not run" in b.marks] for name, all_of in pages.items()}
-    print("\n".join(f"{name}: {why}" for name, all_of in found.items() for why in all_of))
-    assert {name: len(all_of) for name, all_of in found.items() if all_of} == NOT_RUN
-    assert all(len(why) > 10 for all_of in found.values() for why in all_of)
+    reasons = {name: [b.marks["not run"] for b in all_of if "not run" in b.marks] for name, all_of in pages.items()}
+    print("\n".join(f"{name}: {why}" for name, all_of in reasons.items() for why in all_of))
+    assert {name: len(all_of) for name, all_of in reasons.items() if all_of} == NOT_RUN
+    assert all(len(why) > 10 for all_of in reasons.values() for why in all_of)
 
 
 def test_a_page_that_is_wrong_is_noticed(workplace):
@@ -221,10 +221,10 @@ def test_commands_in_sentences_exist():
     for name, page in zip(NAMES, PAGES):
         for line in re.findall(r"`s2ft ((?:--import \S+ )?[a-z][^`\n]*)`", page.read_text(encoding="utf-8")):
             words = re.sub(r"^--import \S+ ", "", line).split()
-            found = [n for n in (" ".join(words[:2]), words[0]) if n in known or n == "export"]
-            assert found, f"{name}: s2ft {line}"
+            named = [n for n in (" ".join(words[:2]), words[0]) if n in known or n == "export"]
+            assert named, f"{name}: s2ft {line}"
             typed = set(re.findall(r"--[a-z-]+", line)) - {"--help", "--import"}
-            assert typed <= options.get(found[0], typed), f"{name}: s2ft {line}"
+            assert typed <= options.get(named[0], typed), f"{name}: s2ft {line}"
 
 
 def test_the_page_of_commands_has_all_of_them():

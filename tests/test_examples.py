@@ -29,9 +29,9 @@ def llama(**changes):
 
 
 def tokenizer():
-    made = tiny_tokenizer()
-    made.add_special_tokens({"pad_token": "<|pad|>"})
-    return made
+    built = tiny_tokenizer()
+    built.add_special_tokens({"pad_token": "<|pad|>"})
+    return built
 
 
 def masked(plan, base) -> torch.nn.Module:
@@ -48,11 +48,11 @@ def masked(plan, base) -> torch.nn.Module:
 def assert_trained_alike(model, oracle, base, plan, room: float = 1e-3) -> None:
     """float32: gradients that are equal up to some hundred roundings, over a few steps of SGD."""
     s2ft.release(model)
-    found, expected = dict(model.named_parameters()), dict(oracle.named_parameters())
+    trained, expected = dict(model.named_parameters()), dict(oracle.named_parameters())
     started = dict(base.named_parameters())
     for s in plan.slices:
         moved = (expected[s.parameter_name] - started[s.parameter_name]).abs().max()
-        error = (found[s.parameter_name] - expected[s.parameter_name]).abs().max()
+        error = (trained[s.parameter_name] - expected[s.parameter_name]).abs().max()
         assert moved > 0 and error <= room * moved, f"{s.parameter_name}: moved {moved:.3g}, off by {error:.3g}"
 
 
@@ -184,10 +184,10 @@ def test_grpo_generates_with_the_trained_weights(tmp_path):
 
     def oracle(model):
         config = GRPOConfig(str(tmp_path), beta=0.0, **sizes, **SGD, **QUIET)
-        made = GRPOTrainer(model, reward, args=config, train_dataset=rows, processing_class=tokenizer())
-        made.beta, made.ref_model = 0.5, copy.deepcopy(base).eval()
-        add_fused_lm_head(made.ref_model)
-        return made
+        trainer = GRPOTrainer(model, reward, args=config, train_dataset=rows, processing_class=tokenizer())
+        trainer.beta, trainer.ref_model = 0.5, copy.deepcopy(base).eval()
+        add_fused_lm_head(trainer.ref_model)
+        return trainer
 
     given = dict(reward=reward, beta=0.5, **sizes)
     run(train_grpo.make, base, tokenizer(), rows, tmp_path, oracle=oracle, **given)

@@ -36,10 +36,10 @@ def disjoint(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def taken(*chosen) -> dict:
-    found = {}
+    units = {}
     for s in (s for slices in chosen for s in slices):
-        found.setdefault(s.parameter_name, []).append((s.dim, s.indices))
-    return found
+        units.setdefault(s.parameter_name, []).append((s.dim, s.indices))
+    return units
 
 
 def train(base, folder, seed: int = 0, **fields):
@@ -76,14 +76,14 @@ def fused_or_experts(kind: str):
 def chains(draw):
     kind = draw(st.sampled_from(sorted(ROLES)))
     amounts = st.dictionaries(st.sampled_from(ROLES[kind]), st.sampled_from((1, 0.5)), min_size=1, max_size=4)
-    made = st.builds(
+    models = st.builds(
         s2ft.S2FTConfig,
         targets=amounts,
         selection=st.sampled_from(("random", "weight")),
         budget=st.sampled_from(("layer", "model")),
         seed=st.integers(0, 99),
     )
-    return kind, draw(st.lists(made, min_size=2, max_size=4))
+    return kind, draw(st.lists(models, min_size=2, max_size=4))
 
 
 @given(chains())
@@ -101,19 +101,19 @@ def check_chain(analysis, parameters, chain) -> None:
         except ConfigError:
             continue  # a weight along both of its dimensions
         try:
-            found = select(analysis, config, parameters, taken=taken(*before))
+            selected = select(analysis, config, parameters, taken=taken(*before))
         except ConfigError as error:
             assert "are free" in str(error) and before
             continue
-        masks = entries(found, parameters)
+        masks = entries(selected, parameters)
         assert all(disjoint(masks, entries(other, parameters)) for other in before)
         if config.budget == "layer":  # ratios count of all units, free or not
-            assert [(s.parameter_name, len(s.indices)) for s in found] == [
+            assert [(s.parameter_name, len(s.indices)) for s in selected] == [
                 (s.parameter_name, len(s.indices)) for s in plain
             ]
         if not before:
-            assert all(torch.equal(a.indices, b.indices) for a, b in zip(found, plain, strict=True))
-        before.append(found)
+            assert all(torch.equal(a.indices, b.indices) for a, b in zip(selected, plain, strict=True))
+        before.append(selected)
 
 
 @pytest.fixture(scope="module")
@@ -141,17 +141,17 @@ def test_the_free_units_of_the_best_score_are_taken(llama, selection, budget, la
     gone = {n: torch.arange(0, 24, 2 + i) for i, n in enumerate(names)}
     config = s2ft.S2FTConfig(targets={"ffn.out": 7}, selection=selection, budget=budget, largest=largest)
     chosen = select(analysis, config, dict(model.named_parameters()), measured, {n: [(1, gone[n])] for n in names})
-    found = {s.parameter_name: s.indices.tolist() for s in chosen}
+    indices = {s.parameter_name: s.indices.tolist() for s in chosen}
     down = largest or selection is by_hand
     left = {n: [u for u in score[n].argsort(descending=down).tolist() if u not in gone[n]] for n in names}
     if budget == "layer":
-        assert found == {n: sorted(left[n][:7]) for n in names}
+        assert indices == {n: sorted(left[n][:7]) for n in names}
     else:
-        assert sum(map(len, found.values())) == 7
-        assert found == {n: sorted(left[n][: len(found.get(n, ()))]) for n in names if n in found}
+        assert sum(map(len, indices.values())) == 7
+        assert indices == {n: sorted(left[n][: len(indices.get(n, ()))]) for n in names if n in indices}
     if budget == "model":
         pool = sorted((float(score[n][u]), n, u) for n in names for u in left[n])
-        assert {(n, u) for n in found for u in found[n]} == {
+        assert {(n, u) for n in indices for u in indices[n]} == {
             (n, u) for _, n, u in (pool[-7:] if down else pool[:7])
         } or selection is by_hand  # a function's ranks are those within a layer
 
@@ -176,14 +176,14 @@ def test_a_layer_with_fewer_free_units_has_a_smaller_share(llama):
     gone = {names[0]: [(1, torch.arange(18))], names[1]: [(1, torch.arange(6))]}
     ones = {(n, 1): torch.ones(24, dtype=torch.float64) for n in names}
     config = s2ft.S2FTConfig(targets={"ffn.out": 8}, selection="gradient", budget="score")
-    found = {s.parameter_name: s.indices.tolist() for s in select(llama[1], config, {}, ones, gone)}
-    assert found == {names[0]: [18, 19], names[1]: [6, 7, 8, 9, 10, 11]}
+    indices = {s.parameter_name: s.indices.tolist() for s in select(llama[1], config, {}, ones, gone)}
+    assert indices == {names[0]: [18, 19], names[1]: [6, 7, 8, 9, 10, 11]}
 
 
 def test_a_head_is_free_if_all_of_it_is(llama):
     gone = {f"model.layers.{i}.self_attn.o_proj.weight": [(1, torch.tensor([1, 6, 11]))] for i in (0, 1)}
-    found = select(llama[1], s2ft.S2FTConfig(targets={"attention.out": 1}), {}, taken=gone)
-    assert [s.indices.tolist() for s in found] == [[12, 13, 14, 15]] * 2
+    selected = select(llama[1], s2ft.S2FTConfig(targets={"attention.out": 1}), {}, taken=gone)
+    assert [s.indices.tolist() for s in selected] == [[12, 13, 14, 15]] * 2
 
 
 def test_an_adapter_along_the_other_dimension_crosses_every_unit(llama):

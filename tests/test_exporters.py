@@ -289,9 +289,9 @@ def test_the_fingerprint_is_of_the_base_model():
 @given(st.sampled_from([(1,), (7,), (SAMPLES + 5,), (90, 91), (3, 4, 5), ()]), st.data())
 def test_the_fingerprint_sees_name_shape_dtype_and_content_but_not_strides(shape, data):
     def module(tensor, name="w"):
-        made = nn.Module()
-        made.register_parameter(name, nn.Parameter(tensor))
-        return fingerprint(made)
+        built = nn.Module()
+        built.register_parameter(name, nn.Parameter(tensor))
+        return fingerprint(built)
 
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     reference = module(W)
@@ -932,8 +932,8 @@ def test_another_base_is_refused_and_both_are_named(saved, tmp_path):
     for model in others:
         refused([model], saved, fingerprint(Toy()))
         with s2ft.disabled(model) if model is others[-1] else torch.no_grad():
-            found = fingerprint(model)
-        refused([model], saved, found)
+            own = fingerprint(model)
+        refused([model], saved, own)
     refused([nn.Linear(2, 2)], saved, "Toy in float32.*Linear in float32")
 
 

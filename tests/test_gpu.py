@@ -127,7 +127,7 @@ def test_predicted_memory(logits):
     )
     ids = torch.randint(32000, (2, 1024))
     model = hf("llama", **sizes).to(torch.bfloat16).train()
-    made = s2ft.estimate(
+    estimate = s2ft.estimate(
         copy.deepcopy(model).to("meta"), {"input_ids": ids, "labels": ids}, options=s2ft.CompileOptions(logits=logits)
     )
     model, ids = model.cuda(), ids.cuda()
@@ -141,4 +141,4 @@ def test_predicted_memory(logits):
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-    assert torch.cuda.max_memory_allocated() == pytest.approx(made.total, rel=0.1)
+    assert torch.cuda.max_memory_allocated() == pytest.approx(estimate.total, rel=0.1)

@@ -56,8 +56,8 @@ class Guarded:
 
 
 def randn(shape, dtype, seed, device="cpu") -> Tensor:
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return made.to(dtype).to(device)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(dtype).to(device)
 
 
 # --- slice_grad -----------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_slice_grad(device, T, M, N, dtype, orders, add, at_once, seed):
     start = C.tensor.double() if add != "no" else torch.zeros((), dtype=torch.float64, device=device)
     a, b = A.tensor.double(), B.tensor.double()
     target = C if add == "in place" else out
-    found = slice_grad.launch(
+    gradient = slice_grad.launch(
         kernel_on(device, slice_grad._kernel),
         A.tensor,
         B.tensor,
@@ -93,7 +93,7 @@ def test_slice_grad(device, T, M, N, dtype, orders, add, at_once, seed):
         at_once,
     )
     bound = (T + slice_grad.MAX_SPLITS + 2) * 2.0**-23 * (a.abs().T @ b.abs() + start.abs())
-    assert ((found.double() - (start + a.T @ b)).abs() <= bound).all()
+    assert ((gradient.double() - (start + a.T @ b)).abs() <= bound).all()
     for guarded in (A, B, C, out):
         guarded.check()
 
@@ -138,7 +138,7 @@ def parts(draw):
 @given(drawn=st.lists(parts(), min_size=1, max_size=4), dtype=st.sampled_from(TYPES), seed=st.integers(0, 99))
 def test_refresh(device, drawn, dtype, seed):
     """Bit for bit, and nothing beside the blocks."""
-    made, expected = [], []
+    fresh, expected = [], []
     for i, (shape, dim, ranges) in enumerate(drawn):
         block = [sum(n for _, n in ranges) if d == dim else size for d, size in enumerate(shape)]
         D = randn(block, torch.float32, seed + i, device) * 10.0 ** randn(block, torch.float32, seed - i, device).mul(4)
@@ -147,10 +147,10 @@ def test_refresh(device, drawn, dtype, seed):
         W, W0 = around[16:-16].view(shape), randn(block, dtype, seed + 9 * i, device)
         expected.append(around.clone())
         refresh.refresh_reference(expected[-1][16:-16].view(shape), W0, D, dim, ranges)
-        made.append((around, (W, W0, D, dim, ranges)))
-    versions = [around._version for around, _ in made]
-    refresh.launch(kernel_on(device, refresh._kernel), [part for _, part in made])
-    for (around, _), right, version in zip(made, expected, versions):
+        fresh.append((around, (W, W0, D, dim, ranges)))
+    versions = [around._version for around, _ in fresh]
+    refresh.launch(kernel_on(device, refresh._kernel), [part for _, part in fresh])
+    for (around, _), right, version in zip(fresh, expected, versions):
         assert same_bits(around, right)
         assert around._version > version, "autograd sees the write"
 
@@ -264,14 +264,14 @@ def test_a_bank_uses_the_operator(device, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(rows_module, "adapter_add_", lambda *args: calls.append(args) or adapters.adapter_add_(*args))
     with torch.no_grad(), bank.batch(["b", None, "a"]):
-        found = bank.model(ids).logits
+        output = bank.model(ids).logits
     assert calls
     for row, name in zip(range(3), ("b", None, "a")):
         model = hf("llama").to(device)
         if name:
             load_adapter(model, tmp_path / name)
         expected = model(ids[row : row + 1]).logits[0].detach()  # layers of at most 64 terms, two blocks, float32
-        torch.testing.assert_close(found[row], expected, rtol=0, atol=2**9 * U32 * float(expected.abs().max()))
+        torch.testing.assert_close(output[row], expected, rtol=0, atol=2**9 * U32 * float(expected.abs().max()))
 
 
 @pytest.mark.gpu
@@ -322,9 +322,9 @@ def test_every_kernel_compiles(capability, dtype):
             torch.zeros(4, dtype=torch.int32),
             contracts,
         )
-    made = gradient.made + fresh_weights.made + added.made + probe.made
-    assert len(made) == 7 and all(m.asm["cubin"] for m in made)
-    assert all(m.metadata.shared <= 99 * 2**10 for m in made), "more shared memory than every GPU since Ampere has"
+    compiled = gradient.made + fresh_weights.made + added.made + probe.made
+    assert len(compiled) == 7 and all(m.asm["cubin"] for m in compiled)
+    assert all(m.metadata.shared <= 99 * 2**10 for m in compiled), "more shared memory than every GPU since Ampere has"
     assert all(("wgmma" in m.asm["ptx"]) == (capability == 90) for m in gradient.made), "Hopper's matrix units"
 
 
@@ -333,7 +333,7 @@ def test_a_new_sequence_length_compiles_nothing():
     for T in (1, 512, 1000):
         A, B = torch.empty(T, 64, dtype=torch.bfloat16), torch.empty(T, 16, dtype=torch.bfloat16)
         slice_grad.launch(kernel, A, B, None, torch.empty(64, 16), 132)
-    assert len({made.hash for made in kernel.made}) == 1
+    assert len({compiled.hash for compiled in kernel.made}) == 1
 
 
 def test_nothing_here_is_taken_for_the_package_kernels():

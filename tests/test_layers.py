@@ -15,26 +15,26 @@ VALUES = ("config", "errors", "layout", "structure", "plan")
 def modules() -> dict[str, Path]:
     """Module name -> file, links resolved by name: `s2ft_compile.passes.permute`."""
     folders = [(PACKAGE, ROOT / PACKAGE), *((f"{PACKAGE}.{d}", (ROOT / PACKAGE / d).resolve()) for d in LINKED)]
-    found = {}
+    files = {}
     for prefix, folder in folders:
         for path in folder.rglob("*.py"):
             parts = [prefix, *path.relative_to(folder).with_suffix("").parts]
-            found[".".join(parts).removesuffix(".__init__")] = path
-    return found
+            files[".".join(parts).removesuffix(".__init__")] = path
+    return files
 
 
 def imports(name: str, source: str, is_package: bool, known) -> set[str]:
     """The modules of this package that a file imports, anywhere in it."""
-    here, found = name.split(".") if is_package else name.split(".")[:-1], set()
+    here, imported = name.split(".") if is_package else name.split(".")[:-1], set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = [*here[: len(here) + 1 - node.level]] if node.level else []
             base = ".".join(base + ([node.module] if node.module else []))
             submodules = {f"{base}.{alias.name}" for alias in node.names} & known
-            found |= submodules or {base}
-    return {m for m in found if m == PACKAGE or m.startswith(PACKAGE + ".")}
+            imported |= submodules or {base}
+    return {m for m in imported if m == PACKAGE or m.startswith(PACKAGE + ".")}
 
 
 def rank(module: str) -> int:

@@ -188,9 +188,9 @@ def test_every_program_scales_what_is_written_by_one(tmp_path):
             scales.add(config["lora_alpha"] / B.shape[1])
             if right:
                 delta = trained[f"{layer}.weight"].double() - base.get_parameter(f"{layer}.weight").double()
-                made = config["lora_alpha"] / B.shape[1] * (B @ A)
+                product = config["lora_alpha"] / B.shape[1] * (B @ A)
                 # the trained weight is a rounded sum
-                assert ((made - delta).abs() <= U32 * trained[f"{layer}.weight"].abs()).all()
+                assert ((product - delta).abs() <= U32 * trained[f"{layer}.weight"].abs()).all()
         assert (scales == {1.0}) == right
         text = (tmp_path / folder / "README.md").read_text()
         assert ("convert_lora_to_gguf.py" in text) == right and ("several ranks" in text) != right
@@ -207,9 +207,9 @@ def test_in_half_precision_peft_rounds_once_too(tmp_path, save, dtype):
 def test_a_safe_merge_in_bfloat16_differs_by_what_peft_rounds_before_it_adds(tmp_path):
     base, model = tuned("llama", dtype=torch.bfloat16)
     save_lora(model, tmp_path / "lora")
-    found = PeftModel.from_pretrained(base, tmp_path / "lora").merge_and_unload(safe_merge=True)
+    merged = PeftModel.from_pretrained(base, tmp_path / "lora").merge_and_unload(safe_merge=True)
     for name, expected in weights(model).items():
-        got, before = found.get_parameter(name).double(), hf("llama").to(torch.bfloat16).get_parameter(name).double()
+        got, before = merged.get_parameter(name).double(), hf("llama").to(torch.bfloat16).get_parameter(name).double()
         # both round the sum to 8 bits, PEFT the delta too
         allowed = 2**-8 * ((expected.double() - before).abs() + 2 * expected.double().abs())
         assert ((got - expected.double()).abs() <= allowed).all(), name

@@ -79,9 +79,9 @@ def test_a_gradient_becomes_a_kernel_for_each_product(case):
     assert left <= {SLICE_GRAD, aten.t.default, aten.permute.default}, left
     exact = function(*[x.double() for x in inputs])  # the cast is the only thing that this rounds: to float32
     sizes = function(*[x.double().abs() for x in inputs])
-    found = gm(*inputs)
-    assert found.dtype == torch.float32 and found.shape == exact.shape
-    assert ((found - exact).abs() <= (3 * T + 1) * 2.0**-24 * sizes).all()
+    outputs = gm(*inputs)
+    assert outputs.dtype == torch.float32 and outputs.shape == exact.shape
+    assert ((outputs - exact).abs() <= (3 * T + 1) * 2.0**-24 * sizes).all()
 
 
 LEFT_ALONE = {
@@ -114,9 +114,9 @@ def test_large_gradients_are_products_of_cublas_with_a_float32_result(monkeypatc
         gm = graph_of(function, bf16(T, M), bf16(T, N), bf16(T, M), bf16(T, N), bf16(M, T))
         shape = gm.graph.find_nodes(op="output")[0].args[0].meta["val"].shape
         assert lower(gm.graph, HOPPER) == 1
-        made = gm.graph.find_nodes(op="output")[0].args[0].meta["val"]
+        result = gm.graph.find_nodes(op="output")[0].args[0].meta["val"]
         assert count(gm.graph, aten.mm.dtype) == uses and not count(gm.graph, SLICE_GRAD), case
-        assert made.shape == shape and made.dtype == torch.float32 and not count(gm.graph, aten._to_copy.default)
+        assert result.shape == shape and result.dtype == torch.float32 and not count(gm.graph, aten._to_copy.default)
 
 
 def test_a_slice_of_what_the_backward_makes_is_read_in_place():
@@ -142,10 +142,10 @@ def gradients(model, loss, autocast: bool = False, inner: str = "aot_eager"):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         value = loss(compiled(model, inner))
     value.backward()
-    found = [p.grad.clone() for p in s2ft.parameters(model)]
+    gradients_of_deltas = [p.grad.clone() for p in s2ft.parameters(model)]
     for p in s2ft.parameters(model):
         p.grad = None
-    return found
+    return gradients_of_deltas
 
 
 def test_a_gradient_is_made_as_soon_as_its_operands_are(monkeypatch):
@@ -246,8 +246,8 @@ def test_drawn_models(case, targets):
     s2ft.prepare(model, tuple(inputs), s2ft.S2FTConfig(targets=targets))
 
     def loss(net):
-        made = net(*inputs)
-        return sum((o.float() ** 2).mean() for o in (made if isinstance(made, tuple) else (made,)))
+        output = net(*inputs)
+        return sum((o.float() ** 2).mean() for o in (output if isinstance(output, tuple) else (output,)))
 
     plain = gradients(model, loss)
     with pytest.MonkeyPatch.context() as patch:
@@ -354,6 +354,6 @@ def test_inductor_sees_the_kernel(columns, splits, monkeypatch):
     launches = graph.find_nodes(op="call_function", target=triton_kernel_wrapper_functional)
     assert [n.kwargs["tensors_to_clone"] for n in launches] == [["out"]] * 2
     assert [n.kwargs["grid"][0][1] for n in launches] == [splits] * 2
-    made = graph.find_nodes(op="output")[0].args[0].meta["val"]
-    assert (made.shape, made.dtype, made.stride()) == (expected.shape, expected.dtype, expected.stride())
-    assert mode is made.fake_mode
+    result = graph.find_nodes(op="output")[0].args[0].meta["val"]
+    assert (result.shape, result.dtype, result.stride()) == (expected.shape, expected.dtype, expected.stride())
+    assert mode is result.fake_mode

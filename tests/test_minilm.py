@@ -83,10 +83,10 @@ def test_tuned_merged_adapter_and_onnx_agree(inputs, tmp_path):
 
     exporters.export_onnx(model, tmp_path / "model.onnx", inputs)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    found = session.run(["last_hidden_state"], {k: v.numpy() for k, v in inputs.items()})[0]
+    output = session.run(["last_hidden_state"], {k: v.numpy() for k, v in inputs.items()})[0]
     with torch.no_grad():
         wanted = merged.double()(**inputs).last_hidden_state
-    error, scale = (torch.from_numpy(found).double() - wanted).abs().max(), wanted.abs().max()
+    error, scale = (torch.from_numpy(output).double() - wanted).abs().max(), wanted.abs().max()
     assert error <= 1536 * 6 * 2**-24 * scale, (error, scale)
     s2ft.release(model)
     assert_weights(model, expected)

@@ -68,8 +68,8 @@ def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
 def run(path: Path, **inputs) -> dict[str, torch.Tensor]:
     session = onnxruntime.InferenceSession(str(path))
     names = [o.name for o in session.get_outputs()]
-    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-    return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+    output = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    return {name: torch.from_numpy(value) for name, value in zip(names, output, strict=True)}
 
 
 def tokens(batch: int, length: int, padding: int = 0) -> dict[str, torch.Tensor]:
@@ -98,9 +98,9 @@ def test_onnx_runtime_agrees_with_the_merged_model_at_other_sizes(tmp_path, capf
         for inputs in (example, tokens(2, 6), tokens(1, 1), tokens(3, 11, padding=5), tokens(5, 2, 1)):
             with torch.no_grad():
                 expected = model(**inputs, use_cache=False)
-            found = run(path, **inputs)
-            assert list(found) == OUTPUTS.get(kind, ["logits"]) == list(expected.keys())
-            for name, value in found.items():  # float32: 24 bits, sums of at most 40 terms, in few layers
+            output = run(path, **inputs)
+            assert list(output) == OUTPUTS.get(kind, ["logits"]) == list(expected.keys())
+            for name, value in output.items():  # float32: 24 bits, sums of at most 40 terms, in few layers
                 scale = float(expected[name].abs().max())
                 torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-5 * scale)
     graph = onnx.load(path).graph
@@ -141,13 +141,13 @@ def test_names_of_nested_outputs_and_of_tied_weights(tmp_path):
     model, ids, scale = Tied(), torch.arange(4)[:, None], torch.arange(4.0)
     path = export_onnx(torch.compile(model, backend="eager"), tmp_path / "m.onnx", (ids, scale))
     ids, scale = torch.randint(0, 11, (3, 5)), torch.randn(3)
-    found, expected = run(path, ids=ids, scale=scale), model(ids, scale)
-    assert list(found) == ["logits", "states_0", "states_1_0", "ids_out", "scale_out", "again"]
-    torch.testing.assert_close(found["logits"], expected["logits"])
-    torch.testing.assert_close(found["again"], expected["again"])
-    torch.testing.assert_close(found["states_1_0"], expected["states"][1][0])
-    assert torch.equal(found["ids_out"], ids)
-    torch.testing.assert_close(found["scale_out"], expected["scale"])
+    output, expected = run(path, ids=ids, scale=scale), model(ids, scale)
+    assert list(output) == ["logits", "states_0", "states_1_0", "ids_out", "scale_out", "again"]
+    torch.testing.assert_close(output["logits"], expected["logits"])
+    torch.testing.assert_close(output["again"], expected["again"])
+    torch.testing.assert_close(output["states_1_0"], expected["states"][1][0])
+    assert torch.equal(output["ids_out"], ids)
+    torch.testing.assert_close(output["scale_out"], expected["scale"])
     stored = {t.name for t in onnx.load(path).graph.initializer}
     assert tied_names(model) == {"head.weight": "embed.weight"}
     assert "embed.weight" in stored and "head.weight" not in stored
@@ -167,9 +167,9 @@ def test_large_weights_lie_beside_the_file_and_bfloat16_is_widened(tmp_path, mon
         (tmp_path / name).rename(tmp_path / "moved" / name)
     monkeypatch.chdir("/")
     x = torch.randn(3, 512)
-    found = run(tmp_path / "moved" / "m.onnx", input=x)["output"]
+    output = run(tmp_path / "moved" / "m.onnx", input=x)["output"]
     with torch.no_grad():
-        torch.testing.assert_close(found, model.float()(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(output, model.float()(x), rtol=0, atol=1e-5)
 
 
 class Branching(nn.Module):
@@ -266,11 +266,11 @@ class Shows(nn.Module):
 def test_weights_and_rows_that_are_outputs_stay_as_they_are(tmp_path, quantize):
     model, ids = Shows(), torch.randint(0, 11, (3, 5))
     path = export_onnx(model, tmp_path / "m.onnx", (ids[:2],), quantize=quantize)
-    found, expected = run(path, ids=ids), model(ids)
+    output, expected = run(path, ids=ids), model(ids)
     for name in ("rows", "turned", *(() if quantize else ("up", "down"))):
-        torch.testing.assert_close(found[name], expected[name])
+        torch.testing.assert_close(output[name], expected[name])
     for name in ("up", "down", "again"):
-        assert (found[name] - expected[name]).norm() < 0.02 * expected[name].norm(), name
+        assert (output[name] - expected[name]).norm() < 0.02 * expected[name].norm(), name
 
 
 def test_a_batch_that_the_code_fixes_is_named(tmp_path, caplog):

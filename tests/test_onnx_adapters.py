@@ -121,8 +121,8 @@ def test_large_deltas_are_in_the_file_bit_for_bit(tmp_path, names):
         else:
             side, order = ("columns" if columns else "rows"), s.indices.numpy().argsort()
             assert np.array_equal(held[f"{s.parameter_name}.{side}.indices"], s.indices.numpy()[order])
-            found = held[f"{s.parameter_name}.{side}.delta"]
-            assert np.array_equal(found, delta[order] if columns else delta[:, order])
+            written = held[f"{s.parameter_name}.{side}.delta"]
+            assert np.array_equal(written, delta[order] if columns else delta[:, order])
 
 
 def test_an_adapter_that_is_read_back_otherwise_is_refused(tmp_path, monkeypatch):
@@ -167,8 +167,8 @@ def test_a_session_with_an_adapter_gives_the_merged_model_in_each_type(tmp_path,
     for expected, files in ((base, ()), (model, (file,))):
         with torch.no_grad():
             want = expected(ids).logits.float()
-        found = run(session, feeds, *files).float()
-        torch.testing.assert_close(found, want, rtol=0, atol=64 * eps * float(want.abs().max()))
+        output = run(session, feeds, *files).float()
+        torch.testing.assert_close(output, want, rtol=0, atol=64 * eps * float(want.abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ def check_quantized(made, file, base, model, cache, limit) -> None:
         plain, trained = base(ids).logits, model(ids).logits
     session = onnxruntime.InferenceSession(str(made))
     for files, want, other in (((), plain, trained), ((file,), trained, plain)):
-        found = run(session, feeds, *files)
-        error, apart = (found - want).norm() / want.norm(), (found - other).norm() / want.norm()
+        output = run(session, feeds, *files)
+        error, apart = (output - want).norm() / want.norm(), (output - other).norm() / want.norm()
         assert error < limit and apart > 3 * error, (error, apart)
 
 
@@ -231,12 +231,12 @@ def test_onnx_runtime_quantizes_the_weights_and_not_the_adapters(tmp_path, names
     base, model = hf("llama", **QUANTIZABLE), tuned("llama", 0, **QUANTIZABLE)
     example, genai = {"input_ids": tokens()}, names == "genai"
     path = export_onnx(model, tmp_path / "m.onnx", example, "separate", cache=genai, names=names)
-    file, made = save_onnx_adapter(model, tmp_path / "a.onnx_adapter", names=names), tmp_path / "int8.onnx"
-    quantize_dynamic(path, made)
-    kinds, slices = counted(made), len(state_of(model).plan.slices)
+    file, quantized = save_onnx_adapter(model, tmp_path / "a.onnx_adapter", names=names), tmp_path / "int8.onnx"
+    quantize_dynamic(path, quantized)
+    kinds, slices = counted(quantized), len(state_of(model).plan.slices)
     assert kinds["MatMulInteger"] == 8  # seven of the layer, and the head
     assert kinds["MatMul"] == 2 + slices * (2 if genai else 1)  # of the attention, and the adapter's
-    check_quantized(made, file, base, model, genai, 0.06)
+    check_quantized(quantized, file, base, model, genai, 0.06)
 
 
 @pytest.mark.parametrize("quantize, names", [("int8", "model"), pytest.param("int4", "genai", marks=pytest.mark.slow)])
@@ -353,8 +353,8 @@ def test_the_pass_adds_the_slices_that_are_given(kind, size_in, size_out, dims, 
         side = "columns" if columns else "rows"
         feeds.update({f"W.{side}.indices": indices, f"W.{side}.delta": delta})
         total[(indices, slice(None)) if columns else (slice(None), indices)] += delta
-    found = session.run(None, feeds)
-    for got, sign in zip(found, (1, -1)):
+    output = session.run(None, feeds)
+    for got, sign in zip(output, (1, -1)):
         np.testing.assert_allclose(got, sign * (x.astype(np.float64) @ total), rtol=1e-4, atol=1e-5)
 
 
@@ -379,8 +379,8 @@ def test_the_pass_adds_a_lora_of_any_rank(kind, size_in, size_out, rank, twice, 
     x = random.standard_normal((3, size_in)).astype(np.float32)
     np.testing.assert_allclose(session.run(["y"], {"x": x})[0], x @ W, rtol=1e-5, atol=1e-5)
     A, B = (random.standard_normal(shape).astype(np.float32) for shape in ((size_in, rank), (rank, size_out)))
-    found = session.run(None, {"x": x, "layer.lora_A.weight": A, "layer.lora_B.weight": B})
-    for got, sign in zip(found, (1, -1)):
+    output = session.run(None, {"x": x, "layer.lora_A.weight": A, "layer.lora_B.weight": B})
+    for got, sign in zip(output, (1, -1)):
         np.testing.assert_allclose(
             got, sign * (x.astype(np.float64) @ (W + A.astype(np.float64) @ B)), rtol=1e-4, atol=1e-5
         )

@@ -33,11 +33,11 @@ EXAMPLE = {"input_ids": tokens(1, 5)}
 def widened(config: type, model: type, **fields) -> torch.nn.Module:
     """With weights large enough that the tokens differ."""
     torch.manual_seed(0)
-    made = model(config(**fields)).eval()
+    built = model(config(**fields)).eval()
     with torch.no_grad():
-        for p in made.parameters():
+        for p in built.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
-    return made
+    return built
 
 
 MODELS = {
@@ -160,12 +160,12 @@ def test_names_and_axes_of_the_graph_and_the_genai_config_that_describes_it(tmp_
         **present,
     }
     assert list(axes) == ["input_ids", "attention_mask", "position_ids", *past, "logits", *present]
-    made = json.loads((tmp_path / "genai_config.json").read_text())
-    decoder = made["model"]["decoder"]
+    written = json.loads((tmp_path / "genai_config.json").read_text())
+    decoder = written["model"]["decoder"]
     named = [*decoder["inputs"].values(), *decoder["outputs"].values()]
     assert {n % i if "%" in n else n for n in named for i in range(decoder["num_hidden_layers"])} == axes.keys()
     assert (decoder["num_key_value_heads"], decoder["head_size"]) == (2, 4)
-    assert made["model"] | {"decoder": None} == {
+    assert written["model"] | {"decoder": None} == {
         "type": "decoder",
         "bos_token_id": 3,
         "eos_token_id": [7, 9],
@@ -175,7 +175,7 @@ def test_names_and_axes_of_the_graph_and_the_genai_config_that_describes_it(tmp_
         "decoder": None,
     }
     assert decoder["filename"] == "m.onnx" and decoder["hidden_size"] == 16 and decoder["num_attention_heads"] == 4
-    assert made["search"]["past_present_share_buffer"] is False
+    assert written["search"]["past_present_share_buffer"] is False
 
 
 def test_the_command_line_and_the_example(tmp_path, monkeypatch, capsys):
@@ -189,7 +189,7 @@ def test_the_command_line_and_the_example(tmp_path, monkeypatch, capsys):
     randomize(model, 0, 0.3)
     state_of(model).refresh()
     s2ft.exporters.save_adapter(model, tmp_path / "adapter")
-    made = CliRunner().invoke(
+    result = CliRunner().invoke(
         app,
         [
             "export",
@@ -206,7 +206,7 @@ def test_the_command_line_and_the_example(tmp_path, monkeypatch, capsys):
             str(tmp_path / "out" / "m.onnx"),
         ],
     )
-    assert made.exit_code == 0, made.output
+    assert result.exit_code == 0, result.output
     assert {"m.onnx", "m.onnx_adapter", "genai_config.json", "tokenizer.json"} <= {
         p.name for p in (tmp_path / "out").iterdir()
     }

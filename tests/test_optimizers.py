@@ -31,7 +31,7 @@ def test_matrices_train_by_muon_and_biases_by_adamw():
     case, model = prepared(BIASES, bias=True)
     matrices = [p.ndim == 2 for p in s2ft.parameters(model)]
     assert set(matrices) == {True, False}
-    made = trained(case, model, s2ft.optimizer(model, "muon", 1e-2), 3)
+    both = trained(case, model, s2ft.optimizer(model, "muon", 1e-2), 3)
     case, model = prepared(BIASES, bias=True)
     deltas = s2ft.parameters(model)
     muon = optim.Muon([p for p in deltas if p.ndim == 2], lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
@@ -41,7 +41,7 @@ def test_matrices_train_by_muon_and_biases_by_adamw():
         muon.step()
         adamw.step()
         model.zero_grad()
-    for a, b in zip(made, deltas):
+    for a, b in zip(both, deltas):
         torch.testing.assert_close(a, b.detach())
 
 

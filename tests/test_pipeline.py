@@ -153,10 +153,10 @@ def test_the_key_is_of_all_that_a_compiled_graph_depends_on(monkeypatch):
 def test_the_key_reads_modules_that_give_constants_only(monkeypatch, tmp_path):
     """Every module of the passes' folders that theirs import, found without a list."""
     files = pipeline.sources(tuple(m.__name__ for p in PASSES for m in p.modules))
-    found = {file.split("s2ft_compile/")[-1] for file in files}
-    assert {"kernels/support.py", "kernels/slice_grad.py", "passes/editor.py"} <= found
-    assert {f"passes/backward/{name}.py" for name in ("attach", "convolution", "grouped", "slice_rules")} <= found
-    assert not any("cli/" in file or "exporters/" in file for file in found)
+    read = {file.split("s2ft_compile/")[-1] for file in files}
+    assert {"kernels/support.py", "kernels/slice_grad.py", "passes/editor.py"} <= read
+    assert {f"passes/backward/{name}.py" for name in ("attach", "convolution", "grouped", "slice_rules")} <= read
+    assert not any("cli/" in file or "exporters/" in file for file in read)
 
 
 # --- explain ----------------------------------------------------------------------------------------------------------
@@ -166,10 +166,10 @@ def test_explain_says_what_changed_and_what_did_not_and_leaves_the_model_alone()
     case = drawn(blocks=1, decoy="cumsum")
     model = case.make()
     before = snapshot(model)
-    made = s2ft.explain(model, case.inputs, s2ft.S2FTConfig({"attention.out": 1}))
+    explanation = s2ft.explain(model, case.inputs, s2ft.S2FTConfig({"attention.out": 1}))
     assert_unchanged(model, before)
-    assert {s.name for s in made.steps} == {p.name for p in PASSES} - {"chunk_loss"}
-    assert any("cumsum" in r.reason for r in made.axes) and "cumsum" in str(made)
+    assert {s.name for s in explanation.steps} == {p.name for p in PASSES} - {"chunk_loss"}
+    assert any("cumsum" in r.reason for r in explanation.axes) and "cumsum" in str(explanation)
     none = s2ft.explain(model, case.inputs, s2ft.S2FTConfig({"moe.out": 1}))
     assert none.steps == () and "roles found" in none.refused and none.refused in str(none)
     s2ft.prepare(model, case.inputs, s2ft.S2FTConfig({"attention.out": 1}))

@@ -79,10 +79,10 @@ def _check_slices(plan, base, config):
 
 def assert_weights_of(model, base):
     """Every parameter but the deltas, bit for bit."""
-    found = {n: p for n, p in model.named_parameters() if not n.endswith("_delta")}
+    weights = {n: p for n, p in model.named_parameters() if not n.endswith("_delta")}
     expected = dict(base.named_parameters())
-    assert found.keys() == expected.keys()
-    assert all(same_bits(found[n], expected[n]) for n in expected)
+    assert weights.keys() == expected.keys()
+    assert all(same_bits(weights[n], expected[n]) for n in expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert"])

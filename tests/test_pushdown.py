@@ -48,9 +48,9 @@ def pushed(function, inputs, full=ROWS * COLUMNS):
     assert full in sizes(gm), "the case makes a full-size gradient to begin with"
     slice_pushdown(gm.graph)
     gm.recompile()
-    found = gm(*inputs)
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # sums of at most 8 terms, float64
+    outputs = gm(*inputs)
+    assert outputs.shape == expected.shape and outputs.dtype == expected.dtype
+    torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)  # sums of at most 8 terms, float64
     assert full not in sizes(gm), gm.graph
     assert not gm.graph.find_nodes(op="call_function", target=TAKE)
     return gm
@@ -154,10 +154,10 @@ def test_a_rule_keeps_the_value_of_its_graph(case):
     function, shapes, dims = CASES[case]
     inputs = [randn(*shape) for shape in shapes]
     for dim in dims:
-        made = function(*inputs)
+        result = function(*inputs)
         for ranges in RANGES:
-            ranges = [r for r in ranges if sum(r) <= made.shape[dim]][: made.shape[dim] - 1]
-            if 0 < sum(n for _, n in ranges) < made.shape[dim]:
+            ranges = [r for r in ranges if sum(r) <= result.shape[dim]][: result.shape[dim] - 1]
+            if 0 < sum(n for _, n in ranges) < result.shape[dim]:
                 pushed(lambda *args: take(function(*args), dim, ranges), inputs)
 
 
@@ -242,8 +242,8 @@ def test_gradients_of_convolutions_are_sliced_along_their_channels(case, dim):
         dX, dW = gm(*inputs)
         torch.testing.assert_close(dX, gradients(*inputs)[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(dW, take(full, dim, ranges), rtol=1e-12, atol=1e-12)
-        made = gm.graph.find_nodes(op="call_function", target=aten.convolution_backward.default)
-        sizes = [n.meta["val"][1].shape[dim] for n in made if n.meta["val"][1] is not None]
+        result = gm.graph.find_nodes(op="call_function", target=aten.convolution_backward.default)
+        sizes = [n.meta["val"][1].shape[dim] for n in result if n.meta["val"][1] is not None]
         assert sizes == [sum(n for _, n in ranges)], "one gradient of W, and that of the slice"
 
 
@@ -530,25 +530,25 @@ def test_nothing_runs_backward_below_the_lowest_layer_that_trains():
 
 def test_the_top_layers_cost_their_own_backward_only():
     """Half of the layers: the backward runs through the head and the upper half, and nothing below."""
-    found, ids = {}, tokens(B, L)
+    flops, ids = {}, tokens(B, L)
     for top in (None, 1):
         model = hf("llama", attn_implementation="eager")
         config = s2ft.S2FTConfig(targets={"ffn.out": 3, "attention.out": 1}, top_layers=top)
         s2ft.prepare(model, {"input_ids": ids}, config)
-        found[top] = count_backward(compiled(model), ids)
+        flops[top] = count_backward(compiled(model), ids)
         torch._dynamo.reset()
     parts = {"ffn.out": 3, "attention.out": 4}
-    assert found == {None: backward_flops(0, parts), 1: backward_flops(1, parts)}
+    assert flops == {None: backward_flops(0, parts), 1: backward_flops(1, parts)}
 
 
 def test_more_units_cost_exactly_their_columns():
-    found = {}
+    flops = {}
     for n in (2, 7):
         case, model = prepared({"ffn.out": n})
         loss = case.loss(compiled(model))
         with FlopCounterMode(display=False) as counter:
             loss.backward()
-        found[n] = counter.get_total_flops()
+        flops[n] = counter.get_total_flops()
         torch._dynamo.reset()
     tokens_, blocks, hidden = case.spec.batch * case.spec.length, case.spec.blocks, case.spec.hidden
-    assert found[7] - found[2] == blocks * 2 * tokens_ * hidden * (7 - 2)
+    assert flops[7] - flops[2] == blocks * 2 * tokens_ * hidden * (7 - 2)

@@ -104,8 +104,8 @@ class MultiQuery(nn.Module):
         qkv = self.qkv(x).view(*x.shape[:2], 6, 4)
         q, k, v = (t.transpose(1, 2) for t in (qkv[..., :-2, :], qkv[..., [-2], :], qkv[..., [-1], :]))
         q, k = (torch.cat([-t[..., 2:], t[..., :2]], -1) + 0.5 * t for t in (q, k))
-        made = (q @ k.transpose(-1, -2)).softmax(-1) @ v.expand(-1, 4, -1, -1)
-        return self.out(made.transpose(1, 2).reshape(x.shape))
+        mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v.expand(-1, 4, -1, -1)
+        return self.out(mixed.transpose(1, 2).reshape(x.shape))
 
 
 def test_queries_keys_and_values_that_lists_of_positions_take_apart():

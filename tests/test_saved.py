@@ -42,15 +42,15 @@ def test_gradients_of_hugging_face_models_keep_their_bits(name, dtype):
 
 def packed_by(function, *constants):
     """What a forward packs, in order."""
-    recorder, found = _Recorder(constants), []
+    recorder, packed = _Recorder(constants), []
 
     def pack(t):
-        found.append(recorder.pack(t))
-        return found[-1]
+        packed.append(recorder.pack(t))
+        return packed[-1]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, recorder.unpack), recorder:
         value = function()
-    return value, [source for source, _ in found]
+    return value, [source for source, _ in packed]
 
 
 def test_a_gated_product_keeps_gate_and_up_alone():
@@ -66,9 +66,9 @@ def test_a_gated_product_keeps_gate_and_up_alone():
     assert len(kept - {t.untyped_storage()._cdata for t in (x, *weights)}) == 2
     assert sum(isinstance(s, Remade) for s in sources) == 2, "silu(gate), and its product with up"
     value.backward()
-    found, gate.grad = gate.grad, None
+    gradient, gate.grad = gate.grad, None
     forward().backward()
-    assert same_bits(found, gate.grad)
+    assert same_bits(gradient, gate.grad)
 
 
 def test_random_operators_are_not_repeated():
@@ -124,14 +124,14 @@ def test_operators_that_write_in_place():
         gradients(forward, [W])
     value, sources = packed_by(forward, x, W)
     value.backward()  # b * 3 is made again from b or a, not read from d
-    found, W.grad = W.grad, None
+    gradient, W.grad = W.grad, None
 
     def harmless():
         a = x @ W
         b = a.sin()
         return ((a * 2).relu_() @ W + (b * 3 @ W).cos()).sum()
 
-    assert same_bits(found, gradients(harmless, [W])[0])
+    assert same_bits(gradient, gradients(harmless, [W])[0])
 
 
 def test_a_kept_tensor_that_was_written_over_is_noticed():

@@ -36,9 +36,9 @@ def analyzed():
 def chosen(model_and_analysis, **config) -> dict:
     """parameter name -> Selection."""
     model, analysis = model_and_analysis
-    found = select(analysis, s2ft.S2FTConfig(**config), dict(model.named_parameters()))
-    assert len({s.parameter_name for s in found}) == len(found)
-    return {s.parameter_name: s for s in found}
+    selected = select(analysis, s2ft.S2FTConfig(**config), dict(model.named_parameters()))
+    assert len({s.parameter_name for s in selected}) == len(selected)
+    return {s.parameter_name: s for s in selected}
 
 
 def heads_of(indices, head_dim=4) -> list[int]:
@@ -63,9 +63,9 @@ ROLE_UNITS = [
 @pytest.mark.parametrize("role, name, dim, units, width", ROLE_UNITS)
 @pytest.mark.parametrize("amount", [1, 2, 0.5, 1.0])
 def test_a_role_selects_whole_units_of_its_weight(analyzed, family, role, name, dim, units, width, amount):
-    found = chosen(analyzed(family), targets={role: amount})
-    assert list(found) == [f"model.layers.{i}.{name}" for i in (0, 1)]  # a bias is not a target
-    for s in found.values():
+    selected = chosen(analyzed(family), targets={role: amount})
+    assert list(selected) == [f"model.layers.{i}.{name}" for i in (0, 1)]  # a bias is not a target
+    for s in selected.values():
         wanted = amount if isinstance(amount, int) else int(amount * units)
         assert (s.dim, s.roles, len(s.indices)) == (dim, (role,), wanted * width)
         assert s.indices.dtype == torch.int64 and (s.indices.diff() > 0).all()
@@ -74,9 +74,9 @@ def test_a_role_selects_whole_units_of_its_weight(analyzed, family, role, name, 
 
 
 def test_ffn_in_takes_the_same_channels_of_gate_and_up_as_ffn_out_of_down(analyzed):
-    found = chosen(analyzed("llama"), targets={"ffn.in": 5, "ffn.out": 5})
+    selected = chosen(analyzed("llama"), targets={"ffn.in": 5, "ffn.out": 5})
     for i in (0, 1):
-        gate, up, down = (found[f"model.layers.{i}.mlp.{n}_proj.weight"] for n in ("gate", "up", "down"))
+        gate, up, down = (selected[f"model.layers.{i}.mlp.{n}_proj.weight"] for n in ("gate", "up", "down"))
         assert (gate.dim, up.dim, down.dim) == (0, 0, 1)
         assert gate.indices.tolist() == up.indices.tolist() == down.indices.tolist()
     fewer = chosen(analyzed("llama"), targets={"ffn.in": 2, "ffn.out": 5})
@@ -85,10 +85,10 @@ def test_ffn_in_takes_the_same_channels_of_gate_and_up_as_ffn_out_of_down(analyz
 
 
 def test_heads_are_shared_between_query_and_out_and_between_key_and_value(analyzed):
-    found = chosen(
+    selected = chosen(
         analyzed("llama"), targets={"attention.query": 2, "attention.out": 2, "attention.key": 1, "attention.value": 1}
     )
-    q, o, k, v = (found[f"model.layers.0.self_attn.{n}_proj.weight"].indices.tolist() for n in "qokv")
+    q, o, k, v = (selected[f"model.layers.0.self_attn.{n}_proj.weight"].indices.tolist() for n in "qokv")
     assert q == o and k == v
 
 
@@ -110,8 +110,8 @@ def test_several_roles_of_a_fused_projection_are_one_slice(analyzed):
 
 
 def test_bert_has_separate_projections_with_biases_that_are_no_targets(analyzed):
-    found = chosen(analyzed("bert"), targets={"attention.value": 1, "ffn.in": 3})
-    assert {n.split("layer.")[1] for n in found} == {
+    selected = chosen(analyzed("bert"), targets={"attention.value": 1, "ffn.in": 3})
+    assert {n.split("layer.")[1] for n in selected} == {
         f"{i}.{n}.weight" for i in (0, 1) for n in ("attention.self.value", "intermediate.dense")
     }
 
@@ -131,8 +131,8 @@ def test_a_ratio_is_rounded_down(ratio, available, units):
 def test_a_ratio_below_one_unit_is_one_unit_and_said(analyzed, budget, units, of):
     model, analysis = analyzed("llama")
     config = S2FTConfig(targets={"ffn.out": 0.01, "attention.value": 0.5}, budget=budget)
-    found = select(analysis, config, dict(model.named_parameters()))
-    assert sum(len(s.indices) for s in found if s.roles == ("ffn.out",)) == units
+    selected = select(analysis, config, dict(model.named_parameters()))
+    assert sum(len(s.indices) for s in selected if s.roles == ("ffn.out",)) == units
     assert raised(analysis, config) == (f"ffn.out: 0.01 of {of} units is less than one, and 1 trains",)
 
 
@@ -153,8 +153,8 @@ def test_a_number_of_units_too_large_says_how_many_there_are(analyzed):
     ],
 )
 def test_a_glob_selects_the_parameters_it_matches(analyzed, glob, names):
-    found = chosen(analyzed("llama"), targets={glob: 1})
-    assert sorted(found) == sorted(names)
+    selected = chosen(analyzed("llama"), targets={glob: 1})
+    assert sorted(selected) == sorted(names)
 
 
 def test_a_glob_and_the_role_of_the_same_weight_agree(analyzed):
@@ -165,13 +165,13 @@ def test_a_glob_and_the_role_of_the_same_weight_agree(analyzed):
 
 def test_a_tied_parameter_is_found_under_each_name_and_listed_under_the_first(analyzed):
     for name in ("lm_head.weight", "model.embed_tokens.weight", "*embed_tokens*"):
-        found = chosen(analyzed("llama-tied"), targets={name: 3})
-        assert {n: (s.dim, len(s.indices)) for n, s in found.items()} == {"model.embed_tokens.weight": (1, 3)}
+        selected = chosen(analyzed("llama-tied"), targets={name: 3})
+        assert {n: (s.dim, len(s.indices)) for n, s in selected.items()} == {"model.embed_tokens.weight": (1, 3)}
 
 
 def test_a_bias_can_be_named(analyzed):
-    found = chosen(analyzed("qwen2"), targets={"model.layers.0.self_attn.v_proj.bias": 1})
-    assert len(found["model.layers.0.self_attn.v_proj.bias"].indices) == 4
+    selected = chosen(analyzed("qwen2"), targets={"model.layers.0.self_attn.v_proj.bias": 1})
+    assert len(selected["model.layers.0.self_attn.v_proj.bias"].indices) == 4
 
 
 # --- budgets and rankings ---------------------------------------------------------------------------------------------
@@ -197,8 +197,10 @@ def norms(weight, dim, width=1):
 def test_weight_selection_takes_the_units_of_the_largest_or_smallest_norm(analyzed, largest):
     model, _ = analyzed("llama")
     weights = dict(model.named_parameters())
-    found = chosen(analyzed("llama"), targets={"ffn.out": 5, "attention.out": 2}, selection="weight", largest=largest)
-    for name, s in found.items():
+    selected = chosen(
+        analyzed("llama"), targets={"ffn.out": 5, "attention.out": 2}, selection="weight", largest=largest
+    )
+    for name, s in selected.items():
         width = 1 if "mlp" in name else 4
         score = norms(weights[name], 1, width)
         best = score.argsort(descending=largest)[: len(s.indices) // width].sort().values
@@ -212,26 +214,26 @@ def test_weight_selection_over_the_model_compares_layers(analyzed, largest):
     names = [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
     score = torch.cat([norms(dict(model.named_parameters())[n], 1) for n in names])
     expected = set(score.argsort(descending=largest)[:9].tolist())
-    found = chosen(analyzed("llama"), targets={"ffn.out": 9}, selection="weight", budget="model", largest=largest)
-    assert {24 * names.index(n) + i for n, s in found.items() for i in s.indices.tolist()} == expected
+    selected = chosen(analyzed("llama"), targets={"ffn.out": 9}, selection="weight", budget="model", largest=largest)
+    assert {24 * names.index(n) + i for n, s in selected.items() for i in s.indices.tolist()} == expected
 
 
 def test_weight_selection_counts_every_targeted_weight_of_a_unit(analyzed):
     model, _ = analyzed("llama")
     weights = dict(model.named_parameters())
-    found = chosen(analyzed("llama"), targets={"ffn.in": 4}, selection="weight")
+    selected = chosen(analyzed("llama"), targets={"ffn.in": 4}, selection="weight")
     score = sum(norms(weights[f"model.layers.0.mlp.{n}_proj.weight"], 0) for n in ("gate", "up"))
     for n in ("gate", "up"):
         assert (
-            found[f"model.layers.0.mlp.{n}_proj.weight"].indices.tolist()
+            selected[f"model.layers.0.mlp.{n}_proj.weight"].indices.tolist()
             == score.topk(4).indices.sort().values.tolist()
         )
 
 
 def test_a_seed_selects_the_same_units_on_every_machine(analyzed):
     """Written down once: another machine, another torch, the same units."""
-    found = chosen(analyzed("llama"), targets={"ffn.out": 5, "attention.out": 1}, seed=7)
-    assert {n: s.indices.tolist() for n, s in found.items()} == SEED_7
+    selected = chosen(analyzed("llama"), targets={"ffn.out": 5, "attention.out": 1}, seed=7)
+    assert {n: s.indices.tolist() for n, s in selected.items()} == SEED_7
 
 
 SEED_7 = {
@@ -267,17 +269,17 @@ def test_selections_of_drawn_models(case, config):
         "ffn.out": spec.ffn,
         "ffn.in": spec.ffn,
     }
-    found = select(analysis, config, dict(case.model.named_parameters()))
+    selected = select(analysis, config, dict(case.model.named_parameters()))
     for role, amount in config.targets.items():
         width = spec.head_dim if role.startswith("attention") else 1
-        mine = [s for s in found if s.roles == (role,)]
-        if any(role in s.roles for s in found if len(s.roles) > 1):
+        mine = [s for s in selected if s.roles == (role,)]
+        if any(role in s.roles for s in selected if len(s.roles) > 1):
             continue  # a fused projection: its parts are counted by the tests above
         fused = 2 if role == "ffn.in" and spec.gate != "none" else 1  # gate and up
         per_layer = units_for(amount, units[role], role) * fused * width
         if config.budget == "layer":
             assert sum(len(s.indices) for s in mine) == per_layer * spec.blocks
-    for s in found:
+    for s in selected:
         size = dict(case.model.named_parameters())[s.parameter_name].shape[s.dim]
         assert (s.indices.diff() > 0).all() and s.indices[0] >= 0 and s.indices[-1] < size
 
@@ -288,8 +290,8 @@ def test_a_query_that_shares_a_broadcast_key_is_a_unit_of_its_own(kv_heads, role
     """Products of (batch, kv heads, queries, ...) with (batch, kv heads, 1, ...): a unit is one query head."""
     spec = Spec(kv_heads=kv_heads, groups=2, head_dim=4, qkv="separate", attention="eager", share="grouped")
     case = Drawn(spec)
-    found = chosen((case.model, s2ft.analyze(case.model, case.inputs)), targets={role: 1})
-    (selection,) = found.values()
+    selected = chosen((case.model, s2ft.analyze(case.model, case.inputs)), targets={role: 1})
+    (selection,) = selected.values()
     assert len(heads_of(selection.indices)) == 1
 
 
@@ -336,12 +338,12 @@ def test_squares_in_parts(shape, data):
 
 def test_lowrank_selects_by_the_weight_after_rank_reduction(analyzed):
     model, _ = analyzed("llama")
-    found = chosen(analyzed("llama"), targets={"ffn.out": 5}, selection="lowrank")
+    selected = chosen(analyzed("llama"), targets={"ffn.out": 5}, selection="lowrank")
     for name in DOWN:
         score = truncated(model.get_parameter(name), 4).square().sum(0)  # a quarter of 16
-        assert found[name].indices.tolist() == score.topk(5).indices.sort().values.tolist()
+        assert selected[name].indices.tolist() == score.topk(5).indices.sort().values.tolist()
     assert (
-        found[DOWN[0]].indices.tolist()
+        selected[DOWN[0]].indices.tolist()
         != chosen(analyzed("llama"), targets={"ffn.out": 5}, selection="weight")[DOWN[0]].indices.tolist()
     ), "or the test does not tell them apart"
 
@@ -354,14 +356,14 @@ def test_budget_score_shares_units_out_by_the_layers_scores(analyzed, largest, a
     score = {n: norms(model.get_parameter(n), 1) * (3.0 if "0" in n else 1.0) for n in DOWN}
     measured = {(n, 1): s for n, s in score.items()}
     config = s2ft.S2FTConfig(targets={"ffn.out": amount}, selection="gradient", budget="score", largest=largest)
-    found = {s.parameter_name: s.indices for s in select(analyzed("llama")[1], config, {}, measured)}
-    counts = {n: len(found.get(n, ())) for n in DOWN}
+    chosen_units = {s.parameter_name: s.indices for s in select(analyzed("llama")[1], config, {}, measured)}
+    counts = {n: len(chosen_units.get(n, ())) for n in DOWN}
     assert sum(counts.values()) == amount
     share = {n: float(score[n if largest else DOWN[1 - i]].sum()) for i, n in enumerate(DOWN)}
     for a, b in (DOWN, DOWN[::-1]):
         if counts[a] < 24 and counts[b]:
             assert share[a] / (counts[a] + 1) <= share[b] / counts[b]
-    for n, indices in found.items():
+    for n, indices in chosen_units.items():
         best = score[n].argsort(descending=largest)[: len(indices)].sort().values
         assert indices.tolist() == best.tolist()
 
@@ -372,8 +374,8 @@ def test_equal_scores_go_to_the_first_units_and_layers(analyzed):
             config = s2ft.S2FTConfig(targets={"ffn.out": 3}, selection="activation", budget=budget, largest=largest)
             ones = {(n, 1): 0.3 + 1e-16 * torch.arange(24, dtype=torch.float64) for n in DOWN}  # equal up to rounding
             assert len(ones[DOWN[0], 1].unique()) > 1
-            found = select(analyzed("llama")[1], config, {}, ones)
-            assert [s.indices.tolist() for s in found] == expected
+            selected = select(analyzed("llama")[1], config, {}, ones)
+            assert [s.indices.tolist() for s in selected] == expected
 
 
 class Branches(nn.Module):
@@ -401,8 +403,8 @@ def test_the_top_layers_are_the_last_ones_that_run(analyzed):
     model = Branches()
     analysis = s2ft.analyze(model, (torch.randn(2, 6),))
     for n in (1, 2):
-        found = chosen((model, analysis), targets={"ffn.in": 2}, top_layers=n)
-        assert set(found) == {f"layers.{i}.{e}.up.weight" for i in range(n) for e in (0, 1)}, "run in reverse"
+        selected = chosen((model, analysis), targets={"ffn.in": 2}, top_layers=n)
+        assert set(selected) == {f"layers.{i}.{e}.up.weight" for i in range(n) for e in (0, 1)}, "run in reverse"
     pooled = chosen((model, analysis), targets={"ffn.in": 1.0}, top_layers=1, budget="model")
     assert set(pooled) == {"layers.0.0.up.weight", "layers.0.1.up.weight"}
 
@@ -421,9 +423,11 @@ def test_a_function_names_the_units_best_first(analyzed):
         return torch.arange(len(score) - 1, -1, -3)  # 23, 20, 17, ...
 
     for largest in (True, False):
-        found = chosen(analyzed("llama"), targets={"ffn.out": 2, "ffn.in": 3}, selection=every_third, largest=largest)
-        assert found[DOWN[0]].indices.tolist() == [20, 23]
-        assert found["model.layers.1.mlp.up_proj.weight"].indices.tolist() == [17, 20, 23]
+        selected = chosen(
+            analyzed("llama"), targets={"ffn.out": 2, "ffn.in": 3}, selection=every_third, largest=largest
+        )
+        assert selected[DOWN[0]].indices.tolist() == [20, 23]
+        assert selected["model.layers.1.mlp.up_proj.weight"].indices.tolist() == [17, 20, 23]
     names = [
         (f"model.layers.0.mlp.{n}_proj.weight", d, r, (24, 1))
         for n, d, r in (("down", 1, "ffn.out"), ("gate", 0, "ffn.in"), ("up", 0, "ffn.in"))
@@ -437,8 +441,8 @@ def test_a_function_may_leave_units_and_layers_out(analyzed):
         return [5, 4] if ".1." in bands[0].parameter_name else []
 
     for budget in ("layer", "model"):
-        found = chosen(analyzed("llama"), targets={"ffn.out": 1.0}, selection=only_layer_1, budget=budget)
-        assert {n: s.indices.tolist() for n, s in found.items()} == {DOWN[1]: [4, 5]}
+        selected = chosen(analyzed("llama"), targets={"ffn.out": 1.0}, selection=only_layer_1, budget=budget)
+        assert {n: s.indices.tolist() for n, s in selected.items()} == {DOWN[1]: [4, 5]}
 
 
 @pytest.mark.parametrize("units", [[0, 0], [24], [-1], [0.5], [True, False], "no", None], ids=str)
@@ -459,13 +463,13 @@ def test_a_recorded_function_is_not_run(analyzed):
 def test_up_gate_and_down_alone_or_mixed(analyzed, parts):
     """Each is a target by name; what several share is one ranking over those that train."""
     model, _ = analyzed("llama")
-    found = chosen(analyzed("llama"), targets={f"*.{p}_proj.weight": 4 for p in parts}, selection="weight")
-    assert set(found) == {f"model.layers.{i}.mlp.{p}_proj.weight" for i in (0, 1) for p in parts}
+    selected = chosen(analyzed("llama"), targets={f"*.{p}_proj.weight": 4 for p in parts}, selection="weight")
+    assert set(selected) == {f"model.layers.{i}.mlp.{p}_proj.weight" for i in (0, 1) for p in parts}
     for i in (0, 1):
         names = {p: f"model.layers.{i}.mlp.{p}_proj.weight" for p in parts}
         score = sum(norms(model.get_parameter(name), int(p == "down")) for p, name in names.items())
         best = score.topk(4).indices.sort().values.tolist()
-        assert all(found[name].indices.tolist() == best for name in names.values())
+        assert all(selected[name].indices.tolist() == best for name in names.values())
 
 
 class Mixture(nn.Module):
@@ -488,15 +492,17 @@ def test_experts_train_the_same_channels_of_each():
     analyzed = model, s2ft.analyze(model, (torch.randn(5, 6),))
     roles = {(m.parameter_name, m.dim): m.role for c in analyzed[1].couplings for m in c.members}
     assert {roles[place] for place in (("up", 0), ("down", 0), ("router.weight", 0))} == {"moe.expert"}
-    found = chosen(analyzed, targets={"moe.in": 3, "moe.out": 3, "ffn.out": 2}, selection="weight")
-    assert {n: (s.dim, s.roles, len(s.indices)) for n, s in found.items()} == {
+    selected = chosen(analyzed, targets={"moe.in": 3, "moe.out": 3, "ffn.out": 2}, selection="weight")
+    assert {n: (s.dim, s.roles, len(s.indices)) for n, s in selected.items()} == {
         "up": (1, ("moe.in",), 3),
         "down": (2, ("moe.out",), 3),
         "high.weight": (1, ("ffn.out",), 2),
     }
     score = norms(model.up, 1) + norms(model.down, 2)
     assert (
-        found["up"].indices.tolist() == found["down"].indices.tolist() == score.topk(3).indices.sort().values.tolist()
+        selected["up"].indices.tolist()
+        == selected["down"].indices.tolist()
+        == score.topk(3).indices.sort().values.tolist()
     )
 
 
@@ -599,5 +605,5 @@ def test_every_selection_has_a_score_and_says_what_it_needs():
 def test_a_new_selection_is_one_function_and_its_rows(analyzed, monkeypatch):
     monkeypatch.setitem(SELECTIONS, "last", "weight")
     monkeypatch.setitem(SCORES, "last", lambda W, dim: torch.arange(W.shape[dim], dtype=torch.float64))
-    found = chosen(analyzed("llama"), targets={"ffn.out": 3}, selection="last", budget="score")
-    assert found[DOWN[0]].indices.tolist() == [22, 23] and found[DOWN[1]].indices.tolist() == [23]
+    selected = chosen(analyzed("llama"), targets={"ffn.out": 3}, selection="last", budget="score")
+    assert selected[DOWN[0]].indices.tolist() == [22, 23] and selected[DOWN[1]].indices.tolist() == [23]

@@ -56,16 +56,16 @@ def base_model() -> torch.nn.Module:
 
 def random_adapter(base, slices, seed) -> Adapter:
     """As if it had been trained: numbers that change what the model says."""
-    random, made = torch.Generator().manual_seed(seed), []
+    random, drawn = torch.Generator().manual_seed(seed), []
     for name, W in base.named_parameters():
         for end, (dim, n) in slices.items():
             if name.endswith(end):
                 indices = torch.randperm(W.shape[dim], generator=random)[:n].sort().values
                 shape = [n if d == dim else size for d, size in enumerate(W.shape)]
-                made.append(s2ft.Slice(name, dim, indices, tuple(W.shape), (), torch.randn(shape, generator=random)))
+                drawn.append(s2ft.Slice(name, dim, indices, tuple(W.shape), (), torch.randn(shape, generator=random)))
     held, samples = dict(base.named_parameters()), samples_of(base)
-    blocks = {s.parameter_name: hash_of_block(held[s.parameter_name], s) for s in made}
-    plan = s2ft.Plan(s2ft.S2FTConfig(), combined(samples), tuple(made))
+    blocks = {s.parameter_name: hash_of_block(held[s.parameter_name], s) for s in drawn}
+    plan = s2ft.Plan(s2ft.S2FTConfig(), combined(samples), tuple(drawn))
     return Adapter(plan, describe_base(type(base).__name__, "float32", samples, blocks))
 
 
@@ -122,8 +122,8 @@ def alone(folder):
         load_adapter(models[name], folder / name)
 
     def generate(name: str, prompt: list[int], new: int) -> list[int]:
-        made = models[name].generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=new, pad_token_id=0)
-        return made[0, len(prompt) :].tolist()
+        generated = models[name].generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=new, pad_token_id=0)
+        return generated[0, len(prompt) :].tolist()
 
     return generate
 
@@ -161,7 +161,7 @@ def test_mixed_requests_get_the_tokens_of_their_adapter_alone(server, client, al
     def ask(one):
         name, prompt, new = one
         stream = new % 2 == 0
-        made = client.completions.create(
+        completion = client.completions.create(
             model=name,
             prompt=prompt,
             max_tokens=new,
@@ -169,19 +169,19 @@ def test_mixed_requests_get_the_tokens_of_their_adapter_alone(server, client, al
             stream=stream,
             extra_body={"return_token_ids": True},
         )
-        parts = list(made) if stream else [made]
+        parts = list(completion) if stream else [completion]
         assert {part.model for part in parts} == {name} and len({part.id for part in parts}) == 1
         assert "".join(p.choices[0].text for p in parts) == tiny_tokenizer().decode(
             alone(name, prompt, new), skip_special_tokens=True
         )
-        found = [token for part in parts for token in part.choices[0].token_ids]
-        return found, parts[-1].choices[0].finish_reason
+        answer = [token for part in parts for token in part.choices[0].token_ids]
+        return answer, parts[-1].choices[0].finish_reason
 
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
         answers = list(pool.map(ask, asked))
-    for (name, prompt, new), (found, finish) in zip(asked, answers, strict=True):
-        assert found == alone(name, prompt, new)
-        assert finish == ("stop" if found[-1] == 0 else "length")
+    for (name, prompt, new), (answer, finish) in zip(asked, answers, strict=True):
+        assert answer == alone(name, prompt, new)
+        assert finish == ("stop" if answer[-1] == 0 else "length")
     total = sum(new + len(prompt) for _, prompt, new in asked)
     assert engine.steps - before < total / 4  # they did run together
     assert idle(engine)
@@ -193,9 +193,13 @@ def test_chats_choices_stops_and_usage(server, client, alone):
     prompt = tokenizer("user: the cat ")["input_ids"]
     want = alone("law", prompt, 12)
     text = tokenizer.decode(want, skip_special_tokens=True)
-    made = client.chat.completions.create(model="law", messages=messages, max_completion_tokens=12, temperature=0, n=2)
-    assert [c.message.content for c in made.choices] == [text, text] and [c.index for c in made.choices] == [0, 1]
-    assert made.usage.prompt_tokens == len(prompt) and made.usage.completion_tokens == 2 * len(want)
+    completion = client.chat.completions.create(
+        model="law", messages=messages, max_completion_tokens=12, temperature=0, n=2
+    )
+    assert [c.message.content for c in completion.choices] == [text, text] and [
+        c.index for c in completion.choices
+    ] == [0, 1]
+    assert completion.usage.prompt_tokens == len(prompt) and completion.usage.completion_tokens == 2 * len(want)
     chunks = list(
         client.chat.completions.create(
             model="law",
@@ -211,23 +215,23 @@ def test_chats_choices_stops_and_usage(server, client, alone):
     assert chunks[-1].usage.completion_tokens == len(want)
     stop = text[2:4]
     for stream in (False, True):
-        made = client.completions.create(
+        completion = client.completions.create(
             model="law", prompt=prompt, max_tokens=12, temperature=0, stop=["\u0000", stop], stream=stream
         )
-        parts = list(made) if stream else [made]
+        parts = list(completion) if stream else [completion]
         assert "".join(p.choices[0].text for p in parts) == text[: text.index(stop)]
         assert parts[-1].choices[0].finish_reason == "stop"
-    made = client.completions.create(model="base", prompt=[[5, 7], [9]], max_tokens=3, temperature=0)
-    assert [c.text for c in made.choices] == [tokenizer.decode(alone("base", p, 3)) for p in ([5, 7], [9])]
+    completion = client.completions.create(model="base", prompt=[[5, 7], [9]], max_tokens=3, temperature=0)
+    assert [c.text for c in completion.choices] == [tokenizer.decode(alone("base", p, 3)) for p in ([5, 7], [9])]
     assert idle(server[1])
 
 
 def test_a_seed_is_of_the_request_and_a_draw_is_of_the_distribution(server, client):
     def draw(seed):
-        made = client.completions.create(
+        completion = client.completions.create(
             model="chat", prompt=[5, 7], max_tokens=8, temperature=1.5, top_p=0.9, seed=seed, n=2
         )
-        return [c.text for c in made.choices]
+        return [c.text for c in completion.choices]
 
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         first, again, other = (list(pool.map(draw, seeds)) for seeds in ([1] * 4, [1] * 2, [2]))
@@ -257,23 +261,23 @@ def test_adapters_come_and_go_while_others_run(server, client, alone):
 
     def load():
         while not done.is_set():
-            made = client.completions.create(
+            completion = client.completions.create(
                 model="law", prompt=prompt, max_tokens=9, temperature=0, extra_body={"return_token_ids": True}
             )
-            assert made.choices[0].token_ids == alone("law", prompt, 9)
+            assert completion.choices[0].token_ids == alone("law", prompt, 9)
         return True
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         running = [pool.submit(load) for _ in range(3)]
         try:
             for _ in range(3):
-                made = httpx.post(f"{url}/v1/adapters", json={"name": "code", "path": "code"}, headers=headers)
-                assert made.status_code == 200 and made.json()["parent"] == "base"
+                response = httpx.post(f"{url}/v1/adapters", json={"name": "code", "path": "code"}, headers=headers)
+                assert response.status_code == 200 and response.json()["parent"] == "base"
                 assert [m.id for m in client.models.list()] == ["base", "law", "chat", "code"]
-                found = client.completions.create(
+                completion = client.completions.create(
                     model="code", prompt=prompt, max_tokens=9, temperature=0, extra_body={"return_token_ids": True}
                 )
-                assert found.choices[0].token_ids == alone("code", prompt, 9)
+                assert completion.choices[0].token_ids == alone("code", prompt, 9)
                 stream = client.completions.create(model="code", prompt=prompt, max_tokens=30, stream=True, seed=1)
                 next(iter(stream))
                 gone = httpx.delete(f"{url}/v1/adapters/code", headers=headers, timeout=60)
@@ -331,11 +335,11 @@ def test_a_request_whose_client_left_is_freed(folder, stream):
     ],
 )
 def test_what_is_refused_is_said_as_openai_says_it(server, client, more, status, match):
-    made = raw(client, **{"model": "law", "prompt": [5, 7, 9], "max_tokens": 2, **more})
-    assert made.status_code == status and match in made.text, made.text
+    response = raw(client, **{"model": "law", "prompt": [5, 7, 9], "max_tokens": 2, **more})
+    assert response.status_code == status and match in response.text, response.text
     if status != 200:
-        assert made.json()["error"].keys() == {"message", "type", "param", "code"} and len(made.content) < 3000
-    assert "retry-after" not in made.headers
+        assert response.json()["error"].keys() == {"message", "type", "param", "code"} and len(response.content) < 3000
+    assert "retry-after" not in response.headers
 
 
 def test_bodies_keys_paths_and_routes_that_are_refused(server, client, folder, tmp_path):
@@ -350,10 +354,10 @@ def test_bodies_keys_paths_and_routes_that_are_refused(server, client, folder, t
         (b'{"top_p": NaN}', "no JSON"),
         (b"[" * 10**5, "no JSON"),
     ):
-        made = httpx.post(post, content=body, headers=headers)
-        assert made.status_code == 400 and match in made.json()["error"]["message"], made.text
-    made = httpx.post(post, content=b" " * (9 << 20), headers=headers)
-    assert made.status_code == 400 and "more than 8 MiB" in made.text
+        response = httpx.post(post, content=body, headers=headers)
+        assert response.status_code == 400 and match in response.json()["error"]["message"], response.text
+    response = httpx.post(post, content=b" " * (9 << 20), headers=headers)
+    assert response.status_code == 400 and "more than 8 MiB" in response.text
     for route in ("models", "models/law"):
         assert httpx.get(f"{url}/v1/{route}").status_code == 401
     assert httpx.post(post, json={}, headers={"Authorization": "Bearer x"}).json()["error"]["code"] == "invalid_api_key"
@@ -361,12 +365,12 @@ def test_bodies_keys_paths_and_routes_that_are_refused(server, client, folder, t
     assert httpx.get(post).status_code == 405
     (tmp_path / "outside").mkdir()
     for path in ("..", str(tmp_path / "outside"), "nothing", "x" * 5000, "a\0b"):
-        made = httpx.post(f"{url}/v1/adapters", json={"name": "n", "path": path}, headers=headers)
-        assert made.status_code == 400 and "no adapter folder under" in made.text
-    made = httpx.post(f"{url}/v1/adapters", json={"name": "n", "path": "base"}, headers=headers)
-    assert made.status_code == 400 and "not an adapter" in made.text
-    made = httpx.post(f"{url}/v1/adapters", json={"name": "law", "path": "code"}, headers=headers)
-    assert made.status_code == 400 and "'law' already" in made.text
+        response = httpx.post(f"{url}/v1/adapters", json={"name": "n", "path": path}, headers=headers)
+        assert response.status_code == 400 and "no adapter folder under" in response.text
+    response = httpx.post(f"{url}/v1/adapters", json={"name": "n", "path": "base"}, headers=headers)
+    assert response.status_code == 400 and "not an adapter" in response.text
+    response = httpx.post(f"{url}/v1/adapters", json={"name": "law", "path": "code"}, headers=headers)
+    assert response.status_code == 400 and "'law' already" in response.text
     assert httpx.delete(f"{url}/v1/adapters/n", headers=headers).status_code == 404
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     numbers = httpx.get(f"{url}/metrics").text
@@ -395,8 +399,8 @@ def test_more_requests_than_the_cache_holds_wait_and_none_is_lost(folder, alone)
             requests = [Request([k + 1] * 20, ("law", "chat", None)[k % 3], 28, each=k % 2 == 0) for k in range(12)]
             return requests, await asyncio.gather(*(engine.answer(request) for request in requests))
 
-        for request, found in zip(*asyncio.run(ask())):
-            assert found == alone(request.adapter or "base", list(request.tokens), 28)
+        for request, answer in zip(*asyncio.run(ask())):
+            assert answer == alone(request.adapter or "base", list(request.tokens), 28)
         assert idle(engine)
 
 
@@ -432,13 +436,13 @@ def test_other_shapes_of_models(tmp_path, kind):
         return requests, await asyncio.gather(*(engine.answer(request) for request in requests))
 
     with engine:
-        for request, found in zip(*asyncio.run(ask())):
+        for request, answer in zip(*asyncio.run(ask())):
             model = merged if request.adapter else make()
             model.generation_config.eos_token_id = None
-            made = model.generate(
+            generated = model.generate(
                 torch.tensor([request.tokens]), do_sample=False, max_new_tokens=9, pad_token_id=0, use_cache=True
             )
-            assert found == made[0, len(request.tokens) :].tolist()
+            assert answer == generated[0, len(request.tokens) :].tolist()
 
 
 @pytest.mark.parametrize(
@@ -478,15 +482,15 @@ def test_adapters_that_a_batch_does_not_hold_are_refused_before_it_runs():
 def test_text_in_parts_is_the_text_up_to_a_stop(text, stops, data):
     tokenizer = tiny_tokenizer_once()
     ids = tokenizer(text)["input_ids"]
-    made, told, at = Text(tokenizer, stops), "", 0
-    while at < len(ids) and not made.stopped:
+    incremental, streamed, at = Text(tokenizer, stops), "", 0
+    while at < len(ids) and not incremental.stopped:
         step = data.draw(st.integers(1, 4))
-        told += made.add(ids[at : at + step])
+        streamed += incremental.add(ids[at : at + step])
         at += step
-    told += made.end()
+    streamed += incremental.end()
     whole = tokenizer.decode(ids, skip_special_tokens=True)
-    found = [whole.find(stop) for stop in stops if stop in whole]
-    assert told == (whole[: min(found)] if found else whole) and made.stopped == bool(found)
+    ends = [whole.find(stop) for stop in stops if stop in whole]
+    assert streamed == (whole[: min(ends)] if ends else whole) and incremental.stopped == bool(ends)
 
 
 def tiny_tokenizer_once(made=[]):  # noqa: B006
@@ -512,8 +516,8 @@ def tiny_tokenizer_once(made=[]):  # noqa: B006
 )
 def test_what_the_command_refuses_is_one_line(folder, arguments, match):
     given = [argument.format(root=folder) for argument in arguments]
-    made = CliRunner().invoke(app, ["serve", str(folder / "base"), *given])
-    assert made.exit_code == 1 and match in made.output.replace("\n", " "), made.output
+    result = CliRunner().invoke(app, ["serve", str(folder / "base"), *given])
+    assert result.exit_code == 1 and match in result.output.replace("\n", " "), result.output
 
 
 def test_the_command_serves_until_it_is_told_to_stop(folder):

@@ -56,8 +56,8 @@ def test_statistics_follow_their_channels(inner):
         torch.testing.assert_close(model(batch), base(batch), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(model.first.running_var, base.first.running_var, rtol=1e-10, atol=1e-10)
     s2ft.release(model)
-    for (name, found), expected in zip(model.named_buffers(), base.buffers(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=name)
+    for (name, buffer), expected in zip(model.named_buffers(), base.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected, rtol=1e-10, atol=1e-10, msg=name)
 
 
 def test_statistics_are_no_targets():

@@ -136,8 +136,8 @@ def test_a_wrong_slice_rule_is_noticed_by_its_gradient(monkeypatch):
     plan = s2ft.prepare(model, case.inputs, s2ft.S2FTConfig({"ffn.in": 2}))
 
     def shifted(slicer, node, x, dim):
-        made = slice_rules.push_mm(slicer, node, x, dim)
-        return slicer.call(torch.ops.aten.mul.Tensor, made, 1.01, like=x)
+        pushed = slice_rules.push_mm(slicer, node, x, dim)
+        return slicer.call(torch.ops.aten.mul.Tensor, pushed, 1.01, like=x)
 
     monkeypatch.setitem(slice_rules.SLICE_RULES, torch.ops.aten.mm.default, shifted)
     with pytest.raises(

@@ -169,8 +169,8 @@ def test_what_holds_everywhere_is_found():
     """The second example adds a weight to the coupling instead of taking it away."""
     model = Conditional()
     for example in ((x(),), [(x(),), (x(), x(n=3))]):
-        (found,) = [c for c in s2ft.analyze(model, example).couplings if c.role == "ffn"]
-        members = {(m.parameter_name, m.dim) for m in found.members}
+        (coupling,) = [c for c in s2ft.analyze(model, example).couplings if c.role == "ffn"]
+        members = {(m.parameter_name, m.dim) for m in coupling.members}
         assert {("up.weight", 0), ("down.weight", 1)} <= members
         assert (("cond.weight", 0) in members) is isinstance(example, list)
     assert s2ft.analyze(model, (x(),)).unread == {"cond.weight", "cond.bias"}
@@ -191,10 +191,10 @@ def test_two_traces_see_both_modes_and_sizes():
         def forward(self, ids):
             return F.dropout(super().forward(F.one_hot(ids, 6).float()), 0.1, self.training)
 
-    made = captures(Dropped(), (torch.zeros(2, 5, dtype=torch.int64),))
-    assert [c.trace for c in made] == ["", "with a batch of 11 and a length of 7"]
-    made = captures(Auxiliary(), (x(),))
-    assert [c.trace.replace("with a batch of 11 and a length of 7", "elsewhere") for c in made] == [
+    captured = captures(Dropped(), (torch.zeros(2, 5, dtype=torch.int64),))
+    assert [c.trace for c in captured] == ["", "with a batch of 11 and a length of 7"]
+    captured = captures(Auxiliary(), (x(),))
+    assert [c.trace.replace("with a batch of 11 and a length of 7", "elsewhere") for c in captured] == [
         "",
         "elsewhere",
         "in train mode",
@@ -214,8 +214,8 @@ class FixedLength(Feed):
 
 def test_sizes_that_the_code_fixes(caplog):
     with caplog.at_level("DEBUG", logger="s2ft_compile"):
-        made = captures(Fixed(), (x(),))
-    assert [c.trace for c in made] == ["", "in train mode"] and "a size is fixed" in caplog.text
+        captured = captures(Fixed(), (x(),))
+    assert [c.trace for c in captured] == ["", "in train mode"] and "a size is fixed" in caplog.text
     assert [c.trace for c in captures(FixedLength(), (x(),))] == ["", "with a batch of 11"]
 
 
@@ -265,11 +265,11 @@ def test_verify_compares_at_other_sizes_and_all_examples():
         first = example[0] if isinstance(example, list) else example
         one = couple(capture(model, first))
         assert one.couplings
-        made = s2ft.verify(model, example, one)
-        assert not made.ok and made.wrong and re.search(said, str(made)), str(made)
+        verification = s2ft.verify(model, example, one)
+        assert not verification.ok and verification.wrong and re.search(said, str(verification)), str(verification)
         assert s2ft.verify(model, example, s2ft.analyze(model, example)).ok
-    made = s2ft.verify(FixedLength(), (x(),), s2ft.analyze(FixedLength(), (x(),)))
-    assert made.ok and made.sharp and made.calls == 2
+    verification = s2ft.verify(FixedLength(), (x(),), s2ft.analyze(FixedLength(), (x(),)))
+    assert verification.ok and verification.sharp and verification.calls == 2
 
 
 # --- examples ----------------------------------------------------------------------------------------------------

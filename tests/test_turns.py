@@ -17,11 +17,13 @@ def test_each_round_runs_every_method_and_starts_with_another_one(methods, round
     calls: list[int] = []
     trials = {str(k): lambda k=k: calls.append(k) for k in range(methods)}
     times = turns.in_turn(trials, rounds, warm_up, lambda run: run() or len(calls))  # a clock that counts calls
-    made = [calls[i : i + methods] for i in range(0, len(calls), methods)]
-    assert [sorted(some) for some in made] == [list(range(methods))] * (warm_up + rounds)
-    assert [some[0] for some in made] == [turn % methods for turn in range(warm_up + rounds)]
+    rounds_run = [calls[i : i + methods] for i in range(0, len(calls), methods)]
+    assert [sorted(calls_of_round) for calls_of_round in rounds_run] == [list(range(methods))] * (warm_up + rounds)
+    assert [calls_of_round[0] for calls_of_round in rounds_run] == [turn % methods for turn in range(warm_up + rounds)]
     assert times == {
-        name: [turn * methods + some.index(int(name)) + 1 for turn, some in enumerate(made)][warm_up:]
+        name: [turn * methods + calls_of_round.index(int(name)) + 1 for turn, calls_of_round in enumerate(rounds_run)][
+            warm_up:
+        ]
         for name in trials
     }
 

@@ -34,11 +34,13 @@ def assert_untouched(before: list, model: nn.Module) -> None:
 @FEW
 def test_what_analysis_finds_is_right_and_the_model_stays(drawn: Drawn):
     analysis, before = s2ft.analyze(drawn.model, drawn.inputs), bits(drawn.model)
-    made = s2ft.verify(drawn.model, drawn.inputs, analysis, drawn.seed)
-    assert made.ok and made.sharp and not made.wrong and made.dtype == "float64", str(made)
-    assert made.control > 1e6 * made.tolerance  # right and wrong lie far apart
+    verification = s2ft.verify(drawn.model, drawn.inputs, analysis, drawn.seed)
+    assert verification.ok and verification.sharp and not verification.wrong and verification.dtype == "float64", str(
+        verification
+    )
+    assert verification.control > 1e6 * verification.tolerance  # right and wrong lie far apart
     members = {m.parameter_name for c in analysis.couplings for m in c.members}
-    assert made.parameters == len(members) and made.couplings == len(analysis.couplings)
+    assert verification.parameters == len(members) and verification.couplings == len(analysis.couplings)
     assert_untouched(before, drawn.model)
 
 
@@ -57,9 +59,14 @@ def test_a_member_left_out_is_found_and_its_coupling_named(place):
     drawn = Drawn(Spec(blocks=2, ffn=8, hidden=8))
     analysis = s2ft.analyze(drawn.model, drawn.inputs)
     short = replace(analysis, layouts={k: v for k, v in analysis.layouts.items() if k != place})
-    made = s2ft.verify(drawn.model, drawn.inputs, short)
+    verification = s2ft.verify(drawn.model, drawn.inputs, short)
     guilty = [c for c in analysis.couplings if place in {(m.parameter_name, m.dim) for m in c.members}]
-    assert not made.ok and list(made.wrong) == guilty and "CHANGED" in str(made) and "wrong: " in str(made)
+    assert (
+        not verification.ok
+        and list(verification.wrong) == guilty
+        and "CHANGED" in str(verification)
+        and "wrong: " in str(verification)
+    )
 
 
 def test_analyze_verify_raises_where_a_rule_is_wrong(monkeypatch):
@@ -77,8 +84,10 @@ def test_narrow_models_are_compared_in_float64(dtype):
     """Llama's norms, softmax and rotary positions cast to float32; promoted, the difference is float64's."""
     model, inputs = hf("llama").to(dtype), {"input_ids": tokens()}
     before = bits(model)
-    made = s2ft.verify(model, inputs, s2ft.analyze(model, inputs))
-    assert made.ok and made.sharp and made.dtype == "float64" and made.difference < 1e-9, str(made)
+    verification = s2ft.verify(model, inputs, s2ft.analyze(model, inputs))
+    assert (
+        verification.ok and verification.sharp and verification.dtype == "float64" and verification.difference < 1e-9
+    ), str(verification)
     assert_untouched(before, model)
     assert torch.get_default_dtype() == torch.float32
 
@@ -97,22 +106,27 @@ class Single(nn.Module):
 
 def test_a_model_that_runs_in_float32_only():
     model, inputs = Single(), (torch.randn(2, 4),)
-    made = s2ft.verify(model, inputs, s2ft.analyze(model, inputs))
-    assert made.ok and made.dtype == "float32" and made.tolerance < 0.1, str(made)
+    verification = s2ft.verify(model, inputs, s2ft.analyze(model, inputs))
+    assert verification.ok and verification.dtype == "float32" and verification.tolerance < 0.1, str(verification)
 
 
 def test_weights_that_cannot_tell():
     model, inputs = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), (torch.randn(2, 4),)
     with torch.no_grad():
         model[2].weight.zero_()
-    made = s2ft.verify(model, inputs, s2ft.analyze(model, inputs))
-    assert made.ok and not made.sharp and "2.weight" in made.alike and "cannot show a mistake" in str(made)
+    verification = s2ft.verify(model, inputs, s2ft.analyze(model, inputs))
+    assert (
+        verification.ok
+        and not verification.sharp
+        and "2.weight" in verification.alike
+        and "cannot show a mistake" in str(verification)
+    )
 
 
 def test_no_couplings_is_fine():
     model, inputs = nn.Linear(4, 2), (torch.randn(3, 4),)
-    made = s2ft.verify(model, inputs, s2ft.analyze(model, inputs))
-    assert made.ok and made.sharp and made.couplings == made.parameters == 0
+    verification = s2ft.verify(model, inputs, s2ft.analyze(model, inputs))
+    assert verification.ok and verification.sharp and verification.couplings == verification.parameters == 0
 
 
 def test_refusals():
@@ -158,10 +172,10 @@ def test_a_model_on_the_meta_device_has_the_same_structure(where):
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    found = s2ft.analyze(model, {"input_ids": tokens().to(where)})
+    on_device = s2ft.analyze(model, {"input_ids": tokens().to(where)})
     assert all(p.is_meta for p in model.parameters())
     real = s2ft.analyze(LlamaForCausalLM(config), {"input_ids": tokens()})
-    assert [str(c) for c in found.couplings] == [str(c) for c in real.couplings] and len(found.couplings) == 9
+    assert [str(c) for c in on_device.couplings] == [str(c) for c in real.couplings] and len(on_device.couplings) == 9
 
 
 # --- the command line --------------------------------------------------------------------------------------------

@@ -399,8 +399,8 @@ def test_a_delta_written_by_any_road_is_in_the_weight(how, write):
                 W = expected.get_parameter(s.parameter_name)
                 block = W.index_select(s.dim, s.indices) + torch.full_like(s.delta, 0.01 * (i + 1) * (round + 1))
                 W.index_copy_(s.dim, s.indices, block)
-            found, plain = loss(run).item(), loss(expected.train()).item()
-            assert abs(found - plain) < 32 * U32 * plain  # norms and rotations are float32 inside
+            own, plain = loss(run).item(), loss(expected.train()).item()
+            assert abs(own - plain) < 32 * U32 * plain  # norms and rotations are float32 inside
         model.zero_grad()
         loss(run).backward()
         check(expected, plan)
@@ -761,16 +761,16 @@ def test_eager_products(form, dim, ranges):
     weight = eager.attached(W, D, dim, ranges, "W")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = torch.autograd.grad(Products.FORMS[form](x, weight, b).pow(3).sum(), (x, b, D))
+        gradients = torch.autograd.grad(Products.FORMS[form](x, weight, b).pow(3).sum(), (x, b, D))
     full = W.clone().requires_grad_()
     dx, db, dW = torch.autograd.grad(Products.FORMS[form](x, full, b).pow(3).sum(), (x, b, full))
     expected = torch.cat([dW.narrow(dim, s, n) for s, n in ranges], dim)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if form == "cast" else {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(
-        made[0], dx, rtol=1e-4 if form == "cast" else 1e-12, atol=1e-4 if form == "cast" else 1e-12
+        gradients[0], dx, rtol=1e-4 if form == "cast" else 1e-12, atol=1e-4 if form == "cast" else 1e-12
     )
-    torch.testing.assert_close(made[1], db, **tolerance)
-    torch.testing.assert_close(made[2].double(), expected, **tolerance)
+    torch.testing.assert_close(gradients[1], db, **tolerance)
+    torch.testing.assert_close(gradients[2].double(), expected, **tolerance)
 
 
 @pytest.mark.parametrize("form", ["linear", "addmm", "matmul"])
@@ -780,10 +780,10 @@ def test_a_weight_and_its_bias_train_together(form, recwarn):
     read = [eager.attached(t, D, 0, ((1, 1), (3, 1)), "W") for t, D in zip(values, deltas, strict=True)]
     total = Products.FORMS[form](x, *read).pow(3).sum()
     with FlopCounterMode(display=False) as count:
-        made = torch.autograd.grad(total, deltas)
+        gradients = torch.autograd.grad(total, deltas)
     full = [t.clone().requires_grad_() for t in values]
     expected = torch.autograd.grad(Products.FORMS[form](x, *full).pow(3).sum(), full)
-    for D, dW in zip(made, expected, strict=True):
+    for D, dW in zip(gradients, expected, strict=True):
         torch.testing.assert_close(D.double(), dW[[1, 3]], rtol=1e-6, atol=1e-6)
     assert count.get_total_flops() == 2 * x.numel() * 2, "two rows of the weight"
     assert not [w for w in recwarn if "full size" in str(w.message)]
@@ -833,8 +833,8 @@ def test_embeddings_have_a_partial_backward(recwarn):
     D = nn.Parameter(torch.zeros(9, 3))
     for padding in (None, 2):
         weight = eager.attached(table, D, 1, ((1, 2), (5, 1)), "E")
-        (made,) = torch.autograd.grad(F.embedding(ids, weight, padding).pow(3).sum(), D)
+        (gradients,) = torch.autograd.grad(F.embedding(ids, weight, padding).pow(3).sum(), D)
         full = table.clone().requires_grad_()
         (expected,) = torch.autograd.grad(F.embedding(ids, full, padding).pow(3).sum(), full)
-        torch.testing.assert_close(made, expected[:, [1, 2, 5]], rtol=0, atol=0)
+        torch.testing.assert_close(gradients, expected[:, [1, 2, 5]], rtol=0, atol=0)
     assert not [w for w in recwarn if "full size" in str(w.message)]

@@ -64,6 +64,8 @@ VARIANTS = {
     "s2ft_heads": _s2ft("a head's columns of the output projection, the rest whole channels", ("channels", 1)),
     "s2ft_values": _s2ft("the same, and a head's values", ("channels", 1, 1)),
     "s2ft_score": _s2ft("layers share by score", budget="score"),
+    "s2ft_least": _s2ft("channels that do least", selection="weight_activation", largest=False),
+    "s2ft_all": _s2ft("channels, and a head's queries, values and columns", ("channels", 1, 1, 1)),
     "s2ft_again": _s2ft("units chosen anew four times", again=4),
     "lora_muon": _peft("LoRA with Muon", optimizer="muon"),
 }
@@ -139,18 +141,24 @@ def lora_numbers(setting: Setting) -> int:
     return setting.rank * setting.layers * (2 * (d + q) + 2 * (d + kv) + 3 * (d + ffn))
 
 
-def targets(setting: Setting, what: str, heads: int, values: int = 0) -> dict[str, int]:
-    """Units of each layer: `heads` of the output projection and `values` kv heads of the value projection; columns of
+def targets(setting: Setting, what: str, heads: int, values: int = 0, queries: int = 0) -> dict[str, int]:
+    """Units of each layer: `heads` of the output, `values` of the value, `queries` of the query projection; columns of
     down, or whole channels, for the rest.
     """
     head = setting.hidden * (setting.hidden // setting.heads // 2 * 2)
-    left = lora_numbers(setting) // setting.layers - (heads + values) * head
+    left = lora_numbers(setting) // setting.layers - (heads + values + queries) * head
     roles = ("ffn.out",) if what == "columns" else ("ffn.in", "ffn.out")
     units = round(left / setting.hidden / (1 if what == "columns" else 3))
-    asked = {**{role: units for role in roles}, "attention.out": heads, "attention.value": values}
+    asked = {
+        **dict.fromkeys(roles, units),
+        "attention.out": heads,
+        "attention.value": values,
+        "attention.query": queries,
+    }
     return {role: units for role, units in asked.items() if units}
 
 
+NEED_DATA = {"gradient", "activation", "weight_activation"}
 _known: dict[tuple, object] = {}  # a model's sizes -> its structures: every run has the same model
 
 
@@ -164,7 +172,7 @@ def _prepare(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) ->
                 stack.enter_context(mock.patch.object(preparation, name, lambda *a, found=found, **_: found or a[-1]))
         else:
             _known[sizes] = s2ft.analyze(model, example)
-        s2ft.prepare(model, example, config, calibration=batches if config.selection == "gradient" else None)
+        s2ft.prepare(model, example, config, calibration=batches if config.selection in NEED_DATA else None)
     return s2ft.parameters(model)
 
 

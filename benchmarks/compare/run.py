@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 
@@ -154,19 +154,23 @@ def search(loss: Callable[[float], float], start: float) -> float:
         at(around[0])
 
 
-def job(bench: Bench, task: str, method: str, seeds: int, done: list[Row], write: Callable[[Row], None]) -> None:
-    """Searches a method's rate for a task with the first seed, and runs the best one with the others."""
+def job(
+    run: Callable[[float, int], Row], start: float, seeds: int, done: list[Row], write: Callable[[Row], None]
+) -> None:
+    """Searches a method's rate for a task with the first seed, from the exponent `start` on, and runs the best one with
+    the others. done: rows that are not run again.
+    """
     rows = {(r["exponent"], r["seed"]): r for r in done}
 
-    def run(exponent: float, seed: int) -> float:
+    def loss(exponent: float, seed: int) -> float:
         if (exponent, seed) not in rows:
-            rows[exponent, seed] = bench.row(task, method, exponent, seed)
+            rows[exponent, seed] = run(exponent, seed)
             write(rows[exponent, seed])
         return rows[exponent, seed]["choose_loss"]
 
-    best = search(lambda exponent: run(exponent, 0), CONTENDERS[method].rate)
+    best = search(lambda exponent: loss(exponent, 0), start)
     for seed in range(1, seeds):
-        run(best, seed)
+        loss(best, seed)
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -220,7 +224,7 @@ def _work(task: str, method: str, seeds: int, done: list[Row], rows: Path) -> st
         if os.getppid() != _parent:  # it was killed, and nobody waits for more
             os._exit(1)
 
-    job(_bench, task, method, seeds, done, write)
+    job(partial(_bench.row, task, method), CONTENDERS[method].rate, seeds, done, write)
     return f"{task}, {method}: {len(made)} runs in {time.perf_counter() - began:.0f} s"
 
 

@@ -132,11 +132,11 @@ def _token_ids(module: nn.Module, inputs: Inputs) -> Tensor:
     named = {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
     ids, more = named.pop("input_ids", None), sorted(set(named) - IGNORED)
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0 or more:
-        found = [f"input_ids of shape {tuple(getattr(ids, 'shape', ()))}"] if ids is not None else []
+        candidates = [f"input_ids of shape {tuple(getattr(ids, 'shape', ()))}"] if ids is not None else []
         raise ConfigError(
             f"cache=True takes example inputs with integer input_ids of shape (batch, sequence), and no "
             f"more than {', '.join(sorted(IGNORED))} beside them; found "
-            f"{', '.join([*found, *more]) or 'no input_ids'}"
+            f"{', '.join([*candidates, *more]) or 'no input_ids'}"
         )
     return ids
 

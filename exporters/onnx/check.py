@@ -86,13 +86,13 @@ def _compare(
     feeds = {i.name: t.detach().cpu().numpy() for i, t in zip(session.get_inputs(), tensors(inputs), strict=True)}
     active = "" if options is None else " with an adapter"
     try:
-        found = session.run(None, feeds, options)
+        output = session.run(None, feeds, options)
     except Exception as error:
         shapes = {name: value.shape for name, value in feeds.items()}
         raise ExportError(
             f"ONNX Runtime cannot run the exported graph{active} on {shapes}: {first_line(error)}"
         ) from error
-    for (name, want), got in zip(expected.items(), map(torch.from_numpy, found), strict=True):
+    for (name, want), got in zip(expected.items(), map(torch.from_numpy, output), strict=True):
         where = f"ONNX Runtime differs from the model{active} in output {name!r}"
         if want.shape != got.shape:
             raise ExportError(f"{where}: shape {tuple(got.shape)} instead of {tuple(want.shape)}")

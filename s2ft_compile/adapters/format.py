@@ -175,8 +175,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{folder / CONFIG} is not valid JSON ({error}); it was cut off or edited") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format", config.get("peft_type")) if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"{folder / CONFIG} describes an adapter of format {found!r}; valid: {FORMAT!r}")
+        named = config.get("format", config.get("peft_type")) if isinstance(config, dict) else type(config).__name__
+        raise AdapterError(f"{folder / CONFIG} describes an adapter of format {named!r}; valid: {FORMAT!r}")
     if config.get("format_version") != FORMAT_VERSION:
         raise AdapterError(
             f"{folder} has format version {config.get('format_version')!r}; this release reads version {FORMAT_VERSION}"

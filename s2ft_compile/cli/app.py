@@ -615,12 +615,12 @@ def _save_beside(tokenizer, folder: Path) -> None:
     """Writes the tokenizer's files into a folder that holds others; what is there stays as it is."""
     from s2ft_compile.exporters.files import new_files
 
-    with TemporaryDirectory() as made:
-        tokenizer.save_pretrained(made)
-        names = [file.name for file in Path(made).iterdir() if not (folder / file.name).exists()]
+    with TemporaryDirectory() as temporary:
+        tokenizer.save_pretrained(temporary)
+        names = [file.name for file in Path(temporary).iterdir() if not (folder / file.name).exists()]
         with new_files(*(folder / name for name in names)) as work:
             for name in names:
-                shutil.copyfile(Path(made) / name, work / name)
+                shutil.copyfile(Path(temporary) / name, work / name)
 
 
 def _tokenizer(model: str):

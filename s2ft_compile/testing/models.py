@@ -360,8 +360,11 @@ def oracle(spec: Spec) -> tuple[tuple[Expected, ...], tuple[Refused, ...]]:
     for i in range(spec.blocks):
         decoy = spec.decoy if i == 0 else ""
         per_block = replace(spec, decoy=spec.decoy if i == 0 or spec.decoy == "slope" else "")
-        for found, missing in (_attention(per_block, f"blocks.{i}.attention"), _ffn(spec, f"blocks.{i}.ffn", decoy)):
-            expected += found
+        for couplings, missing in (
+            _attention(per_block, f"blocks.{i}.attention"),
+            _ffn(spec, f"blocks.{i}.ffn", decoy),
+        ):
+            expected += couplings
             refused += missing
     return tuple(expected), tuple(refused)
 
