@@ -125,8 +125,8 @@ def _with_peft(base: nn.Module, setting: Setting, config: str, **options) -> nn.
     if config == "LoraConfig":
         options["lora_alpha"] = 2 * setting.rank
     model = copy.deepcopy(base)
-    made = getattr(peft, config)(r=setting.rank, target_modules=_linears(model), task_type="CAUSAL_LM", **options)
-    return peft.get_peft_model(model, made)
+    adapter = getattr(peft, config)(r=setting.rank, target_modules=_linears(model), task_type="CAUSAL_LM", **options)
+    return peft.get_peft_model(model, adapter)
 
 
 def _linears(model: nn.Module) -> list[str]:
@@ -168,8 +168,8 @@ def _prepare(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) ->
     with ExitStack() as stack:
         if sizes in _known:
             for name in ("analyze", "trainable"):
-                found = _known[sizes] if name == "analyze" else None
-                stack.enter_context(mock.patch.object(preparation, name, lambda *a, found=found, **_: found or a[-1]))
+                known = _known[sizes] if name == "analyze" else None
+                stack.enter_context(mock.patch.object(preparation, name, lambda *a, found=known, **_: known or a[-1]))
         else:
             _known[sizes] = s2ft.analyze(model, example)
         s2ft.prepare(model, example, config, calibration=batches if config.selection in NEED_DATA else None)

@@ -137,8 +137,8 @@ class Bench:
         rate, batches = 10**exponent, self.batches(task, seed)
         model = Encoder(self.load(), CLASSES if task == "classify" else 0).to(DEVICE)
         head = [] if model.head is None else list(model.head.parameters())
-        some = [next(batches) for _ in range(4)]
-        net, leaves, again = tuned(model, method, dict(options), seed, some)
+        calibration = [next(batches) for _ in range(4)]
+        net, leaves, again = tuned(model, method, dict(options), seed, calibration)
         numbers, spent = sum(p.numel() for p in leaves), []
         opts = [optimizer(name, leaves, rate), *([torch.optim.AdamW(head, lr=1e-2)] if head else [])]
         period = math.ceil(STEPS / options.get("again", 1))

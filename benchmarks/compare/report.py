@@ -103,14 +103,14 @@ def kept(runs: Runs, methods: Sequence[str]) -> str:
     lines = []
     for method in ("base", *methods):
         by_task = [rows for t in TASKS if (rows := runs.best(t, method))]
-        found = (
+        cells = (
             [f"{mean(mean(r[c] for r in rows) for rows in by_task):{form}}" for c, form in columns.items()]
             if by_task
             else []
         )
         gains = [g for t in TASKS if (g := runs.gain(t, method)) is not None]
         share = f"{mean(gains):.0%}" if gains and method != "base" else ""
-        lines.append([_title(method), share, *found])
+        lines.append([_title(method), share, *cells])
     head = [
         "mean over the tasks",
         "learned, of full's",
@@ -206,7 +206,7 @@ def text(runs: Runs) -> str:
         "Costs": costs(runs, methods),
         "Variants": variants(runs),
     }
-    return "\n\n".join(f"### {title}\n\n{made}" for title, made in parts.items())
+    return "\n\n".join(f"### {title}\n\n{table_of}" for title, table_of in parts.items())
 
 
 def main() -> None:
@@ -216,13 +216,13 @@ def main() -> None:
     options.add_argument("--figure", type=Path, help="an SVG or PNG file")
     given = options.parse_args()
     runs = Runs(read(given.rows))
-    made = text(runs)
+    tables = text(runs)
     if given.into:
         whole = given.into.read_text(encoding="utf-8")
         before, _, rest = whole.partition(BEGIN)
-        given.into.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        given.into.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     else:
-        print(made)
+        print(tables)
     if given.figure:
         figure(runs, list(MAIN), given.figure)
 

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
@@ -56,20 +56,20 @@ class Bench:
         """One run: trains a copy of the base model, and measures all that is reported."""
         task, contender, setting = self.tasks[task_name], CONTENDERS[method], self.setting
         rate, batches = 10**exponent, self._batches(task, seed)
-        some = [next(batches) for _ in range(CALIBRATION)]
-        made = tuned(contender, self.base, setting, seed, some)
-        made.model.train()
-        numbers, spent = made.numbers, []
-        opt = optimizer(contender.optimizer, made.leaves, rate)
+        calibration = [next(batches) for _ in range(CALIBRATION)]
+        trial = tuned(contender, self.base, setting, seed, calibration)
+        trial.model.train()
+        numbers, spent = trial.numbers, []
+        opt = optimizer(contender.optimizer, trial.leaves, rate)
         period = math.ceil(setting.steps / contender.again)
         for step in range(setting.steps):
             if step and step % period == 0:
-                made.leaves = made.again(seed + 1000 * step)
-                made.model.train()
-                opt = optimizer(contender.optimizer, made.leaves, rate)
+                trial.leaves = trial.again(seed + 1000 * step)
+                trial.model.train()
+                opt = optimizer(contender.optimizer, trial.leaves, rate)
             began = time.process_time()
             opt.param_groups[0]["lr"] = rate * schedule(step, setting.steps)
-            loss = made.net(**next(batches)).loss
+            loss = trial.net(**next(batches)).loss
             loss.backward()
             opt.step()
             opt.zero_grad()
@@ -79,6 +79,7 @@ class Bench:
         held = sum(v.numel() * v.element_size() for s in opt.state.values() for v in s.values() if v.ndim)
         return {
             "setting": setting.name,
+            "steps": setting.steps,
             "task": task_name,
             "method": method,
             "exponent": exponent,
@@ -87,17 +88,17 @@ class Bench:
             "numbers": numbers,
             "step_cpu_ms": 1e3 * median(spent),
             "training_bytes": held + 4 * numbers,
-            **self.measured(made.model, task),
+            **self.measured(trial.model, task),
         }
 
     def measured(self, net: nn.Module, task: Task) -> Row:
         net.eval()
         parts = {name: getattr(task, name) for name in ("choose", "test", "far")} | self.kept
         logits = {name: self._logits(net, rows) for name, rows in parts.items()}
-        found = {f"{name}_{key}": v for name in parts for key, v in score(logits[name], parts[name]).items()}
+        scores = {f"{name}_{key}": v for name in parts for key, v in score(logits[name], parts[name]).items()}
         docs = logits["docs"].log_softmax(-1)
         kl = kl_div(docs, self.known, log_target=True, reduction="sum").item() / docs[..., 0].numel()
-        return {**found, "kl": kl}
+        return {**scores, "kl": kl}
 
     @torch.no_grad()
     def _logits(self, net: nn.Module, rows: Rows) -> Tensor:
@@ -109,8 +110,8 @@ class Bench:
         while True:
             order = torch.randperm(len(task.train), generator=generator)
             for start in range(0, len(order) - size + 1, size):
-                some = task.train[order[start : start + size]]
-                yield {"input_ids": some.tokens.to(DEVICE), "labels": some.labels.to(DEVICE)}
+                rows = task.train[order[start : start + size]]
+                yield {"input_ids": rows.tokens.to(DEVICE), "labels": rows.labels.to(DEVICE)}
 
 
 def score(logits: Tensor, rows: Rows) -> dict[str, float]:
@@ -118,11 +119,11 @@ def score(logits: Tensor, rows: Rows) -> dict[str, float]:
     which is what greedy decoding gives.
     """
     logits, labels = logits[:, :-1], rows.labels[:, 1:].to(logits.device)
-    found = {"loss": cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED).item()}
+    scores = {"loss": cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED).item()}
     if rows.exact:
         right = (logits.argmax(-1) == labels) | (labels == IGNORED)
-        found["exact"] = right.all(1).double().mean().item()
-    return found
+        scores["exact"] = right.all(1).double().mean().item()
+    return scores
 
 
 def schedule(step: int, steps: int) -> float:
@@ -137,18 +138,18 @@ def search(loss: Callable[[float], float], start: float) -> float:
     """The exponent whose loss is least among neighbours on both sides, found from `start` on; a limit where there is
     none. loss: infinite where a run diverged.
     """
-    found: dict[float, float] = {}
+    losses: dict[float, float] = {}
 
     def at(exponent: float) -> float:
-        if exponent not in found:
+        if exponent not in losses:
             value = loss(exponent)
-            found[exponent] = value if math.isfinite(value) else math.inf
-        return found[exponent]
+            losses[exponent] = value if math.isfinite(value) else math.inf
+        return losses[exponent]
 
     at(start)
     while True:
-        best = min(found, key=lambda e: (found[e], e))
-        around = [e for e in (best + STEP, best - STEP) if LIMITS[0] <= e <= LIMITS[1] and e not in found]
+        best = min(losses, key=lambda e: (losses[e], e))
+        around = [e for e in (best + STEP, best - STEP) if LIMITS[0] <= e <= LIMITS[1] and e not in losses]
         if not around:
             return best
         at(around[0])
@@ -178,7 +179,7 @@ def job(
 
 def main() -> None:
     given = _arguments()
-    setting = SETTINGS[given.setting]
+    setting = replace(SETTINGS[given.setting], **({"steps": given.steps} if given.steps else {}))
     bench = Bench(setting)
     done = read(given.rows)
     if not any(r["method"] == "base" for r in done):
@@ -216,27 +217,27 @@ def _start(setting: dict) -> None:
 
 
 def _work(task: str, method: str, seeds: int, done: list[Row], rows: Path) -> str:
-    began, made = time.perf_counter(), []
+    began, written = time.perf_counter(), []
 
     def write(row: Row) -> None:
-        made.append(row)
+        written.append(row)
         append(rows, row)
         if os.getppid() != _parent:  # it was killed, and nobody waits for more
             os._exit(1)
 
     job(partial(_bench.row, task, method), CONTENDERS[method].rate, seeds, done, write)
-    return f"{task}, {method}: {len(made)} runs in {time.perf_counter() - began:.0f} s"
+    return f"{task}, {method}: {len(written)} runs in {time.perf_counter() - began:.0f} s"
 
 
 def read(path: Path) -> list[Row]:
     """The rows of a file; a last line that was cut short is left out."""
-    found = []
+    rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(line))
+            rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return rows
 
 
 def append(path: Path, row: Row) -> None:
@@ -249,15 +250,16 @@ def append(path: Path, row: Row) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("quick", "small", "large"):
-        made.add_argument(f"--{name}", action="store_const", const=name, dest="setting", default="default")
-    made.add_argument("--tasks", type=lambda s: s.split(","), help="default: all")
-    made.add_argument("--methods", type=lambda s: s.split(","), help=f"of {', '.join(CONTENDERS)}")
-    made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--workers", type=int, default=1 if DEVICE == "cuda" else os.cpu_count())
-    made.add_argument("--rows", type=Path, help="the file of runs (default: compare-SETTING.jsonl)")
-    given = made.parse_args()
+        parser.add_argument(f"--{name}", action="store_const", const=name, dest="setting", default="default")
+    parser.add_argument("--tasks", type=lambda s: s.split(","), help="default: all")
+    parser.add_argument("--methods", type=lambda s: s.split(","), help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of tuning (default: the setting's); give --rows with it")
+    parser.add_argument("--workers", type=int, default=1 if DEVICE == "cuda" else os.cpu_count())
+    parser.add_argument("--rows", type=Path, help="the file of runs (default: compare-SETTING.jsonl)")
+    given = parser.parse_args()
     given.rows = given.rows or Path(f"compare-{given.setting}.jsonl")
     return given
 
