@@ -1,4 +1,4 @@
-"""TRL's RewardTrainer. The head that gives the score is new, so it trains whole, beside the slices.
+"""TRL's RewardTrainer. The head that gives the score is new, so all of it trains.
 
 python examples/train_reward.py MODEL PREFERENCES.jsonl OUTPUT        rows of chosen, rejected
 """
@@ -12,13 +12,12 @@ from trl import RewardConfig, RewardTrainer
 
 import s2ft_compile as s2ft
 
-TARGETS = {"ffn.in": 0.05, "ffn.out": 0.05}
+TARGETS = {"ffn.in": 0.05, "ffn.out": 0.05, "score.weight": 1.0}
 
 
 def make(model, tokenizer, dataset, output, targets=TARGETS, compiled=True, **arguments):
     """model: with one label, and the tokenizer's padding token in its configuration."""
     s2ft.prepare(model, {"input_ids": model.dummy_inputs["input_ids"]}, s2ft.S2FTConfig(targets))
-    model.score.weight.requires_grad_(True)
     if compiled:
         s2ft.compile_layers(model)
     given = {"learning_rate": 1e-4, **arguments}

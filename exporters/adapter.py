@@ -43,9 +43,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     """Writes what a prepared model has trained into a new folder, and returns its path.
 
     Of a model sharded by FSDP2, every process calls this, and process 0 writes. Raises `StateError` for a model that is
-    not prepared, `ExportError` if the folder exists or a delta is not finite.
+    not prepared, `ExportError` if the folder exists, a delta is not finite, or more than the slices trains.
     """
-    state_of(model)
+    _check_all_in_slices(model)
     if sharded.is_sharded(model):
         gathered = sharded.adapter_of(model, _check_trained, named_base(*named_in(unwrap(model))))
         sharded.first_does(lambda: _write(gathered, directory))
@@ -70,6 +70,7 @@ def write_all(folder: Path, adapter: Adapter) -> None:
 def adapter_of(model: nn.Module) -> Adapter:
     """A copy of what a prepared model has trained. Raises `StateError` for a model that is not prepared, `ExportError`
     for deltas, or sums with the weights, that are not finite."""
+    _check_all_in_slices(model)
     plan, module = ascending(state_of(model).plan), unwrap(model)
     with untrained(model):
         values, samples, blocks = Values(module), samples_of(module), {}
@@ -81,6 +82,18 @@ def adapter_of(model: nn.Module) -> Adapter:
         named, quantized = named_base(*named_in(module)), sorted(values.quantized)
         base = describe_base(type(module).__name__, dtypes_of(module), samples, blocks, named, quantized)
     return Adapter(plan, base)
+
+
+def _check_all_in_slices(model: nn.Module) -> None:
+    """Raises `ExportError` where more than the slices trains: an adapter would lose it, and take it for the base's."""
+    deltas = {id(block.delta) for block in state_of(model).blocks}
+    others = [n for n, p in unwrap(model).named_parameters() if p.requires_grad and id(p) not in deltas]
+    if others:
+        raise ExportError(
+            f"{', '.join(others[:3])} ({len(others)} in all) train besides the slices, and an adapter would lose them. "
+            f"Prepare the model with them as targets ({{{others[0]!r}: 1.0}} is all of one), or use save_merged; "
+            f"requires_grad_(False) says that they did not train"
+        )
 
 
 def named_in(module: nn.Module) -> tuple[str | None, str | None]:

@@ -68,8 +68,9 @@ class S2FTConfig:
 
     targets: role (see `ROLES`) or glob on parameter names -> ratio in (0, 1] (a float; at least one unit) or number
         of units (an int). A unit is a query head for `attention.out` and `attention.query`, a kv head for
-        `attention.key` and `attention.value`, a channel for `ffn.*`, a channel of every expert for `moe.*`. The
-        default is whole channels: gate, up and down of the same units (docs/targets.md says why).
+        `attention.key` and `attention.value`, a channel for `ffn.*`, a channel of every expert for `moe.*`. A glob with
+        1.0 trains all of what it matches, whatever its axes are: a new head, norms, biases. The default is whole
+        channels: gate, up and down of the same units (docs/targets.md says why).
     selection: how units are ranked. One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and
         "gradient" are the paper's R, W, A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see
         `passes/select/scores.py` and `calibrate.py` for what each one is. Those in `CALIBRATED` need batches of data.

@@ -17,7 +17,7 @@ from s2ft_compile.passes.couple.recheck import Permuted
 from s2ft_compile.passes.permute import dense_orders, move, moves_for, ranges
 from s2ft_compile.passes.select.calibrate import Loss, calibrate
 from s2ft_compile.passes.select.calibrate import check as check_calibration
-from s2ft_compile.passes.select.select import Selection, Taken, raised, select, targeted_bands
+from s2ft_compile.passes.select.select import WHOLE, Selection, Taken, raised, select, targeted_bands
 
 from .capture import captures, tensors_of, unwrap
 from .config import S2FTConfig, looks_at_data
@@ -174,7 +174,8 @@ def _taken(model: nn.Module, config: S2FTConfig) -> Taken:
 def _measured(model: nn.Module, analysis: Analysis, config: S2FTConfig, calibration, loss) -> dict:
     if not looks_at_data(config.selection):
         return {}
-    places = [(b.parameter_name, b.dim) for bands in targeted_bands(analysis, config).values() for b in bands]
+    bands = [b for bands in targeted_bands(analysis, config).values() for b in bands if b.role != WHOLE]
+    places = [(b.parameter_name, b.dim) for b in bands]
     return calibrate(model, places, config.selection, calibration, loss)
 
 

@@ -303,11 +303,9 @@ def _closure(args, kwargs) -> Callable | None:
 def _check_not_stale(optimizer) -> None:
     """An optimizer that was made before its model was prepared holds what is frozen now, and would train nothing."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    ids = {id(p) for p in held}
-    for state in _live:
-        if not any(id(b.delta) in ids for b in state.blocks) and state.holds(
-            held
-        ):  # the names are not walked each step
+    ids, frozen = {id(p) for p in held}, [p for p in held if not p.requires_grad]
+    for state in _live:  # the names are not walked each step
+        if frozen and not any(id(b.delta) in ids for b in state.blocks) and state.holds(frozen):
             raise StateError(
                 f"this optimizer was made before the model was prepared: it holds {len(held)} parameters, but none of "
                 f"the {len(state.blocks)} slices. Call s2ft.prepare first, then make the optimizer, of "

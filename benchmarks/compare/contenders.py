@@ -66,6 +66,8 @@ VARIANTS = {
     "s2ft_score": _s2ft("layers share by score", budget="score"),
     "s2ft_least": _s2ft("channels that do least", selection="weight_activation", largest=False),
     "s2ft_all": _s2ft("channels, and a head's queries, values and columns", ("channels", 1, 1, 1)),
+    "s2ft_attend": _s2ft("channels, two heads' queries and a head's keys", ("channels", 0, 0, 2, 1)),
+    "s2ft_attend_again": _s2ft("the same, chosen anew four times", ("channels", 0, 0, 2, 1), again=4),
     "s2ft_again": _s2ft("units chosen anew four times", again=4),
     "lora_muon": _peft("LoRA with Muon", optimizer="muon"),
 }
@@ -141,12 +143,14 @@ def lora_numbers(setting: Setting) -> int:
     return setting.rank * setting.layers * (2 * (d + q) + 2 * (d + kv) + 3 * (d + ffn))
 
 
-def targets(setting: Setting, what: str, heads: int, values: int = 0, queries: int = 0) -> dict[str, int]:
-    """Units of each layer: `heads` of the output, `values` of the value, `queries` of the query projection; columns of
-    down, or whole channels, for the rest.
+def targets(
+    setting: Setting, what: str, heads: int, values: int = 0, queries: int = 0, keys: int = 0
+) -> dict[str, int]:
+    """Units of each layer: heads of the output, value, query and key projection; columns of down, or whole channels,
+    for the rest.
     """
     head = setting.hidden * (setting.hidden // setting.heads // 2 * 2)
-    left = lora_numbers(setting) // setting.layers - (heads + values + queries) * head
+    left = lora_numbers(setting) // setting.layers - (heads + values + queries + keys) * head
     roles = ("ffn.out",) if what == "columns" else ("ffn.in", "ffn.out")
     units = round(left / setting.hidden / (1 if what == "columns" else 3))
     asked = {
@@ -154,6 +158,7 @@ def targets(setting: Setting, what: str, heads: int, values: int = 0, queries: i
         "attention.out": heads,
         "attention.value": values,
         "attention.query": queries,
+        "attention.key": keys,
     }
     return {role: units for role, units in asked.items() if units}
 

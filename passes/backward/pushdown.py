@@ -66,6 +66,8 @@ class Slicer(Editor):
         sliced = rule(self, node, x, dim) if rule else None
         if sliced is None:
             sliced = Mismatch(f"it has no slice rule for dimension {dim}")
+        if isinstance(sliced, Mismatch) and sum(node.args[3]) == x.meta["val"].shape[dim]:  # all of it is wanted
+            return x
         if isinstance(sliced, Mismatch) and not sliced.operator:
             maker = x.args[0] if x.target is operator.getitem else x
             return replace(sliced, operator=f"{maker.target} ({maker.name})", size=tuple(x.meta["val"].shape))

@@ -34,8 +34,10 @@ def trainable(
 ) -> tuple[Selection, ...]:
     """The selections whose gradients have slice rules. A weight that is targeted by its name, or all of which a target
     consists, raises `ConfigError`; others of a role are left out, with a line in the log."""
+    tensors = tensors_of(model)
+    parts = [s for s in selections if len(s.indices) < tensors[s.parameter_name].shape[s.dim]]  # others need no rule
     with stand_ins(model) as quantized:
-        places = [(s.parameter_name, s.dim) for s in selections if s.parameter_name not in quantized]
+        places = [(s.parameter_name, s.dim) for s in parts if s.parameter_name not in quantized]
         refused = refused_gradients(model, example_inputs, places)
     left = tuple(s for s in selections if (s.parameter_name, s.dim) not in refused)
     for s in selections:

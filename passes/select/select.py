@@ -23,6 +23,7 @@ from s2ft_compile.structure import Analysis
 from .selections import SCORES
 
 log = logging.getLogger(__name__)
+WHOLE = "whole"  # the role of a parameter all of which trains, whatever its axes are
 Taken = Mapping[str, Sequence[tuple[int, Tensor]]]  # parameter -> (dim, indices) that excluded adapters change
 
 
@@ -99,7 +100,7 @@ def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Ban
     if not analysis.couplings:
         refused = "; ".join(str(r) for r in analysis.refusals[:3]) or "its parameters are not used together"
         raise ConfigError(f"no coupled structure was found in this model, so there is nothing to select: {refused}")
-    by_target = {target: _bands_of(target, analysis) for target in config.targets}
+    by_target = {target: _bands_of(target, amount, analysis) for target, amount in config.targets.items()}
     if config.top_layers is None:
         return by_target
     return {target: _top(target, bands, config.top_layers, analysis.depths) for target, bands in by_target.items()}
@@ -107,6 +108,8 @@ def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Ban
 
 def _top(target: str, bands: Sequence[Band], layers: int, depths: Mapping[str, int]) -> list[Band]:
     """The bands of a target's last layers. A layer is all structures that are first used equally deep."""
+    if all(band.role == WHOLE for band in bands):
+        return list(bands)
     first: dict[tuple, int] = {}
     for band in bands:
         depth = depths.get(band.parameter_name, 0)
@@ -162,8 +165,21 @@ def _unit_positions(layout, mask: Tensor, axes: Sequence[int]) -> Tensor:
     return positions[order].reshape(units, -1)
 
 
-def _bands_of(target: str, analysis: Analysis) -> list[Band]:
-    return _bands_of_glob(target, analysis) if is_glob(target) else _bands_of_role(target, analysis)
+def _bands_of(target: str, amount: int | float, analysis: Analysis) -> list[Band]:
+    if not is_glob(target):
+        return _bands_of_role(target, analysis)
+    names = _named(target, analysis)
+    if isinstance(amount, Integral) or amount < 1:
+        return [band for name in names for band in _bands_of_name(target, name, analysis)]
+    return [_whole(name, analysis) for name in names]
+
+
+def _whole(name: str, analysis: Analysis) -> Band:
+    """All of a parameter: its rows, of which none moves."""
+    if (name, 0) not in analysis.layouts:
+        raise ConfigError(f"{name} is a single number, without a dimension to train along")
+    rows = torch.arange(analysis.layouts[name, 0].size)
+    return Band(name, 0, WHOLE, (name, WHOLE), rows[:, None])
 
 
 def _bands_of_role(role: str, analysis: Analysis) -> list[Band]:
@@ -191,7 +207,7 @@ def _one_dim_each(candidates: Sequence[Band]) -> list[Band]:
     return [band for band in candidates if band.dim == best[band.parameter_name]]
 
 
-def _bands_of_glob(glob: str, analysis: Analysis) -> list[Band]:
+def _named(glob: str, analysis: Analysis) -> list[str]:
     trained = [name for name, _ in analysis.layouts if name not in analysis.statistics]
     canonical = {**{name: name for name in trained}, **analysis.tied}
     names = list(dict.fromkeys(first for name, first in canonical.items() if matches(glob, name)))
@@ -201,24 +217,26 @@ def _bands_of_glob(glob: str, analysis: Analysis) -> list[Band]:
             f"target {glob!r} is neither a role ({', '.join(ROLES)}) nor a glob that matches a "
             f"parameter; parameters are named like {', '.join(examples[:3])}"
         )
-    matched = []
-    for name in names:
-        best = _preferred(bands(analysis, {name}))
-        dims = sorted({b.dim for b in best})
-        if not best:
-            reasons = "; ".join(r.reason for r in analysis.refusals if any(m.parameter_name == name for m in r.members))
-            raise ConfigError(
-                f"target {glob!r} matches {name}, which has no axis that may be permuted"
-                + (f": {reasons}" if reasons else "")
-            )
-        if len(dims) > 1:
-            roles = ", ".join(f"{b.role} (dim {b.dim})" for b in best)
-            raise ConfigError(
-                f"target {glob!r} matches {name}, which could train along dims {dims}; "
-                f"name one of its roles instead: {roles}"
-            )
-        matched += best
-    return matched
+    return names
+
+
+def _bands_of_name(glob: str, name: str, analysis: Analysis) -> list[Band]:
+    best = _preferred(bands(analysis, {name}))
+    dims = sorted({b.dim for b in best})
+    if not best:
+        reasons = "; ".join(r.reason for r in analysis.refusals if any(m.parameter_name == name for m in r.members))
+        raise ConfigError(
+            f"target {glob!r} matches {name}, which has no axis that may be permuted"
+            + (f": {reasons}" if reasons else "")
+            + f". {{{glob!r}: 1.0}} trains all of it"
+        )
+    if len(dims) > 1:
+        roles = ", ".join(f"{b.role} (dim {b.dim})" for b in best)
+        raise ConfigError(
+            f"target {glob!r} matches {name}, which could train along dims {dims}; "
+            f"name one of its roles instead: {roles}"
+        )
+    return best
 
 
 def _preferred(candidates: Sequence[Band]) -> list[Band]:
@@ -306,6 +324,8 @@ def _scores(
 ) -> Sequence[float]:
     """The scores of the bands that share a ranking: those of all their positions, each counted once, added up."""
     needs = SELECTIONS.get(config.selection) if isinstance(config.selection, str) else None
+    if group[0].role == WHOLE:
+        return [0.0] * len(group[0].positions)
     if needs == "nothing":
         return SCORES[config.selection](config.seed, group[0].group, len(group[0].positions))
     if needs in ("activations", "gradients"):

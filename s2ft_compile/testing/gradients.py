@@ -97,7 +97,7 @@ def _assert_slice(s: Slice, grad: Tensor | None, full: Tensor, tolerance: float,
     error = (grad.to(expected.dtype) - expected).abs()
     allowed = tolerance * full.abs().max() + 2 * U32 * expected.abs()
     if not (error <= allowed).all():
-        worst = int((error - allowed).movedim(s.dim, 0).flatten(1).amax(1).argmax())
+        worst = int((error - allowed).movedim(s.dim, 0).reshape(len(s.indices), -1).amax(1).argmax())
         raise AssertionError(
             f"the gradient of {where} is off by {error.max():.3g} at index {int(s.indices[worst])}, "
             f"where {allowed.max():.3g} is allowed and the largest entry is {full.abs().max():.3g}"
