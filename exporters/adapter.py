@@ -71,7 +71,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     """A copy of what a prepared model has trained. Raises `StateError` for a model that is not prepared, `ExportError`
     for deltas, or sums with the weights, that are not finite."""
     _check_all_in_slices(model)
-    plan, module = ascending(state_of(model).plan), unwrap(model)
+    plan, module = ascending(state_of(model).all_trained), unwrap(model)
     with untrained(model):
         values, samples, blocks = Values(module), samples_of(module), {}
         for s in plan.slices:
@@ -196,6 +196,11 @@ def _into_deltas(state: State, plan: Plan) -> None:
         raise AdapterError(
             f"the deltas of {', '.join(wide[:3])} are float64, which the float32 deltas of a prepared "
             f"model cannot hold; load the adapter into a model that is not prepared"
+        )
+    if state.left_behind:
+        raise AdapterError(
+            "the model's units were chosen anew, so it has trained more than its slices hold now; load the adapter "
+            "into a model that is not prepared"
         )
     mine = {s.parameter_name: s for s in state.plan.slices}
     theirs = {s.parameter_name: s for s in plan.slices}

@@ -34,7 +34,7 @@ def plain(model: nn.Module) -> Iterator[None]:
     if not is_prepared(model):
         yield
         return
-    slices = state_of(model).plan.slices
+    slices = state_of(model).all_trained.slices
     with merged(model):
         weights, quantized = dict(unwrap(model).named_parameters()), quantized_in(unwrap(model))
         for s in slices:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import ExportError
+from s2ft_compile.plan import Slice
 from s2ft_compile.quantized import check_not_quantized
 from s2ft_compile.sliced import InPlace
-from s2ft_compile.state import State, state_of
+from s2ft_compile.state import Left, State, state_of
 
 from .conversion import as_stored
 
@@ -41,12 +42,12 @@ class _Place:
 
     name: str
     shape: tuple[int, ...]
-    block: InPlace
+    block: InPlace | Left
     indices: Tensor
     picked: Tensor | None
 
 
-_places: "WeakKeyDictionary[State, list[_Place]]" = WeakKeyDictionary()
+_places: "WeakKeyDictionary[State, tuple[int, list[_Place]]]" = WeakKeyDictionary()  # by how often units were chosen
 
 
 @torch.no_grad()
@@ -58,10 +59,10 @@ def patches(model: nn.Module) -> Iterator[Patch]:
     """
     state = state_of(model)
     check_not_quantized(state.model, "patches")
-    if state not in _places:
-        _places[state] = list(_found(state, unwrap(model)))
+    if _places.get(state, (-1, []))[0] != state.reselected:
+        _places[state] = state.reselected, list(_found(state, unwrap(model)))
     whole: dict[int, Tensor] = {}
-    for place in _places[state]:
+    for place in _places[state][1]:
         if id(place.block) not in whole:
             whole = {id(place.block): place.block.trained().reshape(-1)}
         values = whole[id(place.block)]
@@ -71,7 +72,9 @@ def patches(model: nn.Module) -> Iterator[Patch]:
 
 
 def _found(state: State, module: nn.Module) -> Iterator[_Place]:
-    for s, block in zip(state.plan.slices, state.blocks):
+    shapes = {s.parameter_name: s.shape for s in state.plan.slices}
+    earlier = [(Slice(b.name, b.dim, b.indices, shapes[b.name], ()), b) for b in state.left_behind]
+    for s, block in [*zip(state.plan.slices, state.blocks), *earlier]:
         if prod(s.shape) >= 1 << 31:
             raise ExportError(f"{s.parameter_name} has {prod(s.shape):,} numbers, and positions are int32")
         flat = _flat(s.shape, s.dim, s.indices)

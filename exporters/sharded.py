@@ -38,6 +38,10 @@ def gathered(model: nn.Module, trained: bool) -> Iterator[tuple[str, Tensor]]:
     A tied one comes once, under its first name. Every process has to go through all of it.
     """
     state = state_of(model)
+    if state.left_behind:
+        raise ExportError(
+            "units of this model were chosen anew before it was sharded, and what trained before is lost here"
+        )
     blocks = {block.name: block for block in state.blocks}
     for name, parameter in base_parameters(unwrap(model)).items():
         tensor = whole(parameter.detach()).cpu().clone()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .plan import Plan, Slice
     from .preparation import analyze, permute, prepare
     from .reference import Reference, base_values
+    from .reselection import reselect
     from .state import disabled, is_prepared, parameters, release
     from .structure import Analysis, Coupling, Member, Refusal
     from .verification import Verification, verify
@@ -67,6 +68,7 @@ __getattr__, __dir__ = attributes(
         "prepare": "preparation",
         "Reference": "reference",
         "base_values": "reference",
+        "reselect": "reselection",
         "disabled": "state",
         "is_prepared": "state",
         "parameters": "state",
@@ -92,6 +94,7 @@ __all__ = [
     "verify",
     "permute",
     "prepare",
+    "reselect",
     "parameters",
     "optimizer",
     "release",

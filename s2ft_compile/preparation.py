@@ -110,13 +110,15 @@ def prepare(
     if given is None:
         check_calibration(config.selection, calibration)
     parameters = Values(model)
-    taken = _taken(model, config) if given is None else None
+    of_others = taken(model, config) if given is None else None
     _check_not_shared(model, parameters.own)
     for weight in parameters.quantized.values():
         settle(weight.layer, weight.key)
     analysis, base = analyze(model, example_inputs, train=train), fingerprint(model)
     if given is None:
-        selections = select(analysis, config, parameters, _measured(model, analysis, config, calibration, loss), taken)
+        selections = select(
+            analysis, config, parameters, measured(model, analysis, config, calibration, loss), of_others
+        )
     else:
         selections = _selected(given, base, analysis)
     _check_trainable(selections, parameters, analysis)
@@ -138,7 +140,7 @@ def prepare(
             parameters.own[name].requires_grad_(False)
             undo.callback(parameters.own[name].requires_grad_, True)
         plan = Plan(config, base, tuple(piece for _, piece in pairs), notes)
-        state = State(plan, [block for block, _ in pairs], moves, frozen, Permuted.of(analysis, orders))
+        state = State(plan, [block for block, _ in pairs], moves, frozen, Permuted.of(analysis, orders), analysis)
         undo.callback(state.uninstall, model)
         state.install(model)
         undo.pop_all()
@@ -161,7 +163,7 @@ def _check_not_shared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) 
         )
 
 
-def _taken(model: nn.Module, config: S2FTConfig) -> Taken:
+def taken(model: nn.Module, config: S2FTConfig) -> Taken:
     units: dict[str, list[tuple[int, Tensor]]] = {}
     for folder in config.exclude:
         adapter = read_adapter(folder)
@@ -171,7 +173,7 @@ def _taken(model: nn.Module, config: S2FTConfig) -> Taken:
     return units
 
 
-def _measured(model: nn.Module, analysis: Analysis, config: S2FTConfig, calibration, loss) -> dict:
+def measured(model: nn.Module, analysis: Analysis, config: S2FTConfig, calibration, loss) -> dict:
     if not looks_at_data(config.selection):
         return {}
     bands = [b for bands in targeted_bands(analysis, config).values() for b in bands if b.role != WHOLE]

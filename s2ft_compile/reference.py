@@ -67,6 +67,7 @@ def base_values(model: nn.Module) -> Iterator[None]:
 def _write(state: State, trained: bool) -> None:
     for block in state.blocks:
         block.put(trained)
+    state.put_left_behind(trained, base_order=False)
     if any(hasattr(block.weight, "placements") for block in state.blocks):
         from torch.distributed.fsdp import FSDPModule
 

@@ -78,6 +78,7 @@ class Block:
     attached: bool = False  # whether a forward has used the delta, so that it can have a gradient
     owns_gradient: bool = False
     loading: bool = False  # whether load_state_dict may put another tensor in its place
+    reselected: bool = False  # whether the delta is of other units than an optimizer knows
 
     def __post_init__(self):
         self._register()
@@ -137,7 +138,11 @@ class InPlace(Block):
 
     def __post_init__(self):
         super().__post_init__()
-        self.starts, self.lengths = [s for s, _ in self.ranges], [n for _, n in self.ranges]
+        self._lie_in(self.ranges)
+
+    def _lie_in(self, ranges: Ranges) -> None:
+        self.ranges = ranges
+        self.starts, self.lengths = [s for s, _ in ranges], [n for _, n in ranges]
 
     def __setstate__(self, values):
         super().__setstate__(values)
@@ -154,6 +159,19 @@ class InPlace(Block):
         if held is not self.weight and hasattr(held, "placements"):
             self.adopt()
         return hasattr(self.weight, "placements")
+
+    @torch.no_grad()
+    def choose(self, ranges: Ranges, again: Tensor, earlier) -> None:
+        """The block becomes other positions of the weight, which hold their base's values; but for those at `again` in
+        it, which have trained before and go on: earlier has their delta and the base's values."""
+        self._lie_in(ranges)
+        self.backup = self.read()
+        self.delta.zero_()
+        self.delta.grad = None
+        again = again.to(self.delta.device)
+        self.delta.index_copy_(self.dim, again, earlier.delta.to(self.delta.device))
+        self.backup.index_copy_(self.dim, again, earlier.backup.to(self.delta.device))
+        self.seen, self.reselected = None, True
 
     # --- the weight's values -----------------------------------------------------------------------------------------
 

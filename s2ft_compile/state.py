@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +20,76 @@ from s2ft_compile.passes.permute import move
 
 from .capture import tensors_of, unwrap
 from .errors import StateError
-from .plan import Plan
+from .plan import Plan, Slice
 from .processes import check_processes
 from .quantized import quantized_in
 from .sliced import Beside, Block, check_extra, check_same, refresh
+from .structure import Analysis
 
 NAME = "_s2ft_state"
+ANEW = "units chosen anew"  # how the note of a reselection begins
 _live: "weakref.WeakSet[State]" = weakref.WeakSet()
 
 
+@dataclass(frozen=True, eq=False)
+class Left:
+    """What trained before a reselection, of one parameter; on the CPU. indices: int64 (n,), along `dim`, in the base's
+    order. delta: float32, backup: W0, both of the parameter's shape with n along `dim`."""
+
+    name: str
+    dim: int
+    indices: Tensor
+    delta: Tensor
+    backup: Tensor
+
+    def trained(self) -> Tensor:
+        """cast(W0 + D), as `InPlace.trained`."""
+        wide = torch.promote_types(self.backup.dtype, self.delta.dtype)
+        return self.backup.to(wide).add(self.delta.to(wide)).to(self.backup.dtype)
+
+    def take(self, rows: Tensor) -> "Left":
+        delta, backup = (t.index_select(self.dim, rows) for t in (self.delta, self.backup))
+        return replace(self, indices=self.indices[rows], delta=delta, backup=backup)
+
+    def and_also(self, other: "Left | None") -> "Left":
+        if other is None:
+            return self
+        indices = torch.cat([self.indices, other.indices])
+        delta, backup = (
+            torch.cat(pair, self.dim) for pair in zip((self.delta, self.backup), (other.delta, other.backup))
+        )
+        return replace(self, indices=indices, delta=delta, backup=backup)
+
+    def moved(self) -> "Left | None":
+        """The part that is not the base's, None without any."""
+        others = [d for d in range(self.delta.ndim) if d != self.dim]
+        differs = self.delta.ne(0).any(others) if others else self.delta.ne(0)
+        return self.take(differs.nonzero().squeeze(1)) if differs.any() else None
+
+    @torch.no_grad()
+    def put(self, weight: Tensor, order: Tensor | None, trained: bool) -> None:
+        """Writes it into the weight, or the base's values; without its version counter. order: gather index of the
+        weight's order, None for the base's."""
+        places = self.indices if order is None else torch.argsort(order.cpu())[self.indices]
+        values = self.trained() if trained else self.backup
+        weight.data.index_copy_(self.dim, places.to(weight.device), values.to(weight.device))
+
+
 class State:
-    """blocks: what trains. moves: (parameter or buffer, dim, gather index) that made the blocks dense. frozen: the
+    """blocks: what trains. left_behind: what trained before a reselection. analysis: of the model in the base's order.
+    moves: (parameter or buffer, dim, gather index) that made the blocks dense. frozen: the
     names of the parameters that `prepare` froze. permuted: the axes that are not in the base's order, and left: those
     that a graph returned to others so. `active` is False while the weights are not the trained ones in training
     order."""
 
-    def __init__(self, plan: Plan, blocks: list[Block], moves: list, frozen: list[str], permuted: Permuted):
+    def __init__(
+        self, plan: Plan, blocks: list[Block], moves: list, frozen: list[str], permuted: Permuted, analysis: Analysis
+    ):
         self._plan = plan
+        self.analysis = analysis
         self.blocks = blocks
+        self.left_behind: list[Left] = []
+        self.reselected = 0  # how often
         self.moves = moves
         self.frozen = frozen
         self.permuted = permuted
@@ -62,6 +114,31 @@ class State:
         if any(s.delta is not b.delta for s, b in pairs):
             self._plan = replace(self._plan, slices=tuple(replace(s, delta=b.delta) for s, b in pairs))
         return self._plan
+
+    @property
+    def all_trained(self) -> Plan:
+        """The plan with what trained before a reselection, too: all that differs from the base."""
+        earlier = {left.name: left for left in self.left_behind}
+        slices = []
+        for s in self.plan.slices:
+            if left := earlier.get(s.parameter_name):
+                delta = torch.cat([s.delta.detach(), left.delta.to(s.delta.device)], s.dim)
+                s = replace(s, indices=torch.cat([s.indices, left.indices]), delta=nn.Parameter(delta, False))
+            slices.append(s)
+        return replace(self.plan, slices=tuple(slices))
+
+    def replan(self, slices: tuple[Slice, ...]) -> None:
+        notes = [note for note in self._plan.notes if not note.startswith(ANEW)]
+        notes.append(f"{ANEW} {self.reselected} times; what trained before keeps what it learned")
+        self._plan = replace(self._plan, slices=slices, notes=tuple(notes))
+
+    def put_left_behind(self, trained: bool, base_order: bool) -> None:
+        """Writes what trained before a reselection into its weights, or the base's values."""
+        if self.left_behind:
+            now = self.tensors()
+            orders = {} if base_order else {(name, dim): index for name, dim, index in self.moves}
+            for left in self.left_behind:
+                left.put(now[left.name], orders.get((left.name, left.dim)), trained)
 
     def holds(self, parameters: list[Tensor]) -> bool:
         """Whether one of these parameters is trained, frozen or permuted here."""
@@ -207,10 +284,12 @@ def _arranged(model: nn.Module, trained: bool) -> Iterator[None]:
     state = state_of(model)
     if not state.active:
         raise StateError("the model is already inside disabled() or merged()")
-    _to_base_order(state, trained)
+    to_base_order(state, trained)
     try:
         yield
     finally:
+        if not trained:
+            state.put_left_behind(trained=True, base_order=True)
         state.move(back=False)
         for block in state.blocks:
             block.adopt()
@@ -218,7 +297,7 @@ def _arranged(model: nn.Module, trained: bool) -> Iterator[None]:
         refresh(state.blocks)
 
 
-def _to_base_order(state: State, trained: bool) -> None:
+def to_base_order(state: State, trained: bool) -> None:
     state.check_whole()
     if any([block.follow_shards() for block in state.blocks]):
         raise StateError(
@@ -235,6 +314,8 @@ def _to_base_order(state: State, trained: bool) -> None:
             block.put(trained=False)
     state.set_active(False)
     state.move(back=True)
+    if not trained:
+        state.put_left_behind(trained=False, base_order=True)
 
 
 def disabled(model: nn.Module):
@@ -261,7 +342,7 @@ def release(model: nn.Module) -> None:
     such a model.
     """
     state, module = state_of(model), unwrap(model)
-    _to_base_order(state, trained=True)
+    to_base_order(state, trained=True)
     state.uninstall(module, trained=True)
     for block in state.blocks:
         if isinstance(block, Beside):
@@ -278,6 +359,10 @@ def release(model: nn.Module) -> None:
 def _before_step(optimizer, args, kwargs) -> None:
     _check_not_stale(optimizer)
     for state, blocks in _blocks_in(optimizer):
+        for block in blocks:
+            if block.reselected:  # momenta are of other units
+                optimizer.state.pop(block.delta, None)
+                block.reselected = False
         if not state.compared and blocks[0].follow_shards():
             check_processes(state.plan, blocks[0].weight)
             state.compared = True

@@ -69,6 +69,14 @@ VARIANTS = {
     "s2ft_attend": _s2ft("channels, two heads' queries and a head's keys", ("channels", 0, 0, 2, 1)),
     "s2ft_attend_again": _s2ft("the same, chosen anew four times", ("channels", 0, 0, 2, 1), again=4),
     "s2ft_again": _s2ft("units chosen anew four times", again=4),
+    "s2ft_again10": _s2ft("units chosen anew ten times", again=10),
+    "s2ft_random_again10": _s2ft("units drawn anew ten times", selection="random", again=10),
+    "s2ft_attend_again10": _s2ft(
+        "channels, queries and keys, chosen anew ten times", ("channels", 0, 0, 2, 1), again=10
+    ),
+    "s2ft_attend_random_again10": _s2ft(
+        "channels, queries and keys, drawn anew ten times", ("channels", 0, 0, 2, 1), "random", again=10
+    ),
     "lora_muon": _peft("LoRA with Muon", optimizer="muon"),
 }
 CONTENDERS = MAIN | VARIANTS
@@ -174,7 +182,7 @@ def _prepare(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) ->
         if sizes in _known:
             for name in ("analyze", "trainable"):
                 known = _known[sizes] if name == "analyze" else None
-                stack.enter_context(mock.patch.object(preparation, name, lambda *a, found=known, **_: known or a[-1]))
+                stack.enter_context(mock.patch.object(preparation, name, lambda *a, known=known, **_: known or a[-1]))
         else:
             _known[sizes] = s2ft.analyze(model, example)
         s2ft.prepare(model, example, config, calibration=batches if config.selection in NEED_DATA else None)

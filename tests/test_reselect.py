@@ -1,0 +1,157 @@
+"""Units chosen anew: what trained before stays, exactly, and the new ones train in its place."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import assert_weights, cases, full_gradients, hf, same_bits, tokens
+from torch import nn
+
+import s2ft_compile as s2ft
+from s2ft_compile import exporters
+from s2ft_compile.errors import ConfigError, StateError
+from s2ft_compile.state import merged, state_of
+
+BATCH = {"input_ids": tokens(), "labels": tokens()}
+INPUTS = {"input_ids": BATCH["input_ids"]}
+
+
+def steps(model: nn.Module, optimizer, net=None, number: int = 2) -> None:
+    for _ in range(number):
+        (model if net is None else net)(**BATCH).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def everything(base: nn.Module, rounds: list[dict[str, tuple[int, torch.Tensor, torch.Tensor]]]) -> dict:
+    """What the weights have to be: of each unit cast(W0 + D), with the last D that it had."""
+    expected = {n: p.detach().clone() for n, p in base.named_parameters()}
+    for one in rounds:
+        for name, (dim, indices, delta) in one.items():
+            W0 = dict(base.named_parameters())[name].detach().index_select(dim, indices)
+            wide = torch.promote_types(W0.dtype, torch.float32)
+            expected[name].index_copy_(dim, indices, (W0.to(wide) + delta.to(wide)).to(W0.dtype))
+    return expected
+
+
+def deltas(plan: s2ft.Plan) -> dict:
+    return {s.parameter_name: (s.dim, s.indices.clone(), s.delta.detach().clone()) for s in plan.slices}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "family, targets", [("llama", {"ffn.in": 8, "ffn.out": 8}), ("gpt2", {"attention.out": 1, "ffn.out": 6})]
+)
+def test_three_rounds_in_one_graph(family, targets, dtype, tmp_path):
+    """Of 24 (64) channels 8 (6) train at a time; some are chosen twice. One graph, and each way of reading the result
+    has every unit's last value, bit for bit."""
+    base = hf(family).to(dtype)
+    model, graphs = copy.deepcopy(base), []
+
+    def backend(gm, inputs, **options):
+        graphs.append(gm)
+        return s2ft.backend.s2ft(gm, inputs, options={"inner": "aot_eager"})
+
+    s2ft.prepare(model, INPUTS, s2ft.S2FTConfig(targets))
+    net, optimizer = torch.compile(model, backend=backend), s2ft.optimizer(model, lr=3e-2)
+    rounds, compiled = [], 0
+    for number in range(3):
+        plan = s2ft.reselect(model, seed=number) if number else state_of(model).plan
+        steps(model, optimizer, net)
+        rounds.append(deltas(plan))
+        compiled = compiled or len(graphs)
+    assert len(graphs) == compiled
+    name = next(n for n in rounds[0] if "down_proj" in n or "mlp.c_proj" in n)
+    chosen = [set(r[name][1].tolist()) for r in rounds]
+    assert len(set.union(*chosen)) > len(chosen[0]) and any(a & b for a in chosen for b in chosen if a is not b)
+
+    expected = everything(base, rounds)
+    exporters.save_adapter(model, tmp_path / "adapter")
+    before = model(**INPUTS).logits
+    with s2ft.disabled(model):
+        assert_weights(model, {**dict(model.named_parameters()), **dict(base.named_parameters())})
+    with s2ft.base_values(model), torch.no_grad():
+        torch.testing.assert_close(
+            model(**INPUTS).logits, base(**INPUTS).logits, rtol=0.1, atol=0.1 if dtype != torch.float32 else 1e-4
+        )
+    assert same_bits(before, model(**INPUTS).logits)
+    patched = copy.deepcopy(base)
+    for patch in s2ft.patches(model):
+        patch.apply(dict(patched.named_parameters())[patch.name])
+    assert_weights(patched, expected)
+    copied = copy.deepcopy(model)
+    for one in (copied, model):
+        s2ft.release(one)
+        assert_weights(one, expected)
+    loaded = copy.deepcopy(base)
+    exporters.load_adapter(loaded, tmp_path / "adapter")
+    assert_weights(loaded, expected)
+
+
+@settings(max_examples=20)
+@given(cases(), st.data())
+def test_gradients_of_the_new_units_are_those_of_the_whole_weights(case, data):
+    """Of any model and role, after a step of the first selection."""
+    analysis = s2ft.analyze(case.make(), case.inputs)
+    roles = sorted(
+        {r for c in analysis.couplings for m in c.members for r in [m.role] if r.startswith(("ffn", "attention"))}
+    )
+    role = data.draw(st.sampled_from(roles))
+    model = case.make()
+    s2ft.prepare(model, case.inputs, s2ft.S2FTConfig({role: 1}))
+    optimizer = torch.optim.SGD(s2ft.parameters(model), lr=0.1)
+    model(*case.inputs).sin().sum().backward()
+    optimizer.step()
+    plan = s2ft.reselect(model, seed=data.draw(st.integers(0, 99)))
+    released = copy.deepcopy(model)
+    s2ft.release(released)
+    full = full_gradients(released, lambda m: m(*case.inputs).sin().sum())
+    model(*case.inputs).sin().sum().backward()
+    for s in plan.slices:
+        expected = full[s.parameter_name].index_select(s.dim, s.indices)
+        torch.testing.assert_close(
+            s.delta.grad.double(), expected.double(), rtol=1e-4, atol=1e-5 * float(full[s.parameter_name].abs().max())
+        )
+
+
+def test_an_optimizer_forgets_other_units_and_goes_on():
+    model = hf("llama")
+    s2ft.prepare(model, INPUTS, s2ft.S2FTConfig({"ffn.out": 4}))
+    optimizer = torch.optim.AdamW(s2ft.parameters(model), lr=1e-2)
+    steps(model, optimizer, number=3)
+    s2ft.reselect(model)
+    steps(model, optimizer, number=1)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
+    steps(model, optimizer, number=1)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+
+
+def test_a_selection_by_gradient_looks_at_the_present_weights():
+    model = hf("llama")
+    config = s2ft.S2FTConfig({"ffn.in": 3, "ffn.out": 3}, selection="gradient")
+    s2ft.prepare(model, INPUTS, config, calibration=[BATCH])
+    steps(model, s2ft.optimizer(model, lr=0.3), number=4)
+    with merged(model):
+        plain = copy.deepcopy(model)
+    plan = s2ft.reselect(model, [BATCH])
+    fresh = s2ft.prepare(plain, INPUTS, config, calibration=[BATCH])
+    for ours, theirs in zip(plan.slices, fresh.slices):
+        assert torch.equal(ours.indices.sort().values, theirs.indices.sort().values)
+    with pytest.raises(ConfigError, match="calibration"):
+        s2ft.reselect(model)
+
+
+def test_what_cannot_be_chosen_anew_is_refused_and_nothing_changes():
+    model = hf("llama")
+    with pytest.raises(StateError, match="not prepared"):
+        s2ft.reselect(model)
+    s2ft.prepare(model, INPUTS, s2ft.S2FTConfig({"ffn.out": 5}, budget="model"))
+    with pytest.raises(ConfigError, match="budget='layer'"):
+        for seed in range(20):  # a draw may be of the same sizes
+            before = {n: p.detach().clone() for n, p in model.named_parameters()}
+            s2ft.reselect(model, seed=seed)
+    assert all(same_bits(p, before[n]) for n, p in model.named_parameters())
+    with s2ft.disabled(model), pytest.raises(StateError, match="inside"):
+        s2ft.reselect(model)
