@@ -126,6 +126,27 @@ def test_gradients_are_those_of_float64_slices(way, recwarn):
     assert not [w for w in recwarn if "full size" in str(w.message)], "no gradient of a frozen weight"
 
 
+@pytest.mark.parametrize("way", ["whole", "by layer", "eager"])
+def test_gradients_of_activations_that_trl_moves_away(way, monkeypatch):
+    """TRL's own offloading, which asks for an accelerator: told that the CPU is one, it copies away and back all that
+    is saved but the parameters."""
+    from types import SimpleNamespace
+
+    from trl.models.activation_offloading import OffloadActivations
+
+    base, model, plan = llama()
+    run = WAYS[way](model)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type="cpu"))
+    away = OffloadActivations(use_pin_memory=False, use_streams=False, min_offload_size=1)
+    away.update_model_params(model)
+    with away:
+        value = loss(run)
+        moved = {entry[4] for entry in away.tracker.values() if entry[1]}
+        value.backward()
+    check(base, plan)
+    assert moved and moved.isdisjoint(p.shape for p in model.parameters() if p.ndim > 1)
+
+
 def test_equal_layers_share_one_graph():
     _, model, _ = llama()
     loss(by_layer(model)).backward()
