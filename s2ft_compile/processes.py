@@ -37,9 +37,18 @@ def digest(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(plan.to_dict()["slices"]).encode()).hexdigest()
 
 
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def one_writes() -> str:
+    """What else may be the matter with a file that is there already, where there are several processes."""
+    return ". Where every process has the whole model (DDP), let the first alone write" if _several() else ""
+
+
 def other_process() -> str:
     """What else may have happened to a weight where there are several processes."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _several():
         return ""
     return (
         ". Or the processes selected other slices, and DistributedDataParallel sent the first one's weights to all: "

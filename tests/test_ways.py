@@ -136,8 +136,9 @@ def test_gradients_of_activations_that_trl_moves_away(way, monkeypatch):
 
     base, model, plan = llama()
     run = WAYS[way](model)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type="cpu"))
-    away = OffloadActivations(use_pin_memory=False, use_streams=False, min_offload_size=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type="cpu"))
+        away = OffloadActivations(use_pin_memory=False, use_streams=False, min_offload_size=1)
     away.update_model_params(model)
     with away:
         value = loss(run)

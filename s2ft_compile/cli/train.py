@@ -164,7 +164,7 @@ def last_checkpoint(work: Path) -> Path | None:
 
 
 def _as_one_line(error: BaseException, last: Path | None, reporter: str = "none") -> BaseException:
-    """What went wrong while training, and what is left, as an error for a person. reporter: `TrainOptions.report_to`."""
+    """What went wrong while training, and what is left, as an error for a person. reporter: what `report_to` is."""
     text, left = str(error), f"; {last} is complete, go on with --resume" if last else ""
     if isinstance(error, (KeyboardInterrupt, Interrupted)):
         return TrainingError(f"stopped{left or ', before there was a checkpoint'}")
