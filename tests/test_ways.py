@@ -533,6 +533,22 @@ def test_a_trained_weight_is_not_replaced(how):
     assert layer._forward_pre_hooks == {} and torch.equal(loss(model), before)
 
 
+def test_other_ways_of_sharding_are_refused_by_name(monkeypatch):
+    case, model = prepared()
+    block = state_of(model).blocks[0]
+    (module, key), *_ = block.places
+    with monkeypatch.context() as patched, pytest.raises(StateError, match="FSDP1.*use FSDP2"):
+        patched.setattr("torch.distributed.is_initialized", lambda: True)
+        delattr(module, key)  # as FSDP1 does
+    block.weight.ds_id = 0  # as DeepSpeed marks what it takes apart
+    with pytest.raises(StateError, match="ZeRO-3.*use FSDP2"):
+        model(*case.inputs)
+    base = case.make()
+    next(base.parameters()).ds_id = 0
+    with pytest.raises(StateError, match="ZeRO-3.*use FSDP2"):
+        s2ft.prepare(base, case.inputs, s2ft.S2FTConfig({"ffn.out": 2}))
+
+
 def test_a_weight_that_is_tied_again_is_the_same():
     _, model, _ = llama(tie_word_embeddings=True)
     before = snapshot(model)
