@@ -59,4 +59,5 @@ if __name__ == "__main__":
     ids = torch.tensor(tokenizer(Path(text).read_text())["input_ids"])
     batches = list(ids[: len(ids) // 2048 * 2048].view(-1, 4, 512))
     trained = train(model, batches, 100, *state, save_to=f"{output}/state")
-    s2ft.exporters.save_merged(trained, Path(output) / "merged")
+    if Accelerator().is_main_process:  # of several, each of which has the whole model
+        s2ft.exporters.save_merged(trained, Path(output) / "merged")

@@ -31,5 +31,7 @@ def make(model, tokenizer, dataset, output, targets=TARGETS, compiled=True, **ar
 if __name__ == "__main__":
     name, data, output = sys.argv[1:]
     tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    make(model, tokenizer, load_dataset("json", data_files=data, split="train"), output).train()
-    s2ft.exporters.save_merged(model, Path(output) / "merged")
+    trainer = make(model, tokenizer, load_dataset("json", data_files=data, split="train"), output)
+    trainer.train()
+    if trainer.is_world_process_zero():  # of several, each of which has the whole model
+        s2ft.exporters.save_merged(model, Path(output) / "merged")

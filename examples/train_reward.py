@@ -30,5 +30,7 @@ if __name__ == "__main__":
     model = AutoModelForSequenceClassification.from_pretrained(
         name, num_labels=1, dtype="auto", pad_token_id=tokenizer.pad_token_id
     )
-    make(model, tokenizer, load_dataset("json", data_files=data, split="train"), output).train()
-    s2ft.exporters.save_merged(model, Path(output) / "merged")
+    trainer = make(model, tokenizer, load_dataset("json", data_files=data, split="train"), output)
+    trainer.train()
+    if trainer.is_world_process_zero():  # of several, each of which has the whole model
+        s2ft.exporters.save_merged(model, Path(output) / "merged")

@@ -29,4 +29,5 @@ if __name__ == "__main__":
     rows = [ids[i : i + 512] for i in range(0, len(ids) - 511, 512)]
     trainer = make(model, [{"input_ids": row, "labels": row} for row in rows], output)
     trainer.train(resume_from_checkpoint=bool(rest))
-    s2ft.exporters.save_merged(model, Path(output) / "merged")  # or save_adapter
+    if trainer.is_world_process_zero():  # of several, each of which has the whole model
+        s2ft.exporters.save_merged(model, Path(output) / "merged")  # or save_adapter

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from s2ft_compile.errors import ExportError, of_the_system
+from s2ft_compile.processes import one_writes
 
 try:
     import fcntl
@@ -33,11 +34,7 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
     cannot be written, before the block runs where it can be known then.
     """
     path = _resolved(target)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ExportError(
-            f"{target} exists{'' if path.is_dir() else ' and is not a folder'}; "
-            f"name a folder that does not exist yet, or an empty one"
-        )
+    _refuse_filled(path, target)
     if path.is_dir() and (os.path.ismount(path) or path == Path.cwd()):
         raise ExportError(
             f"{target} is a mount point or the current folder, which cannot be replaced; name a new folder inside it"
@@ -45,7 +42,8 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
     with _staging(path, target) as folder:
         yield folder
         _flush(folder)
-        os.rename(folder, path)  # replaces an empty folder, and refuses one that has been filled meanwhile
+        _refuse_filled(path, target)  # by another process, meanwhile
+        os.rename(folder, path)  # replaces an empty folder
 
 
 @contextmanager
@@ -76,7 +74,15 @@ def _resolved(target) -> Path:
 def _refuse_existing(paths: list[Path]) -> None:
     for path in paths:
         if path.exists():
-            raise ExportError(f"{path} exists; name a file that does not exist yet, or remove it first")
+            raise ExportError(f"{path} exists; name a file that does not exist yet, or remove it first{one_writes()}")
+
+
+def _refuse_filled(path: Path, target) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ExportError(
+            f"{target} exists{'' if path.is_dir() else ' and is not a folder'}; "
+            f"name a folder that does not exist yet, or an empty one{one_writes()}"
+        )
 
 
 @contextmanager

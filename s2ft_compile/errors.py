@@ -3,6 +3,7 @@
 Each one is also the built-in exception a caller would expect, so `except ValueError` works too.
 """
 
+import errno
 import re
 
 
@@ -49,3 +50,13 @@ _SYSTEM = re.compile(r"\(os error \d+\)|No space left|iostream|file write|inline
 def of_the_system(error: BaseException) -> bool:
     """Whether an error is the system's, such as that of a full disk."""
     return isinstance(error, OSError) or _SYSTEM.search(str(error)) is not None
+
+
+def of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory: a GPU's, Python's, or of torch on a CPU, which raises a plain RuntimeError;
+    also where the compiler met it, around whose errors dynamo puts one of its own."""
+    cause = getattr(error, "inner_exception", error)
+    if isinstance(cause, OSError):
+        return cause.errno == errno.ENOMEM
+    known = isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"  # no torch in this file
+    return known or "DefaultCPUAllocator" in str(cause)

@@ -18,6 +18,16 @@ def check_not_sharded(model: nn.Module) -> None:
                 f"{name} is a shard of a weight ({parameter.placements}): call s2ft.prepare before fully_shard. Models "
                 f"that are loaded tensor parallel (tp_plan) are not supported; load without it, and shard with FSDP2"
             )
+        check_not_partitioned(name, parameter)
+
+
+def check_not_partitioned(name: str, parameter: Tensor) -> None:
+    """Raises `StateError` for a parameter that DeepSpeed has taken apart (ZeRO-3), which leaves it empty."""
+    if hasattr(parameter, "ds_id"):
+        raise StateError(
+            f"{name} is partitioned by DeepSpeed's ZeRO-3, which is not supported: use FSDP2 (torch's fully_shard, or "
+            f"accelerate with fsdp_version: 2)"
+        )
 
 
 def check_processes(plan: Plan, weight: Tensor) -> None:
@@ -37,9 +47,24 @@ def digest(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(plan.to_dict()["slices"]).encode()).hexdigest()
 
 
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def one_writes() -> str:
+    """What else may be the matter with a file that is there already, where there are several processes."""
+    return ". Where every process has the whole model (DDP), let the first alone write" if _several() else ""
+
+
+def replacing() -> str:
+    """What else may replace a weight in a training of several processes."""
+    running = dist.is_available() and dist.is_initialized()
+    return ". FSDP1 (FullyShardedDataParallel) replaces all weights: use FSDP2 (fully_shard)" if running else ""
+
+
 def other_process() -> str:
     """What else may have happened to a weight where there are several processes."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _several():
         return ""
     return (
         ". Or the processes selected other slices, and DistributedDataParallel sent the first one's weights to all: "

@@ -29,7 +29,7 @@ from s2ft_compile.passes.backward.beside import added, inverse_of
 from s2ft_compile.passes.backward.eager import attached, composed, read_from
 
 from .errors import StateError
-from .processes import other_process
+from .processes import check_not_partitioned, other_process, replacing
 from .quantized import Quantized, same_parts, settle
 
 HELD = "_s2ft"  # a sliced module's attribute: name of a weight -> its block
@@ -455,6 +455,7 @@ def refresh(blocks: Iterable[Block]) -> None:
                 or block.follow_shards()
             ):
                 continue  # shards are written where all processes are: after an optimizer's step
+            check_not_partitioned(block.name, block.weight)
             now = block.look()
             if block.edited(now):
                 raise StateError(
@@ -519,7 +520,7 @@ def _property(key: str) -> property:
 def _taken(module: nn.Module, key: str) -> StateError:
     return StateError(
         f"{module.__dict__[HELD][key].name} has a slice that trains, and cannot be replaced, pruned or parametrized: "
-        f"do that before s2ft.prepare or after s2ft.release(model); load_state_dict changes its values"
+        f"do that before s2ft.prepare or after s2ft.release(model); load_state_dict changes its values{replacing()}"
     )
 
 

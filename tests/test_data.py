@@ -169,6 +169,7 @@ def test_one_set_of_rows_in_every_kind_of_file(tmp_path, monkeypatch):
         ("a.jsonl", '{"prompt": "a", "completion": "b", "label": false}', "KTOTrainer"),
         ("a.jsonl", '{"conversations": [{"from": "alien", "value": "b"}]}', "a turn is from 'alien'; known are human"),
         ("a.jsonl", '{"instruction": "a", "output": 3}', "'output' is a number"),
+        ("a.txt", '{"text": "a"}\n{"text": "b"}', "holds JSON lines, with 'text', .* name it .jsonl"),
         ("a.parquet", "PAR1", "is not parquet"),
         ("a.html", "<p>", "is html, which is not read; convert it"),
         ("a.csv.gz", "", "is gz, which is not read"),

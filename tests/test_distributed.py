@@ -57,3 +57,9 @@ def test_after_a_process_was_killed_all_go_on_from_the_last_checkpoint(tmp_path)
     run("many.py", "killed", tmp_path, fails=True)
     resumed = run("many.py", "killed", tmp_path)
     assert resumed["begun"] == 2 and resumed["deltas"] < 1e-4
+
+
+@pytest.mark.slow
+def test_a_rollout_engine_in_another_process_has_fresh_weights_after_every_step():
+    found = run("rollout.py")
+    assert found["same"] and found["bytes"] < 0.2 * found["merged"]

@@ -131,6 +131,28 @@ def test_before_there_is_a_checkpoint_nothing_is_left(base, text, tmp_path, monk
     assert "error: out of memory" in result.output and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("how", ["a CPU's allocator", "a reporter"])
+def test_the_first_step_fails_in_one_line(base, text, tmp_path, monkeypatch, how):  # noqa: F811
+    from transformers import Trainer
+
+    class UsageError(Exception):
+        """As wandb raises it without an account."""
+
+    UsageError.__module__ = "tensorboard.errors"
+    steps = {
+        "a CPU's allocator": lambda *_, **__: torch.empty(1 << 50),
+        "a reporter": lambda *_, **__: fail(UsageError("No API key configured.")),
+    }
+    monkeypatch.setattr(Trainer, "training_step", steps[how])
+    monkeypatch.setattr("s2ft_compile.cli.options.find_spec", lambda name: name)
+    given = options(base, text, tmp_path / "run") + ["--report-to", "tensorboard"] * (how == "a reporter")
+    monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda names: [])
+    (said,) = [line for line in invoke("train", *given).output.splitlines() if line.startswith("error: ")]
+    expected = {"a CPU's allocator": "out of memory: use a", "a reporter": "--report-to tensorboard: No API key"}
+    assert expected[how] in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_not_finite_is_not_kept(base, text, tmp_path, monkeypatch):  # noqa: F811
     from transformers import Trainer
 

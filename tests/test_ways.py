@@ -126,6 +126,27 @@ def test_gradients_are_those_of_float64_slices(way, recwarn):
     assert not [w for w in recwarn if "full size" in str(w.message)], "no gradient of a frozen weight"
 
 
+@pytest.mark.parametrize("way", ["whole", "by layer", "eager"])
+def test_gradients_of_activations_that_trl_moves_away(way, monkeypatch):
+    """TRL's own offloading, which asks for an accelerator: told that the CPU is one, it copies what is saved."""
+    from types import SimpleNamespace
+
+    from trl.models.activation_offloading import OffloadActivations
+
+    base, model, plan = llama()
+    run = WAYS[way](model)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type="cpu"))
+        away = OffloadActivations(use_pin_memory=False, use_streams=False, min_offload_size=1)
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)  # called where bitsandbytes is imported
+    away.update_model_params(model)
+    with away:
+        value = loss(run)
+        assert any(was_moved for _, was_moved, *_ in away.tracker.values())
+        value.backward()
+    check(base, plan)
+
+
 def test_equal_layers_share_one_graph():
     _, model, _ = llama()
     loss(by_layer(model)).backward()
@@ -511,6 +532,22 @@ def test_a_trained_weight_is_not_replaced(how):
     with pytest.raises((StateError, TypeError), match="weight"):
         REPLACED[how](layer)
     assert layer._forward_pre_hooks == {} and torch.equal(loss(model), before)
+
+
+def test_other_ways_of_sharding_are_refused_by_name(monkeypatch):
+    case, model = prepared()
+    block = state_of(model).blocks[0]
+    (module, key), *_ = block.places
+    with monkeypatch.context() as patched, pytest.raises(StateError, match="FSDP1.*use FSDP2"):
+        patched.setattr("torch.distributed.is_initialized", lambda: True)
+        delattr(module, key)  # as FSDP1 does
+    block.weight.ds_id = 0  # as DeepSpeed marks what it takes apart
+    with pytest.raises(StateError, match="ZeRO-3.*use FSDP2"):
+        model(*case.inputs)
+    base = case.make()
+    next(base.parameters()).ds_id = 0
+    with pytest.raises(StateError, match="ZeRO-3.*use FSDP2"):
+        s2ft.prepare(base, case.inputs, s2ft.S2FTConfig({"ffn.out": 2}))
 
 
 def test_a_weight_that_is_tied_again_is_the_same():

@@ -32,6 +32,7 @@ VALID = (
     "valid: a plain text file; .jsonl, .json, .csv, .tsv or .parquet, or a hub data set OWNER/NAME[:SPLIT], whose rows "
     f"are all {', or all '.join(FORMS)}"
 )
+FIELDS = {"text", "prompt", "messages", "instruction", "conversations", "conversation", "chosen"}  # a row has one
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -76,6 +77,7 @@ def read_records(source: str | Path) -> Records:
         return _of_rows(str(path), _from_table(path, text, TABLES[suffix]))
     if suffix in JSON_LINES:
         return _of_rows(str(path), _from_json(path, text))
+    _check_prose(path, text)
     return Records("text", ({"text": text},))
 
 
@@ -108,6 +110,16 @@ def _text(path: Path) -> str:
     if not text.strip():
         raise ConfigError(f"data file {path} is empty; {VALID}")
     return text
+
+
+def _check_prose(path: Path, text: str) -> None:
+    """Refuses JSON lines under another name, which would be learned with their braces."""
+    try:
+        row = json.loads(text.lstrip().split("\n", 1)[0])
+    except (ValueError, RecursionError):
+        return
+    if isinstance(row, dict) and FIELDS & row.keys():
+        _refuse(f"data file {path} holds JSON lines, with {_names(row)}, and would be learned as text: name it .jsonl")
 
 
 def _from_json(path: Path, text: str) -> Iterator[tuple[str, Any]]:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from s2ft_compile.errors import ConfigError, ExportError, S2FTError, TrainingError, of_the_system
+from s2ft_compile.errors import ConfigError, ExportError, S2FTError, TrainingError, of_memory, of_the_system
 from s2ft_compile.exporters import save_adapter, save_merged
 from s2ft_compile.exporters.card import CARD
 from s2ft_compile.layers import compile_layers
@@ -149,7 +149,7 @@ def _folder(options: TrainOptions) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
             for folder in new_folders[1:]:
                 folder.rmdir()
-        raise _as_one_line(error, last) from error
+        raise _as_one_line(error, last, options.report_to) from error
 
 
 def last_checkpoint(work: Path) -> Path | None:
@@ -163,12 +163,14 @@ def last_checkpoint(work: Path) -> Path | None:
     return complete[max(complete)] if complete else None
 
 
-def _as_one_line(error: BaseException, last: Path | None) -> BaseException:
-    """What went wrong while training, and what is left, as an error for a person."""
+def _as_one_line(error: BaseException, last: Path | None, reporter: str = "none") -> BaseException:
+    """What went wrong while training, and what is left, as an error for a person. reporter: what `report_to` is."""
     text, left = str(error), f"; {last} is complete, go on with --resume" if last else ""
     if isinstance(error, (KeyboardInterrupt, Interrupted)):
         return TrainingError(f"stopped{left or ', before there was a checkpoint'}")
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in text:
+    if type(error).__module__.partition(".")[0] == reporter:
+        return TrainingError(f"--report-to {reporter}: {(text.splitlines() or [type(error).__name__])[0]}{left}")
+    if of_memory(error):
         return TrainingError(
             f"out of memory: use a smaller batch (and more gradient accumulation), shorter sequences or a smaller "
             f"activation budget; `s2ft estimate` predicts what a step takes{left}"
