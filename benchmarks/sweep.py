@@ -82,11 +82,15 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def coverage(model: nn.Module, captured, analysis) -> dict:
+def coverage(model: nn.Module, traces, analysis) -> dict:
     """Expected and found structures, and why the missing ones are missing. What the forward never reads has none."""
-    nodes = captured.graph_module.graph.nodes
-    read = {captured.parameters[n.name] for n in nodes if n.name in captured.parameters and n.users}
-    read |= {other for other, first in captured.tied.items() if first in read}
+    read = {
+        captured.parameters[n.name]
+        for captured in traces
+        for n in captured.graph_module.graph.nodes
+        if n.name in captured.parameters and n.users
+    }
+    read |= {other for other, first in traces[0].tied.items() if first in read}
     roles = {"ffn": ("ffn", "moe", "conv"), "attention": ("attention", "ssm")}
     report = {}
     for kind in roles:
@@ -139,22 +143,29 @@ def examine(model_type: str, names) -> dict:
 
 
 def examine_zoo(name: str) -> dict:
-    """The same of a model of another library, and whether every role it offers trains with exact gradients."""
+    """The same of a model of another library."""
     import zoo
-
-    from s2ft_compile.testing import assert_trains
 
     try:
         model, inputs = zoo.models()[name]()
     except Exception as error:
         return {"status": "no model", "reason": f"{type(error).__name__}: {str(error)[:300]}"}
-    result = examine_made(model, inputs)
-    if result["status"] == "traced":
-        try:
-            result["trains"] = assert_trains(model, inputs)
-        except Exception as error:  # the finding: what is offered and does not train
-            result["not trained"] = f"{type(error).__name__}: {str(error)[:600]}"
-    return result
+    return examine_made(model, inputs)
+
+
+def trains(model: nn.Module, inputs, whole: bool) -> dict:
+    """Whether every role that it offers trains, with exact gradients: role -> [weights that train, weights that are
+    left out]. What does not trace in whole is compiled."""
+    from s2ft_compile.testing import assert_sliced, assert_trains
+
+    try:
+        if whole:
+            return {"trains": assert_sliced(model, inputs)}
+        return {"trains": {role: (n, 0) for role, n in assert_trains(model, inputs).items()}}
+    except AssertionError as error:  # the finding: what is offered and does not train
+        return {"not trained": str(error)[:600]}
+    except Exception as error:
+        return {"not comparable": f"{type(error).__name__}: {str(error)[:600]}"}
 
 
 def examine_made(model: nn.Module, inputs) -> dict:
@@ -174,12 +185,13 @@ def examine_made(model: nn.Module, inputs) -> dict:
     result |= {
         "status": "traced",
         "nodes": len(captured.graph_module.graph.nodes),
+        **({"pieces": len({c.border for c in found})} if captured.border != "the model" else {}),
         "trace_s": round(traced - start, 2),
         "couple_s": round(done - traced, 3),
         "couplings": dict(Counter(c.role for c in analysis.couplings)),
         "members": dict(analysis.roles()),
         "no_rule": dict(operators),
-        **coverage(model, captured, analysis),
+        **coverage(model, found, analysis),
     }
     try:
         made = s2ft.verify(model, inputs, analysis)
@@ -187,7 +199,7 @@ def examine_made(model: nn.Module, inputs) -> dict:
         result["verification"] = str(made)[:1500]
     except s2ft.S2FTError as error:
         result |= {"verified": "no", "verification": str(error)[:600]}
-    return result
+    return result | trains(model, inputs, captured.border == "the model")
 
 
 def _child(connection, function, arguments):
@@ -242,7 +254,10 @@ def aggregate(rows: list[dict]) -> dict:
             name: sum(r["verified"] == verdict for r in traced)
             for name, verdict in (("verified", "yes"), ("blunt", "blunt"), ("not comparable", "no"), ("wrong", "wrong"))
         },
-        "offered but not trained": sum("not trained" in r for r in rows),
+        "trains all that it offers": sum("trains" in r for r in traced),
+        "offered but not trained": sum("not trained" in r for r in traced),
+        "training not comparable": sum("not comparable" in r for r in traced),
+        "weights left out of a role": sum(left for r in traced for _, left in r.get("trains", {}).values()),
         "seconds": round(sum(r["seconds"] for r in rows)),
         "operators without a rule": dict(Counter(op for r in traced for op in r["no_rule"]).most_common()),
     }
@@ -295,7 +310,7 @@ def sweep(mapping: str, only: list[str]) -> list[dict]:
         found = " ".join(f"{k} {row[k]['found']}/{row[k]['expected']}" for k in ("ffn", "attention") if k in row)
         console.print(
             f"{i + 1:3}/{len(names)} {model_type:28} {row['status']:10} {found} {row.get('verified', '')} "
-            f"{row['seconds']} s {row.get('reason', '')[:80]}",
+            f"{row['seconds']} s {row.get('reason') or row.get('not trained') or row.get('not comparable') or ''}"[:160],
             markup=False,
             highlight=False,
         )

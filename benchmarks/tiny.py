@@ -128,7 +128,8 @@ def candidates(model, config):
         for s in (size, (64, 64), (224, 224)):
             yield {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), *s, generator=random)}
     if main == "input_values":
-        yield {"input_values": torch.randn(2, 2000, generator=random)}
+        for samples in (2000, 8000):
+            yield {"input_values": torch.randn(2, samples, generator=random)}
         frames, bins = getattr(config, "max_length", 1024), getattr(config, "num_mel_bins", 128)
         yield {"input_values": torch.randn(2, frames, bins, generator=random)}
     if main == "input_features":
@@ -168,7 +169,8 @@ def parameters(model_class, config) -> int:
 
 
 def build(config_class, model_class):
-    """The first configuration that makes a model whose forward runs: (model, inputs). Raises the last failure."""
+    """The first configuration that makes a model whose forward runs, and inputs that it takes in train mode too if
+    there are any: (model, inputs). Raises the last failure."""
     failure = None
     for make in attempts(config_class):
         try:
@@ -186,11 +188,16 @@ def build(config_class, model_class):
             for p in model.parameters():
                 if p.is_floating_point():
                     p.add_(torch.randn_like(p), alpha=0.1)
+        runs = []
         for inputs in candidates(model, model.config):
             try:
                 with torch.no_grad():
-                    model(**inputs)
-                return model, inputs
+                    model.eval()(**inputs)
+                    runs.append(inputs)
+                    model.train()(**inputs)
+                return model.eval(), inputs
             except Exception as error:
                 failure = error if failure is None or "input_ids" in inputs else failure
+        if runs:
+            return model.eval(), runs[0]
     raise failure
