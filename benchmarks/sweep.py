@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import time
 import warnings
 from collections import Counter
@@ -40,7 +41,8 @@ MAPPINGS = {
     "audio": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
     "text-encoder": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
 }
-LIMIT_S, MEMORY = 240, 9 * 2**30
+LIMIT_S, MEMORY = 240, 9 * 2**30  # of CPU time
+WAIT_S = 20 * LIMIT_S  # where other work has the cores
 console = Console(width=160)
 
 # --- what there should be, by the names of modules -------------------------------------------------------------------
@@ -204,32 +206,39 @@ def examine_made(model: nn.Module, inputs) -> dict:
 
 def _child(connection, function, arguments):
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S))
     warnings.simplefilter("ignore")
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
-        connection.send(function(*arguments))
+        result = function(*arguments)
+        connection.send({**result, "seconds": round(time.process_time(), 1)})
     except BaseException as error:  # a crash of the compiler itself is a finding, too
         import traceback
 
-        connection.send({"status": "crashed", "reason": f"{error!r}: {traceback.format_exc()[-1500:]}"})
+        reason = f"{error!r}: {traceback.format_exc()[-1500:]}"
+        connection.send({"status": "crashed", "reason": reason, "seconds": round(time.process_time(), 1)})
     connection.close()
 
 
-def isolated(function, *arguments, limit: float = LIMIT_S) -> dict:
-    """function(*arguments) in a process of its own, with bounds on time and memory."""
+def isolated(function, *arguments) -> dict:
+    """function(*arguments) in a process of its own, with bounds on CPU time and memory; what it took of the former."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(False)
     process = context.Process(target=_child, args=(theirs, function, arguments))
     process.start()
     theirs.close()
     try:
-        return ours.recv() if ours.poll(limit) else {"status": "time limit", "reason": f"more than {limit} s"}
+        if ours.poll(WAIT_S):
+            return ours.recv()
     except EOFError:
-        return {"status": "crashed", "reason": "the process died"}
+        process.join()
+        if process.exitcode not in (-signal.SIGXCPU, -signal.SIGKILL):
+            return {"status": "crashed", "reason": f"the process died: {process.exitcode}", "seconds": 0.0}
     finally:
         process.kill()
         process.join()
+    return {"status": "time limit", "reason": f"more than {LIMIT_S} s of CPU time", "seconds": float(LIMIT_S)}
 
 
 # --- all types --------------------------------------------------------------------------------------------------
@@ -302,10 +311,8 @@ def sweep(mapping: str, only: list[str]) -> list[dict]:
     for i, (model_type, classes) in enumerate(names.items()):
         if only and model_type not in only:
             continue
-        start = time.perf_counter()
         task = (examine_zoo, model_type) if mapping == "zoo" else (examine, model_type, classes)
         row = {"type": model_type, **isolated(*task)}
-        row["seconds"] = round(time.perf_counter() - start, 1)
         rows.append(row)
         found = " ".join(f"{k} {row[k]['found']}/{row[k]['expected']}" for k in ("ffn", "attention") if k in row)
         console.print(

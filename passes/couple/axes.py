@@ -23,10 +23,12 @@ MAX_TERMS = 256  # x[1:] + x[:-1] takes an axis apart one element at a time; the
 
 @dataclass(frozen=True)
 class Pin:
-    """Why the order along an axis matters, and the graph node that says so (None for a source)."""
+    """Why the order along an axis matters, and the graph node that says so (None for a source). closed: it is not the
+    order alone; nothing of the axis may train."""
 
     reason: str
     node: object = None
+    closed: bool = False
 
 
 class Axis:

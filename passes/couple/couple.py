@@ -64,6 +64,7 @@ def couple(captured: Captured, *others: Captured) -> Analysis:
         layouts=layouts,
         heads=frozenset(ids[a] for a in roles.heads if a in ids),
         free=frozenset(c.axis for c in couplings),
+        ordered=frozenset(ids[a] for a in roles.heads if a in ids and a.pin and not a.pin.closed),
         tied=captured.tied,
         depths=dict(ChainMap(*map(_depths, (captured, *others)))),
         statistics=frozenset(statistics),
@@ -140,7 +141,7 @@ def _pin_unread(inferences: Sequence[Inference]) -> None:
     read = atoms_of(axis for inference in inferences for axis in inference.cx.consumed)
     for value in inferences[0].parameters.values():
         for atom in atoms_of(value.dims) - read:
-            pin(atom, Pin("nothing that the example inputs reach reads it"))
+            pin(atom, Pin("nothing that the example inputs reach reads it", closed=True))
 
 
 # --- freezing --------------------------------------------------------------------------------------------------

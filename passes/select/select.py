@@ -133,8 +133,9 @@ def bands(analysis: Analysis, names: Sequence[str] | None = None) -> list[Band]:
 
 def _bands_of_part(analysis: Analysis, name: str, dim: int, layout: Layout, role: str) -> list[Band]:
     """The bands of the positions that have a role: one for each set of axes that positions lie in, where those are
-    free. A unit is a head in attention, and elsewhere what an axis may permute, whole along axes in a fixed order."""
+    free, or heads that train where they lie. A unit is a head in attention, and elsewhere what an axis may permute, whole along axes in a fixed order."""
     mask, attention = role_mask(layout, role), role.startswith("attention.")
+    selectable = analysis.free | analysis.ordered if attention else analysis.free
     axes = [a for a in dict.fromkeys(leaf.axis for leaf in leaves(layout) if leaf.size > 1)]
     axes = [a for a in axes if a in (analysis.heads if attention else analysis.free)]
     inside = [coordinates(layout, a) >= 0 for a in axes]
@@ -144,7 +145,7 @@ def _bands_of_part(analysis: Analysis, name: str, dim: int, layout: Layout, role
         chosen = [a for i, a in enumerate(axes) if bits >> i & 1]
         part = mask & (pattern == bits)
         units = prod(int(coordinates(layout, a).max()) + 1 for a in chosen)
-        if (chosen or attention) and all(a in analysis.free for a in chosen) and int(part.sum()) % units == 0:
+        if (chosen or attention) and all(a in selectable for a in chosen) and int(part.sum()) % units == 0:
             group = tuple(chosen) or (name, dim)
             parts.append(Band(name, dim, role, group, _unit_positions(layout, part, chosen)))
     return parts
