@@ -20,6 +20,7 @@ import signal
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from tiny import build
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from turns import RESULTS, versions
 
 from s2ft_compile.capture import capture, captures
@@ -133,12 +135,9 @@ def _reasons(analysis, paths) -> list[str]:
 
 
 def examine(model_type: str, names) -> dict:
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     result = {"type": model_type, "class": names if isinstance(names, str) else names[0]}
     try:
-        model, inputs = build(CONFIG_MAPPING[model_type], getattr(transformers, result["class"]))
+        model, inputs = build(*_classes(model_type, result["class"]))
     except Exception as error:
         return {**result, "status": "no model", "reason": f"{type(error).__name__}: {str(error)[:300]}"}
     return result | examine_made(model, inputs)
@@ -162,8 +161,11 @@ def trains(model: nn.Module, inputs, whole: bool) -> dict:
 
     try:
         if whole:
-            return {"trains": assert_sliced(model, inputs)}
-        return {"trains": {role: (n, 0) for role, n in assert_trains(model, inputs).items()}}
+            try:
+                return {"trains": assert_sliced(model, inputs)}
+            except DataDependentOutputException:  # it asserts something of its inputs' values
+                pass
+        return {"compiled": True, "trains": {role: (n, 0) for role, n in assert_trains(model, inputs).items()}}
     except AssertionError as error:  # the finding: what is offered and does not train
         return {"not trained": str(error)[:600]}
     except Exception as error:
@@ -179,7 +181,11 @@ def examine_made(model: nn.Module, inputs) -> dict:
     try:
         found = captures(model, inputs)
     except s2ft.CaptureError as error:
-        return {**result, "status": "not traced", "reason": str(error)[:600]}
+        try:
+            found = captures(model, inputs, train=False)
+        except s2ft.CaptureError:
+            return {**result, "status": "not traced", "reason": str(error)[:600]}
+        result["eval mode only"] = str(error)[:600]
     captured, traced = found[0], time.perf_counter()
     analysis = couple(*found)
     done = time.perf_counter()
@@ -202,6 +208,20 @@ def examine_made(model: nn.Module, inputs) -> dict:
     except s2ft.S2FTError as error:
         result |= {"verified": "no", "verification": str(error)[:600]}
     return result | trains(model, inputs, captured.border == "the model")
+
+
+def warm() -> None:
+    """What all types need is imported and made once, before any fork."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    examine_made(model, (torch.ones(2, 4),))
+    build(*_classes("bert", "BertForMaskedLM"))
+
+
+def _classes(model_type: str, name: str):
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type], getattr(transformers, name)
 
 
 def _child(connection, function, arguments):
@@ -267,6 +287,8 @@ def aggregate(rows: list[dict]) -> dict:
         "offered but not trained": sum("not trained" in r for r in traced),
         "training not comparable": sum("not comparable" in r for r in traced),
         "weights left out of a role": sum(left for r in traced for _, left in r.get("trains", {}).values()),
+        "in eval mode only": sum("eval mode only" in r for r in traced),
+        "in pieces": sum("pieces" in r for r in traced),
         "seconds": round(sum(r["seconds"] for r in rows)),
         "operators without a rule": dict(Counter(op for r in traced for op in r["no_rule"]).most_common()),
     }
@@ -295,6 +317,10 @@ def table(rows: list[dict], title: str) -> Table:
     return made
 
 
+def _wrong(row: dict) -> str:
+    return row.get("reason") or row.get("not trained") or row.get("not comparable") or ""
+
+
 def listed(mapping: str) -> dict:
     """Type -> what builds it."""
     if mapping == "zoo":
@@ -306,22 +332,23 @@ def listed(mapping: str) -> dict:
     return getattr(modeling_auto, MAPPINGS[mapping])
 
 
-def sweep(mapping: str, only: list[str]) -> list[dict]:
-    names, rows = listed(mapping), []
+def sweep(mapping: str, only: list[str], kept: list[dict]) -> Iterator[list[dict]]:
+    """All rows so far, after each type. kept: rows that are not made again."""
+    names, rows = listed(mapping), {r["type"]: r for r in kept}
     for i, (model_type, classes) in enumerate(names.items()):
-        if only and model_type not in only:
+        if only and model_type not in only or model_type in rows:
             continue
         task = (examine_zoo, model_type) if mapping == "zoo" else (examine, model_type, classes)
         row = {"type": model_type, **isolated(*task)}
-        rows.append(row)
+        rows[model_type] = row
         found = " ".join(f"{k} {row[k]['found']}/{row[k]['expected']}" for k in ("ffn", "attention") if k in row)
         console.print(
             f"{i + 1:3}/{len(names)} {model_type:28} {row['status']:10} {found} {row.get('verified', '')} "
-            f"{row['seconds']} s {row.get('reason') or row.get('not trained') or row.get('not comparable') or ''}"[:160],
+            f"{row['seconds']} s {_wrong(row)[:90]}",
             markup=False,
             highlight=False,
         )
-    return rows
+        yield [rows[name] for name in names if name in rows]
 
 
 def cost(layers: int) -> dict:
@@ -380,25 +407,30 @@ def main() -> None:
     import s2ft_compile  # noqa: F401
 
     transformers.logging.set_verbosity_error()
+    if {"zoo", "all"} & set(arguments.mapping):
+        import zoo
+
+        zoo.models()
+    warm()
     stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     if arguments.layers:
         stored["cost"] = [isolated(cost, int(n)) for n in arguments.layers.split(",")]
         console.print(cost_table(stored["cost"]))
         return save(arguments.output, stored)
     for mapping in (*MAPPINGS, "zoo") if "all" in arguments.mapping else arguments.mapping:
-        rows = sweep(mapping, arguments.only)
-        if arguments.only:  # the rest as it was
-            rows += [r for r in stored.get(mapping, {}).get("types", []) if r["type"] not in arguments.only]
-            rows.sort(key=lambda r: r["type"])
-        stored[mapping] = {"aggregate": aggregate(rows), "types": rows}
+        rows = stored.get(mapping, {}).get("types", []) if arguments.only or arguments.resume else []
+        kept = [r for r in rows if r["type"] not in arguments.only]
+        for rows in sweep(mapping, arguments.only, kept):
+            stored[mapping] = {"aggregate": aggregate(rows), "types": rows}
+            save(arguments.output, stored)
         console.print(table(rows, mapping), mapping, stored[mapping]["aggregate"], sep="\n")
-        save(arguments.output, stored)
 
 
 def _arguments() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--mapping", nargs="+", choices=[*MAPPINGS, "zoo", "all"], default=["causal-lm"])
     options.add_argument("--only", nargs="+", default=[], metavar="TYPE", help="model types")
+    options.add_argument("--resume", action="store_true", help="go on with what the output holds")
     options.add_argument("--layers", default="", help="measure the cost for these numbers of layers, by commas")
     options.add_argument("--output", type=Path, default=RESULTS / "sweep.json")
     return options.parse_args()
