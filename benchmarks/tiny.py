@@ -121,7 +121,7 @@ BY_HAND: dict[str, dict] = {
         n_layers=2,
         max_seq_len=64,
         vocab_size=97,
-        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0},
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         ffn_config={"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     ),
     "reformer": dict(
@@ -194,7 +194,9 @@ BY_HAND: dict[str, dict] = {
         num_conv_pos_embedding_groups=4,
         **SIZES,
     ),
-    "gemma4_assistant": dict(text_config=dict(hidden_size_per_layer_input=0, **{**SIZES, **HEADS})),
+    "gemma4_assistant": dict(
+        text_config=dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0, **{**SIZES, **HEADS})
+    ),
     "perceiver": dict(
         num_latents=8,
         d_latents=32,
@@ -211,6 +213,7 @@ BY_HAND: dict[str, dict] = {
         text_config=dict(num_attention_heads=4, **SIZES),
     ),
 }
+BY_HAND["qwen4_exp"] = dict(text_config=BY_HAND["qwen4_exp_text"])
 
 
 def tiny(config_class, rules, depth: int = 0):
@@ -256,10 +259,17 @@ def attempts(config_class):
     """What is made by hand, then configurations from the smallest to the default with fewer layers."""
     if config_class.model_type in BY_HAND:
         yield lambda: config_class(**BY_HAND[config_class.model_type])
+        yield lambda: config_class(**BY_HAND[config_class.model_type]).get_text_config(decoder=True)
     layers = tuple(r for r in CORE if "layers" in r[0] or "vocab" in r[0])
     for rules in (CORE + DETAIL, CORE, layers):
         yield lambda rules=rules: tiny(config_class, rules)
         yield lambda rules=rules: tiny(config_class, rules).get_text_config(decoder=True)
+    yield lambda: _encoder(tiny(config_class, CORE + DETAIL))
+
+
+def _encoder(config):
+    config.is_encoder_decoder = False
+    return config
 
 
 # --- a model and its inputs -----------------------------------------------------------------------------------------
@@ -278,6 +288,15 @@ def candidates(model, config):
         size = size if isinstance(size, (list, tuple)) else (size, size)
         for s in (size, (64, 64), (224, 224)):
             yield {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), *s, generator=random)}
+    if patches := getattr(getattr(config, "vision_config", config), "num_patches", None):
+        vision, side = getattr(config, "vision_config", config), int(patches**0.5)
+        yield {
+            "pixel_values": torch.randn(2, patches, 3 * vision.patch_size**2, generator=random),
+            "pixel_attention_mask": torch.ones(2, patches, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[side, side]] * 2),
+        }
+    if main == "inputs" and hasattr(config, "image_size"):
+        yield {"inputs": torch.randn(2, 3, config.image_size, config.image_size, generator=random)}
     if main == "input_values":
         for samples in (2000, 4000):
             yield {"input_values": torch.randn(2, samples, generator=random)}
@@ -301,6 +320,7 @@ def candidates(model, config):
     long = torch.randint(3, max(high, 4), (2, 64), generator=random)
     yield {"input_ids": long, **({"decoder_input_ids": long} if seq2seq else {})}
     yield dict(getattr(model, "dummy_inputs", {}))
+    yield {"input_features": torch.randn(2, 40, 80, generator=random)}
 
 
 def configs(config):

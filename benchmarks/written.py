@@ -1,6 +1,6 @@
 """Models as people write them by hand, for `zoo.py`: one idea of the literature each, small and at random.
 
-`block(attn, ffn)` makes the usual residual block; a model is two of these around whatever is looked at.
+A model is two residual blocks around what is looked at.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,18 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
+        return x + self.ffn(self.norm2(x))
+
+
+class Mixed(nn.Module):
+    """The same with what is no attention in its place."""
+
+    def __init__(self, mixer: nn.Module, ffn: nn.Module):
+        super().__init__()
+        self.norm1, self.norm2, self.mixer, self.ffn = nn.LayerNorm(D), nn.LayerNorm(D), mixer, ffn
+
+    def forward(self, x):
+        x = x + self.mixer(self.norm1(x))
         return x + self.ffn(self.norm2(x))
 
 
@@ -293,6 +305,10 @@ def _blocks(attn: Callable[[], nn.Module], ffn: Callable[[], nn.Module] = MLP) -
     return lambda: Model(lambda: Block(attn(), ffn()))
 
 
+def _mixed(mixer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: Model(lambda: Mixed(mixer(), MLP()))
+
+
 def _torch(layer: type[nn.Module], **options) -> Callable[[], nn.Module]:
     return lambda: Model(lambda: layer(D, H, N, batch_first=True, **options))
 
@@ -310,15 +326,15 @@ WRITTEN: dict[str, Callable[[], nn.Module]] = {
     "experts by einsum": _blocks(Packed, Experts),
     "experts in a loop": _blocks(Packed, Looped),
     "splines": _blocks(Packed, Splines),
-    "convolution and batch norm": _blocks(Convolution),
-    "squeeze and excitation": _blocks(Excited),
-    "lstm": _blocks(Recurrent),
-    "gru": _blocks(lambda: Recurrent(nn.GRU)),
-    "gru cell": _blocks(Stepped),
-    "fourier": _blocks(Spectral),
+    "convolution and batch norm": _mixed(Convolution),
+    "squeeze and excitation": _mixed(Excited),
+    "lstm": _mixed(Recurrent),
+    "gru": _mixed(lambda: Recurrent(nn.GRU)),
+    "gru cell": _mixed(Stepped),
+    "fourier": _mixed(Spectral),
     "low-rank adapters": _blocks(Packed, Adapted),
-    "bilinear": _blocks(Bilinear),
-    "skips": _blocks(Skips),
+    "bilinear": _mixed(Bilinear),
+    "skips": _mixed(Skips),
     "hardswish": _blocks(Packed, lambda: MLP(F.hardswish)),
     "prelu": _blocks(Packed, lambda: MLP(nn.PReLU())),
     "nn.TransformerEncoderLayer": _torch(nn.TransformerEncoderLayer),
