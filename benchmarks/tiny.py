@@ -61,6 +61,7 @@ DETAIL = (
     (r"hidden_size_per_layer_input", 8),
     (r"num_(feature_levels|codebooks)", 2),
     (r"index_topk", 4),
+    (r"o_groups", 2),
 )
 
 # --- configurations that sizes explained by names do not make: what else to set, by type ----------------------------

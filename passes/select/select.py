@@ -96,7 +96,7 @@ def raised(analysis: Analysis, config: S2FTConfig) -> tuple[str, ...]:
 
 def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:
     """Target -> the bands it may train a part of. Raises `ConfigError` where there are none."""
-    if not analysis.couplings:
+    if not analysis.couplings and not analysis.ordered:
         refused = "; ".join(str(r) for r in analysis.refusals[:3]) or "its parameters are not used together"
         raise ConfigError(f"no coupled structure was found in this model, so there is nothing to select: {refused}")
     by_target = {target: _bands_of(target, analysis) for target in config.targets}
