@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from tiny import build
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from turns import RESULTS, versions
 
 from s2ft_compile.capture import capture, captures
@@ -163,7 +163,7 @@ def trains(model: nn.Module, inputs, whole: bool) -> dict:
         if whole:
             try:
                 return {"trains": assert_sliced(model, inputs)}
-            except DataDependentOutputException:  # it asserts something of its inputs' values
+            except (DataDependentOutputException, DynamicOutputShapeException):  # what it does depends on values
                 pass
         return {"compiled": True, "trains": {role: (n, 0) for role, n in assert_trains(model, inputs).items()}}
     except AssertionError as error:  # the finding: what is offered and does not train

@@ -123,7 +123,6 @@ def _joint_graph(
 ) -> fx.GraphModule:
     """Of a loss and its gradients by deltas, which come last; recorded, or else traced."""
     from torch._functorch.aot_autograd import aot_export_joint_simple
-    from torch._inductor.decomposition import select_decomp_table
 
     tied, tensors = tied_names(model), tensors_of(model)
     inputs, spec = pytree.tree_flatten(tuple(arguments(example_inputs)))
@@ -151,17 +150,23 @@ def _joint_graph(
         for delta in fakes[len(fakes) - len(slices) :]:
             delta.requires_grad_()
         with mode, exporting():
-            joint = aot_export_joint_simple(run, fakes, trace_joint=True, decompositions=select_decomp_table())
+            joint = aot_export_joint_simple(run, fakes, trace_joint=True, decompositions=_decompositions())
     return joint if isinstance(joint, fx.GraphModule) else joint[0]
 
 
 def _recorded(model: nn.Module, run: Callable, fixed: Sequence[Tensor], deltas: Sequence[Tensor]) -> fx.GraphModule:
-    from torch._inductor.decomposition import select_decomp_table
-
-    recorder = Recorder(decompositions=select_decomp_table())
+    recorder = Recorder(decompositions=_decompositions())
     fakes = [recorder.input(t)[0] for t in fixed]
     leaves = [recorder.input(t, requires_grad=True)[0] for t in deltas]
     with as_before(model), recorder.on():
         outputs = run(*fakes, *leaves)
         graph = recorder.returns((*outputs, *torch.autograd.grad(outputs, leaves, allow_unused=True)))
     return _LazyGraphModule(dict(recorder.constants), graph)
+
+
+def _decompositions() -> Mapping[Any, Callable]:
+    """Inductor's. That of pooling asks its lowerings, which nothing else may have imported."""
+    import torch._inductor.lowering
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
