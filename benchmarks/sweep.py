@@ -16,9 +16,11 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from tiny import build
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from turns import RESULTS, versions
 
 from s2ft_compile.capture import capture, captures
@@ -40,7 +43,8 @@ MAPPINGS = {
     "audio": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
     "text-encoder": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
 }
-LIMIT_S, MEMORY = 240, 9 * 2**30
+LIMIT_S, MEMORY = 240, 9 * 2**30  # of CPU time
+WAIT_S = 20 * LIMIT_S  # where other work has the cores
 console = Console(width=160)
 
 # --- what there should be, by the names of modules -------------------------------------------------------------------
@@ -82,11 +86,15 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def coverage(model: nn.Module, captured, analysis) -> dict:
+def coverage(model: nn.Module, traces, analysis) -> dict:
     """Expected and found structures, and why the missing ones are missing. What the forward never reads has none."""
-    nodes = captured.graph_module.graph.nodes
-    read = {captured.parameters[n.name] for n in nodes if n.name in captured.parameters and n.users}
-    read |= {other for other, first in captured.tied.items() if first in read}
+    read = {
+        captured.parameters[n.name]
+        for captured in traces
+        for n in captured.graph_module.graph.nodes
+        if n.name in captured.parameters and n.users
+    }
+    read |= {other for other, first in traces[0].tied.items() if first in read}
     roles = {"ffn": ("ffn", "moe", "conv"), "attention": ("attention", "ssm")}
     report = {}
     for kind in roles:
@@ -127,34 +135,41 @@ def _reasons(analysis, paths) -> list[str]:
 
 
 def examine(model_type: str, names) -> dict:
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     result = {"type": model_type, "class": names if isinstance(names, str) else names[0]}
     try:
-        model, inputs = build(CONFIG_MAPPING[model_type], getattr(transformers, result["class"]))
+        model, inputs = build(*_classes(model_type, result["class"]))
     except Exception as error:
         return {**result, "status": "no model", "reason": f"{type(error).__name__}: {str(error)[:300]}"}
     return result | examine_made(model, inputs)
 
 
 def examine_zoo(name: str) -> dict:
-    """The same of a model of another library, and whether every role it offers trains with exact gradients."""
+    """The same of a model of another library."""
     import zoo
-
-    from s2ft_compile.testing import assert_trains
 
     try:
         model, inputs = zoo.models()[name]()
     except Exception as error:
         return {"status": "no model", "reason": f"{type(error).__name__}: {str(error)[:300]}"}
-    result = examine_made(model, inputs)
-    if result["status"] == "traced":
-        try:
-            result["trains"] = assert_trains(model, inputs)
-        except Exception as error:  # the finding: what is offered and does not train
-            result["not trained"] = f"{type(error).__name__}: {str(error)[:600]}"
-    return result
+    return examine_made(model, inputs)
+
+
+def trains(model: nn.Module, inputs, whole: bool) -> dict:
+    """Whether every role that it offers trains, with exact gradients: role -> [weights that train, weights that are
+    left out]. What does not trace in whole is compiled."""
+    from s2ft_compile.testing import assert_sliced, assert_trains
+
+    try:
+        if whole:
+            try:
+                return {"trains": assert_sliced(model, inputs)}
+            except (DataDependentOutputException, DynamicOutputShapeException):  # what it does depends on values
+                pass
+        return {"compiled": True, "trains": {role: (n, 0) for role, n in assert_trains(model, inputs).items()}}
+    except AssertionError as error:  # the finding: what is offered and does not train
+        return {"not trained": str(error)[:600]}
+    except Exception as error:
+        return {"not comparable": f"{type(error).__name__}: {str(error)[:600]}"}
 
 
 def examine_made(model: nn.Module, inputs) -> dict:
@@ -166,7 +181,11 @@ def examine_made(model: nn.Module, inputs) -> dict:
     try:
         found = captures(model, inputs)
     except s2ft.CaptureError as error:
-        return {**result, "status": "not traced", "reason": str(error)[:600]}
+        try:
+            found = captures(model, inputs, train=False)
+        except s2ft.CaptureError:
+            return {**result, "status": "not traced", "reason": str(error)[:600]}
+        result["eval mode only"] = str(error)[:600]
     captured, traced = found[0], time.perf_counter()
     analysis = couple(*found)
     done = time.perf_counter()
@@ -174,12 +193,13 @@ def examine_made(model: nn.Module, inputs) -> dict:
     result |= {
         "status": "traced",
         "nodes": len(captured.graph_module.graph.nodes),
+        **({"pieces": len({c.border for c in found})} if captured.border != "the model" else {}),
         "trace_s": round(traced - start, 2),
         "couple_s": round(done - traced, 3),
         "couplings": dict(Counter(c.role for c in analysis.couplings)),
         "members": dict(analysis.roles()),
         "no_rule": dict(operators),
-        **coverage(model, captured, analysis),
+        **coverage(model, found, analysis),
     }
     try:
         made = s2ft.verify(model, inputs, analysis)
@@ -187,37 +207,58 @@ def examine_made(model: nn.Module, inputs) -> dict:
         result["verification"] = str(made)[:1500]
     except s2ft.S2FTError as error:
         result |= {"verified": "no", "verification": str(error)[:600]}
-    return result
+    return result | trains(model, inputs, captured.border == "the model")
+
+
+def warm() -> None:
+    """What all types need is imported and made once, before any fork."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    examine_made(model, (torch.ones(2, 4),))
+    build(*_classes("bert", "BertForMaskedLM"))
+
+
+def _classes(model_type: str, name: str):
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type], getattr(transformers, name)
 
 
 def _child(connection, function, arguments):
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S))
     warnings.simplefilter("ignore")
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
-        connection.send(function(*arguments))
+        result = function(*arguments)
+        connection.send({**result, "seconds": round(time.process_time(), 1)})
     except BaseException as error:  # a crash of the compiler itself is a finding, too
         import traceback
 
-        connection.send({"status": "crashed", "reason": f"{error!r}: {traceback.format_exc()[-1500:]}"})
+        reason = f"{error!r}: {traceback.format_exc()[-1500:]}"
+        connection.send({"status": "crashed", "reason": reason, "seconds": round(time.process_time(), 1)})
     connection.close()
 
 
-def isolated(function, *arguments, limit: float = LIMIT_S) -> dict:
-    """function(*arguments) in a process of its own, with bounds on time and memory."""
+def isolated(function, *arguments) -> dict:
+    """function(*arguments) in a process of its own, with bounds on CPU time and memory; what it took of the former."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(False)
     process = context.Process(target=_child, args=(theirs, function, arguments))
     process.start()
     theirs.close()
     try:
-        return ours.recv() if ours.poll(limit) else {"status": "time limit", "reason": f"more than {limit} s"}
+        if ours.poll(WAIT_S):
+            return ours.recv()
     except EOFError:
-        return {"status": "crashed", "reason": "the process died"}
+        process.join()
+        if process.exitcode not in (-signal.SIGXCPU, -signal.SIGKILL):
+            return {"status": "crashed", "reason": f"the process died: {process.exitcode}", "seconds": 0.0}
     finally:
         process.kill()
         process.join()
+    return {"status": "time limit", "reason": f"more than {LIMIT_S} s of CPU time", "seconds": float(LIMIT_S)}
 
 
 # --- all types --------------------------------------------------------------------------------------------------
@@ -242,7 +283,12 @@ def aggregate(rows: list[dict]) -> dict:
             name: sum(r["verified"] == verdict for r in traced)
             for name, verdict in (("verified", "yes"), ("blunt", "blunt"), ("not comparable", "no"), ("wrong", "wrong"))
         },
-        "offered but not trained": sum("not trained" in r for r in rows),
+        "trains all that it offers": sum("trains" in r for r in traced),
+        "offered but not trained": sum("not trained" in r for r in traced),
+        "training not comparable": sum("not comparable" in r for r in traced),
+        "weights left out of a role": sum(left for r in traced for _, left in r.get("trains", {}).values()),
+        "in eval mode only": sum("eval mode only" in r for r in traced),
+        "in pieces": sum("pieces" in r for r in traced),
         "seconds": round(sum(r["seconds"] for r in rows)),
         "operators without a rule": dict(Counter(op for r in traced for op in r["no_rule"]).most_common()),
     }
@@ -271,6 +317,10 @@ def table(rows: list[dict], title: str) -> Table:
     return made
 
 
+def _wrong(row: dict) -> str:
+    return row.get("reason") or row.get("not trained") or row.get("not comparable") or ""
+
+
 def listed(mapping: str) -> dict:
     """Type -> what builds it."""
     if mapping == "zoo":
@@ -282,24 +332,23 @@ def listed(mapping: str) -> dict:
     return getattr(modeling_auto, MAPPINGS[mapping])
 
 
-def sweep(mapping: str, only: list[str]) -> list[dict]:
-    names, rows = listed(mapping), []
+def sweep(mapping: str, only: list[str], kept: list[dict]) -> Iterator[list[dict]]:
+    """All rows so far, after each type. kept: rows that are not made again."""
+    names, rows = listed(mapping), {r["type"]: r for r in kept}
     for i, (model_type, classes) in enumerate(names.items()):
-        if only and model_type not in only:
+        if only and model_type not in only or model_type in rows:
             continue
-        start = time.perf_counter()
         task = (examine_zoo, model_type) if mapping == "zoo" else (examine, model_type, classes)
         row = {"type": model_type, **isolated(*task)}
-        row["seconds"] = round(time.perf_counter() - start, 1)
-        rows.append(row)
+        rows[model_type] = row
         found = " ".join(f"{k} {row[k]['found']}/{row[k]['expected']}" for k in ("ffn", "attention") if k in row)
         console.print(
             f"{i + 1:3}/{len(names)} {model_type:28} {row['status']:10} {found} {row.get('verified', '')} "
-            f"{row['seconds']} s {row.get('reason', '')[:80]}",
+            f"{row['seconds']} s {_wrong(row)[:90]}",
             markup=False,
             highlight=False,
         )
-    return rows
+        yield [rows[name] for name in names if name in rows]
 
 
 def cost(layers: int) -> dict:
@@ -358,25 +407,30 @@ def main() -> None:
     import s2ft_compile  # noqa: F401
 
     transformers.logging.set_verbosity_error()
+    if {"zoo", "all"} & set(arguments.mapping):
+        import zoo
+
+        zoo.models()
+    warm()
     stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     if arguments.layers:
         stored["cost"] = [isolated(cost, int(n)) for n in arguments.layers.split(",")]
         console.print(cost_table(stored["cost"]))
         return save(arguments.output, stored)
     for mapping in (*MAPPINGS, "zoo") if "all" in arguments.mapping else arguments.mapping:
-        rows = sweep(mapping, arguments.only)
-        if arguments.only:  # the rest as it was
-            rows += [r for r in stored.get(mapping, {}).get("types", []) if r["type"] not in arguments.only]
-            rows.sort(key=lambda r: r["type"])
-        stored[mapping] = {"aggregate": aggregate(rows), "types": rows}
+        rows = stored.get(mapping, {}).get("types", []) if arguments.only or arguments.resume else []
+        kept = [r for r in rows if r["type"] not in arguments.only]
+        for rows in sweep(mapping, arguments.only, kept):
+            stored[mapping] = {"aggregate": aggregate(rows), "types": rows}
+            save(arguments.output, stored)
         console.print(table(rows, mapping), mapping, stored[mapping]["aggregate"], sep="\n")
-        save(arguments.output, stored)
 
 
 def _arguments() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--mapping", nargs="+", choices=[*MAPPINGS, "zoo", "all"], default=["causal-lm"])
     options.add_argument("--only", nargs="+", default=[], metavar="TYPE", help="model types")
+    options.add_argument("--resume", action="store_true", help="go on with what the output holds")
     options.add_argument("--layers", default="", help="measure the cost for these numbers of layers, by commas")
     options.add_argument("--output", type=Path, default=RESULTS / "sweep.json")
     return options.parse_args()

@@ -61,7 +61,160 @@ DETAIL = (
     (r"hidden_size_per_layer_input", 8),
     (r"num_(feature_levels|codebooks)", 2),
     (r"index_topk", 4),
+    (r"o_groups", 2),
 )
+
+# --- configurations that sizes explained by names do not make: what else to set, by type ----------------------------
+
+SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MAMBA = dict(mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False)
+BY_HAND: dict[str, dict] = {
+    "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4, window_size=8, **SIZES),
+    "mamba2": dict(num_heads=8, head_dim=8, n_groups=2, state_size=8, chunk_size=8, **SIZES),
+    "zamba": dict(
+        attention_hidden_size=64,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        layers_block_type=["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+        **{**SIZES, **MAMBA, "num_hidden_layers": 5},
+    ),
+    "zamba2": dict(
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        mamba_headdim=8,
+        mamba_d_state=4,
+        n_mamba_heads=8,
+        adapter_rank=4,
+        chunk_size=8,
+        use_mem_rope=False,
+        **{**SIZES, "num_hidden_layers": 4},
+    ),
+    "nemotron": {**SIZES, **HEADS},
+    "nemotron_h": dict(
+        ssm_state_size=8,
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        n_groups=2,
+        chunk_size=8,
+        n_routed_experts=4,
+        moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=24,
+        use_mamba_kernels=False,
+        **{**SIZES, **HEADS, "num_hidden_layers": 4},
+    ),
+    "lfm2_moe": dict(
+        layer_types=["full_attention", "conv"],
+        num_dense_layers=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **SIZES,
+    ),
+    "dbrx": dict(
+        d_model=32,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=64,
+        vocab_size=97,
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        ffn_config={"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    ),
+    "reformer": dict(
+        is_decoder=True,
+        attn_layers=["local", "lsh"],
+        axial_pos_shape=(8, 8),
+        axial_pos_embds_dim=(16, 16),
+        attention_head_size=8,
+        num_attention_heads=4,
+        feed_forward_size=48,
+        local_attn_chunk_length=8,
+        lsh_attn_chunk_length=8,
+        num_buckets=4,
+        max_position_embeddings=64,
+        vocab_size=97,
+        hidden_size=32,
+    ),
+    "xmod": dict(default_language="en_XX", is_decoder=True, num_attention_heads=4, **SIZES),
+    "esm": dict(pad_token_id=1, mask_token_id=5, num_attention_heads=4, **SIZES),
+    "dots1": dict(
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        moe_intermediate_size=24,
+        layer_types=["full_attention"] * 2,
+        **{**SIZES, **HEADS},
+    ),
+    "cohere_compass_text": dict(
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE},
+        **{**SIZES, **HEADS},
+    ),
+    "qwen4_exp_text": dict(
+        layer_types=["linear_attention", "indexed_attention"],
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        hc_count=2,
+        hc_lowrank=8,
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=4,
+        indexer_compress_ratio=2,
+        **{**SIZES, **HEADS},
+    ),
+    "blt": dict(
+        patch_in_forward=True,
+        encoder_hash_byte_group_size=[3, 4],
+        encoder_hash_byte_group_vocab=97,
+        **{
+            f"{part}_config": {**SIZES, "vocab_size": 260, "num_attention_heads": 4, "num_key_value_heads": 4}
+            | {"head_dim": 8, "hidden_size_global": 32}
+            for part in ("patcher", "encoder", "decoder", "global")
+        },
+    ),
+    "wav2vec2-bert": dict(num_attention_heads=4, output_hidden_size=32, classifier_proj_size=8, **SIZES),
+    "wav2vec2-conformer": dict(
+        num_attention_heads=4,
+        output_hidden_size=32,
+        classifier_proj_size=8,
+        conv_dim=(16,) * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        **SIZES,
+    ),
+    "gemma4_assistant": dict(
+        text_config=dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0, **{**SIZES, **HEADS})
+    ),
+    "perceiver": dict(
+        num_latents=8,
+        d_latents=32,
+        d_model=32,
+        num_self_attends_per_block=2,
+        num_self_attention_heads=4,
+        num_cross_attention_heads=4,
+        vocab_size=97,
+        max_position_embeddings=11,
+        image_size=8,
+    ),
+    "siglip2": dict(
+        vision_config=dict(num_patches=16, patch_size=4, num_attention_heads=4, **SIZES),
+        text_config=dict(num_attention_heads=4, **SIZES),
+    ),
+}
+BY_HAND["qwen4_exp"] = dict(text_config=BY_HAND["qwen4_exp_text"])
 
 
 def tiny(config_class, rules, depth: int = 0):
@@ -104,11 +257,20 @@ def layer_lists(config) -> dict:
 
 
 def attempts(config_class):
-    """Configurations from the smallest to the default with fewer layers, until one is valid."""
+    """What is made by hand, then configurations from the smallest to the default with fewer layers."""
+    if config_class.model_type in BY_HAND:
+        yield lambda: config_class(**BY_HAND[config_class.model_type])
+        yield lambda: config_class(**BY_HAND[config_class.model_type]).get_text_config(decoder=True)
     layers = tuple(r for r in CORE if "layers" in r[0] or "vocab" in r[0])
     for rules in (CORE + DETAIL, CORE, layers):
         yield lambda rules=rules: tiny(config_class, rules)
         yield lambda rules=rules: tiny(config_class, rules).get_text_config(decoder=True)
+    yield lambda: _encoder(tiny(config_class, CORE + DETAIL))
+
+
+def _encoder(config):
+    config.is_encoder_decoder = False
+    return config
 
 
 # --- a model and its inputs -----------------------------------------------------------------------------------------
@@ -127,8 +289,18 @@ def candidates(model, config):
         size = size if isinstance(size, (list, tuple)) else (size, size)
         for s in (size, (64, 64), (224, 224)):
             yield {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), *s, generator=random)}
+    if patches := getattr(getattr(config, "vision_config", config), "num_patches", None):
+        vision, side = getattr(config, "vision_config", config), int(patches**0.5)
+        yield {
+            "pixel_values": torch.randn(2, patches, 3 * vision.patch_size**2, generator=random),
+            "pixel_attention_mask": torch.ones(2, patches, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[side, side]] * 2),
+        }
+    if main == "inputs" and hasattr(config, "image_size"):
+        yield {"inputs": torch.randn(2, 3, config.image_size, config.image_size, generator=random)}
     if main == "input_values":
-        yield {"input_values": torch.randn(2, 2000, generator=random)}
+        for samples in (2000, 4000):
+            yield {"input_values": torch.randn(2, samples, generator=random)}
         frames, bins = getattr(config, "max_length", 1024), getattr(config, "num_mel_bins", 128)
         yield {"input_values": torch.randn(2, frames, bins, generator=random)}
     if main == "input_features":
@@ -149,6 +321,7 @@ def candidates(model, config):
     long = torch.randint(3, max(high, 4), (2, 64), generator=random)
     yield {"input_ids": long, **({"decoder_input_ids": long} if seq2seq else {})}
     yield dict(getattr(model, "dummy_inputs", {}))
+    yield {"input_features": torch.randn(2, 40, 80, generator=random)}
 
 
 def configs(config):
@@ -168,7 +341,8 @@ def parameters(model_class, config) -> int:
 
 
 def build(config_class, model_class):
-    """The first configuration that makes a model whose forward runs: (model, inputs). Raises the last failure."""
+    """The first configuration that makes a model whose forward runs, and inputs that it takes in train mode too if
+    there are any: (model, inputs). Raises the last failure."""
     failure = None
     for make in attempts(config_class):
         try:
@@ -186,11 +360,16 @@ def build(config_class, model_class):
             for p in model.parameters():
                 if p.is_floating_point():
                     p.add_(torch.randn_like(p), alpha=0.1)
+        runs = []
         for inputs in candidates(model, model.config):
             try:
                 with torch.no_grad():
-                    model(**inputs)
-                return model, inputs
+                    model.eval()(**inputs)
+                    runs.append(inputs)
+                    model.train()(**inputs)
+                return model.eval(), inputs
             except Exception as error:
                 failure = error if failure is None or "input_ids" in inputs else failure
+        if runs:
+            return model.eval(), runs[0]
     raise failure

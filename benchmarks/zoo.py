@@ -6,6 +6,7 @@ Each entry makes (model, example inputs). Libraries that cannot be imported are 
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -48,7 +49,8 @@ def _timm(name: str) -> Made:
     """At the smallest of its sizes that builds; depth as it is, where it cannot be less."""
     import timm
 
-    for options in ({**TINY, "depth": 2}, TINY, {"depth": 2}, {}):
+    shallow = [{"depth": 2}, {"depths": (1, 1, 1, 1)}, {"depths": (2, 2, 2, 2)}, {"layers": (1, 1, 1, 1)}]
+    for options in (*({**TINY, **less} for less in shallow), *shallow, TINY, {}):
         try:
             model = timm.create_model(name, pretrained=False, num_classes=7, **options)
         except (TypeError, ValueError, AssertionError, RuntimeError):
@@ -271,13 +273,21 @@ def diffusers_models() -> Iterator[tuple[str, Callable[[], Made]]]:
     )
 
 
+def written_models() -> Iterator[tuple[str, Callable[[], Made]]]:
+    from written import WRITTEN
+
+    for name, make in WRITTEN.items():
+        yield name, lambda make=make: (make().eval(), (torch.randn(2, 8, 7),))
+
+
 LIBRARIES: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Made]]]]] = {
-    "timm": timm_models,
-    "torchvision": torchvision_models,
+    "written": written_models,
     "x_transformers": xt_models,
     "litgpt": litgpt_models,
     "open_clip": open_clip_models,
     "diffusers": diffusers_models,
+    "torchvision": torchvision_models,
+    "timm": timm_models,
 }
 
 
@@ -302,6 +312,7 @@ def import_torchvision() -> None:
 DECLARED: list[torch.library.Library] = []  # an operator lives as long as its library's object
 
 
+@cache
 def models() -> dict[str, Callable[[], Made]]:
     """ "library name" -> what makes it, of the libraries that are installed."""
     if find_spec("torchvision"):

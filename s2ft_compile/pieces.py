@@ -108,8 +108,21 @@ def _attributes(model: nn.Module, found: Collection[str]) -> set[tuple[str, str]
             held = [function.__globals__[n] for n in known if n in function.__globals__]
             modules = [vars(m) for m in held if inspect.ismodule(m)]
             stack += [*held, *(c.cell_contents for c in function.__closure__ or ())]
-            stack += [space[n] for n in known for space in (*spaces, *modules) if n in space]
+            stack += [
+                space[n] for n in known for space in spaces if n in space and not _says_where(module, n, space[n])
+            ]
+            stack += [space[n] for n in known for space in modules if n in space]
     return attributes
+
+
+def _says_where(module: nn.Module, name: str, found: Any) -> bool:
+    """Whether it is a property that says of which type, or on which device, weights are: not what they hold."""
+    if not isinstance(found, property):
+        return False
+    try:
+        return isinstance(getattr(module, name), (torch.dtype, torch.device))
+    except Exception:  # of a model, anything
+        return False
 
 
 def _plain(found: Any) -> Any:

@@ -65,7 +65,8 @@ class Analysis:
     """All couplings and refusals of a model, and the layout of each of its parameters' dimensions.
 
     heads: the axes that attention products run over in parallel (heads, kv groups, queries per group).
-    free: the axes that may be permuted. tied: other names of a parameter -> the name it is listed under.
+    free: the axes that may be permuted. ordered: the heads that may not, and that train where they lie (each has a
+    slope or a decay of its own). tied: other names of a parameter -> the name it is listed under.
     depths: parameter -> how far down the model it is first used; layers are told apart and ordered by it.
     unread: the parameters that no trace reads. statistics: buffers that are permuted with parameters. elsewhere: the
     quantized weights that something else than their own layers reads.
@@ -81,6 +82,7 @@ class Analysis:
     unread: frozenset[str] = field(repr=False, default=frozenset())
     statistics: frozenset[str] = field(repr=False, default=frozenset())
     elsewhere: frozenset[str] = field(repr=False, default=frozenset())
+    ordered: frozenset[int] = field(repr=False, default=frozenset())
 
     def roles(self) -> Counter[str]:
         """How many members each role has."""

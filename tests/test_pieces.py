@@ -51,6 +51,17 @@ class Branching(nn.Module):
         return self.head(x + self.last(x))
 
 
+class Typed(Branching):
+    """One whose code asks of which type its weights are."""
+
+    @property
+    def dtype(self):
+        return next(self.parameters()).dtype
+
+    def forward(self, ids):
+        return super().forward(ids).to(self.dtype)
+
+
 READ = {
     "its bias": lambda self, x: x + self.last.up.bias,
     "by another name": lambda self, x: (lambda other: x + other.up.bias)(self.last),
@@ -76,6 +87,10 @@ def test_what_traces_is_found():
     refused = {m.parameter_name for r in analysis.refusals for m in r.members}
     assert {"embed.weight", "moe.router.weight", "head.weight"} <= refused
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_property_that_says_a_type_reads_no_weight():
+    assert coupled(s2ft.analyze(Typed(), INPUTS)) == PIECES
 
 
 @pytest.mark.parametrize("how", READ)

@@ -560,6 +560,11 @@ CASES["scatter_add"] = [scatter_case(aten.scatter_add.default)]
 CASES["scatter_reduce"] = [scatter_case(aten.scatter_reduce.two, "sum"), scatter_case(aten.scatter_reduce.two, "amax")]
 CASES["view_as_complex"] = [lambda r: (aten.view_as_complex.default, (r.t(*r.shape(2), 2),), {})]
 CASES["view_as_real"] = [lambda r: (aten.view_as_real.default, (torch.complex(*[r.t(3, 4) for _ in "ri"]),), {})]
+CASES["as_strided"] = [
+    lambda r: (aten.as_strided.default, (r.t(n := r.n(), 6, m := r.n()), [n, 2, 4, m], [6 * m, 2 * m, m, 1]), {}),
+    lambda r: (aten.as_strided.default, (r.t(n := r.n(), m := r.n()), [m, n], [1, m]), {}),
+    lambda r: (aten.as_strided.default, (r.t(n := r.n(), m := r.n(2)), [n * m - 1, 2], [1, 1]), {}),
+]
 CASES["unfold"] = [lambda r: (aten.unfold.default, (r.t(r.n(), 5, r.n()), r.of(1, -2), 2, r.of(1, 2)), {})]
 CASES["glu"] = [lambda r: (aten.glu.default, (r.t(r.n(), 2 * r.n(), 4), r.of(1, -2, 2)), {})]
 for _name, _arguments in {"avg_pool": ([2],), "max_pool": ([2],), "adaptive_avg_pool": ([2],)}.items():
@@ -872,6 +877,7 @@ PINNING = (
     "index_add",
     "scatter",
     "unfold",
+    "as_strided",
     "view_as_complex",
     "avg_pool2d",
     "_grouped_mm",

@@ -9,7 +9,8 @@ from torch import nn
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.backward import eager
-from s2ft_compile.testing import assert_trains
+from s2ft_compile.passes.backward.slice_rules import SLICE_RULES
+from s2ft_compile.testing import assert_gradients, assert_sliced, assert_trains
 
 
 class Accumulated(nn.Module):
@@ -85,3 +86,44 @@ def test_every_role_that_is_offered_trains(monkeypatch):
     monkeypatch.setattr("s2ft_compile.preparation.trainable", lambda model, inputs, config, selections: selections)
     with pytest.raises(AssertionError, match="(?s)ffn.in is offered and does not train.*logcumsumexp"):
         assert_trains(Accumulated(), (X,))
+
+
+def test_slices_by_their_rules_are_those_of_all_gradients(monkeypatch):
+    assert assert_sliced(Experts(), (X,)) == {"ffn.out": (1, 0), "ffn.in": (1, 0)}
+    assert assert_sliced(Accumulated(), (X,)) == {"ffn.out": (2, 0), "ffn.in": (1, 1)}
+    monkeypatch.setitem(
+        SLICE_RULES, torch.ops.aten.mm.default, lambda slicer, node, x, dim: slicer.take(x.args[dim], dim, node)
+    )
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert_sliced(Accumulated(), (X,))
+
+
+class Sloped(nn.Module):
+    """Attention whose heads have a slope each, so that their order is fixed (ALiBi)."""
+
+    def __init__(self, heads=4):
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        slopes = torch.arange(1, self.heads + 1, dtype=x.dtype).view(-1, 1, 1)
+        scores = q @ k.transpose(-2, -1) + slopes * torch.arange(x.shape[1]).to(x)
+        return x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_heads_in_a_fixed_order_train_where_they_lie():
+    torch.manual_seed(0)
+    model = Sloped()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    plan = s2ft.prepare(model, (X,), s2ft.S2FTConfig({"attention.out": 2, "attention.query": 1}))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items() if name in before)
+    indices = {s.parameter_name: s.indices.view(-1, 2) for s in plan.slices}
+    assert {name: len(heads) for name, heads in indices.items()} == {"qkv.weight": 1, "out.weight": 2}
+    assert all((heads[:, 0] % 2 == 0).all() and (heads[:, 1] == heads[:, 0] + 1).all() for heads in indices.values())
+    assert_gradients(model, plan, (X,))
+    s2ft.release(model)
+    refused = Sloped()
+    refused.kept = refused.qkv.weight[:3].detach()  # shares its memory: nothing of it may train
+    with pytest.raises(ConfigError, match="shares memory"):
+        s2ft.prepare(refused, (X,), s2ft.S2FTConfig({"attention.query": 1}))

@@ -6,12 +6,14 @@ first step then refuses what this would have.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from s2ft_compile.capture import arguments, inference_mode_of, tensors_of, tied_names
@@ -54,23 +56,53 @@ def refused_gradients(model: nn.Module, example_inputs: Any, places: Sequence[Pl
     if not places:
         return {}
     try:
-        graph = _joint_graph(model, example_inputs, places)
+        joint = sliced_gradients(model, example_inputs, [Taken(*place) for place in places])
     except Exception as error:  # tracing raises many unrelated types
         log.info("gradients could not be looked at before the first step: %s: %s", type(error).__name__, error)
         return {}
-    gradients = graph.output_node().args[0]
-    gradients = gradients[-len(places) :]
-    slicer, refused = Slicer(graph), {}
-    for node in graph.find_nodes(op="call_function", target=ATTACH):
+    return {(taken.parameter_name, taken.dim): why for taken, why in joint.refused.items()}
+
+
+class Taken(NamedTuple):
+    """A slice of a parameter: ranges along one dimension."""
+
+    parameter_name: str
+    dim: int
+    starts: tuple[int, ...] = (0,)
+    lengths: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """graph_module: (parameters and buffers, inputs, deltas) -> (loss, the gradient of each delta). refused: slice -> why
+    its gradient has no slice rule; that one is taken of the full gradient."""
+
+    graph_module: fx.GraphModule
+    refused: Mapping[Taken, Mismatch]
+
+
+def _sum(output: Any) -> Tensor:
+    return sum(t.float().sum() for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
+
+
+def sliced_gradients(
+    model: nn.Module, example_inputs: Any, slices: Sequence[Taken], loss: Callable[[Any], Tensor] = _sum
+) -> Joint:
+    """One joint graph in eval mode, in which each gradient is pushed down by itself. Raises what tracing raises."""
+    module = _joint_graph(model, example_inputs, slices, loss)
+    gradients = module.graph.output_node().args[0][-len(slices) :]
+    slicer, refused = Slicer(module.graph), {}
+    for node in module.graph.find_nodes(op="call_function", target=ATTACH):
         node.replace_all_uses_with(node.args[0])
-    for place, gradient in zip(places, gradients):
+    for taken, gradient in zip(slices, gradients):
         for node in _takes(gradient):
             sliced = slicer.pushed(node)
             if isinstance(sliced, Mismatch):
-                refused[place] = sliced
+                refused[taken] = sliced
             else:
                 node.replace_all_uses_with(sliced)
-    return refused
+    module.graph.eliminate_dead_code()
+    return Joint(module, refused)
 
 
 def _takes(gradient: Any) -> list[fx.Node]:
@@ -88,10 +120,11 @@ def _takes(gradient: Any) -> list[fx.Node]:
     return takes
 
 
-def _joint_graph(model: nn.Module, example_inputs: Any, places: Sequence[Place]) -> fx.Graph:
-    """Of a sum of the outputs and its gradients by deltas, which come last; recorded, or else traced."""
+def _joint_graph(
+    model: nn.Module, example_inputs: Any, slices: Sequence[Taken], loss: Callable[[Any], Tensor]
+) -> fx.GraphModule:
+    """Of a loss and its gradients by deltas, which come last; recorded, or else traced."""
     from torch._functorch.aot_autograd import aot_export_joint_simple
-    from torch._inductor.decomposition import select_decomp_table
 
     tied, tensors = tied_names(model), tensors_of(model)
     inputs, spec = pytree.tree_flatten(tuple(arguments(example_inputs)))
@@ -102,15 +135,13 @@ def _joint_graph(model: nn.Module, example_inputs: Any, places: Sequence[Place])
         buffers = {n: values[n].clone() for n, _ in model.named_buffers()}  # a forward may write to them
         values.update(buffers)
         passed = iter(flat[len(tensors) : len(tensors) + len(given)])
-        for (name, dim), delta in zip(places, flat[len(tensors) + len(given) :]):
-            values[name] = attach(values[name], delta, dim, [0], [1])
+        for (name, dim, *ranges), delta in zip(slices, flat[len(tensors) + len(given) :]):
+            values[name] = attach(values[name], delta, dim, *map(list, ranges))
         values.update({other: values[first] for other, first in tied.items()})
         args, kwargs = pytree.tree_unflatten([next(passed) if isinstance(t, Tensor) else t for t in inputs], spec)
-        outputs = torch.func.functional_call(model, values, args, kwargs, tie_weights=False)
-        floats = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
-        return (sum(t.float().sum() for t in floats),)
+        return (loss(torch.func.functional_call(model, values, args, kwargs, tie_weights=False)),)
 
-    deltas = [tensors[name].detach().narrow(dim, 0, 1) for name, dim in places]
+    deltas = [tensors[s.parameter_name].detach().narrow(s.dim, 0, sum(s.lengths)) for s in slices]
     with inference_mode_of(model), torch.enable_grad():
         try:
             return _recorded(model, run, [*tensors.values(), *given], deltas)
@@ -118,19 +149,26 @@ def _joint_graph(model: nn.Module, example_inputs: Any, places: Sequence[Place])
             log.debug("gradients were not recorded (%s: %s)", type(error).__name__, error)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fakes = [mode.from_tensor(t.detach(), static_shapes=True) for t in (*tensors.values(), *given, *deltas)]
-        for delta in fakes[len(fakes) - len(places) :]:
+        for delta in fakes[len(fakes) - len(slices) :]:
             delta.requires_grad_()
         with mode, exporting():
-            joint = aot_export_joint_simple(run, fakes, trace_joint=True, decompositions=select_decomp_table())
-    return (joint if isinstance(joint, fx.GraphModule) else joint[0]).graph
+            joint = aot_export_joint_simple(run, fakes, trace_joint=True, decompositions=_decompositions())
+    return joint if isinstance(joint, fx.GraphModule) else joint[0]
 
 
-def _recorded(model: nn.Module, run: Callable, fixed: Sequence[Tensor], deltas: Sequence[Tensor]) -> fx.Graph:
-    from torch._inductor.decomposition import select_decomp_table
-
-    recorder = Recorder(decompositions=select_decomp_table())
+def _recorded(model: nn.Module, run: Callable, fixed: Sequence[Tensor], deltas: Sequence[Tensor]) -> fx.GraphModule:
+    recorder = Recorder(decompositions=_decompositions())
     fakes = [recorder.input(t)[0] for t in fixed]
     leaves = [recorder.input(t, requires_grad=True)[0] for t in deltas]
     with as_before(model), recorder.on():
         outputs = run(*fakes, *leaves)
-        return recorder.returns((*outputs, *torch.autograd.grad(outputs, leaves, allow_unused=True)))
+        graph = recorder.returns((*outputs, *torch.autograd.grad(outputs, leaves, allow_unused=True)))
+    return _LazyGraphModule(dict(recorder.constants), graph)
+
+
+def _decompositions() -> Mapping[Any, Callable]:
+    """Inductor's. That of pooling asks its lowerings, which nothing else may have imported."""
+    import torch._inductor.lowering
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()

@@ -14,7 +14,7 @@ is how a fused weight still knows which of its rows feed the queries.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 ATOM, PRODUCT, SUM = "atom", "product", "sum"
@@ -23,10 +23,12 @@ MAX_TERMS = 256  # x[1:] + x[:-1] takes an axis apart one element at a time; the
 
 @dataclass(frozen=True)
 class Pin:
-    """Why the order along an axis matters, and the graph node that says so (None for a source)."""
+    """Why the order along an axis matters, and the graph node that says so (None for a source). closed: it is not the
+    order alone; nothing of the axis may train."""
 
     reason: str
     node: object = None
+    closed: bool = False
 
 
 class Axis:
@@ -81,9 +83,9 @@ def atoms(axis: Axis) -> Iterator[Axis]:
 
 
 def pin(axis: Axis, why: Pin) -> None:
-    """Marks every atom of the axis as one whose order matters. The first reason stays."""
+    """Marks every atom of the axis as one whose order matters. The first reason stays, unless the new one closes it."""
     for atom in atoms(axis):
-        if atom.pin is None and atom.size > 1:
+        if atom.size > 1 and (atom.pin is None or why.closed and not atom.pin.closed):
             atom.pin = why
 
 
@@ -234,7 +236,7 @@ def _bind(atom: Axis, other: Axis, why: Pin) -> None:
         atom, other = other, atom  # keep the side whose pin names an operator, or can still name the one they met in
     atom.alias = other
     if atom.pin is not None:
-        pin(other, atom.pin if atom.pin.node is not None else Pin(atom.pin.reason, why.node))
+        pin(other, atom.pin if atom.pin.node is not None else replace(atom.pin, node=why.node))
 
 
 def _is_source(why: Pin | None) -> bool:

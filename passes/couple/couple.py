@@ -36,7 +36,7 @@ def couple(captured: Captured, *others: Captured) -> Analysis:
     statistics = _statistics([captured, *others])
     captured = replace(captured, shapes={**captured.shapes, **statistics})
     inferences, origins = _infer([captured, *others])
-    _pin_unread(inferences)
+    read = _pin_unread(inferences)
     roles = FirstRoles(inferences)
     ids: dict[Axis, int] = {}
     layouts = {
@@ -64,6 +64,7 @@ def couple(captured: Captured, *others: Captured) -> Analysis:
         layouts=layouts,
         heads=frozenset(ids[a] for a in roles.heads if a in ids),
         free=frozenset(c.axis for c in couplings),
+        ordered=frozenset(ids[a] for a in roles.heads & read if a in ids and a.pin and not a.pin.closed),
         tied=captured.tied,
         depths=dict(ChainMap(*map(_depths, (captured, *others)))),
         statistics=frozenset(statistics),
@@ -135,12 +136,15 @@ def _is_divided(axis: Axis, division: Any) -> bool:
     return (root.kind, len(root.parts)) == (kind, len(parts)) and all(map(_is_divided, root.parts, parts))
 
 
-def _pin_unread(inferences: Sequence[Inference]) -> None:
-    """An axis that stays free is summed over in the end; one that is not was cut off by the example's sizes."""
+def _pin_unread(inferences: Sequence[Inference]) -> set[Axis]:
+    """An axis that stays free is summed over in the end; one that is not was cut off by the example's sizes. Returns
+    those that are."""
     read = atoms_of(axis for inference in inferences for axis in inference.cx.consumed)
     for value in inferences[0].parameters.values():
         for atom in atoms_of(value.dims) - read:
-            pin(atom, Pin("nothing that the example inputs reach reads it"))
+            if atom.pin is None:
+                pin(atom, Pin("nothing that the example inputs reach reads it"))
+    return read
 
 
 # --- freezing --------------------------------------------------------------------------------------------------

@@ -36,9 +36,9 @@ class Inference:
         for name, other in captured.overlapping.items():
             what = f"it shares memory with {other}, which is not the same parameter"
             what = "elements of it share memory (it is expanded)" if other == name else what
-            pin_all(self.parameters[name], Pin(what))
+            pin_all(self.parameters[name], Pin(what, closed=True))
         for name, why in captured.refused.items():
-            pin_all(self.parameters[name], Pin(why))
+            pin_all(self.parameters[name], Pin(why, closed=True))
         self.border = captured.border
         held = {place: name for place, name in captured.buffers.items() if name in self.parameters}
         self.names, self.uniform = {**captured.parameters, **held}, captured.uniform

@@ -97,7 +97,7 @@ def raised(analysis: Analysis, config: S2FTConfig) -> tuple[str, ...]:
 
 def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:
     """Target -> the bands it may train a part of. Raises `ConfigError` where there are none."""
-    if not analysis.couplings:
+    if not analysis.couplings and not analysis.ordered:
         refused = "; ".join(str(r) for r in analysis.refusals[:3]) or "its parameters are not used together"
         raise ConfigError(f"no coupled structure was found in this model, so there is nothing to select: {refused}")
     by_target = {target: _bands_of(target, amount, analysis) for target, amount in config.targets.items()}
@@ -136,8 +136,9 @@ def bands(analysis: Analysis, names: Sequence[str] | None = None) -> list[Band]:
 
 def _bands_of_part(analysis: Analysis, name: str, dim: int, layout: Layout, role: str) -> list[Band]:
     """The bands of the positions that have a role: one for each set of axes that positions lie in, where those are
-    free. A unit is a head in attention, and elsewhere what an axis may permute, whole along axes in a fixed order."""
+    free, or heads that train where they lie. A unit is a head in attention, and elsewhere what an axis may permute, whole along axes in a fixed order."""
     mask, attention = role_mask(layout, role), role.startswith("attention.")
+    selectable = analysis.free | analysis.ordered if attention else analysis.free
     axes = [a for a in dict.fromkeys(leaf.axis for leaf in leaves(layout) if leaf.size > 1)]
     axes = [a for a in axes if a in (analysis.heads if attention else analysis.free)]
     inside = [coordinates(layout, a) >= 0 for a in axes]
@@ -147,7 +148,7 @@ def _bands_of_part(analysis: Analysis, name: str, dim: int, layout: Layout, role
         chosen = [a for i, a in enumerate(axes) if bits >> i & 1]
         part = mask & (pattern == bits)
         units = prod(int(coordinates(layout, a).max()) + 1 for a in chosen)
-        if (chosen or attention) and all(a in analysis.free for a in chosen) and int(part.sum()) % units == 0:
+        if (chosen or attention) and all(a in selectable for a in chosen) and int(part.sum()) % units == 0:
             group = tuple(chosen) or (name, dim)
             parts.append(Band(name, dim, role, group, _unit_positions(layout, part, chosen)))
     return parts

@@ -3,6 +3,7 @@
     assert_equivalent(model, inputs)            every coupling found may be permuted, and the test would notice if not
     assert_gradients(model, plan, inputs)       the backend's gradients are the slices of the full ones
     assert_trains(model, inputs)                every role that a model offers trains, with exact gradients
+    assert_sliced(model, inputs)                the same by slice rules alone, in seconds
     rulecheck("ns::op", samples)                an operator's axis rule against the operator, as `torch.library.opcheck`
     permutations(analysis)                      strategy of hypothesis: orders of any couplings of a model
     configurations(analysis)                    strategy: what may train of it
@@ -23,7 +24,7 @@ from .equivalence import (
     signature,
     tolerance,
 )
-from .gradients import assert_gradients, assert_slices, assert_trains, full_gradients
+from .gradients import assert_gradients, assert_sliced, assert_slices, assert_trains, full_gradients
 from .models import Drawn, Spec, models
 from .operators import Solution, check_rule, frozen, infer, rulecheck
 from .strategies import configurations, permutations
@@ -31,6 +32,7 @@ from .strategies import configurations, permutations
 __all__ = [
     "assert_equivalent",
     "assert_gradients",
+    "assert_sliced",
     "assert_trains",
     "configurations",
     "models",

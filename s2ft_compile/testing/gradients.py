@@ -6,13 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from s2ft_compile.capture import arguments, unwrap
+from s2ft_compile.capture import arguments, tensors_of, unwrap
 from s2ft_compile.config import ROLES, CompileOptions, S2FTConfig
 from s2ft_compile.errors import ConfigError, StateError
-from s2ft_compile.passes.select.select import targeted_bands
+from s2ft_compile.passes.backward.attach import runs
+from s2ft_compile.passes.backward.trainable import Taken, sliced_gradients
+from s2ft_compile.passes.select.select import Band, select, targeted_bands
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.preparation import analyze, prepare
+from s2ft_compile.recording import exporting
 from s2ft_compile.state import find_state, release, state_of
 from s2ft_compile.tracing import recorded
 
@@ -143,10 +147,64 @@ def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager"
     return trained
 
 
+def assert_sliced(model: nn.Module, inputs: Any, ratio: float = 0.3) -> dict[str, tuple[int, int]]:
+    """The same without a compiler: all slices of all roles at once, by the slice rules of one joint graph of eval mode
+    that is run as it is, in float64.
+
+    Returns role -> (number of weights that train, number of those that have no slice rule and that `prepare` leaves
+    out). Raises `AssertionError` where a gradient is no slice of the full one or no weight of a role trains, and what
+    tracing raises where there is no joint graph.
+    """
+    inputs, model = wide(inputs), noisy(model, 0).requires_grad_(False)
+    analysis, parameters = analyze(model, inputs), dict(model.named_parameters())
+    of_roles: dict[str, list[Taken]] = {}
+    for role in ROLES:
+        try:
+            chosen = select(analysis, S2FTConfig({role: ratio}, selection=_first_units), parameters)
+        except ConfigError:  # it has no such role
+            continue
+        ranges = [runs(s.indices.tolist()) for s in chosen]
+        of_roles[role] = [Taken(s.parameter_name, s.dim, *map(tuple, r)) for s, r in zip(chosen, ranges)]
+    slices = list(dict.fromkeys(taken for listed in of_roles.values() for taken in listed))
+    if not slices:
+        return {}
+    joint = sliced_gradients(model, inputs, slices, _weighted)
+    args, kwargs = arguments(inputs)
+    given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    deltas = [_taken(parameters[s.parameter_name], s) for s in slices]
+    with torch.no_grad():
+        gradients = joint.graph_module(*tensors_of(model).values(), *given, *deltas)[1:]
+    with exporting():  # code that asks takes the same way as in the graph
+        full = full_gradients(model.requires_grad_(True), lambda base: _summed(base, inputs))
+    for s, gradient in zip(slices, gradients, strict=True):
+        expected = _taken(full[s.parameter_name], s)
+        gradient = torch.zeros_like(expected) if gradient is None else gradient
+        error = (gradient.to(expected.dtype) - expected).abs().max().item()
+        allowed = 2.0**-20 * full[s.parameter_name].abs().max().item()
+        assert error <= allowed, f"the gradient of {s} is off by {error:.3g} > {allowed:.3g}"
+    counts = {role: sum(s in joint.refused for s in listed) for role, listed in of_roles.items()}
+    for role, listed in of_roles.items():
+        whys = [joint.refused[s] for s in listed if s in joint.refused]
+        assert len(whys) < len(listed), f"{role} is offered and no weight of it trains: {listed[0]}: {whys[0]}"
+    return {role: (len(listed) - counts[role], counts[role]) for role, listed in of_roles.items()}
+
+
+def _first_units(bands: Sequence[Band], scores: Tensor) -> Tensor:
+    return torch.arange(len(scores))
+
+
+def _taken(t: Tensor, s: Taken) -> Tensor:
+    return torch.cat([t.detach().narrow(s.dim, start, n) for start, n in zip(s.starts, s.lengths)], s.dim)
+
+
 def _summed(model: nn.Module, inputs: Any) -> Tensor:
     """All outputs with different weights, from one random state."""
     args, kwargs = arguments(inputs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        outputs = [y.double() for y in outputs_of(model(*args, **kwargs)) if y.requires_grad]
+        return _weighted(model(*args, **kwargs))
+
+
+def _weighted(output: Any) -> Tensor:
+    outputs = [y.double() for y in outputs_of(output) if y.requires_grad]
     return sum((y * torch.arange(y.numel(), device=y.device).view(y.shape).sin()).sum() for y in outputs)

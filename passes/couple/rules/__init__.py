@@ -70,6 +70,7 @@ from .reduction import (
     axes_whole_weight_norm,
 )
 from .shape import (
+    axes_as_strided,
     axes_cat,
     axes_channel_shuffle,
     axes_expand,
@@ -301,6 +302,7 @@ AXIS_RULES: dict[Any, Callable] = {
     **family(axes_as_complex, "view_as_complex"),
     **family(axes_as_real, "view_as_real"),
     **family(axes_unfold, "unfold"),
+    **family(axes_as_strided, "as_strided"),
     **family(axes_glu, "glu"),
     **family(
         axes_spatial(1),

@@ -172,15 +172,18 @@ def einsum_of_any(cx, node, inputs: Sequence[str], output: str, operands: Sequen
             unify(axes[c], axis, why)
     cx.consumed += [axis for c, axis in axes.items() if c not in output]
     activations = [v for v in operands if not v.weight]
+    of_activations = [i for i, v in zip(inputs, operands) if not v.weight]
+    met = {c for c in axes if sum(c in i for i in of_activations) > 1}  # by two activations: no weight contracts it
     for letters, value in zip(inputs, operands):
         if value.weight and activations:
-            produced, gone = ([d for d, c in enumerate(letters) if (c in output) == kept] for kept in (True, False))
+            kept = {c for c in letters if c in output or c in met}
             shared = {c for other in inputs if other is not letters for c in other}
+            produced, gone = ([d for d, c in enumerate(letters) if (c in kept) == made] for made in (True, False))
             cx.project(node, value, [d for d in produced if letters[d] not in shared], gone)
             cx.experts += [value.dims[d] for d in produced if letters[d] in shared]
     if len(activations) > 1:
-        cx.attention += [a for v in activations for a in v.dims]
-        of_activations = [i for i, v in zip(inputs, operands) if not v.weight]
+        weighed = {c for i, v in zip(inputs, operands) if v.weight for c in i} - met - set(output)
+        cx.attention += [axis for i in of_activations for c, axis in axes.items() if c in i and c not in weighed]
         cx.heads += [axes[c] for c in output if all(c in i for i in of_activations)]
     return Value([axes[c] for c in output], not activations)
 

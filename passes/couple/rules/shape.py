@@ -158,6 +158,25 @@ def axes_pad(cx, node, x, pad, *args, **kwargs):
     return dims
 
 
+def axes_as_strided(cx, node, x, size, stride, offset=None):
+    """A dimension of a contiguous x stays one where the result steps along it as x does, from its first index to its
+    last, and no other step carries into it. The others are read in windows."""
+    val, why = node.args[0].meta["val"], Pin("windows of the axis are read (as_strided)", node)
+    steps = [(n, step) for n, step in zip(size, stride)]
+    inside = sum((n - 1) * step for n, step in steps if n) < val.numel()
+    if offset or val.storage_offset() or not val.is_contiguous() or not inside:
+        return axes_unknown(cx, node, x)
+    dims = [Axis(n, pin=why) for n in size]
+    for axis, n, step in zip(x.dims, x.sizes, val.stride()):
+        others = [other for other in steps if other[0] > 1 and other != (n, step)]
+        carried = sum((m - 1) * t for m, t in others if t < step) >= step
+        if (n, step) in steps and not carried and all(t % (n * step) == 0 for _, t in others if t >= step):
+            dims[steps.index((n, step))] = axis
+        else:
+            pin(axis, why)
+    return dims
+
+
 def axes_unfold(cx, node, x, dim, size, step):
     dims, dim, why = list(x.dims), dim % len(x.dims), Pin(f"{name(node)} slides along the axis", node)
     pin(dims[dim], why)
