@@ -1,21 +1,22 @@
 """The table of docs/quantized.md: memory of a training step by `s2ft estimate`, for models of five sizes.
 
-    python benchmarks/quantized.py [SIZE ...] [--batch 1] [--budget 1.0]
+    python benchmarks/quantized.py [SIZE ...] [--lengths 2048 8192] [--ways bf16 int8 NF4] [--keep]
 
-Layers are alike, so each model is estimated with two layers and with three, and the rest follows.
+One sequence a step, Muon, gradient checkpointing (--keep: without), 2% of the FFN's channels. Layers are alike, so each
+model is estimated with three layers and with four, and the rest follows; some 20 seconds a model on one core. Writes
+benchmarks/results/quantized.json, a size at a time.
 """
 
-import argparse
 import tempfile
-from dataclasses import fields
+from dataclasses import asdict
 from functools import cache
 
 import torch
 import transformers
+from turns import facts, parser, save
 
 from s2ft_compile.cli.estimate import estimate_folder
 from s2ft_compile.config import CompileOptions, S2FTConfig
-from s2ft_compile.estimation import Estimate
 from s2ft_compile.planned import BYTES
 
 COMMON = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 16384, "dtype": "bfloat16"}
@@ -31,21 +32,25 @@ WAYS = {"bf16": "none", "int8": "int8", "NF4": "nf4"}
 LENGTHS = (2048, 8192)
 
 
+PARTS = ("weights", "slices", "optimizer", "activations", "working")
+FEW, MORE = 3, 4  # layers: with two, the first one's backward, which ends early, is half of all
+
+
 @cache
-def total(size: str, way: str, length: int, batch: int, budget: float) -> float:
-    """Bytes of a step, with 2% of the FFN's channels training. All that int8 changes against NF4 is the weights."""
+def parts(size: str, way: str, length: int, checkpointing: bool) -> dict[str, float]:
+    """Bytes of a step, by part. All that int8 changes against NF4 is the weights."""
     if way == "int8":
         numbers = numbers_quantized(size)
         more = BYTES["int8"](numbers, SIZES[size]["hidden_size"]) - BYTES["nf4"](numbers, 1)
-        return total(size, "NF4", length, batch, budget) + more
+        nf4 = parts(size, "NF4", length, checkpointing)
+        return {**nf4, "weights": nf4["weights"] + more}
     shape = {**COMMON, **SIZES[size]}
     layers, tied = shape.pop("layers"), shape.pop("tied", False)
-    two, three = (
-        _estimate({**shape, "tie_word_embeddings": tied, "num_hidden_layers": n}, way, length, batch, budget)
-        for n in (2, 3)
+    few, more = (
+        _estimate({**shape, "tie_word_embeddings": tied, "num_hidden_layers": n}, way, length, checkpointing)
+        for n in (FEW, MORE)
     )
-    parts = [f.name for f in fields(Estimate) if f.name not in ("trainable", "batch", "tokens")]
-    return sum(getattr(two, p) + (layers - 2) * (getattr(three, p) - getattr(two, p)) for p in parts)
+    return {p: few[p] + (layers - FEW) * (more[p] - few[p]) / (MORE - FEW) for p in PARTS}
 
 
 def numbers_quantized(size: str) -> int:
@@ -56,31 +61,39 @@ def numbers_quantized(size: str) -> int:
     return s["layers"] * s["hidden_size"] * (width * 2 * (heads + kv) + 3 * s["intermediate_size"])
 
 
-def _estimate(shape: dict, way: str, length: int, batch: int, budget: float) -> Estimate:
+def _estimate(shape: dict, way: str, length: int, checkpointing: bool) -> dict[str, int]:
     torch._dynamo.reset()  # each is a first compilation
     with tempfile.TemporaryDirectory() as folder:
         config = transformers.LlamaConfig(**shape)
         config.architectures = ["LlamaForCausalLM"]
         config.save_pretrained(folder)
-        options = CompileOptions(activation_budget=budget, logits=False)
+        options = CompileOptions(logits=False)
         config = S2FTConfig({"ffn.in": 0.02, "ffn.out": 0.02})
-        return estimate_folder(folder, batch, length, "bfloat16", config, options, WAYS[way])
+        return asdict(
+            estimate_folder(folder, 1, length, "bfloat16", config, options, WAYS[way], checkpointing=checkpointing)
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sizes", nargs="*", default=list(SIZES))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=1.0)
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS))
-    given = parser.parse_args()
-    columns = [(way, length) for length in given.lengths for way in given.ways]
+    options = parser(__doc__)
+    options.add_argument("sizes", nargs="*", default=list(SIZES))
+    options.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    options.add_argument("--ways", nargs="+", default=list(WAYS))
+    options.add_argument("--keep", action="store_true", help="keep all activations: no gradient checkpointing")
+    given = options.parse_args()
+    sizes, lengths = (["1B"], [128]) if given.quick else (given.sizes, given.lengths)
+    columns = [(way, length) for length in lengths for way in given.ways]
     print("| GiB | " + " | ".join(f"{way}, {length:,} tokens" for way, length in columns) + " |")
     print("|---|" + "---|" * len(columns))
-    for size in given.sizes:
-        cells = [total(size, way, length, given.batch, given.budget) / 2**30 for way, length in columns]
-        print(f"| {size} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |", flush=True)
+    result = {**facts("cpu", given.quick), "checkpointing": not given.keep, "bytes": {}}
+    for size in sizes:
+        made = {f"{way} {length}": parts(size, way, length, not given.keep) for way, length in columns}
+        result["bytes"][size] = {name: {**some, "total": sum(some.values())} for name, some in made.items()}
+        print(
+            f"| {size} | " + " | ".join(f"{sum(some.values()) / 2**30:.1f}" for some in made.values()) + " |",
+            flush=True,
+        )
+        save(result, "quantized", given.output)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """The trained model as an ordinary one: in the base model's order, the trained blocks in place."""
 
+import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from s2ft_compile.capture import unwrap
-from s2ft_compile.errors import ExportError
+from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.quantized import Quantized, Values, not_quantized, quantized_in, stand_ins
 from s2ft_compile.sliced import Beside, base_parameters, blocks_in
 from s2ft_compile.state import is_prepared, merged, state_of
@@ -25,6 +28,7 @@ from .files import new_directory
 log = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter"  # the folder inside a quantized checkpoint
+REQUANTIZED = "requantized.json"
 
 
 @contextmanager
@@ -48,7 +52,9 @@ def plain(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def save_merged(model: nn.Module, directory: str | os.PathLike, dequantize: bool = False) -> Path:
+def save_merged(
+    model: nn.Module, directory: str | os.PathLike, dequantize: bool = False, requantize: bool = False
+) -> Path:
     """Writes the model into a new folder, and returns its path.
 
     A Hugging Face model (one with `save_pretrained`) becomes a folder for `from_pretrained`; any other
@@ -59,15 +65,20 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, dequantize: bool
     A model with quantized weights is written as the quantized checkpoint, with the adapter in the folder `adapter`
     inside: `load_adapter(from_pretrained(directory), f"{directory}/adapter")` is what was trained, bit for bit.
     dequantize: write an ordinary model instead, each sum of a dequantized weight and its slice rounded once to the type
-    of the model's other weights; all of it has to fit into memory.
+    of the model's other weights; all of it has to fit into memory. requantize: that model, quantized once more as the
+    base was. This loses something: a warning, and `requantized.json` in the folder, say how far trained entries are
+    from what they were.
 
-    Raises `ExportError` if the folder exists, and for a quantized model that transformers cannot save as it is.
+    Raises `ExportError` if the folder exists, for a quantized model that transformers cannot save as it is, and for
+    `requantize` of one that it did not load.
     """
+    if dequantize and requantize:
+        raise ConfigError("a merged model is dequantized or quantized again; pass one of dequantize and requantize")
     if sharded.is_sharded(model):
         sharded.save_merged(model, directory)
     else:
         with new_directory(directory) as folder:
-            write_merged(model, folder, dequantize)
+            (write_requantized if requantize else partial(write_merged, dequantize=dequantize))(model, folder)
     log.info("merged model written to %s", directory)
     return Path(directory)
 
@@ -110,6 +121,45 @@ def _write_quantized(model: nn.Module, folder: Path) -> None:
             raise ExportError(f"transformers cannot save this quantized model ({error}): {other}") from error
 
 
+def write_requantized(model: nn.Module, folder: Path) -> None:
+    """Writes the merged model, quantized once more, and `requantized.json`: for each weight that trained beside it, how
+    far the trained entries are from the sums (`largest_change`), and the largest delta. Raises `ExportError`."""
+    module = unwrap(model)
+    config = getattr(getattr(module, "config", None), "quantization_config", None)
+    if getattr(module, "hf_quantizer", None) is None or config is None:
+        raise ExportError(
+            f"{type(module).__name__} was not loaded with a quantization_config, so it is not known how to quantize it "
+            f"again; save_merged(model, directory, dequantize=True) writes an ordinary model, which can be"
+        )
+    with TemporaryDirectory(dir=folder) as ordinary:
+        write_merged(model, Path(ordinary), dequantize=True)
+        how = {"quantization_config": config, "device_map": {"": module.device}, "dtype": "auto"}
+        again = type(module).from_pretrained(ordinary, **how)
+    changes = _changes(module, again)
+    again.save_pretrained(folder)
+    (folder / REQUANTIZED).write_text(json.dumps(changes, indent=1), encoding="utf-8")
+    if changes:
+        name, worst = max(changes.items(), key=lambda item: item[1]["largest_change"])
+        log.warning(
+            "quantized again, trained entries are up to %.2g from what was trained (%s, whose largest delta is %.2g)",
+            worst["largest_change"],
+            name,
+            worst["largest_delta"],
+        )
+
+
+@torch.no_grad()
+def _changes(module: nn.Module, again: nn.Module) -> dict[str, dict[str, float]]:
+    ours, theirs, changes = Values(module), Values(again), {}
+    for block in blocks_in(module):
+        if isinstance(block, Beside):
+            part = (block.dim, block.index)
+            wanted = ours[block.name].index_select(*part).double() + block.delta
+            change = (theirs[block.name].index_select(*part).double() - wanted).abs().max()
+            changes[block.name] = {"largest_change": float(change), "largest_delta": float(block.delta.abs().max())}
+    return changes
+
+
 @contextmanager
 def dense(module: nn.Module) -> Iterator[None]:
     """Context in which a plain model has no quantized weights: each is the sum of its values and the slice beside it,
@@ -119,11 +169,10 @@ def dense(module: nn.Module) -> Iterator[None]:
         yield
         return
     blocks = {id(b.weight): b for b in blocks_in(module) if isinstance(b, Beside)}
-    others = [p for n, p in base_parameters(module).items() if n not in values.quantized and p.is_floating_point()]
+    known = {name: dense_dtype(module, values.dtype(name)) for name in values.quantized}
 
     def value(weight: Quantized) -> nn.Parameter:
-        dense, block = weight.values(), blocks.get(id(weight.held))
-        dtype = others[0].dtype if others else dense.dtype
+        dense, block, dtype = weight.values(), blocks.get(id(weight.held)), known[weight.name]
         if block is not None:
             wide = torch.promote_types(dense.dtype, block.delta.dtype)
             at, delta = block.index.to(dense.device), block.delta.detach().to(dense.device, wide)
@@ -142,6 +191,13 @@ def dense(module: nn.Module) -> Iterator[None]:
         undo.enter_context(stand_ins(module, value))
         undo.enter_context(not_quantized(module))
         yield
+
+
+def dense_dtype(module: nn.Module, own: torch.dtype) -> torch.dtype:
+    """The type of a quantized weight in an ordinary model: that of the others, or its own where there are none."""
+    quantized = quantized_in(module)
+    others = (p.dtype for n, p in base_parameters(module).items() if n not in quantized and p.is_floating_point())
+    return next(others, own)
 
 
 def _save(module: nn.Module, path: Path) -> None:

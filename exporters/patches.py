@@ -4,7 +4,7 @@ A patch is what vLLM's sparse weight transfer takes (`SparseWeightPatch`): a che
 the base model's order, the trained values there, and the whole shape. The positions stay the same from step to step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from weakref import WeakKeyDictionary
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import ExportError
 from s2ft_compile.plan import Slice
-from s2ft_compile.quantized import check_not_quantized
-from s2ft_compile.sliced import InPlace
+from s2ft_compile.quantized import Quantized, quantized_in
+from s2ft_compile.sliced import Beside, Block, InPlace, whole
 from s2ft_compile.state import Left, State, state_of
 
 from .conversion import as_stored
+from .merged import dense_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class _Place:
 
     name: str
     shape: tuple[int, ...]
-    block: InPlace | Left
+    block: Block | Left
     indices: Tensor
     picked: Tensor | None
 
@@ -54,21 +55,34 @@ _places: "WeakKeyDictionary[State, tuple[int, list[_Place]]]" = WeakKeyDictionar
 def patches(model: nn.Module) -> Iterator[Patch]:
     """What a prepared model has trained, as patches of its base's checkpoint: set, not added, so one may be repeated.
 
-    Of a sharded model every process calls this, and each gets all of the (small) patches. Raises `StateError` for a
-    model that is not prepared, `ExportError` for a weight of 2^31 numbers or more.
+    What trains beside quantized weights is added to these, dequantized: for an engine that holds what `save_merged(...,
+    dequantize=True)` writes of the base, not the model that was quantized. Of a sharded model every process calls this,
+    and each gets all of the (small) patches. Raises `StateError` for a model that is not prepared, `ExportError` for a
+    weight of 2^31 numbers or more.
     """
     state = state_of(model)
-    check_not_quantized(state.model, "patches")
+    quantized = quantized_in(state.model)
     if _places.get(state, (-1, []))[0] != state.reselected:
         _places[state] = state.reselected, list(_found(state, unwrap(model)))
-    whole: dict[int, Tensor] = {}
+    trained: dict[int, Tensor] = {}
     for place in _places[state][1]:
-        if id(place.block) not in whole:
-            whole = {id(place.block): place.block.trained().reshape(-1)}
-        values = whole[id(place.block)]
+        if id(place.block) not in trained:
+            trained = {id(place.block): _trained(state.model, place.block, quantized).reshape(-1)}
+        values = trained[id(place.block)]
         if place.picked is not None:
             values = values[place.picked.to(values.device)]
         yield Patch(place.name, place.indices.to(values.device), values, place.shape)
+
+
+def _trained(module: nn.Module, block: Block | Left, quantized: Mapping[str, Quantized]) -> Tensor:
+    """What a block is with its delta: the sum, rounded once."""
+    if isinstance(block, InPlace | Left):
+        return block.trained()
+    assert isinstance(block, Beside)
+    base, delta = quantized[block.name].values(), whole(block.delta)
+    wide = torch.promote_types(base.dtype, delta.dtype)
+    part = base.index_select(block.dim, block.index.to(base.device)).to(wide)
+    return part.add(delta.to(part)).to(dense_dtype(module, base.dtype))
 
 
 def _found(state: State, module: nn.Module) -> Iterator[_Place]:

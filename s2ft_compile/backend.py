@@ -6,7 +6,7 @@ Prepares a model at its first call, runs the passes of `pipeline` on its graphs,
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import count
@@ -27,7 +27,7 @@ from .config import CompileOptions, S2FTConfig
 from .errors import ConfigError, StateError
 from .pipeline import DYNAMO, JOINT, Pipeline
 from .preparation import prepare
-from .sliced import Beside, block_of, blocks_in, refresh, trains_beside
+from .sliced import Beside, block_of, blocks_in, refresh, trains_slices
 from .state import live_states
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def s2ft(
     _check_config(example_inputs, weights, config)
     log.info("%d of a graph's %d inputs are weights with a delta", len(pairs), len(example_inputs))
     pipeline = Pipeline(how, next(_numbers))
-    trains = pairs or trains_beside(example_inputs)
+    trains = pairs or trains_slices(example_inputs)
     graph = _copy(gm) if trains and not how.logits else gm  # what leaves logits out is the one pass that changes it
     pipeline.run(DYNAMO, graph.graph, example_inputs)
     if graph is not gm:
@@ -68,10 +68,28 @@ def s2ft(
 
 
 def attached_inputs(graph: fx.Graph) -> list[tuple[int, int]]:
-    """The positions of each weight and delta that a dynamo graph attaches."""
+    """The positions of each weight and delta that a dynamo graph attaches, also in what it checkpoints."""
     positions = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
-    pairs = [n.args[:2] for n in graph.nodes if n.op == "call_function" and n.target in ATTACHES]
-    return list(dict.fromkeys((positions[w], positions[d]) for w, d in pairs if w in positions and d in positions))
+    return list(dict.fromkeys(_attached(graph, positions)))
+
+
+def _attached(graph: fx.Graph, positions: Mapping[fx.Node, int]) -> Iterator[tuple[int, int]]:
+    for node in (n for n in graph.nodes if n.op == "call_function"):
+        given = [positions.get(a) if isinstance(a, fx.Node) else None for a in node.args]
+        if node.target in ATTACHES and None not in given[:2]:
+            yield given[0], given[1]
+        elif (body := _body(node)) is not None:
+            inner = zip(body.find_nodes(op="placeholder"), given[1:])
+            yield from _attached(body, {p: position for p, position in inner if position is not None})
+
+
+def _body(node: fx.Node) -> fx.Graph | None:
+    """The graph that a higher-order operator runs on the rest of its arguments."""
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node) or first.op != "get_attr":
+        return None
+    body = getattr(node.graph.owning_module, str(first.target), None)
+    return body.graph if isinstance(body, fx.GraphModule) else None
 
 
 ATTACHES = (torch.ops.s2ft.attach, ATTACH)

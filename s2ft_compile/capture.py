@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from .errors import CaptureError
 from .examples import Inputs, arguments, resized, several
-from .quantized import StandIn, stand_ins
+from .quantized import StandIn, check_known, stand_ins
 from .quantized import __file__ as STAND_INS
 from .recording import Recorded, record
 
@@ -76,6 +76,7 @@ def capture(
     args, kwargs = arguments(example_inputs)
     if any(p.is_meta for p in model.parameters()):  # structure without weights takes inputs without values
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+    check_known(model)
     with stand_ins(model) as quantized, mode_of(model, training), one_draw(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         recorded = _recorded(model, args, kwargs, trace)

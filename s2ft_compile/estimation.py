@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from .backend import boxed, s2ft
+from .backend import s2ft
 from .capture import Inputs, arguments
-from .config import CompileOptions, S2FTConfig
+from .config import OPTIMIZERS, CompileOptions, S2FTConfig, check_choice
 from .errors import ConfigError
+from .optimizers import state_bytes
 from .preparation import prepare
 from .sliced import InPlace
 from .state import parameters, state_of
@@ -34,18 +35,20 @@ INLINED = (
     aten.scalar_tensor.default,
     aten.clone.default,
     aten.gather.default,
+    aten.index.Tensor,
+    aten.constant_pad_nd.default,
 )
 REDUCTIONS = (aten.amax.default, aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.var_mean.correction)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one training step with AdamW, at its peak.
+    """Bytes of one training step, at its peak.
 
-    weights: parameters and buffers. slices: the deltas, their gradients and the backups of their blocks. optimizer: two
-    float32 moments of each delta. activations: what the forward saves for the backward. working: what is alive besides
-    at the moment of the peak. trainable: how many numbers train. batch: sequences, images or other rows per step.
-    tokens: per step, 0 for a model that reads none.
+    weights: parameters and buffers. slices: the deltas and the backups of their blocks, and where gradients accumulate
+    those that wait. optimizer: what it keeps of each delta, in float32. activations: what the forward saves for the
+    backward. working: what is alive besides at the moment of the peak, gradients of deltas too. trainable: how many
+    numbers train. batch: sequences, images or other rows per step. tokens: per step, 0 for a model that reads none.
     """
 
     weights: int
@@ -63,14 +66,22 @@ class Estimate:
 
 
 def estimate(
-    model: nn.Module, example_inputs: Any, config: S2FTConfig | None = None, options: CompileOptions | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    config: S2FTConfig | None = None,
+    options: CompileOptions | None = None,
+    optimizer: str = "adamw",
+    accumulates: bool = False,
 ) -> Estimate:
     """What training `model` on `example_inputs` takes; `model` lies on the `meta` device, and is prepared by this.
 
     example_inputs: a tuple or a dict of the forward's arguments of one step, with labels if the model computes its loss
     (else the loss is the sum of its outputs). config: its selection is replaced by `random`: which units train makes no
-    difference here. Raises `ConfigError` for a model with storage, and what `prepare` and the backend raise.
+    difference here. optimizer: "adamw" or "muon". accumulates: whether gradients of forwards before this one wait in
+    `delta.grad`. Layers that the model checkpoints are computed again, as they are in training. Raises `ConfigError`
+    for a model with storage, and what `prepare` and the backend raise.
     """
+    check_choice("optimizer", optimizer, OPTIMIZERS)
     if not all(p.is_meta for p in model.parameters()):
         raise ConfigError("estimate takes a model without storage, made inside torch.device('meta')")
     config, options = config or S2FTConfig(), options or CompileOptions()
@@ -79,7 +90,7 @@ def estimate(
     plain = S2FTConfig(config.targets, budget=_plain(config.budget), top_layers=config.top_layers)
     prepare(model, Inputs(args, unlabelled), plain)
     fake, graphs = graphs_of_step(model, args, kwargs, options)
-    return _summed(fake, graphs, (args, kwargs))
+    return _summed(fake, graphs, (args, kwargs), optimizer, accumulates)
 
 
 def _plain(budget: str) -> str:
@@ -110,11 +121,13 @@ def graphs_of_step(
     mode = FakeTensorMode(shape_env=ShapeEnv())
     model = _with_fake_storage(model.train(), mode)
     args, kwargs = pytree.tree_map_only(Tensor, partial(_fake, mode), (args, kwargs))
+    from functorch.compile import make_boxed_func
+
     graphs: list[fx.GraphModule] = []
 
     def keep(gm: fx.GraphModule, inputs, **_) -> Callable:
         graphs.append(gm)
-        return boxed(gm, inputs)
+        return make_boxed_func(partial(_returned, gm.graph, mode))
 
     how = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("inner", "mode")}
     net = torch.compile(model, backend=partial(s2ft, inner_compile=keep), options=how)
@@ -127,20 +140,27 @@ def graphs_of_step(
     return model, graphs
 
 
+def _returned(graph: fx.Graph, mode: FakeTensorMode, *_: Any) -> list[Any]:
+    """What a graph returns, without running it: recomputation in a backward sets the state of a random generator, which
+    no fake tensor has."""
+    values = pytree.tree_map_only(fx.Node, lambda node: node.meta["val"], graph.output_node().args[0])
+    return [_fake(mode, value) if isinstance(value, Tensor) else value for value in values]
+
+
 # --- from graphs to bytes ----------------------------------------------------------------------------------------
 
 
-def _summed(model: nn.Module, graphs: list[fx.GraphModule], inputs) -> Estimate:
+def _summed(model: nn.Module, graphs: list[fx.GraphModule], inputs, optimizer: str, accumulates: bool) -> Estimate:
     deltas = parameters(model)
     numbers = sum(d.numel() for d in deltas)
     fixed = [t for t in (*model.parameters(), *model.buffers()) if not any(t is d for d in deltas)]
     saved, peak = _peak([g.graph for g in graphs])
     given = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     tokens = next((t.numel() for t in given if t.ndim == 2 and not t.is_floating_point()), 0)
-    backups = sum(map(_bytes, _backups(model)))
-    return Estimate(
-        sum(map(_bytes, fixed)), 8 * numbers + backups, 8 * numbers, saved, peak - saved, numbers, len(given[0]), tokens
-    )
+    slices = (8 if accumulates else 4) * numbers + sum(map(_bytes, _backups(model)))
+    weights, kept = sum(map(_bytes, fixed)), state_bytes(deltas, optimizer)
+    working = max(peak, 4 * numbers) - saved  # the optimizer's step has all gradients at once
+    return Estimate(weights, slices, kept, saved, working, numbers, len(given[0]), tokens)
 
 
 def _peak(graphs: list[fx.Graph]) -> tuple[int, int]:
@@ -236,4 +256,8 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _bytes(value: Any) -> int:
-    return value.numel() * value.itemsize if isinstance(value, Tensor) else 0
+    if not isinstance(value, Tensor):
+        return 0
+    numel = value.numel()  # that of a random generator's state has no value while a graph is traced
+    known = numel if isinstance(numel, int) else numel.node.hint if numel.node.has_hint() else 0
+    return known * value.itemsize

@@ -6,9 +6,10 @@ at the same rate: with `match_rms_adamw` both change an entry by about as much.
 """
 
 import logging
+from collections.abc import Iterable
 from statistics import median
 
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from .capture import unwrap
 from .config import OPTIMIZERS, check_choice
@@ -44,6 +45,11 @@ def optimizer(
     if others:
         optimizers.append(optim.AdamW(others, lr=lr, weight_decay=weight_decay, fused=True))
     return optimizers[0] if len(optimizers) == 1 else Together(optimizers)
+
+
+def state_bytes(deltas: Iterable[Tensor], name: str) -> int:
+    """What an optimizer of this name keeps of its parameters: Muon one number for each of theirs, AdamW two."""
+    return sum(p.numel() * p.itemsize * (1 if name == "muon" and p.ndim == 2 else 2) for p in deltas)
 
 
 def learning_rate(model: nn.Module) -> float:

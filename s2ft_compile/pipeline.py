@@ -26,7 +26,7 @@ from . import tracing
 from .config import CompileOptions
 from .errors import CompileError, ConfigError, S2FTError
 from .rules import rules_key
-from .sliced import trains_beside
+from .sliced import trains_slices
 from .state import live_states
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def _prove(graph: fx.Graph, inputs: Sequence[Any]) -> None:
 
 
 def _chunk(graph: fx.Graph, inputs: Sequence[Any]) -> None:
-    chunk_loss.chunk_loss(graph, trains_beside(inputs))
+    chunk_loss.chunk_loss(graph, trains_slices(inputs))
 
 
 PASSES = (
@@ -130,8 +130,8 @@ class Pipeline(CustomGraphPass):
             tracing.record(step, self.how.trace)
 
     def rewrite(self, joint: fx.Graph, *levels: str) -> None:
-        """The passes of joint graphs, on one with deltas; another stays as it is."""
-        if pushdown.attached(joint):
+        """The passes of joint graphs, on one with deltas or a loss in chunks; another stays as it is."""
+        if pushdown.attached(joint) or joint.find_nodes(op="call_function", target=chunk_loss.KEEP):
             for level in levels:
                 self.run(level, joint)
 

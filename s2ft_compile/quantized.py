@@ -9,12 +9,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import ExportError
+from .errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class Kind:
 
     holds: (layer, name of one of its parameters) -> whether that is a weight of this kind. dtype: of a layer's values.
     values: a layer's, dequantized: a new tensor (out, in). settle: makes the library keep the weight as it is, where it
-    would rearrange it between two forwards.
+    would rearrange it between two forwards, and the layer one that can be pickled.
     """
 
     name: str
     holds: Callable[[nn.Module, str], bool]
     dtype: Callable[[nn.Module, str], torch.dtype]
     values: Callable[[nn.Module, str], Tensor]
-    settle: Callable[[nn.Module], None] = lambda layer: None
+    settle: Callable[[nn.Module], Any] = lambda layer: None
 
 
 def _made_by(layer: nn.Module, library: str, name: str) -> bool:
@@ -73,6 +74,7 @@ KINDS: list[Kind] = [
         _dequantizes_itself,
         lambda layer, key: layer._parameters[key].dtype,
         lambda layer, key: layer._parameters[key].dequantize(),
+        lambda layer: layer.__dict__.pop("extra_repr", None),  # torchao's, a method of a `partial`, cannot be pickled
     ),
     Kind(
         "bitsandbytes 4-bit",
@@ -191,6 +193,19 @@ def quantized_in(model: nn.Module) -> dict[str, Quantized]:
     return {weight.name: weight for weight in found.values()}
 
 
+def check_known(model: nn.Module) -> None:
+    """Raises `ConfigError` for a weight that is packed in a way whose values nobody here knows."""
+    for path, layer in model.named_modules():
+        for key, p in layer._parameters.items():
+            packed = p is not None and hasattr(p, "__tensor_flatten__") and not hasattr(p, "placements")
+            if packed and kind_of(layer, key) is None:
+                raise ConfigError(
+                    f"{path}.{key} is of type {type(p).__name__}, which has no `dequantize`, so its values, and a "
+                    f"gradient through it, are not known; valid: "
+                    f"{', '.join(kind.name for kind in KINDS)}, or a way of your own, s2ft_compile.quantized.register"
+                )
+
+
 class Values(Mapping[str, Tensor]):
     """A model's parameters by name, a quantized one as its values, made anew whenever it is asked for. own: as they
     are. quantized: what is known of those that are."""
@@ -212,16 +227,6 @@ class Values(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.quantized[name].shape if name in self.quantized else tuple(self.own[name].shape)
-
-
-def check_not_quantized(model: nn.Module, what: str) -> None:
-    """Raises `ExportError`. what: takes no quantized weights."""
-    if found := quantized_in(model):
-        raise ExportError(
-            f"{what} takes no quantized weights yet, and {next(iter(found))} ({len(found)} in all) is quantized; "
-            f"s2ft.exporters.save_merged(model, directory, dequantize=True) writes an ordinary model, and save_adapter "
-            f"what was trained, for the base model without quantization"
-        )
 
 
 # what transformers and accelerate know a quantized model by

@@ -432,9 +432,9 @@ def block_of(tensor: Any) -> Block | None:
     return block if block is not None and (tensor is block.weight or tensor is block.delta) else None
 
 
-def trains_beside(inputs: Iterable[Any]) -> bool:
-    """Whether a graph of these inputs, traced now, trains slices beside their weights."""
-    return torch.is_grad_enabled() and any(isinstance(block_of(x), Beside) and x.requires_grad for x in inputs)
+def trains_slices(inputs: Iterable[Any]) -> bool:
+    """Whether a graph of these inputs, traced now, trains slices."""
+    return torch.is_grad_enabled() and any(block_of(x) is not None and x.requires_grad for x in inputs)
 
 
 def refresh(blocks: Iterable[Block]) -> None:

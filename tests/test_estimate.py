@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import s2ft_compile as s2ft
 from s2ft_compile import CompileOptions, S2FTConfig
 from s2ft_compile.cli.app import app
+from s2ft_compile.cli.data import checkpoint_layers
 from s2ft_compile.cli.estimate import table
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.estimation import Estimate
@@ -28,9 +29,12 @@ def on_meta(setting):
     return build(replace(setting, device="meta"))
 
 
-def predicted(setting, config=S2FTConfig(TARGETS), **options):
-    ids = torch.zeros(setting.batch, setting.length, dtype=torch.int64)
-    return s2ft.estimate(on_meta(setting), {"input_ids": ids, "labels": ids}, config, CompileOptions(**options))
+def predicted(setting, config=S2FTConfig(TARGETS), checkpointing=False, **options):
+    ids, model = torch.zeros(setting.batch, setting.length, dtype=torch.int64), on_meta(setting)
+    if checkpointing:
+        checkpoint_layers(model)
+    inputs = {"input_ids": ids, "labels": ids}
+    return s2ft.estimate(model, inputs, config, CompileOptions(**options), accumulates=True)
 
 
 WIDE = replace(QUICK_SIZE, hidden=128, ffn=448, heads=4, kv_heads=1, vocabulary=2048, batch=2, length=128)
@@ -98,6 +102,13 @@ def test_each_layer_adds_what_it_saves_and_nothing_else():
 # one of four heads, the attention's output and its logsumexp, gate and up of 3.5 d. The slices read a part of these.
 D, HEADS = WIDE.hidden, WIDE.heads
 SAVED_UNITS = (2 * D + 2 + D + 2 * D / HEADS + D + HEADS + 2 * 3.5 * D) / D
+
+
+def test_a_checkpointed_layer_keeps_its_input_alone():
+    """Whatever its slices need is computed again; and the head's loss stays in chunks."""
+    few, many = (predicted(replace(WIDE, layers=n), checkpointing=True, logits=False) for n in (2, 4))
+    assert many.activations - few.activations == 2 * WIDE.batch * WIDE.length * WIDE.hidden * 4
+    assert many.activations < WIDE.batch * WIDE.length * WIDE.vocabulary * 4
 
 
 @pytest.mark.slow
@@ -203,6 +214,8 @@ def test_bad_input_is_refused_with_what_would_be_valid(folder):
         (["--dtype", "int8"], "valid: auto, float32"),
         (["--targets", "ffn.oot=1"], "neither a role"),
         (["--activation-budget", "2"], "from 0"),
+        (["--grad-accum", "0"], "at least 1"),
+        (["--optimizer", "sgd"], "valid: muon, adamw"),
     ):
         done = CliRunner().invoke(app, ["estimate", str(folder / "llama"), *arguments])
         assert done.exit_code == 1 and message in " ".join(done.output.split()), done.output

@@ -20,7 +20,9 @@ from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.exporters.adapter import untrained
 from s2ft_compile.exporters.files import new_files
 from s2ft_compile.exporters.lora import adapter_source
+from s2ft_compile.exporters.merged import dense_dtype
 from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.quantized import Values
 from s2ft_compile.state import is_prepared, state_of
 
 from .places import GENAI, NAMES, check_names, lora_names, slice_names
@@ -99,9 +101,11 @@ class Part(NamedTuple):
 
 def _oriented(module: nn.Module, source: Adapter) -> list[Part]:
     layers, arrays = linear_layers(module, source, "an adapter beside an ONNX graph"), []
-    weights = dict(module.named_parameters())
+    values = Values(module)
     for s in source.slices:
-        transposed, dtype = layers[s.parameter_name][1], weights[s.parameter_name].dtype
+        transposed, dtype = layers[s.parameter_name][1], values.dtype(s.parameter_name)
+        if s.parameter_name in values.quantized:
+            dtype = dense_dtype(module, dtype)
         delta = (s.delta if transposed else s.delta.T).to(torch.float32 if dtype == torch.bfloat16 else dtype)
         if not delta.isfinite().all():
             raise ExportError(

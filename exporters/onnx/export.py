@@ -23,8 +23,9 @@ from s2ft_compile.config import check_choice
 from s2ft_compile.errors import CaptureError, ConfigError, ExportError
 from s2ft_compile.exporters.adapter import untrained
 from s2ft_compile.exporters.files import new_files
-from s2ft_compile.exporters.merged import plain
-from s2ft_compile.quantized import check_not_quantized
+from s2ft_compile.exporters.merged import dense, plain
+from s2ft_compile.sliced import blocks_in
+from s2ft_compile.state import is_prepared
 
 from .adapter import places_of, probe
 from .cache import stepping
@@ -57,7 +58,9 @@ def export_onnx(
     `output_0` and so on, where it does not), weights like the parameters; those of products are (in, out), as ONNX's
     tools expect them. The first two dimensions of each input are dynamic where the model's code allows it; a warning
     names what is not. Weights over 1 MiB in total lie beside the file, in `<path>.data`, each once. bfloat16 weights
-    are written as float32, because ONNX Runtime has no bfloat16 kernels on a CPU. The model is afterwards as it was.
+    are written as float32, because ONNX Runtime has no bfloat16 kernels on a CPU. Quantized weights are written as they
+    are dequantized (in float, or in the bits of `quantize`), which takes the memory of the dense model. The model is
+    afterwards as it was.
 
     adapters: "merged"; "separate", the untrained base model with inputs for what a prepared model trains; or a list
     of adapter folders, the same for all that these change. `save_onnx_adapter` writes what goes there.
@@ -78,13 +81,18 @@ def export_onnx(
     _check_options(target, module, cache, names, opset)
     if quantize is not None:
         check_choice("quantization", quantize, tuple(FORMS))
-    check_not_quantized(module, "export_onnx")
     inputs = Inputs(*pytree.tree_map(_widened, tuple(arguments(example_inputs))))
     places = [] if adapters == "merged" else places_of(model, adapters)
+    if places and not is_prepared(model) and blocks_in(module):
+        raise ExportError(
+            "an adapter's slices lie beside this model's quantized weights, and the graph is to be the base's; "
+            "unload_adapter(model) takes them off"
+        )
     beside = [target.with_name(FILE)] if names == GENAI else []
     with (
         new_files(target, target.with_name(target.name + ".data"), *beside) as folder,
         untrained(model) if places else plain(model),
+        dense(module),
         inference_mode_of(module),
         _bfloat16_as_float32(module),
         _experts_by_index(module),

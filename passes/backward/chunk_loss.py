@@ -141,8 +141,8 @@ class Head(NamedTuple):
 def chunk_loss(graph: fx.Graph, trains: bool = False) -> int:
     """Rewrites a dynamo graph in place; returns how many losses are chunked. Outputs that were their logits are None.
 
-    trains: whether slices beside its weights train; those that are attached are seen. Where nothing trains, nothing
-    matches or something else reads the logits, nothing changes; a warning says why.
+    trains: whether slices do that are not attached here, but beside their weights or in what is checkpointed. Where
+    nothing trains, nothing matches or something else reads the logits, nothing changes; a warning says why.
     """
     if not trains and not any(str(n.target).startswith("s2ft.attach") for n in graph.nodes):
         return 0

@@ -168,7 +168,7 @@ def _recorded(model: nn.Module, run: Callable, fixed: Sequence[Tensor], deltas: 
 
 def _decompositions() -> Mapping[Any, Callable]:
     """Inductor's. That of pooling asks its lowerings, which nothing else may have imported."""
-    import torch._inductor.lowering
+    import torch._inductor.lowering  # noqa: F401
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()

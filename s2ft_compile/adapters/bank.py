@@ -1,7 +1,8 @@
 """`AdapterBank`: many adapters behind one model, switched, fused, or one for each row of a batch.
 
 Switching writes blocks of weights in place: W[indices] = cast(W0 + delta), and W0 to go back, bit for bit. Nothing a
-compiled graph depends on changes. A batch leaves the weights alone, and adds to what each layer gives (`rows`).
+compiled graph depends on changes. Quantized weights are not written: an adapter's slices lie beside them while it is
+active, as `load_adapter` puts them. A batch leaves the weights alone, and adds to what each layer gives (`rows`).
 """
 
 import math
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import combinations
 
 import torch
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from s2ft_compile.capture import unwrap
 from s2ft_compile.errors import AdapterError, StateError
 from s2ft_compile.plan import Slice
-from s2ft_compile.quantized import check_not_quantized
+from s2ft_compile.quantized import Values, settle
+from s2ft_compile.sliced import Beside, beside_of, blocks_in
 from s2ft_compile.state import is_prepared
 
 from .apply import check_fits, summed
@@ -31,10 +34,11 @@ Written = tuple[nn.Parameter, int, Tensor, Tensor]  # weight, dim, indices, valu
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """What an adapter's blocks of the weights are with it and without."""
+    """What an adapter's blocks of the weights are with it and without, and its slices beside quantized ones."""
 
-    tuned: tuple[Written, ...]
-    base: tuple[Written, ...]
+    tuned: tuple[Written, ...] = ()
+    base: tuple[Written, ...] = ()
+    beside: tuple[Beside, ...] = ()
 
 
 class _Now(threading.local):
@@ -51,7 +55,7 @@ class AdapterBank:
 
     Safe to use from several threads: batches run side by side, each with its thread's own adapters; what changes
     weights waits for them. A forward that depends on `activate` belongs inside `using`, which keeps others out.
-    Raises `StateError` for a prepared model.
+    Raises `StateError` for a prepared model, and for one with an adapter beside its quantized weights.
     """
 
     def __init__(self, model: nn.Module):
@@ -61,11 +65,17 @@ class AdapterBank:
                 "s2ft.release(model), or load the base model again"
             )
         self.model = unwrap(model)
-        check_not_quantized(self.model, "an AdapterBank")
+        if blocks_in(self.model):
+            raise StateError(
+                "an adapter's slices lie beside this model's quantized weights already; "
+                "s2ft.exporters.unload_adapter(model) takes them off, and the bank holds that adapter as any other"
+            )
+        for weight in Values(self.model).quantized.values():
+            settle(weight.layer, weight.key)
         self.active: tuple[str, ...] = ()  # the names whose sum the weights hold
         self._adapters: dict[str, Adapter] = {}  # on the model's device
         self._blocks: dict[str, Blocks] = {}  # of those that were activated
-        self._undo: tuple[Written, ...] = ()
+        self._written = Blocks()  # of those that are active; what they wrote is in the weights
         self._stacks: Mapping[str, tuple[Stack, ...]] | None = None
         self._last: tuple | None = None  # what packed requests picked; steps of decoding repeat it
         self._hooked: set[str] = set()
@@ -87,8 +97,8 @@ class AdapterBank:
         with self._exclusive():
             if name in self._adapters:
                 raise AdapterError(f"there is an adapter {name!r} already; remove it first")
-            before = self._written()
-            self._switch((), (), ())
+            before = self._state()
+            self._switch((), Blocks())
             try:
                 check_fits(self.model, read)
                 self._adapters = {**self._adapters, name: _placed(self.model, read)}
@@ -101,7 +111,7 @@ class AdapterBank:
         with self._exclusive():
             self._adapter(name)
             if name in self.active:
-                self._switch((), (), ())
+                self._switch((), Blocks())
             self._adapters = {n: a for n, a in self._adapters.items() if n != name}
             self._blocks.pop(name, None)
             self._stacks = self._last = None
@@ -117,19 +127,18 @@ class AdapterBank:
         """Makes the weights those of one adapter, or with None the base model's, in place and bit for bit."""
         with self._exclusive():
             if name is None:
-                self._switch((), (), ())
+                self._switch((), Blocks())
             else:
-                blocks = self._blocks_of(name)
-                self._switch((name,), blocks.tuned, blocks.base)
+                self._switch((name,), self._blocks_of(name))
 
     def _blocks_of(self, name: str) -> Blocks:
         """Made when an adapter is first activated: a bank that runs batches only does not hold them."""
         adapter = self._adapter(name)
         if name not in self._blocks:
-            before = self._written()
-            self._switch((), (), ())
+            before = self._state()
+            self._switch((), Blocks())
             try:
-                self._blocks[name] = _blocks(self.model, adapter)
+                self._blocks[name] = _blocks(self.model, [(adapter, 1.0)])
             finally:
                 self._switch(*before)
         return self._blocks[name]
@@ -138,45 +147,45 @@ class AdapterBank:
         """Makes the weights cast(W0 + sum of weight * delta), and returns how many entries each two adapters share.
 
         The paper's fusion without interference is the one where all of these are 0. Raises `AdapterError` for an
-        unknown name, a weight that is not finite, or a sum that is not.
+        unknown name, a weight that is not finite, a sum that is not, and rows and columns of one quantized weight.
         """
         if not isinstance(weights, Mapping) or not all(map(_finite, weights.values())):
             raise AdapterError(f"a sum maps names to finite numbers, as {{'law': 1.0}}; got {weights!r}")
         with self._exclusive():
-            adapters, before = {name: self._adapter(name) for name in weights}, self._written()
-            self._switch((), (), ())
-            parts: dict[str, list[tuple[Slice, float]]] = {}
-            for name, adapter in adapters.items():
-                for s in adapter.slices:
-                    parts.setdefault(s.parameter_name, []).append((s, float(weights[name])))
-            held = dict(self.model.named_parameters())
-            tuned = tuple((held[name], *summed(held[name], several)) for name, several in parts.items())
-            if over := [name for name, (_, _, _, values) in zip(parts, tuned) if not values.isfinite().all()]:
+            adapters, before = {name: self._adapter(name) for name in weights}, self._state()
+            self._switch((), Blocks())
+            try:
+                fused = _blocks(self.model, [(adapters[name], float(weight)) for name, weight in weights.items()])
+            except AdapterError as error:
                 self._switch(*before)
-                raise AdapterError(f"with {dict(weights)} the sum is not finite in {over[0]}, of {held[over[0]].dtype}")
-            base = tuple((W, dim, indices, W.detach().index_select(dim, indices)) for W, dim, indices, _ in tuned)
-            self._switch(tuple(weights), tuned, base)
+                raise AdapterError(f"with {dict(weights)} {error}") from None
+            self._switch(tuple(weights), fused)
             return {(a, b): _shared(adapters[a], adapters[b]) for a, b in combinations(adapters, 2)}
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
         """`activate(name)` for a block, in which no other thread changes weights or runs a batch."""
         with self._exclusive():
-            before = self._written()
+            before = self._state()
             self.activate(name)
             try:
                 yield
             finally:
                 self._switch(*before)
 
-    def _written(self) -> tuple[tuple[str, ...], Sequence[Written], Sequence[Written]]:
+    def _state(self) -> tuple[tuple[str, ...], Blocks]:
         """What `_switch` takes to bring back the weights as they are now."""
-        return self.active, [(W, dim, i, W.detach().index_select(dim, i)) for W, dim, i, _ in self._undo], self._undo
+        now = tuple((W, dim, i, W.detach().index_select(dim, i)) for W, dim, i, _ in self._written.base)
+        return self.active, replace(self._written, tuned=now)
 
-    def _switch(self, names: tuple[str, ...], tuned: Sequence[Written], base: Sequence[Written]) -> None:
-        _write(self._undo)
-        _write(tuned)
-        self.active, self._undo = names, tuple(base)
+    def _switch(self, names: tuple[str, ...], blocks: Blocks) -> None:
+        _write(self._written.base)
+        for block in self._written.beside:
+            block.uninstall()
+        _write(blocks.tuned)
+        for block in blocks.beside:
+            block.install()
+        self.active, self._written = names, replace(blocks, tuned=())
 
     # --- one for each row ---
 
@@ -282,11 +291,43 @@ def _placed(model: nn.Module, adapter: Adapter) -> Adapter:
 
 
 @torch.no_grad()
-def _blocks(model: nn.Module, adapter: Adapter) -> Blocks:
-    """model: the base."""
-    held = dict(model.named_parameters())
-    tuned = tuple((held[s.parameter_name], *summed(held[s.parameter_name], [(s, 1.0)])) for s in adapter.slices)
-    return Blocks(tuned, tuple((W, dim, indices, W.index_select(dim, indices)) for W, dim, indices, _ in tuned))
+def _blocks(model: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> Blocks:
+    """A sum of adapters, each times its weight. model: the base. Raises `AdapterError`."""
+    parts: dict[str, list[tuple[Slice, float]]] = {}
+    for adapter, weight in adapters:
+        for s in adapter.slices:
+            parts.setdefault(s.parameter_name, []).append((s, weight))
+    values, tuned, beside, sums = Values(model), [], [], {}
+    for name, several in parts.items():
+        if name in values.quantized:
+            dim, indices, sums[name] = _delta(name, several)
+            beside.append(beside_of(model, values.quantized[name], dim, indices, sums[name]))
+        else:
+            dim, indices, sums[name] = summed(values[name], several)
+            tuned.append((values[name], dim, indices, sums[name]))
+    if over := [name for name, block in sums.items() if not block.isfinite().all()]:
+        raise AdapterError(f"the sum is not finite in {over[0]}, of {values.dtype(over[0])}")
+    base = tuple((W, dim, indices, W.index_select(dim, indices)) for W, dim, indices, _ in tuned)
+    return Blocks(tuple(tuned), base, tuple(beside))
+
+
+def _delta(name: str, parts: Sequence[tuple[Slice, float]]) -> tuple[int, Tensor, Tensor]:
+    """(dim, indices, delta) of the sum of slices, each times its weight. Raises `AdapterError` for rows and columns:
+    what lies beside a weight is one slice."""
+    if len({s.dim for s, _ in parts}) > 1:
+        raise AdapterError(
+            f"{name} is quantized, and one adapter changes rows of it, another one columns, which are no one slice "
+            f"beside it; a batch runs both, and the base model without quantization holds their sum"
+        )
+    (first, _), *_ = parts
+    indices = torch.cat([s.indices for s, _ in parts]).unique()
+    shape = [len(indices) if d == first.dim else size for d, size in enumerate(first.shape)]
+    dtype = reduce(torch.promote_types, (s.delta.dtype for s, _ in parts))
+    delta = torch.zeros(shape, dtype=dtype, device=first.delta.device)
+    for s, weight in parts:
+        place = torch.searchsorted(indices, s.indices).to(delta.device)
+        delta.index_add_(s.dim, place, (s.delta if weight == 1 else s.delta * weight).to(dtype))
+    return first.dim, indices, delta
 
 
 def _shared(a: Adapter, b: Adapter) -> int:
@@ -305,6 +346,7 @@ def _shared(a: Adapter, b: Adapter) -> int:
 
 def _stacks(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, tuple[Stack, ...]]:
     by_layer: dict[tuple[str, bool], list[tuple[int, Slice, Tensor]]] = {}
+    values = Values(model)
     for k, adapter in enumerate(adapters, 1):
         layers = linear_layers(model, adapter, "in a batch")
         for s in adapter.slices:
@@ -313,18 +355,20 @@ def _stacks(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, tuple[St
             by_layer.setdefault((layer, (s.dim == 1) != transposed), []).append((k, s, delta))
     stacks: dict[str, tuple[Stack, ...]] = {}
     for (layer, contracts), parts in by_layer.items():
-        W = model.get_submodule(layer).weight
-        stacks[layer] = (*stacks.get(layer, ()), _stack(contracts, parts, len(adapters) + 1, W))
+        name = parts[0][1].parameter_name
+        like = torch.empty(0, dtype=values.dtype(name), device=values.own[name].device)
+        stacks[layer] = (*stacks.get(layer, ()), _stack(contracts, parts, len(adapters) + 1, like))
     return stacks
 
 
-def _stack(contracts: bool, parts: Sequence[tuple[int, Slice, Tensor]], rows: int, W: Tensor) -> Stack:
+def _stack(contracts: bool, parts: Sequence[tuple[int, Slice, Tensor]], rows: int, like: Tensor) -> Stack:
+    """like: a tensor of the weight's type, on its device."""
     n = max(len(s.indices) for _, s, _ in parts)
     other = parts[0][2].shape[1 if contracts else 0]
     index, ranks = torch.zeros(rows, n, dtype=torch.int64), [0] * rows
-    delta = W.new_zeros((rows, n, other) if contracts else (rows, other, n))
+    delta = like.new_zeros((rows, n, other) if contracts else (rows, other, n))
     for k, s, d in parts:
         ranks[k] = len(s.indices)
         index[k, : len(s.indices)] = s.indices
         delta[k].narrow(0 if contracts else 1, 0, len(s.indices)).copy_(d)
-    return Stack.of(contracts, index.to(W.device), delta, ranks)
+    return Stack.of(contracts, index.to(like.device), delta, ranks)

@@ -46,6 +46,7 @@ def main(
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Model = Annotated[str, typer.Option("--model", help="The base model: a Hugging Face folder, or a hub id.")]
+CHECKPOINTING = "Keep the input of each layer alone, and compute the layer again in the backward."
 BUDGET = "Share of the activations kept for the backward; what is not kept is computed again."
 TARGETS = ",".join(f"{role}={amount}" for role, amount in S2FTConfig().targets.items())
 ADAPTER = "An adapter folder, or the output folder of `s2ft train`."
@@ -92,12 +93,15 @@ def estimate(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
     batch: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
     seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    grad_accum: Annotated[int, typer.Option(help="Forwards in an optimizer step.")] = 1,
     targets: Annotated[str, typer.Option(help="What trains, as for `s2ft train`.")] = TARGETS,
     dtype: Annotated[
         str, typer.Option(help="Type of the weights: auto (the configuration's), or float32, bfloat16, float16.")
     ] = "auto",
     quantize: Annotated[str, typer.Option(help="As for `s2ft train`: nf4, int8 or fp8.")] = "none",
+    optimizer: Annotated[str, typer.Option(help="As for `s2ft train`: muon or adamw.")] = "muon",
     activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help=CHECKPOINTING)] = False,
     logits: Annotated[bool, typer.Option(help="Whether a step returns its logits; `s2ft train` does not.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print bytes as JSON.")] = False,
     debug: Debug = False,
@@ -109,7 +113,9 @@ def estimate(
 
         how = CompileOptions(activation_budget=activation_budget, logits=logits)
         with err.status(f"compiling {model} without weights"):
-            estimated = estimate_folder(model, batch, seq, dtype, S2FTConfig(parse_targets(targets)), how, quantize)
+            what = S2FTConfig(parse_targets(targets))
+            saving = quantize, optimizer, gradient_checkpointing, grad_accum
+            estimated = estimate_folder(model, batch, seq, dtype, what, how, *saving)
         if as_json:
             print(json.dumps({**asdict(estimated), "total": estimated.total}))
         else:
@@ -242,6 +248,7 @@ def train(
         str, typer.Option(help="What compiles the rewritten graph: inductor, aot_eager or eager.")
     ] = "inductor",
     activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help=CHECKPOINTING)] = False,
     by_layer: Annotated[
         bool,
         typer.Option(
@@ -316,18 +323,35 @@ def report_runs(
 
 
 @export_app.command("merged")
-def export_merged(model: Model, adapter: Adapter, output: Output, dtype: Dtype = None, debug: Debug = False) -> None:
+def export_merged(
+    model: Model,
+    adapter: Adapter,
+    output: Output,
+    dtype: Dtype = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Quantize it again, as the run did; says what that loses.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
     """Write base + adapter as an ordinary Hugging Face folder, with the tokenizer."""
     with reported(err, debug):
         from s2ft_compile.exporters.files import new_directory
-        from s2ft_compile.exporters.merged import write_merged
+        from s2ft_compile.exporters.merged import REQUANTIZED, write_merged, write_requantized
 
         with err.status("merging"), new_directory(output) as work:
             tokenizer = _tokenizer(model)
-            write_merged(_adapted(model, adapter, dtype), work, dequantize=True)
+            adapted = _adapted(model, adapter, dtype)
+            if requantize:
+                write_requantized(adapted, work)
+                changes = json.loads((work / REQUANTIZED).read_text(encoding="utf-8"))
+            else:
+                write_merged(adapted, work, dequantize=True)
             if tokenizer:
                 tokenizer.save_pretrained(work)
         out.print(f"merged model: {output}")
+        if requantize:
+            worst = max((change["largest_change"] for change in changes.values()), default=0.0)
+            out.print(f"trained entries are up to {worst:.2g} from what was trained: {output / REQUANTIZED}")
 
 
 @export_app.command("adapter")
@@ -510,6 +534,7 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Requests that run in one batch.")] = 64,
     cache_tokens: Annotated[int, typer.Option(help="Tokens in the cache of keys and values, on a CPU.")] = 1 << 15,
     dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: Annotated[str, typer.Option(help="As the adapters were trained: nf4, int8 or fp8.")] = "none",
     debug: Debug = False,
 ) -> None:
     """Serve a causal language model and adapters of it over HTTP, as OpenAI's API; adapters are mixed in one batch."""
@@ -517,7 +542,7 @@ def serve(
         from .serve import run
 
         limits = dict(length=max_length, requests=max_requests, batch=max_batch, cache=cache_tokens)
-        run(base, adapter or [], name, host, port, api_key, adapter_root, limits, dtype, err)
+        run(base, adapter or [], name, host, port, api_key, adapter_root, limits, dtype, quantize, err)
 
 
 @app.command()

@@ -7,6 +7,7 @@ tells that it looks at none before it.
 """
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -306,6 +307,21 @@ def load_structure(model: str | Path, dtype: str = "auto") -> nn.Module:
     with _one_line(model, "model"), torch.device("meta"):
         built = getattr(cls, "_from_config", getattr(cls, "from_config", None))(config).eval()
     return _with_loss(built if dtype == "auto" else built.to(getattr(torch, dtype)))
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Has each layer keep its input alone, and computed again in the backward. Raises `ConfigError` for a model that
+    transformers cannot do that to."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"transformers has no gradient checkpointing for {type(model).__name__}; a smaller activation budget "
+            f"(--activation-budget 0.5) takes less memory too"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the method's new name is not in all versions yet
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if getattr(model, "_require_grads_hooks", None) or hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()  # a hook that only reentrant checkpoints need, and that breaks the graph
 
 
 def takes_labels(model: nn.Module) -> bool:

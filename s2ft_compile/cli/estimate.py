@@ -11,19 +11,33 @@ from s2ft_compile.errors import ConfigError
 from s2ft_compile.estimation import Estimate, estimate
 from s2ft_compile.planned import plan_quantization
 
-from .data import DTYPES, QUANTIZE, example_inputs, load_structure, takes_labels
+from .data import DTYPES, QUANTIZE, checkpoint_layers, example_inputs, load_structure, takes_labels
 
 
 def estimate_folder(
-    model: str, batch: int, length: int, dtype: str, config: S2FTConfig, options: CompileOptions, quantize: str = "none"
+    model: str,
+    batch: int,
+    length: int,
+    dtype: str,
+    config: S2FTConfig,
+    options: CompileOptions,
+    quantize: str = "none",
+    optimizer: str = "muon",
+    checkpointing: bool = False,
+    grad_accum: int = 1,
 ) -> Estimate:
     """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels. quantize: its
-    linear layers but the head, to one of `QUANTIZE`."""
+    linear layers but the head, to one of `QUANTIZE`. checkpointing: whether layers are computed again in the
+    backward. grad_accum: forwards in a step."""
     check_choice("quantize", quantize, QUANTIZE)
+    if grad_accum < 1:
+        raise ConfigError(f"grad_accum is at least 1, got {grad_accum}")
     loaded, inputs = structure_and_step(model, batch, length, dtype)
     if quantize != "none":
         plan_quantization(loaded, quantize)
-    return estimate(loaded, inputs, config, options)
+    if checkpointing:
+        checkpoint_layers(loaded)
+    return estimate(loaded, inputs, config, options, optimizer, accumulates=grad_accum > 1)
 
 
 def structure_and_step(model: str, batch: int, length: int, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -57,10 +71,10 @@ def table(estimated: Estimate) -> Table:
     """What a person reads, in MiB."""
     rows = {
         "weights": estimated.weights,
-        f"slices ({estimated.trainable:,} numbers): deltas, gradients, backups": estimated.slices,
-        "optimizer (AdamW)": estimated.optimizer,
+        f"slices ({estimated.trainable:,} numbers) and backups": estimated.slices,
+        "optimizer": estimated.optimizer,
         f"activations saved for the backward ({_amount(estimated)})": estimated.activations,
-        "working memory at the peak": estimated.working,
+        "working memory at the peak, gradients too": estimated.working,
         "total": estimated.total,
     }
     shown = Table("memory of a training step", "MiB")

@@ -22,6 +22,7 @@ def run(
     root: Path | None,
     limits: Mapping[str, Any],
     dtype: str,
+    quantize: str,
     console: Console,
 ) -> None:
     """adapters: NAME=FOLDER. Raises `ConfigError`, `AdapterError`, or `OSError` for an address that is taken."""
@@ -41,7 +42,7 @@ def run(
         raise ConfigError(f"serving needs {error.name}; pip install 's2ft-compile\\[serve]'") from error
     with socket.create_server((host, port)) as listening:  # before the minutes that loading may take
         with console.status(f"loading {base}"):
-            engine, tokenizer = loaded(base, folders, limits, dtype)
+            engine, tokenizer = loaded(base, folders, limits, dtype, quantize)
         app = build(engine, tokenizer, Options(name, key, root))
         where = f"http://{host}:{listening.getsockname()[1]}"
         console.print(f"{name} at {where}, adapters: {', '.join(folders) or 'none'}", highlight=False)
@@ -49,14 +50,16 @@ def run(
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def loaded(base: str, folders: Mapping[str, Path], limits: Mapping[str, Any], dtype: str = "auto") -> tuple[Any, Any]:
+def loaded(
+    base: str, folders: Mapping[str, Path], limits: Mapping[str, Any], dtype: str = "auto", quantize: str = "none"
+) -> tuple[Any, Any]:
     """The engine, not started, and the tokenizer. On a GPU, if there is one."""
     import torch
 
     from s2ft_compile.serve.engine import Engine, Limits
 
-    tokenizer, model = load_tokenizer(base), load_model(base, dtype)
-    model = model.cuda() if torch.cuda.is_available() else model
+    tokenizer, model = load_tokenizer(base), load_model(base, dtype, quantize)
+    model = model.cuda() if torch.cuda.is_available() and quantize == "none" else model
     engine = Engine(model, Limits(**limits), ends_of(model, tokenizer))
     for name, folder in folders.items():
         engine.add(name, folder)

@@ -36,7 +36,7 @@ from s2ft_compile.preparation import prepare
 from s2ft_compile.quantized import not_quantized
 from s2ft_compile.state import state_of
 
-from .data import Blocks, example_inputs, load_model, load_tokenizer, split, tokenize
+from .data import Blocks, checkpoint_layers, example_inputs, load_model, load_tokenizer, split, tokenize
 from .options import PLAN, RUN, TrainOptions, check
 from .terminal import counter, progress, versions, write_json
 
@@ -62,6 +62,8 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
             model = load_model(options.model, options.dtype, options.quantize)
             if options.quantize == "none":
                 model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if options.gradient_checkpointing:
+            checkpoint_layers(model)
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
             plan = _prepared(model, training, options, work)
@@ -172,8 +174,8 @@ def _as_one_line(error: BaseException, last: Path | None, reporter: str = "none"
         return TrainingError(f"--report-to {reporter}: {(text.splitlines() or [type(error).__name__])[0]}{left}")
     if of_memory(error):
         return TrainingError(
-            f"out of memory: use a smaller batch (and more gradient accumulation), shorter sequences or a smaller "
-            f"activation budget; `s2ft estimate` predicts what a step takes{left}"
+            f"out of memory: use a smaller batch (and more gradient accumulation), shorter sequences or "
+            f"--gradient-checkpointing; `s2ft estimate` predicts what a step takes{left}"
         )
     if isinstance(error, S2FTError):
         return type(error)(f"{text}{left}") if last and not isinstance(error, ConfigError) else error
