@@ -74,8 +74,8 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class Joint:
-    """graph_module: (parameters and buffers, inputs, deltas) -> (loss, the gradient of each delta). refused: slice -> why
-    its gradient has no slice rule; that one is taken of the full gradient."""
+    """graph_module: (parameters and buffers, inputs, deltas) -> (loss, the gradient of each delta). refused: slice ->
+    why its gradient has no slice rule; that one is taken of the full gradient."""
 
     graph_module: fx.GraphModule
     refused: Mapping[Taken, Mismatch]
