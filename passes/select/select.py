@@ -136,8 +136,8 @@ def bands(analysis: Analysis, names: Sequence[str] | None = None) -> list[Band]:
 
 def _bands_of_part(analysis: Analysis, name: str, dim: int, layout: Layout, role: str) -> list[Band]:
     """The bands of the positions that have a role: one for each set of axes that positions lie in, where those are
-    free, or heads that train where they lie. A unit is a head in attention; elsewhere it is what an axis may permute, whole
-    along axes in a fixed order."""
+    free, or heads that train where they lie. A unit is a head in attention; elsewhere it is what an axis may permute,
+    whole along axes in a fixed order."""
     mask, attention = role_mask(layout, role), role.startswith("attention.")
     selectable = analysis.free | analysis.ordered if attention else analysis.free
     axes = [a for a in dict.fromkeys(leaf.axis for leaf in leaves(layout) if leaf.size > 1)]
