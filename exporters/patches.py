@@ -62,8 +62,8 @@ def patches(model: nn.Module) -> Iterator[Patch]:
     """
     state = state_of(model)
     quantized = quantized_in(state.model)
-    if _places.get(state, (-1, []))[0] != state.reselected:
-        _places[state] = state.reselected, list(_found(state, unwrap(model)))
+    if _places.get(state, (-1, []))[0] != state.arranged:
+        _places[state] = state.arranged, list(_found(state, unwrap(model)))
     trained: dict[int, Tensor] = {}
     for place in _places[state][1]:
         if id(place.block) not in trained:

@@ -219,6 +219,10 @@ def train(
         typer.Option(help="An adapter of which nothing may train again, to fuse both; may be repeated. " + ADAPTER),
     ] = None,
     calibration_batches: Annotated[int, typer.Option(help="Batches of the data that a selection looks at.")] = 4,
+    reselect_every: Annotated[
+        float | None,
+        typer.Option(help="Steps, or below 1 a share of them, after which other units train. [default: never]"),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: one pass over the data]")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data, where --steps is not given.")] = 1.0,
     optimizer: Annotated[str, typer.Option(help="muon (for slices that are matrices), or adamw.")] = "muon",

@@ -28,6 +28,7 @@ class TrainOptions:
     """Everything `s2ft train` takes. steps: optimizer steps; None for `epochs` passes over the data. held_out: the
     share of the blocks that is only measured. batch_size: blocks in a forward. optimizer, lr: see `s2ft.optimizer`.
     calibration_batches: how many batches of the training blocks a selection looks at, if it looks at data.
+    reselect_every: after how many steps, or below 1 what share of them, other units train (`s2ft.reselect`).
     quantize: the linear layers but the head, while they are loaded (docs/quantized.md). activation_budget: see
     `CompileOptions`. gradient_checkpointing: see `checkpoint_layers`. by_layer: see `compile_layers`. warmup: steps, or
     below 1 a share of them; None for a tenth, at most 10. clip: the largest norm of a step's gradients, 0 for none.
@@ -53,6 +54,7 @@ class TrainOptions:
     inner: str = "inductor"
     held_out: float = 0.05
     calibration_batches: int = 4
+    reselect_every: float | None = None
     activation_budget: float = 1.0
     gradient_checkpointing: bool = False
     by_layer: bool = False
@@ -82,6 +84,8 @@ class TrainOptions:
             raise ConfigError(f"held_out is a share from 0 to less than 1, got {self.held_out}")
         if not 0 < self.epochs < 1e6:
             raise ConfigError(f"epochs is a positive number, got {self.epochs}")
+        if self.reselect_every is not None:
+            self._check_reselection()
         for name in ("weight_decay", "clip", "warmup"):
             if not 0 <= (getattr(self, name) or 0) < 1e9:
                 raise ConfigError(f"{name} is a number from 0, got {getattr(self, name)}")
@@ -95,9 +99,23 @@ class TrainOptions:
         check_choice("quantize", self.quantize, QUANTIZE)
         CompileOptions(self.inner, self.activation_budget)
 
+    def _check_reselection(self) -> None:
+        if not 0 < self.reselect_every < 1e9:
+            raise ConfigError(f"reselect_every is a positive number of steps, or a share, got {self.reselect_every}")
+        if self.quantize != "none":
+            raise ConfigError("reselect_every: the units of a quantized base cannot be chosen anew")
+        if self.s2ft.budget != "layer":
+            raise ConfigError(f"reselect_every needs budget='layer', got {self.s2ft.budget!r}: layers keep their size")
+
     def total_steps(self, blocks: int) -> int:
         """Optimizer steps of the run over this many blocks."""
         return self.steps or max(1, int(self.epochs * (blocks // (self.batch_size * self.grad_accum))))
+
+    def reselects(self, step: int, steps: int) -> bool:
+        """Whether other units train from this step on, of so many."""
+        every = self.reselect_every or 0
+        period = round(every if every >= 1 else max(1, every * steps))
+        return step > 0 and period > 0 and step % period == 0
 
     def warmup_steps(self, steps: int) -> int:
         if self.warmup is None:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from s2ft_compile.errors import ConfigError, ExportError, S2FTError, TrainingError, of_memory, of_the_system
+from s2ft_compile.errors import ConfigError, ExportError, S2FTError, StateError, TrainingError, of_memory, of_the_system
 from s2ft_compile.exporters import save_adapter, save_merged
 from s2ft_compile.exporters.card import CARD
 from s2ft_compile.layers import compile_layers
@@ -34,7 +34,7 @@ from s2ft_compile.optimizers import learning_rate, optimizer
 from s2ft_compile.plan import Plan
 from s2ft_compile.preparation import prepare
 from s2ft_compile.quantized import not_quantized
-from s2ft_compile.state import state_of
+from s2ft_compile.reselection import load_trained_state, reselect, trained_state
 
 from .data import Blocks, checkpoint_layers, example_inputs, load_model, load_tokenizer, split, tokenize
 from .options import PLAN, RUN, TrainOptions, check
@@ -226,7 +226,8 @@ def fit(
     steps = options.total_steps(len(blocks))
     with _compiled(model, options), not_quantized(model):  # which Trainer takes for a model that cannot train
         watch = _watch(bars, steps, options, work, _tokens(blocks, options))
-        trainer = _trainer(model, blocks, held_out, options, work, steps, watch)
+        callbacks = [watch, *([_reselection(model, blocks, options)] if options.reselect_every else [])]
+        trainer = _trainer(model, blocks, held_out, options, work, steps, callbacks)
         start = last_checkpoint(work)
         watch.trim(start)
         with watch.interruptible():
@@ -255,7 +256,7 @@ def _compiled(model: nn.Module, options: TrainOptions) -> Iterator[None]:
                 module._compiled_call_impl = None  # what compile() set; the exporters want the plain call
 
 
-def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: int, watch):
+def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: int, callbacks: list):
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
     class SliceTrainer(Trainer):
@@ -264,7 +265,7 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
         def _save(self, output_dir=None, state_dict=None):
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({b.delta_name: b.delta.detach() for b in state_of(self.model).blocks}, folder / WEIGHTS)
+            save_file({k: v.contiguous() for k, v in trained_state(self.model).items()}, folder / WEIGHTS)
 
         def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
             load_deltas(self.model, Path(resume_from_checkpoint))
@@ -314,7 +315,7 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
         default_data_collator,
         train_dataset=blocks,
         eval_dataset=held_out,
-        callbacks=[watch, *early],
+        callbacks=[*callbacks, *early],
         optimizers=(optimizer(model, options.optimizer, options.lr, options.weight_decay), None),
     )
     trainer.remove_callback(PrinterCallback)
@@ -327,10 +328,10 @@ def load_deltas(model: nn.Module, checkpoint: Path) -> None:
         deltas = load_file(checkpoint / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{checkpoint} is damaged ({error}); remove it to go on from the one before") from error
-    expected = {b.delta_name for b in state_of(model).blocks}
-    if deltas.keys() != expected:
-        raise ConfigError(f"{checkpoint} has other slices than this model: {sorted(deltas.keys() ^ expected)[0]}")
-    model.load_state_dict(deltas, strict=False)
+    try:
+        load_trained_state(model, deltas)
+    except StateError as error:
+        raise ConfigError(f"{checkpoint} has other slices than this model: {error}") from error
 
 
 @torch.no_grad()
@@ -357,6 +358,18 @@ def loss(
 def _tokens(blocks: Blocks, options: TrainOptions) -> int:
     """In an optimizer step, with the padding."""
     return options.batch_size * options.grad_accum * blocks.input_ids.shape[1]
+
+
+def _reselection(model: nn.Module, blocks: Blocks, options: TrainOptions):
+    """A Trainer callback by which other units train from some steps on."""
+    from transformers import TrainerCallback
+
+    class Reselection(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if options.reselects(state.global_step, state.max_steps):
+                reselect(model, calibration(model, blocks, options))
+
+    return Reselection()
 
 
 def _watch(bars: Progress, steps: int, options: TrainOptions, work: Path, tokens: int):
