@@ -259,11 +259,11 @@ def test_a_loss_that_does_not_fall_is_told():
 
 def test_a_run_that_was_stopped_goes_on_with_the_units_it_had(base, text, tmp_path, monkeypatch):  # noqa: F811
     """Stopped in the third of three selections; its adapter has the units of all of them."""
-    every = {"reselect-every": 2, "selection": "gradient", "calibration-batches": 1}
+    every = {"reselect-every": 2}
     result = invoke("train", *options(base, text, tmp_path / "whole", **every))
     assert result.exit_code == 0, result.output
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_memory", at_step(5, lambda: signal.raise_signal(signal.SIGINT)))
+        patched.setattr(module, "_memory", at_step(4, lambda: signal.raise_signal(signal.SIGINT)))
         assert "checkpoint-5 is complete" in invoke("train", *options(base, text, tmp_path / "run", **every)).output
     again = invoke("train", "--resume", "--output", tmp_path / "run")
     assert again.exit_code == 0, again.output
