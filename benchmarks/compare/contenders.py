@@ -5,7 +5,7 @@ setting's rank on all linear layers, as nearly as whole units allow.
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from unittest import mock
 
@@ -89,7 +89,7 @@ class Tuned:
     model: nn.Module
     net: Callable
     leaves: list[nn.Parameter]
-    again: Callable[[int], list[nn.Parameter]] | None = None
+    again: Callable[[int], object] | None = None
 
     @property
     def numbers(self) -> int:
@@ -107,7 +107,8 @@ def tuned(contender: Contender, base: nn.Module, setting: Setting, seed: int, ba
         asked = targets(setting, *options.pop("parts"))
         model, net = _compiled(("s2ft", repr(asked)), lambda: copy.deepcopy(base), setting)
         config = s2ft.S2FTConfig(asked, seed=seed, **options)
-        return Tuned(model, net, _prepare(model, config, batches), lambda seed: _again(model, config, seed, batches))
+        again = partial(s2ft.reselect, model, batches if config.selection in NEED_DATA else None)
+        return Tuned(model, net, _prepare(model, config, batches), lambda seed: again(seed=seed))
     make = copy.deepcopy if contender.kind == "full" else partial(_with_peft, setting=setting, **options)
     model, net = _compiled((contender.kind, repr(options)), lambda: make(base), setting)
     return Tuned(model, net, [p for p in model.parameters() if p.requires_grad])
@@ -187,12 +188,6 @@ def _prepare(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) ->
             _known[sizes] = s2ft.analyze(model, example)
         s2ft.prepare(model, example, config, calibration=batches if config.selection in NEED_DATA else None)
     return s2ft.parameters(model)
-
-
-def _again(model: nn.Module, config: s2ft.S2FTConfig, seed: int, batches: list[Batch]) -> list[nn.Parameter]:
-    """Other units, with what the earlier ones learned in the weights."""
-    s2ft.release(model)
-    return _prepare(model, replace(config, seed=seed), batches)
 
 
 def optimizer(name: str, leaves: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
