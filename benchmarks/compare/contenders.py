@@ -74,6 +74,10 @@ VARIANTS = {
     "s2ft_attend_again10": _s2ft(
         "channels, queries and keys, chosen anew ten times", ("channels", 0, 0, 2, 1), again=10
     ),
+    "s2ft_one_again10": _s2ft(
+        "channels, a head's queries and a head's keys, chosen anew ten times", ("channels", 0, 0, 1, 1), again=10
+    ),
+    "s2ft_one_random_again10": _s2ft("the same, drawn anew ten times", ("channels", 0, 0, 1, 1), "random", again=10),
     "s2ft_attend_random_again10": _s2ft(
         "channels, queries and keys, drawn anew ten times", ("channels", 0, 0, 2, 1), "random", again=10
     ),

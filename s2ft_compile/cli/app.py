@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from s2ft_compile.config import BUDGETS, CALIBRATED, ROLES, SELECTIONS, CompileOptions, S2FTConfig
+from s2ft_compile.config import BUDGETS, CALIBRATED, ROLES, SELECTIONS, SHARE, CompileOptions, S2FTConfig
 from s2ft_compile.errors import AdapterError, ConfigError
 
 from .terminal import reported
@@ -48,7 +48,6 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Model = Annotated[str, typer.Option("--model", help="The base model: a Hugging Face folder, or a hub id.")]
 CHECKPOINTING = "Keep the input of each layer alone, and compute the layer again in the backward."
 BUDGET = "Share of the activations kept for the backward; what is not kept is computed again."
-TARGETS = ",".join(f"{role}={amount}" for role, amount in S2FTConfig().targets.items())
 ADAPTER = "An adapter folder, or the output folder of `s2ft train`."
 Adapter = Annotated[Path, typer.Option("--adapter", help=ADAPTER)]
 Output = Annotated[Path, typer.Option("--output", help="The folder to write; must not exist yet.")]
@@ -94,7 +93,7 @@ def estimate(
     batch: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
     seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     grad_accum: Annotated[int, typer.Option(help="Forwards in an optimizer step.")] = 1,
-    targets: Annotated[str, typer.Option(help="What trains, as for `s2ft train`.")] = TARGETS,
+    targets: Annotated[str | None, typer.Option(help="What trains, as for `s2ft train`.")] = None,
     dtype: Annotated[
         str, typer.Option(help="Type of the weights: auto (the configuration's), or float32, bfloat16, float16.")
     ] = "auto",
@@ -127,7 +126,7 @@ def explain(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
     batch: Annotated[int, typer.Option(help="Sequences in a forward.")] = 1,
     seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 16,
-    targets: Annotated[str, typer.Option(help="What trains, as for `s2ft train`.")] = TARGETS,
+    targets: Annotated[str | None, typer.Option(help="What trains, as for `s2ft train`.")] = None,
     logits: Annotated[bool, typer.Option(help="Whether a step returns its logits; `s2ft train` does not.")] = False,
     off: Annotated[list[str] | None, typer.Option(help="A pass to leave out; may be repeated.")] = None,
     trace: Annotated[Path | None, typer.Option(help="A folder for every graph before and after each pass.")] = None,
@@ -194,13 +193,16 @@ def train(
         bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT, with its options.")
     ] = False,
     targets: Annotated[
-        str,
-        typer.Option(help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs."),
-    ] = TARGETS,
+        str | None,
+        typer.Option(
+            help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs. "
+            f"[default: {SHARE:g} of all channels, and of the heads' queries and keys]"
+        ),
+    ] = None,
     selection: Annotated[
         str,
         typer.Option(help=f"How units are ranked: {', '.join(SELECTIONS)}; {', '.join(CALIBRATED)} look at the data."),
-    ] = "random",
+    ] = "gradient",
     smallest: Annotated[
         bool, typer.Option("--smallest", help="Take the lowest-ranked units rather than the highest.")
     ] = False,

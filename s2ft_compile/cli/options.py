@@ -123,8 +123,10 @@ class TrainOptions:
         return int(self.warmup if self.warmup >= 1 else self.warmup * steps)
 
 
-def parse_targets(text: str) -> dict[str, int | float]:
+def parse_targets(text: str | None) -> dict[str, int | float] | None:
     """`ffn.out=0.03,attention.out=4` as {role or glob: ratio or units}; without a point it is units."""
+    if text is None:
+        return None
     targets: dict[str, int | float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, amount = (piece.strip() for piece in part.rpartition("="))
@@ -244,7 +246,7 @@ def _check_causal(model: str, config) -> None:
 
 def _check_globs(config, s2ft: S2FTConfig) -> None:
     """Targets that are no roles must match parameters; their names come from a model without storage."""
-    globs = [target for target in s2ft.targets if is_glob(target)]
+    globs = [target for target in s2ft.targets or () if is_glob(target)]
     if not globs:
         return
     with torch.device("meta"):

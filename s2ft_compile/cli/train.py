@@ -189,7 +189,8 @@ def _prepared(model: nn.Module, training: Blocks, options: TrainOptions, work: P
     if not options.resume:
         return prepare(model, example_inputs(model), options.s2ft, calibration(model, training, options))
     begun = Plan.from_dict(json.loads((work / PLAN).read_text(encoding="utf-8"))["plan"])
-    if begun.config.to_dict() != options.s2ft.to_dict():
+    asked = replace(options.s2ft, targets=options.s2ft.targets or begun.config.targets)
+    if begun.config.to_dict() != asked.to_dict():
         raise ConfigError(f"{work} was begun with other slices: {begun.config}; this is {options.s2ft}")
     return prepare(model, example_inputs(model), begun)
 
