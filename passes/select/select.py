@@ -7,7 +7,7 @@ of it, in any of these bands, is changed by an adapter that is excluded.
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from math import fsum, inf, prod
 from numbers import Integral
@@ -70,6 +70,7 @@ def select(
     measured: for a selection that looks at data, what `calibrate` found: (parameter, dim) -> float64 (size of dim,).
     taken: what the adapters in `config.exclude` change. Raises `ConfigError` where a target cannot be met.
     """
+    config = replace(config, selection=config.selection or "random")
     targeted = targeted_bands(analysis, config)
     by_group: dict[tuple, list[Band]] = {}
     for bands in targeted.values():
@@ -108,7 +109,7 @@ def raised(analysis: Analysis, config: S2FTConfig) -> tuple[str, ...]:
 def default_targets(analysis: Analysis) -> dict[str, float]:
     """`SHARE` of those of `DEFAULT_ROLES` that the model has. Raises `ConfigError` where it has none."""
     _check_structures(analysis)
-    roles = {band.role for band in bands(analysis)}
+    roles = {band.role for band in bands(analysis)} & set(ROLES)
     targets = {role: SHARE for role in DEFAULT_ROLES if role in roles}
     if not targets:
         raise ConfigError(f"none of the default targets is in this model; name some of {', '.join(sorted(roles))}")
