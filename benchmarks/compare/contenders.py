@@ -74,6 +74,11 @@ VARIANTS = {
     "s2ft_attend_again10": _s2ft(
         "channels, queries and keys, chosen anew ten times", ("channels", 0, 0, 2, 1), again=10
     ),
+    "s2ft_one": _s2ft("channels, a head's queries and a head's keys", ("channels", 0, 0, 1, 1)),
+    "s2ft_one_again4": _s2ft("the same, chosen anew four times", ("channels", 0, 0, 1, 1), again=4),
+    "s2ft_one_adamw_again10": _s2ft(
+        "the same with AdamW, chosen anew ten times", ("channels", 0, 0, 1, 1), optimizer="adamw", again=10
+    ),
     "s2ft_one_again10": _s2ft(
         "channels, a head's queries and a head's keys, chosen anew ten times", ("channels", 0, 0, 1, 1), again=10
     ),

@@ -223,14 +223,17 @@ def train(
     calibration_batches: Annotated[int, typer.Option(help="Batches of the data that a selection looks at.")] = 4,
     reselect_every: Annotated[
         float | None,
-        typer.Option(help="Steps, or below 1 a share of them, after which other units train. [default: never]"),
+        typer.Option(
+            help="Steps, or below 1 a share of them, after which other units train; 0: never. "
+            "[default: a tenth of the run, at least 10]"
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: one pass over the data]")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data, where --steps is not given.")] = 1.0,
     optimizer: Annotated[str, typer.Option(help="muon (for slices that are matrices), or adamw.")] = "muon",
     lr: Annotated[
         float | None,
-        typer.Option(help="Learning rate, after the warm-up. [default: a tenth of the weights' root mean square]"),
+        typer.Option(help="Learning rate, after the warm-up. [default: by the model's width and the steps]"),
     ] = None,
     schedule: Annotated[
         str, typer.Option(help="Of the rate: cosine, linear, constant or constant_with_warmup.")

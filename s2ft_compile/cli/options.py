@@ -28,7 +28,8 @@ class TrainOptions:
     """Everything `s2ft train` takes. steps: optimizer steps; None for `epochs` passes over the data. held_out: the
     share of the blocks that is only measured. batch_size: blocks in a forward. optimizer, lr: see `s2ft.optimizer`.
     calibration_batches: how many batches of the training blocks a selection looks at, if it looks at data.
-    reselect_every: after how many steps, or below 1 what share of them, other units train (`s2ft.reselect`).
+    reselect_every: after how many steps, or below 1 what share of them, other units train (`s2ft.reselect`); 0: never.
+    None: a tenth of the run, at least 10 steps; never for a quantized base, or a budget of the whole model.
     quantize: the linear layers but the head, while they are loaded (docs/quantized.md). activation_budget: see
     `CompileOptions`. gradient_checkpointing: see `checkpoint_layers`. by_layer: see `compile_layers`. warmup: steps, or
     below 1 a share of them; None for a tenth, at most 10. clip: the largest norm of a step's gradients, 0 for none.
@@ -100,22 +101,29 @@ class TrainOptions:
         CompileOptions(self.inner, self.activation_budget)
 
     def _check_reselection(self) -> None:
-        if not 0 < self.reselect_every < 1e9:
-            raise ConfigError(f"reselect_every is a positive number of steps, or a share, got {self.reselect_every}")
+        if not 0 <= self.reselect_every < 1e9:
+            raise ConfigError(f"reselect_every is a number of steps, a share, or 0, got {self.reselect_every}")
+        if self.reselect_every and (why := self._keeps_units()):
+            raise ConfigError(f"reselect_every: {why}; 0 keeps the units")
+
+    def _keeps_units(self) -> str | None:
+        """Why other units cannot train later on."""
         if self.quantize != "none":
-            raise ConfigError("reselect_every: the units of a quantized base cannot be chosen anew")
+            return "the units of a quantized base cannot be chosen anew"
         if self.s2ft.budget != "layer":
-            raise ConfigError(f"reselect_every needs budget='layer', got {self.s2ft.budget!r}: layers keep their size")
+            return f"layers keep their size only with budget='layer', got {self.s2ft.budget!r}"
+        return None
 
     def total_steps(self, blocks: int) -> int:
         """Optimizer steps of the run over this many blocks."""
         return self.steps or max(1, int(self.epochs * (blocks // (self.batch_size * self.grad_accum))))
 
-    def reselects(self, step: int, steps: int) -> bool:
-        """Whether other units train from this step on, of so many."""
-        every = self.reselect_every or 0
-        period = round(every if every >= 1 else max(1, every * steps))
-        return step > 0 and period > 0 and step % period == 0
+    def reselection_steps(self, steps: int) -> int:
+        """For how many of these steps a unit trains: all of them where units are not chosen anew."""
+        every = self.reselect_every
+        if every is None:
+            every = 0 if self._keeps_units() else max(10, steps / 10)
+        return min(steps, round(every if every >= 1 else max(1, every * steps))) if every else steps
 
     def warmup_steps(self, steps: int) -> int:
         if self.warmup is None:

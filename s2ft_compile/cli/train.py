@@ -67,7 +67,8 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
             plan = _prepared(model, training, options, work)
-        options = replace(options, lr=options.lr or learning_rate(model))
+        period = options.reselection_steps(options.total_steps(len(training)))
+        options = replace(options, lr=options.lr or learning_rate(model, period))
         _remember(work, options, plan, blocks)
         with progress(console) as bars:
             before = loss(model, held_out, options.batch_size, on_batch=counter(bars, "loss before"))
@@ -227,7 +228,7 @@ def fit(
     steps = options.total_steps(len(blocks))
     with _compiled(model, options), not_quantized(model):  # which Trainer takes for a model that cannot train
         watch = _watch(bars, steps, options, work, _tokens(blocks, options))
-        callbacks = [watch, *([_reselection(model, blocks, options)] if options.reselect_every else [])]
+        callbacks = [watch, _reselection(model, blocks, options)]
         trainer = _trainer(model, blocks, held_out, options, work, steps, callbacks)
         start = last_checkpoint(work)
         watch.trim(start)
@@ -367,7 +368,8 @@ def _reselection(model: nn.Module, blocks: Blocks, options: TrainOptions):
 
     class Reselection(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            if options.reselects(state.global_step, state.max_steps):
+            step, period = state.global_step, options.reselection_steps(state.max_steps)
+            if step and step % period == 0:
                 reselect(model, calibration(model, blocks, options))
 
     return Reselection()
