@@ -18,7 +18,7 @@ from .plan import Slice
 from .state import parameters, state_of
 
 log = logging.getLogger(__name__)
-SPAN = 10.0  # measured in benchmarks/compare, docs/targets.md
+SPAN = 8.0  # measured in benchmarks/compare, docs/targets.md
 STEPS = 1000  # of a run that nobody says the length of
 
 
