@@ -39,8 +39,8 @@ class Contender:
     again: int = 1
 
 
-def _s2ft(title: str, parts=("channels", 0), selection="gradient", optimizer="muon", rate=-2.0, again=1, **options):
-    return Contender(title, "s2ft", optimizer, rate, {"parts": parts, "selection": selection, **options}, again)
+def _s2ft(title: str, parts=("channels", 0, 0, 1, 1), selection="gradient", optimizer="muon", again=10, **options):
+    return Contender(title, "s2ft", optimizer, -2.0, {"parts": parts, "selection": selection, **options}, again)
 
 
 def _peft(title: str, config="LoraConfig", optimizer="adamw", rate=-2.0, **options):
@@ -53,39 +53,25 @@ MAIN = {
     "rslora": _peft("rsLoRA", use_rslora=True),
     "dora": _peft("DoRA", use_dora=True),
     "shira": _peft("SHiRA", "ShiraConfig", rate=-2.0),
-    "s2ft": _s2ft("S²FT: whole channels, by gradient, Muon"),
-    "s2ft_paper": _s2ft("S²FT as published: columns and a head, at random, AdamW", ("columns", 1), "random", "adamw"),
+    "s2ft": _s2ft("S²FT: channels, queries and keys, by gradient, chosen anew ten times, Muon"),
+    "s2ft_once": _s2ft("S²FT, chosen once", again=1),
+    "s2ft_paper": _s2ft(
+        "S²FT as published: columns and a head, at random, AdamW", ("columns", 1), "random", "adamw", 1
+    ),
 }
 VARIANTS = {
+    "s2ft_again4": _s2ft("chosen anew four times", again=4),
+    "s2ft_random": _s2ft("drawn anew ten times", selection="random"),
     "s2ft_adamw": _s2ft("AdamW", optimizer="adamw"),
-    "s2ft_random": _s2ft("units at random", selection="random"),
+    "s2ft_attend": _s2ft("two heads' queries", ("channels", 0, 0, 2, 1)),
+    "s2ft_channels": _s2ft("channels alone", ("channels", 0)),
+    "s2ft_channels_once": _s2ft("channels alone, chosen once", ("channels", 0), again=1),
+    "s2ft_columns_once": _s2ft("columns of down alone, chosen once", ("columns", 0), again=1),
+    "s2ft_random_once": _s2ft("drawn once", selection="random", again=1),
+    "s2ft_all": _s2ft("a head's values and columns of the output projection too", ("channels", 1, 1, 1, 1)),
     "s2ft_weight": _s2ft("units with the largest weights", selection="weight"),
-    "s2ft_columns": _s2ft("columns of down only", ("columns", 0)),
-    "s2ft_heads": _s2ft("a head's columns of the output projection, the rest whole channels", ("channels", 1)),
-    "s2ft_values": _s2ft("the same, and a head's values", ("channels", 1, 1)),
-    "s2ft_score": _s2ft("layers share by score", budget="score"),
     "s2ft_least": _s2ft("channels that do least", selection="weight_activation", largest=False),
-    "s2ft_all": _s2ft("channels, and a head's queries, values and columns", ("channels", 1, 1, 1)),
-    "s2ft_attend": _s2ft("channels, two heads' queries and a head's keys", ("channels", 0, 0, 2, 1)),
-    "s2ft_attend_again": _s2ft("the same, chosen anew four times", ("channels", 0, 0, 2, 1), again=4),
-    "s2ft_again": _s2ft("units chosen anew four times", again=4),
-    "s2ft_again10": _s2ft("units chosen anew ten times", again=10),
-    "s2ft_random_again10": _s2ft("units drawn anew ten times", selection="random", again=10),
-    "s2ft_attend_again10": _s2ft(
-        "channels, queries and keys, chosen anew ten times", ("channels", 0, 0, 2, 1), again=10
-    ),
-    "s2ft_one": _s2ft("channels, a head's queries and a head's keys", ("channels", 0, 0, 1, 1)),
-    "s2ft_one_again4": _s2ft("the same, chosen anew four times", ("channels", 0, 0, 1, 1), again=4),
-    "s2ft_one_adamw_again10": _s2ft(
-        "the same with AdamW, chosen anew ten times", ("channels", 0, 0, 1, 1), optimizer="adamw", again=10
-    ),
-    "s2ft_one_again10": _s2ft(
-        "channels, a head's queries and a head's keys, chosen anew ten times", ("channels", 0, 0, 1, 1), again=10
-    ),
-    "s2ft_one_random_again10": _s2ft("the same, drawn anew ten times", ("channels", 0, 0, 1, 1), "random", again=10),
-    "s2ft_attend_random_again10": _s2ft(
-        "channels, queries and keys, drawn anew ten times", ("channels", 0, 0, 2, 1), "random", again=10
-    ),
+    "s2ft_score_once": _s2ft("layers share by score, chosen once", budget="score", again=1),
     "lora_muon": _peft("LoRA with Muon", optimizer="muon"),
 }
 CONTENDERS = MAIN | VARIANTS
