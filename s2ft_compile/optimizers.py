@@ -18,7 +18,7 @@ from .plan import Slice
 from .state import parameters, state_of
 
 log = logging.getLogger(__name__)
-SPAN = 8.0  # measured in benchmarks/compare, docs/targets.md
+SPAN = 20.0  # docs/targets.md says from what
 STEPS = 1000  # of a run that nobody says the length of
 
 
@@ -28,7 +28,7 @@ def optimizer(
     """An optimizer of `s2ft.parameters(model)`.
 
     name: "muon" or "adamw". lr: the peak of the caller's schedule; None: `learning_rate(model, steps)`. weight_decay:
-    pulls towards the base model. steps: for which a unit trains, of the whole run or between two `reselect`. Raises
+    pulls towards the base model. steps: optimizer steps of the run. Raises
     `ConfigError` for another name or a rate that is not positive, `StateError` for a model that is not prepared.
     """
     check_choice("optimizer", name, OPTIMIZERS)
@@ -55,14 +55,14 @@ def learning_rate(model: nn.Module, steps: int = STEPS) -> float:
     """A rate to start from, the peak of a schedule: `SPAN` / (width · √steps).
 
     width: how many numbers a unit has in a weight, its row or column; the median over the weights, in a transformer the
-    hidden size. steps: for which a unit trains. Raises `ConfigError` for less than one step.
+    hidden size. steps: of the run. Raises `ConfigError` for less than one step.
     """
     if steps < 1:
         raise ConfigError(f"steps is a positive number, got {steps}")
     slices = state_of(model).plan.slices
     width = median([_width(s) for s in slices if len(s.shape) > 1] or [1])
     rate = SPAN / (width * sqrt(steps))
-    log.info("learning rate %.2g, for units of %g numbers that train for %d steps", rate, width, steps)
+    log.info("learning rate %.2g, for units of %g numbers and %d steps", rate, width, steps)
     return rate
 
 

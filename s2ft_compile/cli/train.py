@@ -67,8 +67,7 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
             plan = _prepared(model, training, options, work)
-        period = options.reselection_steps(options.total_steps(len(training)))
-        options = replace(options, lr=options.lr or learning_rate(model, period))
+        options = replace(options, lr=options.lr or learning_rate(model, options.total_steps(len(training))))
         _remember(work, options, plan, blocks)
         with progress(console) as bars:
             before = loss(model, held_out, options.batch_size, on_batch=counter(bars, "loss before"))
