@@ -66,7 +66,7 @@ def test_jsonl_forms(tmp_path, form, row):
 
 
 @pytest.mark.parametrize(
-    "line, found",
+    "line, message",
     [
         ('{"text": "b"', "not JSON"),
         ('{"text": "\\ud83d"}', "half of a surrogate pair"),
@@ -84,20 +84,20 @@ def test_jsonl_forms(tmp_path, form, row):
         ('{"prompt": "b", "completion": "c"}', "has 'prompt', but line 1 has 'text'"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, found):
+def test_a_bad_line_is_named(tmp_path, line, message):
     path = lines(tmp_path / "data.jsonl", {"text": "a"}, line)
     with pytest.raises(ConfigError) as error:
         read_records(path)
-    assert f"{path}, line 2" in str(error.value) and found in str(error.value) and '"prompt"' in str(error.value)
+    assert f"{path}, line 2" in str(error.value) and message in str(error.value) and '"prompt"' in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "content, found", [(b"", "is empty"), (b" \n", "is empty"), (b"a\xff", "not UTF-8 text (byte 1)")]
+    "content, message", [(b"", "is empty"), (b" \n", "is empty"), (b"a\xff", "not UTF-8 text (byte 1)")]
 )
 @pytest.mark.parametrize("name", ["data.txt", "data.jsonl"])
-def test_a_bad_file_is_named(tmp_path, name, content, found):
+def test_a_bad_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=found.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace(")", r"\)")):
         read_records(tmp_path / name)
 
 
@@ -129,16 +129,16 @@ def test_one_set_of_rows_in_every_kind_of_file(tmp_path, monkeypatch):
     import datasets
 
     rows = [{"prompt": 'a "quoted",\nline', "completion": f"b{i}"} for i in range(3)]
-    made = datasets.Dataset.from_list(rows)
+    dataset = datasets.Dataset.from_list(rows)
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
     lines(tmp_path / "a.jsonl", *rows)
-    made.to_csv(tmp_path / "a.csv")
-    made.to_csv(tmp_path / "a.tsv", sep="\t")
-    made.to_parquet(tmp_path / "a.parquet")
-    made.save_to_disk(tmp_path / "saved")
-    datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "splits")
+    dataset.to_csv(tmp_path / "a.csv")
+    dataset.to_csv(tmp_path / "a.tsv", sep="\t")
+    dataset.to_parquet(tmp_path / "a.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "splits")
     given = [tmp_path / name for name in ("a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "saved", "splits")]
-    splits = {"train": made.select([0]), "test": made}
+    splits = {"train": dataset.select([0]), "test": dataset}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: splits if name == "owner/name" else fail())
 
     def fail():
@@ -154,7 +154,7 @@ def test_one_set_of_rows_in_every_kind_of_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, content, found",
+    "name, content, message",
     [
         ("a.csv", "header,of\nsomething,else\n", "a.csv, line 2: none of the known fields, found 'header', 'of'"),
         ("a.csv", "prompt,completion\na\n", "line 2: 1 fields, where the header has 2"),
@@ -175,9 +175,9 @@ def test_one_set_of_rows_in_every_kind_of_file(tmp_path, monkeypatch):
         ("a.csv.gz", "", "is gz, which is not read"),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused_by_name(tmp_path, name, content, found):
+def test_what_cannot_be_trained_on_is_refused_by_name(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=found) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         read_records(tmp_path / name)
     assert '{"prompt": "...", "completion": "..."}' in str(error.value) and len(str(error.value)) < 1500
 

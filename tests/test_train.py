@@ -93,8 +93,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(whole, base, text, tmp_
     (tmp_path / "run" / "checkpoints" / "checkpoint-99").mkdir()  # one that was cut off while it was written
     again = invoke("train", "--resume", "--output", tmp_path / "run")
     assert again.exit_code == 0, again.output
-    expected, found = deltas(whole), deltas(tmp_path / "run")
-    assert all(torch.equal(found[name], expected[name]) for name in expected) and found.keys() == expected.keys()
+    expected, resumed = deltas(whole), deltas(tmp_path / "run")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected) and resumed.keys() == expected.keys()
     kept = [{k: entry[k] for k in ("step", "loss", "lr", "grad_norm")} for entry in log(tmp_path / "run")]
     assert kept == [{k: entry[k] for k in ("step", "loss", "lr", "grad_norm")} for entry in log(whole)]
 
@@ -159,10 +159,10 @@ def test_what_is_not_finite_is_not_kept(base, text, tmp_path, monkeypatch):  # n
     step = Trainer.training_step
 
     def poisoned(self, model, *arguments, **given):
-        made = step(self, model, *arguments, **given)
+        loss = step(self, model, *arguments, **given)
         if self.state.global_step == 3:  # the fourth
             next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
-        return made
+        return loss
 
     monkeypatch.setattr(Trainer, "training_step", poisoned)
     result = invoke("train", *options(base, text, tmp_path / "run"))
@@ -235,7 +235,7 @@ def test_options_of_the_schedule(base, text, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "change, found",
+    "change, message",
     [
         ({"schedule": "step"}, "unknown schedule 'step'"),
         ({"patience": 2}, "it needs eval_every"),
@@ -246,8 +246,8 @@ def test_options_of_the_schedule(base, text, tmp_path):  # noqa: F811
         ({"clip": -1}, "clip is a number from 0"),
     ],
 )
-def test_refusals(base, text, tmp_path, change, found):  # noqa: F811
-    assert found in refused("train", *options(base, text, tmp_path / "run", **change))
+def test_refusals(base, text, tmp_path, change, message):  # noqa: F811
+    assert message in refused("train", *options(base, text, tmp_path / "run", **change))
     assert list(tmp_path.iterdir()) == []
 
 
