@@ -251,8 +251,8 @@ def load_config(model: str | Path):
     if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2 and "/" in str(model)):
         raise ConfigError(f"model folder {model} does not exist; valid: a Hugging Face folder, or the id of a model")
     if folder.exists() and not (folder / "config.json").is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "a file"
-        raise ConfigError(f"{model} is no model folder: config.json is missing (found: {found or 'nothing'})")
+        content = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "a file"
+        raise ConfigError(f"{model} is no model folder: config.json is missing (found: {content or 'nothing'})")
     with _one_line(model, "model"):
         return AutoConfig.from_pretrained(model)
 
