@@ -124,6 +124,34 @@ def test_forms_of_other_projects(tmp_path, row, form, expected):
         assert ("### Input:\nc" in records.rows[0]["prompt"]) == ("context" in row)
 
 
+@pytest.mark.parametrize(
+    "row, form",
+    [
+        ({"messages": None, "prompt": "a", "completion": "b"}, "prompt"),
+        ({"instruction": None, "output": None, "text": "b"}, "text"),
+        ({"prompt": "a", "completion": "b", "label": "sports"}, "prompt"),
+    ],
+)
+def test_what_a_row_leaves_empty_is_not_its_form(tmp_path, row, form):
+    assert read_records(lines(tmp_path / "data.jsonl", row)) == Records(form, (row,))
+
+
+def test_prose_that_looks_a_little_like_rows_is_prose(tmp_path):
+    for text in ("[1] a note\n", "prompt, and more\n", '{"a": 1}\n', "text\nmore\n", "[]\n", "[1]\n", "a,b\n"):
+        (tmp_path / "a.txt").write_text(text)
+        assert read_records(tmp_path / "a.txt") == Records("text", ({"text": text},))
+
+
+@pytest.mark.parametrize(
+    "turns", [[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], [{"role": "assistant", "content": "b"}]]
+)
+def test_a_system_prompt_beside_a_conversation_is_its_first_message(tmp_path, turns):
+    row = {"system": "be brief", "conversations": turns}
+    (record,) = read_records(lines(tmp_path / "data.jsonl", row)).rows
+    assert record["messages"][0] == {"role": "system", "content": "be brief"}
+    assert len(record["messages"]) == 1 + len(turns) and record["messages"][-1]["role"] == "assistant"
+
+
 def test_one_set_of_rows_in_every_kind_of_file(tmp_path, monkeypatch):
     """JSON lines, an array, CSV, TSV, parquet, a saved data set, a folder of files and a name on the hub."""
     import datasets
@@ -167,9 +195,17 @@ def test_one_set_of_rows_in_every_kind_of_file(tmp_path, monkeypatch):
         ("a.jsonl", '{"text": "a", "n": ' + "9" * 5000 + "}", "a number that is too long"),
         ("a.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}', "preferences.*DPOTrainer"),
         ("a.jsonl", '{"prompt": "a", "completion": "b", "label": false}', "KTOTrainer"),
+        ("a.csv", "prompt,completion,label\na,b,False\n", "KTOTrainer"),
+        ("a.jsonl", '{"prompt": "a", "completion": "b", "label": 1}', "KTOTrainer"),
+        ("a.jsonl", '{"instruction": "a", "output": "b", "history": [["c", "d"]]}', "'history' beside 'instruction'"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "b", "weight": 0}]}', "has the weight 0"),
+        ("a.jsonl", '{"tools": "f", "messages": [{"role": "assistant", "content": "b"}]}', "'tools' is a string"),
         ("a.jsonl", '{"conversations": [{"from": "alien", "value": "b"}]}', "a turn is from 'alien'; known are human"),
         ("a.jsonl", '{"instruction": "a", "output": 3}', "'output' is a number"),
         ("a.txt", '{"text": "a"}\n{"text": "b"}', "holds JSON lines, with 'text', .* name it .jsonl"),
+        ("a.txt", '[\n {"text": "a"}\n]', "holds JSON, with 'text', .* name it .json"),
+        ("a.txt", "prompt,completion\na,b\n", "holds a table of 'prompt', 'completion', .* name it .csv"),
+        ("a.txt", '"prompt"\t"completion"\na\tb\n', "holds a table of 'prompt', 'completion', .* name it .tsv"),
         ("a.parquet", "PAR1", "is not parquet"),
         ("a.html", "<p>", "is html, which is not read; convert it"),
         ("a.csv.gz", "", "is gz, which is not read"),
@@ -236,6 +272,17 @@ def test_only_the_assistant_is_learned(tokenizer):
     learned = blocks.labels[0][blocks.labels[0] != IGNORE]
     assert tokenizer.decode(learned) == "doglazy"
     assert (blocks.labels == blocks.input_ids)[blocks.labels != IGNORE].all()
+
+
+@pytest.mark.parametrize("template", [CHAT, "{% for m in messages %}{{ m['content'] }}{% endfor %}"])
+def test_a_template_is_given_the_tools(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for t in tools or [] %}[{{ t['name'] }}]{% endfor %}" + template
+    messages = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]
+    row = {"messages": messages, "tools": [{"name": "lookup"}]}
+    blocks = tokenize(Records("messages", (row, row)), tokenizer, 64)
+    assert tokenizer.decode(blocks.input_ids[0]).startswith("[lookup]")
+    assert tokenizer.decode(blocks.labels[0][blocks.labels[0] != IGNORE]) == "dog"
 
 
 @pytest.mark.parametrize("turns", ["ua", "uaua", "sua", "aua"])

@@ -176,7 +176,12 @@ def _chat_encoder(tokenizer):
 
     def encode(tokenizer, row):
         encoded = tokenizer.apply_chat_template(
-            row["messages"], tokenize=True, return_dict=True, chat_template=template, return_assistant_tokens_mask=True
+            row["messages"],
+            tools=row.get("tools"),
+            tokenize=True,
+            return_dict=True,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
         )
         return encoded["input_ids"], [bool(m) for m in encoded["assistant_masks"]]
 
@@ -191,7 +196,9 @@ def _encode_chat_by_prefixes(tokenizer, row) -> Example:
     messages = row["messages"]
 
     def written(count: int, prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(
+            messages[:count], tools=row.get("tools"), tokenize=False, add_generation_prompt=prompt
+        )
 
     whole, spans = written(len(messages)), []
     for i, message in enumerate(messages):
