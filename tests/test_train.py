@@ -212,11 +212,18 @@ def test_a_file_of_options_and_what_is_typed_wins(base, text, tmp_path):  # noqa
     assert "--model, --data, --output is missing" in refused("train")
 
 
-def test_early_stopping_ends_with_the_best(base, text, tmp_path, monkeypatch):  # noqa: F811
-    losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, 3.0, 1.0])  # before, after each step, after all
+@pytest.mark.parametrize("stopped", [False, True])
+def test_early_stopping_ends_with_the_best(base, text, tmp_path, monkeypatch, stopped):  # noqa: F811
+    """Also where the run was stopped after the first evaluation that was no better, and went on."""
+    losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, *[9.0] * stopped, 3.0, 1.0, 1.0])  # before, after each step, after all
     monkeypatch.setattr(module, "loss", lambda *_, **__: next(losses))
-    given = options(base, text, tmp_path / "run", steps=40)
-    result = invoke("train", *given, "--eval-every", 1, "--patience", 2)
+    given = (*options(base, text, tmp_path / "run", steps=40), "--eval-every", 1, "--patience", 2)
+    if stopped:
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "_memory", at_step(3, lambda: signal.raise_signal(signal.SIGINT)))
+            assert "stopped; " in invoke("train", *given).output
+        given = ("--resume", "--output", tmp_path / "run")
+    result = invoke("train", *given)
     assert result.exit_code == 0, result.output
     entries = log(tmp_path / "run")
     assert [entry["eval_loss"] for entry in entries if "eval_loss" in entry] == [5.0, 4.0, 3.0, 3.5, 3.0]

@@ -278,6 +278,13 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
+    class Patience(EarlyStoppingCallback):
+        """Counts on from where the checkpoint was written."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+            self.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
+
     evaluated = "steps" if options.eval_every else "no"
     arguments = TrainingArguments(
         output_dir=str(work / CHECKPOINTS),
@@ -307,7 +314,7 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
         remove_unused_columns=False,
     )
     _use_one_gpu(arguments)
-    early = [EarlyStoppingCallback(options.patience)] if options.patience else []
+    early = [Patience(options.patience)] if options.patience else []
     trainer = SliceTrainer(
         model,
         arguments,
