@@ -97,6 +97,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(whole, base, text, tmp_
     assert all(torch.equal(resumed[name], expected[name]) for name in expected) and resumed.keys() == expected.keys()
     kept = [{k: entry[k] for k in ("step", "loss", "lr", "grad_norm")} for entry in log(tmp_path / "run")]
     assert kept == [{k: entry[k] for k in ("step", "loss", "lr", "grad_norm")} for entry in log(whole)]
+    cards = [(run / "adapter" / "README.md").read_text() for run in (whole, tmp_path / "run")]
+    assert cards[0] == cards[1] and f"| steps | {STEPS} of" in cards[0], "the whole run's, wherever it was stopped"
 
 
 def test_the_log_has_every_step(whole):

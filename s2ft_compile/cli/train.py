@@ -71,7 +71,7 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
         _remember(work, options, plan, blocks)
         with progress(console) as bars:
             before = loss(model, held_out, options.batch_size, on_batch=counter(bars, "loss before"))
-            times = fit(model, training, held_out, options, work, bars)
+            steps, seconds = fit(model, training, held_out, options, work, bars)
             after = loss(model, held_out, options.batch_size, on_batch=counter(bars, "loss after"))
         with console.status("writing adapter and merged model"):
             for name in ("adapter", "merged"):  # of an earlier run that was resumed with more steps
@@ -83,7 +83,8 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
             "loss_before": before,
             "loss_after": after,
             **_sizes(model, plan),
-            **_speed(times, options, blocks),
+            "steps": steps,
+            **_speed(seconds, options, blocks),
             "blocks": len(training),
             "held_out_blocks": len(held_out),
             "form": records.form,
@@ -221,8 +222,9 @@ def calibration(model: nn.Module, blocks: Blocks, options: TrainOptions) -> Iter
 
 def fit(
     model: nn.Module, blocks: Blocks, held_out: Blocks, options: TrainOptions, work: Path, bars: Progress
-) -> list[float]:
-    """Trains a prepared model, compiled, with Trainer, from its last checkpoint if it has one; each step's seconds."""
+) -> tuple[int, list[float]]:
+    """Trains a prepared model, compiled, with Trainer, from its last checkpoint if it has one; the steps that it has
+    now, and the seconds of each that was taken here."""
     steps = options.total_steps(len(blocks))
     with _compiled(model, options), not_quantized(model):  # which Trainer takes for a model that cannot train
         watch = _watch(bars, steps, options, work, _tokens(blocks, options))
@@ -234,7 +236,7 @@ def fit(
     if watch.interrupted:
         raise Interrupted
     model.eval()
-    return watch.seconds
+    return trainer.state.global_step, watch.seconds
 
 
 class Interrupted(Exception):
@@ -513,7 +515,6 @@ def _speed(seconds: list[float], options: TrainOptions, blocks: Blocks) -> dict[
     tokens = _tokens(blocks, options)
     median = statistics.median(seconds[WARM_UP:] or seconds[-1:] or [float("nan")])
     return {
-        "steps": len(seconds),
         "tokens_per_step": tokens,
         "step_ms": 1e3 * median,
         "tokens_per_second": tokens / median,
