@@ -101,6 +101,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(whole, base, text, tmp_
     assert cards[0] == cards[1] and f"| steps | {STEPS} of" in cards[0], "the whole run's, wherever it was stopped"
 
 
+def test_a_file_that_torch_could_not_write_whole_is_a_full_disk():
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8384 vs 8278\nmore")
+    assert re.search(
+        r"could not write \(is the disk full\?\): .*8278; run/c is", str(module._as_one_line(error, "run/c"))
+    )
+
+
 def test_the_log_has_every_step(whole):
     entries = log(whole)
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))

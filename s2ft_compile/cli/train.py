@@ -181,7 +181,8 @@ def _as_one_line(error: BaseException, last: Path | None, reporter: str = "none"
     if isinstance(error, S2FTError):
         return type(error)(f"{text}{left}") if last and not isinstance(error, ConfigError) else error
     if of_the_system(error):
-        return ExportError(f"could not write: {text.splitlines()[0]}{left}")
+        full = " (is the disk full?)" if "inline_container" in text else ""  # torch's words for a file cut off
+        return ExportError(f"could not write{full}: {text.splitlines()[0]}{left}")
     return error
 
 
