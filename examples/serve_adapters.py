@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import s2ft_compile as s2ft
 
 
-def made(folder: Path) -> tuple[torch.nn.Module, list[Path]]:
+def base_and_adapters(folder: Path) -> tuple[torch.nn.Module, list[Path]]:
     """A base model, and three adapters as if they had been trained."""
     base = LlamaForCausalLM(
         LlamaConfig(
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
         if arguments:
             base, adapters = AutoModelForCausalLM.from_pretrained(arguments[0]), [Path(a) for a in arguments[1:]]
         else:
-            base, adapters = made(Path(folder))
+            base, adapters = base_and_adapters(Path(folder))
         bank = s2ft.AdapterBank(base)
         for adapter in adapters:
             bank.add(adapter.name, adapter)

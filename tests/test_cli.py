@@ -140,13 +140,14 @@ def test_what_a_user_registers_is_imported_before_a_command(plugin, base, run, t
 
 
 @pytest.mark.parametrize(
-    "name, found", [("none.py", "none.py is no file"), ("no_such_module", "No module named"), ("bad.py", "SyntaxError")]
+    "name, message",
+    [("none.py", "none.py is no file"), ("no_such_module", "No module named"), ("bad.py", "SyntaxError")],
 )
-def test_what_cannot_be_imported_is_one_line(name, found, tmp_path, monkeypatch):
+def test_what_cannot_be_imported_is_one_line(name, message, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "bad.py").write_text("def")
     monkeypatch.chdir(tmp_path)
-    assert found in refused("--import", name, "inspect", "model")
+    assert message in refused("--import", name, "inspect", "model")
 
 
 def test_runs_are_reported_on_one_page(run, tmp_path):
@@ -381,7 +382,7 @@ def test_train_takes_jsonl_and_its_options(base, tmp_path, row):
 
 
 @pytest.mark.parametrize(
-    "change, found",
+    "change, message",
     [
         ({"--model": "{tmp}/none"}, "none does not exist; valid: a Hugging Face folder"),
         ({"--model": "none/at all"}, "no model could be loaded"),
@@ -412,11 +413,11 @@ def test_train_takes_jsonl_and_its_options(base, tmp_path, row):
         ({"--grad-accum": 10_000}, "less than one optimizer step of 10000"),
     ],
 )
-def test_train_refuses_with_one_line_and_leaves_nothing(base, text, tmp_path, change, found):
+def test_train_refuses_with_one_line_and_leaves_nothing(base, text, tmp_path, change, message):
     lines(tmp_path / "bad.jsonl", {"text": "a"}, "{")
     options = {"--model": base, "--data": text, "--output": tmp_path / "run", "--seq-len": 16, **change}
     flat = [str(piece).replace("{tmp}", str(tmp_path)) for pair in options.items() for piece in pair]
-    assert found in refused("train", *flat)
+    assert message in refused("train", *flat)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
 
 

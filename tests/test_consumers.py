@@ -64,7 +64,7 @@ def greedy(model: nn.Module) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def exports(tmp_path_factory):
     """folder: of exports. models: by the name of their adapter. expected: their greedy tokens, all different."""
     folder = tmp_path_factory.mktemp("exports")
     models = {"base": base_model(), "law": tuned(0, TARGETS), "chat": tuned(1, OTHER)}
@@ -78,11 +78,11 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def genai_folder(made):
+def genai_folder(exports):
     """One graph with room for the adapters, a file for each, and the tokenizer."""
-    folder = made.folder / "genai"
-    adapters = [made.folder / name for name in ("law", "chat")]
-    base = made.models["base"]
+    folder = exports.folder / "genai"
+    adapters = [exports.folder / name for name in ("law", "chat")]
+    base = exports.models["base"]
     export_onnx(base, folder / "model.onnx", {"input_ids": tokens(1, 5)}, adapters, cache=True, names="genai")
     for adapter in adapters:
         save_onnx_adapter(base, folder / f"{adapter.name}.onnx_adapter", adapter=adapter, names="genai")
@@ -90,7 +90,7 @@ def genai_folder(made):
     return folder
 
 
-def test_onnxruntime_genai_takes_an_adapter_for_each_request(made, genai_folder, monkeypatch, capsys):
+def test_onnxruntime_genai_takes_an_adapter_for_each_request(exports, genai_folder, monkeypatch, capsys):
     pytest.importorskip("onnxruntime_genai")
     monkeypatch.syspath_prepend(ROOT / "examples")
     import generate_genai
@@ -98,7 +98,7 @@ def test_onnxruntime_genai_takes_an_adapter_for_each_request(made, genai_folder,
     files = {name: genai_folder / f"{name}.onnx_adapter" for name in ("law", "chat")}
     server = generate_genai.Server(genai_folder, files)
     for name in ("base", "law", "base", "chat", "law"):
-        want = made.expected[name]
+        want = exports.expected[name]
         want = want[: want.index(0) + 1] if 0 in want else want  # it ends at the configuration's end
         assert list(server.generate(PROMPT, name, NEW)) == want
     with pytest.raises(KeyError, match="no adapter 'tax'; there are: base, chat, law"):
@@ -108,7 +108,7 @@ def test_onnxruntime_genai_takes_an_adapter_for_each_request(made, genai_folder,
     given = ["x", str(genai_folder), "--adapter", f"law={files['law']}", f"law: {text}", "--max-new-tokens", str(NEW)]
     monkeypatch.setattr(sys, "argv", given)
     generate_genai.main()
-    want = tiny_tokenizer().decode(made.expected["law"])  # random tokens are no UTF-8, on which decoders differ
+    want = tiny_tokenizer().decode(exports.expected["law"])  # random tokens are no UTF-8, on which decoders differ
     shown = capsys.readouterr().out
     assert shown.startswith(f"law: {text}") and shown.partition("\ufffd")[0].endswith(want.partition("\ufffd")[0])
 
@@ -116,7 +116,7 @@ def test_onnxruntime_genai_takes_an_adapter_for_each_request(made, genai_folder,
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_onnxruntime_genai_runs_a_quantized_graph_with_the_adapters_of_the_float_one(
-    made, genai_folder, tmp_path, monkeypatch, quantize
+    exports, genai_folder, tmp_path, monkeypatch, quantize
 ):
     """Its tokens are those of ONNX Runtime on the same file, which the exporter compared with the model."""
     pytest.importorskip("onnxruntime_genai")
@@ -126,8 +126,8 @@ def test_onnxruntime_genai_runs_a_quantized_graph_with_the_adapters_of_the_float
 
     files = {name: genai_folder / f"{name}.onnx_adapter" for name in ("law", "chat")}
     how = dict(cache=True, names="genai", quantize=quantize)
-    adapters = [made.folder / name for name in files]
-    path = export_onnx(made.models["base"], tmp_path / "model.onnx", {"input_ids": tokens(1, 5)}, adapters, **how)
+    adapters = [exports.folder / name for name in files]
+    path = export_onnx(exports.models["base"], tmp_path / "model.onnx", {"input_ids": tokens(1, 5)}, adapters, **how)
     tiny_tokenizer().save_pretrained(tmp_path)
     server, session, ids = generate_genai.Server(tmp_path, files), generate_onnx.load(path), np.array([PROMPT])
     texts = []
@@ -139,15 +139,15 @@ def test_onnxruntime_genai_runs_a_quantized_graph_with_the_adapters_of_the_float
     assert len(set(map(tuple, texts))) == 3
 
 
-def test_what_olive_makes_of_the_lora_is_our_adapter_file(made, genai_folder):
+def test_what_olive_makes_of_the_lora_is_our_adapter_file(exports, genai_folder):
     pytest.importorskip("olive")
     import onnxruntime
 
-    save_lora(made.models["base"], made.folder / "lora olive", adapter=made.folder / "law")
-    out = made.folder / "olive"
+    save_lora(exports.models["base"], exports.folder / "lora olive", adapter=exports.folder / "law")
+    out = exports.folder / "olive"
     subprocess.run(
         [sys.executable, "-m", "olive", "convert-adapters", "--disable_telemetry"]
-        + ["-a", str(made.folder / "lora olive"), "-o", str(out)],
+        + ["-a", str(exports.folder / "lora olive"), "-o", str(out)],
         check=True,
         capture_output=True,
     )
@@ -174,11 +174,11 @@ def gguf_names(path: Path, arch) -> tuple[dict[str, np.ndarray], float]:
     return {t.name: np.array(t.data) for t in reader.tensors}, reader.get_field(gguf.Keys.Adapter.LORA_ALPHA).contents()
 
 
-def test_llama_cpp_scales_and_names_what_is_written_as_it_was_trained(made, tmp_path):
+def test_llama_cpp_scales_and_names_what_is_written_as_it_was_trained(exports, tmp_path):
     """A LoRA's way into llama.cpp: tensors by its names, the rows of queries and keys paired for its rotation, and one
     alpha for all; at run time W x + alpha / rank * B (A x). LLAMA_CPP names a checkout, whose converter then runs."""
     gguf = pytest.importorskip("gguf")
-    save_lora(made.models["base"], tmp_path / "lora", adapter=made.folder / "law")
+    save_lora(exports.models["base"], tmp_path / "lora", adapter=exports.folder / "law")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     arch, heads = (
         gguf.MODEL_ARCH.LLAMA,
@@ -187,14 +187,14 @@ def test_llama_cpp_scales_and_names_what_is_written_as_it_was_trained(made, tmp_
     if checkout := os.environ.get("LLAMA_CPP"):
         subprocess.run(
             [sys.executable, f"{checkout}/convert_lora_to_gguf.py", str(tmp_path / "lora"), "--outtype", "f32"]
-            + ["--base", str(made.folder / "base"), "--outfile", str(tmp_path / "lora.gguf")],
+            + ["--base", str(exports.folder / "base"), "--outfile", str(tmp_path / "lora.gguf")],
             check=True,
         )
     else:
         write_gguf(tmp_path / "lora.gguf", tmp_path / "lora", arch, heads, config["lora_alpha"])
     tensors, alpha = gguf_names(tmp_path / "lora.gguf", arch)
     names = gguf.get_tensor_name_map(arch, 1)
-    base, model = made.models["base"], made.models["law"]
+    base, model = exports.models["base"], exports.models["law"]
     with merged(model):
         trained = {n: p.detach().clone() for n, p in model.named_parameters()}
     for name, W in base.named_parameters():
@@ -241,13 +241,13 @@ def write_gguf(path: Path, folder: Path, arch, heads: dict[str, int], alpha: flo
 
 @pytest.mark.parametrize("layout", ["padded", "pattern"])
 @pytest.mark.parametrize("ranks", ["exact", "vllm"])
-def test_the_rules_of_vllm_give_the_delta(made, tmp_path, layout, ranks):
+def test_the_rules_of_vllm_give_the_delta(exports, tmp_path, layout, ranks):
     """vLLM itself needs more than a test installs: these are the rules of its loader (vllm/lora: peft_helper.py,
     lora_model.py, lora_weights.py). Its config has r, lora_alpha and target_modules, no bias, no DoRA, nothing saved
     beside; a tensor's name is the module's and the factor's; B is scaled by lora_alpha / r once, whatever the rank of a
     tensor; each pair goes into a buffer of max_lora_rank, which is one of a list; q, k and v, and gate and up, are
     packed, each in its own part."""
-    save_lora(made.models["base"], tmp_path / "lora", layout, ranks, adapter=made.folder / "law")
+    save_lora(exports.models["base"], tmp_path / "lora", layout, ranks, adapter=exports.folder / "law")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["bias"] == "none" and not config["use_dora"] and not config["use_rslora"]
     assert not config.get("modules_to_save")
@@ -258,7 +258,7 @@ def test_the_rules_of_vllm_give_the_delta(made, tmp_path, layout, ranks):
     for name, tensor in load_file(tmp_path / "lora" / "adapter_model.safetensors").items():
         module, side = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", name).groups()
         pairs.setdefault(module, {})[side] = tensor
-    base, model = made.models["base"], made.models["law"]
+    base, model = exports.models["base"], exports.models["law"]
     with merged(model):
         trained = {n: p.detach().clone() for n, p in model.named_parameters()}
     linear = {name for name, module in base.named_modules() if isinstance(module, nn.Linear)}
@@ -284,13 +284,13 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_a_browser_runs_a_merged_export(made, tmp_path):
+def test_a_browser_runs_a_merged_export(exports, tmp_path):
     """examples/web/index.html in headless Chromium, on onnxruntime-web: the tokens are those of the merged model."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     dist = os.environ.get("ONNXRUNTIME_WEB")
     if not browser or not dist:
         pytest.skip("needs Chromium, and ONNXRUNTIME_WEB naming the dist folder of onnxruntime-web")
-    model = made.models["law"]
+    model = exports.models["law"]
     export_onnx(model, tmp_path / "model.onnx", {"input_ids": tokens(1, 5)}, cache=True)
     shutil.copy(ROOT / "examples" / "web" / "index.html", tmp_path)
     (tmp_path / "node_modules" / "onnxruntime-web").mkdir(parents=True)
@@ -309,7 +309,7 @@ def test_a_browser_runs_a_merged_export(made, tmp_path):
             ).stdout
         finally:
             server.shutdown()
-    assert json.loads(re.search(r'<pre id="out">(.*?)</pre>', shown, re.S)[1]) == made.expected["law"]
+    assert json.loads(re.search(r'<pre id="out">(.*?)</pre>', shown, re.S)[1]) == exports.expected["law"]
 
 
 # --- a fresh process ---------------------------------------------------------------------------------------
@@ -336,8 +336,8 @@ np.savez(sys.argv[3], **{name: np.asarray(values) for name, values in made.items
 """
 
 
-def test_every_export_is_read_by_a_process_that_knows_nothing_of_this_package(made, tmp_path):
-    base, law = made.models["base"], made.models["law"]
+def test_every_export_is_read_by_a_process_that_knows_nothing_of_this_package(exports, tmp_path):
+    base, law = exports.models["base"], exports.models["law"]
     torch.manual_seed(0)
     experts = MixtralForCausalLM(MixtralConfig(**{**LLAMA, "num_hidden_layers": 1}, num_local_experts=4)).eval()
     experts.save_pretrained(tmp_path / "experts")
@@ -347,14 +347,14 @@ def test_every_export_is_read_by_a_process_that_knows_nothing_of_this_package(ma
     given = {
         "folders": {"merged": save_merged(law, tmp_path / "merged"), "moe": save_merged(moe, tmp_path / "moe")},
         "peft": {
-            "lora": (made.folder / "base", save_lora(law, tmp_path / "lora")),
-            "shira": (made.folder / "base", save_shira(base, tmp_path / "shira", adapter=made.folder / "law")),
+            "lora": (exports.folder / "base", save_lora(law, tmp_path / "lora")),
+            "shira": (exports.folder / "base", save_shira(base, tmp_path / "shira", adapter=exports.folder / "law")),
             "moe lora": (tmp_path / "experts", save_lora(moe, tmp_path / "moe lora")),
         },
         "onnx": {"onnx": export_onnx(law, tmp_path / "model.onnx", {"input_ids": tokens(1, 5)})},
     }
     given["folders"]["checkpoint"] = tmp_path / "checkpoint"
-    merge_checkpoint(made.folder / "base", [made.folder / "law"], tmp_path / "checkpoint")
+    merge_checkpoint(exports.folder / "base", [exports.folder / "law"], tmp_path / "checkpoint")
     subprocess.run(
         [sys.executable, "-c", READER, json.dumps(given, default=str), json.dumps(PROMPT), str(tmp_path / "out.npz")],
         check=True,

@@ -66,7 +66,7 @@ def test_jsonl_forms(tmp_path, form, row):
 
 
 @pytest.mark.parametrize(
-    "line, found",
+    "line, message",
     [
         ('{"text": "b"', "not JSON"),
         ('{"text": "\\ud83d"}', "half of a surrogate pair"),
@@ -84,20 +84,20 @@ def test_jsonl_forms(tmp_path, form, row):
         ('{"prompt": "b", "completion": "c"}', "has 'prompt', but line 1 has 'text'"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, found):
+def test_a_bad_line_is_named(tmp_path, line, message):
     path = lines(tmp_path / "data.jsonl", {"text": "a"}, line)
     with pytest.raises(ConfigError) as error:
         read_records(path)
-    assert f"{path}, line 2" in str(error.value) and found in str(error.value) and '"prompt"' in str(error.value)
+    assert f"{path}, line 2" in str(error.value) and message in str(error.value) and '"prompt"' in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "content, found", [(b"", "is empty"), (b" \n", "is empty"), (b"a\xff", "not UTF-8 text (byte 1)")]
+    "content, message", [(b"", "is empty"), (b" \n", "is empty"), (b"a\xff", "not UTF-8 text (byte 1)")]
 )
 @pytest.mark.parametrize("name", ["data.txt", "data.jsonl"])
-def test_a_bad_file_is_named(tmp_path, name, content, found):
+def test_a_bad_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=found.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace(")", r"\)")):
         read_records(tmp_path / name)
 
 
@@ -124,21 +124,49 @@ def test_forms_of_other_projects(tmp_path, row, form, expected):
         assert ("### Input:\nc" in records.rows[0]["prompt"]) == ("context" in row)
 
 
+@pytest.mark.parametrize(
+    "row, form",
+    [
+        ({"messages": None, "prompt": "a", "completion": "b"}, "prompt"),
+        ({"instruction": None, "output": None, "text": "b"}, "text"),
+        ({"prompt": "a", "completion": "b", "label": "sports"}, "prompt"),
+    ],
+)
+def test_what_a_row_leaves_empty_is_not_its_form(tmp_path, row, form):
+    assert read_records(lines(tmp_path / "data.jsonl", row)) == Records(form, (row,))
+
+
+def test_prose_that_looks_a_little_like_rows_is_prose(tmp_path):
+    for text in ("[1] a note\n", "prompt, and more\n", '{"a": 1}\n', "text\nmore\n", "[]\n", "[1]\n", "a,b\n"):
+        (tmp_path / "a.txt").write_text(text)
+        assert read_records(tmp_path / "a.txt") == Records("text", ({"text": text},))
+
+
+@pytest.mark.parametrize(
+    "turns", [[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], [{"role": "assistant", "content": "b"}]]
+)
+def test_a_system_prompt_beside_a_conversation_is_its_first_message(tmp_path, turns):
+    row = {"system": "be brief", "conversations": turns}
+    (record,) = read_records(lines(tmp_path / "data.jsonl", row)).rows
+    assert record["messages"][0] == {"role": "system", "content": "be brief"}
+    assert len(record["messages"]) == 1 + len(turns) and record["messages"][-1]["role"] == "assistant"
+
+
 def test_one_set_of_rows_in_every_kind_of_file(tmp_path, monkeypatch):
     """JSON lines, an array, CSV, TSV, parquet, a saved data set, a folder of files and a name on the hub."""
     import datasets
 
     rows = [{"prompt": 'a "quoted",\nline', "completion": f"b{i}"} for i in range(3)]
-    made = datasets.Dataset.from_list(rows)
+    dataset = datasets.Dataset.from_list(rows)
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
     lines(tmp_path / "a.jsonl", *rows)
-    made.to_csv(tmp_path / "a.csv")
-    made.to_csv(tmp_path / "a.tsv", sep="\t")
-    made.to_parquet(tmp_path / "a.parquet")
-    made.save_to_disk(tmp_path / "saved")
-    datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "splits")
+    dataset.to_csv(tmp_path / "a.csv")
+    dataset.to_csv(tmp_path / "a.tsv", sep="\t")
+    dataset.to_parquet(tmp_path / "a.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "splits")
     given = [tmp_path / name for name in ("a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "saved", "splits")]
-    splits = {"train": made.select([0]), "test": made}
+    splits = {"train": dataset.select([0]), "test": dataset}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: splits if name == "owner/name" else fail())
 
     def fail():
@@ -154,7 +182,7 @@ def test_one_set_of_rows_in_every_kind_of_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, content, found",
+    "name, content, message",
     [
         ("a.csv", "header,of\nsomething,else\n", "a.csv, line 2: none of the known fields, found 'header', 'of'"),
         ("a.csv", "prompt,completion\na\n", "line 2: 1 fields, where the header has 2"),
@@ -167,17 +195,25 @@ def test_one_set_of_rows_in_every_kind_of_file(tmp_path, monkeypatch):
         ("a.jsonl", '{"text": "a", "n": ' + "9" * 5000 + "}", "a number that is too long"),
         ("a.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}', "preferences.*DPOTrainer"),
         ("a.jsonl", '{"prompt": "a", "completion": "b", "label": false}', "KTOTrainer"),
+        ("a.csv", "prompt,completion,label\na,b,False\n", "KTOTrainer"),
+        ("a.jsonl", '{"prompt": "a", "completion": "b", "label": 1}', "KTOTrainer"),
+        ("a.jsonl", '{"instruction": "a", "output": "b", "history": [["c", "d"]]}', "'history' beside 'instruction'"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "b", "weight": 0}]}', "has the weight 0"),
+        ("a.jsonl", '{"tools": "f", "messages": [{"role": "assistant", "content": "b"}]}', "'tools' is a string"),
         ("a.jsonl", '{"conversations": [{"from": "alien", "value": "b"}]}', "a turn is from 'alien'; known are human"),
         ("a.jsonl", '{"instruction": "a", "output": 3}', "'output' is a number"),
         ("a.txt", '{"text": "a"}\n{"text": "b"}', "holds JSON lines, with 'text', .* name it .jsonl"),
+        ("a.txt", '[\n {"text": "a"}\n]', "holds JSON, with 'text', .* name it .json"),
+        ("a.txt", "prompt,completion\na,b\n", "holds a table of 'prompt', 'completion', .* name it .csv"),
+        ("a.txt", '"prompt"\t"completion"\na\tb\n', "holds a table of 'prompt', 'completion', .* name it .tsv"),
         ("a.parquet", "PAR1", "is not parquet"),
         ("a.html", "<p>", "is html, which is not read; convert it"),
         ("a.csv.gz", "", "is gz, which is not read"),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused_by_name(tmp_path, name, content, found):
+def test_what_cannot_be_trained_on_is_refused_by_name(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=found) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         read_records(tmp_path / name)
     assert '{"prompt": "...", "completion": "..."}' in str(error.value) and len(str(error.value)) < 1500
 
@@ -236,6 +272,17 @@ def test_only_the_assistant_is_learned(tokenizer):
     learned = blocks.labels[0][blocks.labels[0] != IGNORE]
     assert tokenizer.decode(learned) == "doglazy"
     assert (blocks.labels == blocks.input_ids)[blocks.labels != IGNORE].all()
+
+
+@pytest.mark.parametrize("template", [CHAT, "{% for m in messages %}{{ m['content'] }}{% endfor %}"])
+def test_a_template_is_given_the_tools(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for t in tools or [] %}[{{ t['name'] }}]{% endfor %}" + template
+    messages = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]
+    row = {"messages": messages, "tools": [{"name": "lookup"}]}
+    blocks = tokenize(Records("messages", (row, row)), tokenizer, 64)
+    assert tokenizer.decode(blocks.input_ids[0]).startswith("[lookup]")
+    assert tokenizer.decode(blocks.labels[0][blocks.labels[0] != IGNORE]) == "dog"
 
 
 @pytest.mark.parametrize("turns", ["ua", "uaua", "sua", "aua"])

@@ -21,10 +21,10 @@ def run(program: str, *arguments, processes: int = 2, fails: bool = False) -> di
 
 def test_fsdp2_trains_as_one_process_on_the_joined_batch():
     """float32: sums of a batch in another order, so a few units of roundoff, carried through three steps."""
-    for how, found in run("fsdp2.py").items():
-        assert 0 < found["gradients"] < 1e-5, (how, found)
-        assert found["losses"] < 1e-5 and found["deltas"] < 1e-5, (how, found)
-        assert "sharded (fully_shard)" in found["refused"]
+    for how, result in run("fsdp2.py").items():
+        assert 0 < result["gradients"] < 1e-5, (how, result)
+        assert result["losses"] < 1e-5 and result["deltas"] < 1e-5, (how, result)
+        assert "sharded (fully_shard)" in result["refused"]
 
 
 @pytest.mark.slow
@@ -61,5 +61,5 @@ def test_after_a_process_was_killed_all_go_on_from_the_last_checkpoint(tmp_path)
 
 @pytest.mark.slow
 def test_a_rollout_engine_in_another_process_has_fresh_weights_after_every_step():
-    found = run("rollout.py")
-    assert found["same"] and found["bytes"] < 0.2 * found["merged"]
+    result = run("rollout.py")
+    assert result["same"] and result["bytes"] < 0.2 * result["merged"]

@@ -45,9 +45,9 @@ def run(session, inputs, *files) -> torch.Tensor:
     return torch.from_numpy(session.run(["logits"], feeds, options)[0])
 
 
-def close(found, expected) -> None:
+def close(actual, expected) -> None:
     """Float32: 24 bits, sums of at most 64 terms, in two layers."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
@@ -201,7 +201,7 @@ QUANTIZABLE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_
 CACHED = {f"past_key_values.0.{part}": np.zeros((3, 2, 0, 16), np.float32) for part in ("key", "value")}
 
 
-def check_quantized(made, file, base, model, cache, limit) -> None:
+def check_quantized(path, file, base, model, cache, limit) -> None:
     """The graph is the base model without the adapter and the trained one with it, within the limit, and tells them
     apart."""
     ids = tokens(3, 11, seed=5)
@@ -211,7 +211,7 @@ def check_quantized(made, file, base, model, cache, limit) -> None:
         feeds |= CACHED
     with torch.no_grad():
         plain, trained = base(ids).logits, model(ids).logits
-    session = onnxruntime.InferenceSession(str(made))
+    session = onnxruntime.InferenceSession(str(path))
     for files, want, other in (((), plain, trained), ((file,), trained, plain)):
         output = run(session, feeds, *files)
         error, apart = (output - want).norm() / want.norm(), (output - other).norm() / want.norm()

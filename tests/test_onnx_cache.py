@@ -75,7 +75,7 @@ def expected(model, ids, mask, new: int = 9, eos: int | None = None) -> np.ndarr
         ).numpy()
 
 
-def found(session, ids, mask, new: int = 9, **more) -> np.ndarray:
+def generated(session, ids, mask, new: int = 9, **more) -> np.ndarray:
     return generate(session, ids.numpy(), mask.numpy(), new, **more)
 
 
@@ -100,10 +100,10 @@ def test_greedy_tokens_are_those_of_generate(tmp_path, kind):
     session = load(path)
     want = expected(model, ids, mask)
     assert len(np.unique(want[:, 6:])) > 2  # no model that says one thing only
-    np.testing.assert_array_equal(found(session, ids, mask), want)
-    np.testing.assert_array_equal(found(session, ids[2:], mask[2:]), expected(model, ids[2:], mask[2:]))
+    np.testing.assert_array_equal(generated(session, ids, mask), want)
+    np.testing.assert_array_equal(generated(session, ids[2:], mask[2:]), expected(model, ids[2:], mask[2:]))
     eos = int(want[0, 7])  # ends the first row early, or more of them
-    np.testing.assert_array_equal(found(session, ids, mask, eos=[eos]), expected(model, ids, mask, eos=eos))
+    np.testing.assert_array_equal(generated(session, ids, mask, eos=[eos]), expected(model, ids, mask, eos=eos))
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_each_adapter_of_one_graph_generates_what_its_model_does(tmp_path, kind,
         file = tmp_path / f"{name}.onnx_adapter"
         if name != "none":
             save_onnx_adapter(model, file, names=names)
-        rows.append(found(session, ids, mask, adapter=load_adapter(file) if name != "none" else None))
+        rows.append(generated(session, ids, mask, adapter=load_adapter(file) if name != "none" else None))
         np.testing.assert_array_equal(rows[-1], expected(model, ids, mask))
     assert not any(np.array_equal(rows[0], row) for row in rows[1:3])
 
@@ -250,7 +250,7 @@ def test_weights_over_two_gigabytes_lie_beside_the_file_once(tmp_path):
         assert path.stat().st_size < 1 << 20
         assert size <= (tmp_path / "m.onnx.data").stat().st_size <= 1.01 * size
         ids, mask = prompts()
-        np.testing.assert_array_equal(found(load(path), ids, mask, 3), expected(model, ids, mask, 3))
+        np.testing.assert_array_equal(generated(load(path), ids, mask, 3), expected(model, ids, mask, 3))
     finally:
         for file in tmp_path.iterdir():
             file.unlink()

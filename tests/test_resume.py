@@ -19,16 +19,16 @@ from s2ft_compile.state import state_of
 CONFIG = s2ft.S2FTConfig(targets={"attention.out": 1, "ffn.in": 3, "ffn.out": 5})
 
 
-def made(dtype=torch.bfloat16, config=CONFIG, **changes):
+def prepared(dtype=torch.bfloat16, config=CONFIG, **changes):
     """A prepared model: bfloat16, whose weights alone hold next to nothing of small steps."""
     key = str((dtype, config, changes))
-    if key not in _made:
-        _made[key] = hf("llama", num_hidden_layers=1, **changes).to(dtype).train()
-        s2ft.prepare(_made[key], {"input_ids": tokens()}, config, train=False)
-    return copy.deepcopy(_made[key])
+    if key not in _models:
+        _models[key] = hf("llama", num_hidden_layers=1, **changes).to(dtype).train()
+        s2ft.prepare(_models[key], {"input_ids": tokens()}, config, train=False)
+    return copy.deepcopy(_models[key])
 
 
-_made: dict[str, torch.nn.Module] = {}
+_models: dict[str, torch.nn.Module] = {}
 
 
 def trainer(model, folder, **changes):
@@ -63,12 +63,12 @@ def equal(first, second) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_trainer_resumes_bit_for_bit(tmp_path, dtype):
-    whole = made(dtype)
+    whole = prepared(dtype)
     first = trainer(whole, tmp_path)
     first.train()
     state = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
     assert {state[n].dtype for n in state if n.endswith("_delta")} == {torch.float32}
-    again = made(dtype)
+    again = prepared(dtype)
     second = trainer(again, tmp_path)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert equal(deltas(again), deltas(whole)) and any(d.any() for d in deltas(whole))
@@ -85,7 +85,7 @@ def base_weights(model):
 
 def test_the_best_model_comes_back_at_the_end(tmp_path):
     """With `save_only_model` and a limit: the deltas are those of the best checkpoint, not rounded to the weights."""
-    model = made()
+    model = prepared()
     ran = trainer(
         model,
         tmp_path,
@@ -113,7 +113,7 @@ def test_save_pretrained_of_a_prepared_model_is_a_checkpoint(tmp_path):
     """Weights in training order and the deltas: the function is the trained one, and a prepared model takes it back."""
     from transformers import AutoModelForCausalLM
 
-    model = made()
+    model = prepared()
     trainer(model, tmp_path / "run", max_steps=2, save_strategy="no").train()
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto").eval()
@@ -122,7 +122,7 @@ def test_save_pretrained_of_a_prepared_model_is_a_checkpoint(tmp_path):
     s2ft.prepare(again, {"input_ids": tokens()}, CONFIG)  # of what is no base model: its checkpoints are refused
     with pytest.raises(StateError, match="not in this prepared model's order or not of its base"):
         again.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"))
-    twin = made()
+    twin = prepared()
     twin.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"), strict=False)
     assert equal(deltas(twin), deltas(model))
 
@@ -153,15 +153,15 @@ def test_experts_that_transformers_stores_one_by_one_resume(tmp_path):
 
 def test_a_tied_weight_has_its_delta_once(tmp_path):
     config = s2ft.S2FTConfig(targets={"lm_head.weight": 3, "ffn.out": 2})
-    model = made(config=config, tie_word_embeddings=True)
+    model = prepared(config=config, tie_word_embeddings=True)
     with torch.no_grad():
         for p in s2ft.parameters(model):
             p.normal_(std=1e-4)
     model.save_pretrained(tmp_path)
-    other = made(config=config, tie_word_embeddings=True)
+    other = prepared(config=config, tie_word_embeddings=True)
     other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     assert equal(deltas(other), deltas(model))
-    third = made(config=config, tie_word_embeddings=True)
+    third = prepared(config=config, tie_word_embeddings=True)
     third.load_state_dict(model.state_dict())
     assert equal(deltas(third), deltas(model))
 
@@ -171,8 +171,8 @@ def test_a_tied_weight_has_its_delta_once(tmp_path):
 
 @pytest.mark.parametrize("what", ["seed", "base", "order", "released"])
 def test_what_does_not_belong_is_refused_by_name_and_changes_nothing(what):
-    model = made()
-    other = made(config=s2ft.S2FTConfig(targets=CONFIG.targets, seed=1)) if what == "seed" else made()
+    model = prepared()
+    other = prepared(config=s2ft.S2FTConfig(targets=CONFIG.targets, seed=1)) if what == "seed" else prepared()
     with torch.no_grad():
         for p in s2ft.parameters(other):
             p.normal_(std=1e-2)
@@ -191,7 +191,7 @@ def test_what_does_not_belong_is_refused_by_name_and_changes_nothing(what):
 
 def test_a_mean_of_two_checkpoints_is_taken():
     """Weights and deltas are averaged each by themselves, and agree up to rounding."""
-    model, parts = made(torch.float32), []
+    model, parts = prepared(torch.float32), []
     for seed in (1, 2):
         torch.manual_seed(seed)
         with torch.no_grad():
@@ -212,7 +212,7 @@ def test_accelerate_saves_and_loads_its_state(tmp_path):
 
     def run(steps, start=None, stop=None):
         accelerator = Accelerator(cpu=True)
-        model = made()
+        model = prepared()
         optimizer = torch.optim.AdamW(s2ft.parameters(model), lr=1e-4)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 4)
         model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
@@ -237,7 +237,7 @@ def test_accelerate_saves_and_loads_its_state(tmp_path):
 
 def test_a_plain_loop_saves_state_dicts(tmp_path):
     def run(start=None):
-        model = made()
+        model = prepared()
         optimizer = torch.optim.AdamW(s2ft.parameters(model), lr=1e-4)
         if start:
             saved = torch.load(start, weights_only=True)
@@ -261,7 +261,7 @@ def test_a_plain_loop_saves_state_dicts(tmp_path):
 
 def test_patches_keep_another_models_weights_fresh():
     """After every step they make a plain base model the merged one, bit for bit; nothing is compared or gathered."""
-    model, engine = made(), hf("llama", num_hidden_layers=1).bfloat16()
+    model, engine = prepared(), hf("llama", num_hidden_layers=1).bfloat16()
     optimizer = torch.optim.AdamW(s2ft.parameters(model), lr=1e-2)
     weights = dict(engine.named_parameters())
     for step in range(2):
@@ -269,15 +269,15 @@ def test_patches_keep_another_models_weights_fresh():
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found = list(s2ft.patches(model))
-        for patch in found:
+        fresh = list(s2ft.patches(model))
+        for patch in fresh:
             assert patch.indices.dtype == torch.int32 and patch.values.dtype == torch.bfloat16
             assert patch.indices.shape == patch.values.shape and patch.full_shape == weights[patch.name].shape
             patch.apply(weights[patch.name])
         twin = copy.deepcopy(model)
         s2ft.release(twin)
         assert equal(engine.parameters(), twin.parameters())
-    assert sum(p.values.numel() for p in found) == sum(d.numel() for d in deltas(model))
+    assert sum(p.values.numel() for p in fresh) == sum(d.numel() for d in deltas(model))
 
 
 def test_patches_have_the_names_of_a_checkpoint(tmp_path):
@@ -302,7 +302,7 @@ def test_patches_have_the_names_of_a_checkpoint(tmp_path):
 
 
 def test_a_plan_has_the_deltas_that_a_load_assigned(tmp_path):
-    model, other = made(torch.float32), made(torch.float32)
+    model, other = prepared(torch.float32), prepared(torch.float32)
     with torch.no_grad():
         for p in s2ft.parameters(other):
             p.normal_(std=1e-2)
@@ -322,8 +322,8 @@ def test_a_plan_prepares_its_base_with_the_same_slices_and_no_data():
         model, {"input_ids": tokens()}, config, calibration=[{"input_ids": tokens(seed=3)}], train=False
     )
     read = s2ft.Plan.from_json(plan.to_json())
-    made = s2ft.prepare(again, {"input_ids": tokens()}, read, train=False)
-    assert made.to_dict() == plan.to_dict() and equal(again.state_dict().values(), model.state_dict().values())
+    repeated = s2ft.prepare(again, {"input_ids": tokens()}, read, train=False)
+    assert repeated.to_dict() == plan.to_dict() and equal(again.state_dict().values(), model.state_dict().values())
     other = hf("llama", num_hidden_layers=1, vocab_size=51)
     with pytest.raises(s2ft.ConfigError, match="the plan is of another base model"):
         s2ft.prepare(other, {"input_ids": tokens()}, read, train=False)

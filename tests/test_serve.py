@@ -493,10 +493,10 @@ def test_text_in_parts_is_the_text_up_to_a_stop(text, stops, data):
     assert streamed == (whole[: min(ends)] if ends else whole) and incremental.stopped == bool(ends)
 
 
-def tiny_tokenizer_once(made=[]):  # noqa: B006
-    if not made:
-        made.append(tiny_tokenizer())
-    return made[0]
+def tiny_tokenizer_once(cached=[]):  # noqa: B006
+    if not cached:
+        cached.append(tiny_tokenizer())
+    return cached[0]
 
 
 # --- the command ---------------------------------------------------------------------------------------------

@@ -93,10 +93,19 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(whole, base, text, tmp_
     (tmp_path / "run" / "checkpoints" / "checkpoint-99").mkdir()  # one that was cut off while it was written
     again = invoke("train", "--resume", "--output", tmp_path / "run")
     assert again.exit_code == 0, again.output
-    expected, found = deltas(whole), deltas(tmp_path / "run")
-    assert all(torch.equal(found[name], expected[name]) for name in expected) and found.keys() == expected.keys()
+    expected, resumed = deltas(whole), deltas(tmp_path / "run")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected) and resumed.keys() == expected.keys()
     kept = [{k: entry[k] for k in ("step", "loss", "lr", "grad_norm")} for entry in log(tmp_path / "run")]
     assert kept == [{k: entry[k] for k in ("step", "loss", "lr", "grad_norm")} for entry in log(whole)]
+    cards = [(run / "adapter" / "README.md").read_text() for run in (whole, tmp_path / "run")]
+    assert cards[0] == cards[1] and f"| steps | {STEPS} of" in cards[0], "the whole run's, wherever it was stopped"
+
+
+def test_a_file_that_torch_could_not_write_whole_is_a_full_disk():
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8384 vs 8278\nmore")
+    assert re.search(
+        r"could not write \(is the disk full\?\): .*8278; run/c is", str(module._as_one_line(error, "run/c"))
+    )
 
 
 def test_the_log_has_every_step(whole):
@@ -159,10 +168,10 @@ def test_what_is_not_finite_is_not_kept(base, text, tmp_path, monkeypatch):  # n
     step = Trainer.training_step
 
     def poisoned(self, model, *arguments, **given):
-        made = step(self, model, *arguments, **given)
+        loss = step(self, model, *arguments, **given)
         if self.state.global_step == 3:  # the fourth
             next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
-        return made
+        return loss
 
     monkeypatch.setattr(Trainer, "training_step", poisoned)
     result = invoke("train", *options(base, text, tmp_path / "run"))
@@ -212,11 +221,18 @@ def test_a_file_of_options_and_what_is_typed_wins(base, text, tmp_path):  # noqa
     assert "--model, --data, --output is missing" in refused("train")
 
 
-def test_early_stopping_ends_with_the_best(base, text, tmp_path, monkeypatch):  # noqa: F811
-    losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, 3.0, 1.0])  # before, after each step, after all
+@pytest.mark.parametrize("stopped", [False, True])
+def test_early_stopping_ends_with_the_best(base, text, tmp_path, monkeypatch, stopped):  # noqa: F811
+    """Also where the run was stopped after the first evaluation that was no better, and went on."""
+    losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, *[9.0] * stopped, 3.0, 1.0, 1.0])  # before, after each step, after all
     monkeypatch.setattr(module, "loss", lambda *_, **__: next(losses))
-    given = options(base, text, tmp_path / "run", steps=40)
-    result = invoke("train", *given, "--eval-every", 1, "--patience", 2)
+    given = (*options(base, text, tmp_path / "run", steps=40), "--eval-every", 1, "--patience", 2)
+    if stopped:
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "_memory", at_step(3, lambda: signal.raise_signal(signal.SIGINT)))
+            assert "stopped; " in invoke("train", *given).output
+        given = ("--resume", "--output", tmp_path / "run")
+    result = invoke("train", *given)
     assert result.exit_code == 0, result.output
     entries = log(tmp_path / "run")
     assert [entry["eval_loss"] for entry in entries if "eval_loss" in entry] == [5.0, 4.0, 3.0, 3.5, 3.0]
@@ -235,7 +251,7 @@ def test_options_of_the_schedule(base, text, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "change, found",
+    "change, message",
     [
         ({"schedule": "step"}, "unknown schedule 'step'"),
         ({"patience": 2}, "it needs eval_every"),
@@ -246,8 +262,8 @@ def test_options_of_the_schedule(base, text, tmp_path):  # noqa: F811
         ({"clip": -1}, "clip is a number from 0"),
     ],
 )
-def test_refusals(base, text, tmp_path, change, found):  # noqa: F811
-    assert found in refused("train", *options(base, text, tmp_path / "run", **change))
+def test_refusals(base, text, tmp_path, change, message):  # noqa: F811
+    assert message in refused("train", *options(base, text, tmp_path / "run", **change))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -176,7 +176,12 @@ def _chat_encoder(tokenizer):
 
     def encode(tokenizer, row):
         encoded = tokenizer.apply_chat_template(
-            row["messages"], tokenize=True, return_dict=True, chat_template=template, return_assistant_tokens_mask=True
+            row["messages"],
+            tools=row.get("tools"),
+            tokenize=True,
+            return_dict=True,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
         )
         return encoded["input_ids"], [bool(m) for m in encoded["assistant_masks"]]
 
@@ -191,7 +196,9 @@ def _encode_chat_by_prefixes(tokenizer, row) -> Example:
     messages = row["messages"]
 
     def written(count: int, prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(
+            messages[:count], tools=row.get("tools"), tokenize=False, add_generation_prompt=prompt
+        )
 
     whole, spans = written(len(messages)), []
     for i, message in enumerate(messages):
@@ -251,8 +258,8 @@ def load_config(model: str | Path):
     if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2 and "/" in str(model)):
         raise ConfigError(f"model folder {model} does not exist; valid: a Hugging Face folder, or the id of a model")
     if folder.exists() and not (folder / "config.json").is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "a file"
-        raise ConfigError(f"{model} is no model folder: config.json is missing (found: {found or 'nothing'})")
+        content = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "a file"
+        raise ConfigError(f"{model} is no model folder: config.json is missing (found: {content or 'nothing'})")
     with _one_line(model, "model"):
         return AutoConfig.from_pretrained(model)
 

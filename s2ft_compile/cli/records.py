@@ -113,13 +113,20 @@ def _text(path: Path) -> str:
 
 
 def _check_prose(path: Path, text: str) -> None:
-    """Refuses JSON lines under another name, which would be learned with their braces."""
-    try:
-        row = json.loads(text.lstrip().split("\n", 1)[0])
-    except (ValueError, RecursionError):
-        return
-    if isinstance(row, dict) and FIELDS & row.keys():
-        _refuse(f"data file {path} holds JSON lines, with {_names(row)}, and would be learned as text: name it .jsonl")
+    """Refuses rows under another name, which would be learned with their braces and commas."""
+    first = text.lstrip().split("\n", 1)[0]
+    for part, what, name in ((first, "JSON lines", ".jsonl"), (text, "JSON", ".json")):
+        try:
+            value = json.loads(part)
+        except (ValueError, RecursionError):
+            continue
+        row = value[0] if isinstance(value, list) and value else value
+        if isinstance(row, dict) and FIELDS & row.keys():
+            _refuse(f"data file {path} holds {what}, with {_names(row)}, and would be learned as text: name it {name}")
+    columns = [name.strip().strip('"') for name in first.replace("\t", ",").split(",")]
+    if len(columns) > 1 and FIELDS & set(columns) and all(name.isidentifier() for name in columns):
+        name = ".tsv" if "\t" in first else ".csv"
+        _refuse(f"data file {path} holds a table of {_names(columns)}, and would be learned as text: name it {name}")
 
 
 def _from_json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -252,18 +259,21 @@ def _recognised(row: Any, refuse) -> tuple[str, Mapping[str, Any]]:
             f"preferences ({_names(row)}), which this command does not train on; TRL's DPOTrainer does "
             f"(examples/train_dpo.py)"
         )
-    if isinstance(row.get("label"), bool) and "completion" in given:
+    if "completion" in given and str(row.get("label")).lower() in ("true", "false", "0", "1"):
         refuse(f"completions that are good or bad by 'label' ({_names(row)}), which TRL's KTOTrainer trains on")
     _check_text(row, refuse)
+    present = given if FIELDS & given else row.keys()  # a table of several forms has nothing in the others' columns
     for field in ("messages", "conversations", "conversation"):
-        if field in row:
+        if field in present:
             messages = row[field] if field == "messages" else _from_sharegpt(row, field, refuse)
             _check_messages(messages, refuse)
+            if not isinstance(row.get("tools") or [], list):
+                refuse(f"'tools' is {kind(row['tools'])}, a list of tools was expected")
             return "messages", {**row, "messages": messages}
     output = next((name for name in ("output", "response") if name in row), None)
-    if "instruction" in row and output:
+    if "instruction" in present and output:
         return "prompt", _from_alpaca(row, output, refuse)
-    form = next((form for form in ("prompt", "text") if form in row), None)
+    form = next((form for form in ("prompt", "text") if form in present), None)
     if form is None:
         refuse(f"none of the known fields, found {_names(row) or 'an empty object'}")
     for field in {"text": ("text",), "prompt": ("prompt", "completion")}[form]:
@@ -275,6 +285,8 @@ def _from_alpaca(row: Mapping, output: str, refuse) -> Mapping[str, str]:
     """The prompt that Alpaca was trained with, and the completion."""
     for field in ("instruction", output):
         _check_string(row, field, refuse)
+    if unread := [field for field in ("system", "history") if row.get(field)]:
+        refuse(f"{_names(unread)} beside 'instruction', which Alpaca's prompt has no place for; use 'messages'")
     context = row.get("input") or row.get("context") or ""
     if not isinstance(context, str):
         refuse(f"'input' is {kind(context)}, a string was expected")
@@ -290,9 +302,9 @@ def _from_sharegpt(row: Mapping, field: str, refuse) -> list[dict[str, str]]:
     turns = row[field]
     if not isinstance(turns, list) or not turns:
         refuse(f"{field!r} is {kind(turns)}, a list of turns was expected")
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     if all(isinstance(turn, dict) and "role" in turn for turn in turns):
-        return turns  # messages under another name
-    messages = []
+        return messages + turns  # messages under another name
     for turn in turns:
         if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("from", "value")):
             refuse(f"a turn of {field!r} needs the strings 'from' and 'value'")
@@ -308,6 +320,8 @@ def _check_messages(messages: Any, refuse) -> None:
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             refuse("a message needs the strings 'role' and 'content'")
+        if message.get("weight") == 0:
+            refuse("a message has the weight 0, and would be learned all the same")
     if all(message["role"] != "assistant" for message in messages):
         refuse("no message has the role 'assistant', so there is nothing to train on")
 

@@ -71,7 +71,7 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
         _remember(work, options, plan, blocks)
         with progress(console) as bars:
             before = loss(model, held_out, options.batch_size, on_batch=counter(bars, "loss before"))
-            times = fit(model, training, held_out, options, work, bars)
+            steps, seconds = fit(model, training, held_out, options, work, bars)
             after = loss(model, held_out, options.batch_size, on_batch=counter(bars, "loss after"))
         with console.status("writing adapter and merged model"):
             for name in ("adapter", "merged"):  # of an earlier run that was resumed with more steps
@@ -83,7 +83,8 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
             "loss_before": before,
             "loss_after": after,
             **_sizes(model, plan),
-            **_speed(times, options, blocks),
+            "steps": steps,
+            **_speed(seconds, options, blocks),
             "blocks": len(training),
             "held_out_blocks": len(held_out),
             "form": records.form,
@@ -180,7 +181,8 @@ def _as_one_line(error: BaseException, last: Path | None, reporter: str = "none"
     if isinstance(error, S2FTError):
         return type(error)(f"{text}{left}") if last and not isinstance(error, ConfigError) else error
     if of_the_system(error):
-        return ExportError(f"could not write: {text.splitlines()[0]}{left}")
+        full = " (is the disk full?)" if "inline_container" in text else ""  # torch's words for a file cut off
+        return ExportError(f"could not write{full}: {text.splitlines()[0]}{left}")
     return error
 
 
@@ -222,8 +224,9 @@ def calibration(model: nn.Module, blocks: Blocks, options: TrainOptions) -> Iter
 
 def fit(
     model: nn.Module, blocks: Blocks, held_out: Blocks, options: TrainOptions, work: Path, bars: Progress
-) -> list[float]:
-    """Trains a prepared model, compiled, with Trainer, from its last checkpoint if it has one; each step's seconds."""
+) -> tuple[int, list[float]]:
+    """Trains a prepared model, compiled, with Trainer, from its last checkpoint if it has one; the steps that it has
+    now, and the seconds of each that was taken here."""
     steps = options.total_steps(len(blocks))
     with _compiled(model, options), not_quantized(model):  # which Trainer takes for a model that cannot train
         watch = _watch(bars, steps, options, work, _tokens(blocks, options))
@@ -236,7 +239,7 @@ def fit(
     if watch.interrupted:
         raise Interrupted
     model.eval()
-    return watch.seconds
+    return trainer.state.global_step, watch.seconds
 
 
 class Interrupted(Exception):
@@ -280,6 +283,13 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
+    class Patience(EarlyStoppingCallback):
+        """Counts on from where the checkpoint was written."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+            self.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
+
     evaluated = "steps" if options.eval_every else "no"
     arguments = TrainingArguments(
         output_dir=str(work / CHECKPOINTS),
@@ -309,7 +319,7 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
         remove_unused_columns=False,
     )
     _use_one_gpu(arguments)
-    early = [EarlyStoppingCallback(options.patience)] if options.patience else []
+    early = [Patience(options.patience)] if options.patience else []
     trainer = SliceTrainer(
         model,
         arguments,
@@ -521,7 +531,6 @@ def _speed(seconds: list[float], options: TrainOptions, blocks: Blocks) -> dict[
     tokens = _tokens(blocks, options)
     median = statistics.median(seconds[WARM_UP:] or seconds[-1:] or [float("nan")])
     return {
-        "steps": len(seconds),
         "tokens_per_step": tokens,
         "step_ms": 1e3 * median,
         "tokens_per_second": tokens / median,

@@ -21,14 +21,14 @@ class Text:
         if len(text) <= len(before) or text.endswith("\ufffd"):
             return ""  # within a character
         self._settled, self._seen = self._seen, len(self.tokens)
-        return self._told(text[len(before) :])
+        return self._streamable(text[len(before) :])
 
     def end(self) -> str:
         """What was held back."""
         if self.stopped:
             return ""
         before = self._decoded(self._settled, self._seen)
-        rest = self._told(self._decoded(self._settled, len(self.tokens))[len(before) :])
+        rest = self._streamable(self._decoded(self._settled, len(self.tokens))[len(before) :])
         held, self._held = self._held, ""
         return rest if self.stopped else rest + held
 
@@ -37,7 +37,7 @@ class Text:
             self.tokens[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def _told(self, fresh: str) -> str:
+    def _streamable(self, fresh: str) -> str:
         if self.stopped:
             return ""
         text, self._held = self._held + fresh, ""

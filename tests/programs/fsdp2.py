@@ -16,7 +16,7 @@ CONFIG = s2ft.S2FTConfig({"ffn.out": 5, "ffn.in": 4, "attention.out": 1})
 STEPS = 3
 
 
-def made(ids):
+def prepared(ids):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64,
@@ -49,16 +49,16 @@ def main():
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     ids = torch.randint(0, 64, (2 * size, 12), generator=torch.Generator().manual_seed(0))
-    one, _ = made(ids)
+    one, _ = prepared(ids)
     expected, gradients = train(one, ids)
-    found = {}
+    results = {}
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     ways = {"eager": {}, "by layer": {}}
     if sys.argv[1:] == ["policies"]:
         ways = {"bfloat16": {"mp_policy": bf16}, "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)}}
     for how, policy in ways.items():
         torch._dynamo.reset()
-        model, _ = made(ids)
+        model, _ = prepared(ids)
         if how != "eager":
             s2ft.compile_layers(model, inner="aot_eager")
         mesh = init_device_mesh("cpu", (size,))
@@ -69,7 +69,7 @@ def main():
         dist.all_reduce(losses)
         whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         errors = [((sharded[n].full_tensor() - g).abs().max() / g.abs().max()).item() for n, g in gradients.items()]
-        found[how] = {
+        results[how] = {
             "gradients": sorted(sharded) == sorted(gradients) and max(errors),
             "losses": (losses / size - expected).abs().max().item(),
         }
@@ -77,14 +77,14 @@ def main():
             with s2ft.disabled(model):
                 pass
         except s2ft.StateError as error:
-            found[how]["refused"] = str(error)
+            results[how]["refused"] = str(error)
         if rank == 0:
-            again, _ = made(ids)
+            again, _ = prepared(ids)
             again.load_state_dict(whole)
             pairs = zip(s2ft.parameters(again), s2ft.parameters(one))
-            found[how]["deltas"] = max((a - b).abs().max().item() for a, b in pairs)
+            results[how]["deltas"] = max((a - b).abs().max().item() for a, b in pairs)
     if rank == 0:
-        print(json.dumps(found))
+        print(json.dumps(results))
     dist.destroy_process_group()
 
 

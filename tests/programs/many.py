@@ -86,24 +86,24 @@ def expected(steps):
 
 
 def save(folder):
-    one, found = expected(2), {}
+    one, measured = expected(2), {}
     ddp = torch.nn.parallel.DistributedDataParallel(prepared())
     sent = []
 
     def counted(group, bucket):
         sent.append(bucket.buffer().numel())
-        made = dist.all_reduce(bucket.buffer() / dist.get_world_size(), async_op=True)
-        return made.get_future().then(lambda done: done.value()[0])
+        reduced = dist.all_reduce(bucket.buffer() / dist.get_world_size(), async_op=True)
+        return reduced.get_future().then(lambda done: done.value()[0])
 
     ddp.register_comm_hook(None, counted)
     train(ddp, optimizer_of(ddp), 2, mine())
-    found["ddp"] = difference(s2ft.parameters(ddp), s2ft.parameters(one))
-    found["sent"], found["deltas"] = sum(sent), 2 * sum(p.numel() for p in s2ft.parameters(one))
+    measured["ddp"] = difference(s2ft.parameters(ddp), s2ft.parameters(one))
+    measured["sent"], measured["deltas"] = sum(sent), 2 * sum(p.numel() for p in s2ft.parameters(one))
 
     model = shard(prepared())
     optimizer = optimizer_of(model)
     train(model, optimizer, 2, mine())
-    found["fsdp"] = difference(whole(s2ft.parameters(model)), s2ft.parameters(one))
+    measured["fsdp"] = difference(whole(s2ft.parameters(model)), s2ft.parameters(one))
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / "state")
     s2ft.exporters.save_adapter(model, folder / "adapter")
@@ -111,32 +111,32 @@ def save(folder):
     try:
         s2ft.exporters.save_adapter(model, folder / "adapter")
     except s2ft.ExportError as error:  # in every process, none of which waits for another
-        found["exists"] = str(error)
+        measured["exists"] = str(error)
     patched, own = plain(), {p.name: p for p in s2ft.patches(model)}
     for name, weight in patched.named_parameters():
         if name in own:
             own[name].apply(weight)
     with torch.no_grad():
         logits = s2ft.Reference(model)(IDS).logits
-        found["reference"] = (logits - plain().eval()(IDS).logits).abs().max().item()
+        measured["reference"] = (logits - plain().eval()(IDS).logits).abs().max().item()
         loaded = transformers.LlamaForCausalLM.from_pretrained(folder / "merged")
-        found["merged"] = (model.eval()(IDS).logits - loaded(IDS).logits).abs().max().item()
+        measured["merged"] = (model.eval()(IDS).logits - loaded(IDS).logits).abs().max().item()
         by_adapter = plain()
         s2ft.exporters.load_adapter(by_adapter, folder / "adapter")
-        found["adapter"] = difference(by_adapter.parameters(), loaded.parameters())
-        found["patches"] = difference(patched.parameters(), loaded.parameters())
-    return found
+        measured["adapter"] = difference(by_adapter.parameters(), loaded.parameters())
+        measured["patches"] = difference(patched.parameters(), loaded.parameters())
+    return measured
 
 
 def load(folder):
-    one, found = expected(3), {}
+    one, measured = expected(3), {}
     model = shard(prepared())
     optimizer = optimizer_of(model)
     weights, state = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / "state")
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     train(model, optimizer, 1, mine())
-    found["resumed"] = difference(whole(s2ft.parameters(model)), s2ft.parameters(one))
+    measured["resumed"] = difference(whole(s2ft.parameters(model)), s2ft.parameters(one))
 
     first = prepared() if dist.get_rank() == 0 else None  # no other process ever holds the model
     model = shard(prepared(device="meta"))
@@ -146,19 +146,19 @@ def load(folder):
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, first.state_dict() if first else {}, options=options)
     train(model, optimizer_of(model), 3, mine())
-    found["meta"] = difference(whole(s2ft.parameters(model)), s2ft.parameters(one))
+    measured["meta"] = difference(whole(s2ft.parameters(model)), s2ft.parameters(one))
     s2ft.exporters.save_adapter(model, folder / "adapter_meta")
     if first:
         s2ft.exporters.load_adapter(first, folder / "adapter_meta")
-        found["meta adapter"] = difference(s2ft.parameters(first), s2ft.parameters(one))
+        measured["meta adapter"] = difference(s2ft.parameters(first), s2ft.parameters(one))
 
     model = shard(prepared(seed=dist.get_rank()))
-    found["other"] = refusal(lambda: train(model, optimizer_of(model), 1, mine()))
+    measured["other"] = refusal(lambda: train(model, optimizer_of(model), 1, mine()))
     model = plain()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh))
-    found["sharded"] = refusal(lambda: s2ft.prepare(model, (IDS,)))
-    return found
+    measured["sharded"] = refusal(lambda: s2ft.prepare(model, (IDS,)))
+    return measured
 
 
 def killed(folder):
@@ -193,7 +193,7 @@ def refusal(call):
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    made = {"save": save, "load": load, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
+    result = {"save": save, "load": load, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
     if dist.get_rank() == 0:
-        print(json.dumps(made))
+        print(json.dumps(result))
     dist.destroy_process_group()
