@@ -69,7 +69,7 @@ def kind_of(name: str, module: nn.Module) -> str | None:
 
 def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
     """(kind, path) of each FFN and attention module inside repeated layers, outermost first; mixed ones are opened."""
-    found = []
+    paths = []
     for name, child in module.named_children():
         at, kind = f"{path}.{name}".strip("."), kind_of(name, child)
         inside = {
@@ -80,10 +80,10 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
         experts = kind == "ffn" and not EXPERTS.search(at) and any(EXPERTS.search(n) for n, _ in child.named_modules())
         if kind and not experts and not inside - {kind} and re.search(r"(^|\.)\d+(\.|$)", at):
             direct = isinstance(child, (nn.Linear, nn.Conv1d)) or re.fullmatch(r"(fc|lin|wi)_?[01]?", name)
-            found.append((kind, f"{path}" if direct else at))
+            paths.append((kind, f"{path}" if direct else at))
         else:
-            found += units(child, at)
-    return list(dict.fromkeys(found))
+            paths += units(child, at)
+    return list(dict.fromkeys(paths))
 
 
 def coverage(model: nn.Module, traces, analysis) -> dict:
@@ -179,32 +179,32 @@ def examine_made(model: nn.Module, inputs) -> dict:
     result["parameters"] = sum(p.numel() for p in model.parameters())
     start = time.perf_counter()
     try:
-        found = captures(model, inputs)
+        traces = captures(model, inputs)
     except s2ft.CaptureError as error:
         try:
-            found = captures(model, inputs, train=False)
+            traces = captures(model, inputs, train=False)
         except s2ft.CaptureError:
             return {**result, "status": "not traced", "reason": str(error)[:600]}
         result["eval mode only"] = str(error)[:600]
-    captured, traced = found[0], time.perf_counter()
-    analysis = couple(*found)
+    captured, traced = traces[0], time.perf_counter()
+    analysis = couple(*traces)
     done = time.perf_counter()
     operators = Counter(r.operator for r in analysis.refusals if "no rule" in r.reason)
     result |= {
         "status": "traced",
         "nodes": len(captured.graph_module.graph.nodes),
-        **({"pieces": len({c.border for c in found})} if captured.border != "the model" else {}),
+        **({"pieces": len({c.border for c in traces})} if captured.border != "the model" else {}),
         "trace_s": round(traced - start, 2),
         "couple_s": round(done - traced, 3),
         "couplings": dict(Counter(c.role for c in analysis.couplings)),
         "members": dict(analysis.roles()),
         "no_rule": dict(operators),
-        **coverage(model, found, analysis),
+        **coverage(model, traces, analysis),
     }
     try:
-        made = s2ft.verify(model, inputs, analysis)
-        result["verified"] = "wrong" if not made.ok else "yes" if made.sharp else "blunt"
-        result["verification"] = str(made)[:1500]
+        verification = s2ft.verify(model, inputs, analysis)
+        result["verified"] = "wrong" if not verification.ok else "yes" if verification.sharp else "blunt"
+        result["verification"] = str(verification)[:1500]
     except s2ft.S2FTError as error:
         result |= {"verified": "no", "verification": str(error)[:600]}
     return result | trains(model, inputs, captured.border == "the model")
@@ -295,7 +295,7 @@ def aggregate(rows: list[dict]) -> dict:
 
 
 def table(rows: list[dict], title: str) -> Table:
-    made = Table("type", "status", "couplings", "FFN", "attention", "verified", "s", "why", title=title)
+    rendered = Table("type", "status", "couplings", "FFN", "attention", "verified", "s", "why", title=title)
     for r in rows:
         why = r.get("reason", "")
         if r["status"] == "traced":
@@ -305,7 +305,7 @@ def table(rows: list[dict], title: str) -> Table:
                 if r[k]["missing"]
             )
         counts = [f"{r[k]['found']}/{r[k]['expected']}" if k in r else "" for k in ("ffn", "attention")]
-        made.add_row(
+        rendered.add_row(
             r["type"],
             r["status"],
             " ".join(f"{n} {k}" for k, n in r.get("couplings", {}).items()),
@@ -314,7 +314,7 @@ def table(rows: list[dict], title: str) -> Table:
             f"{r['seconds']:.0f}",
             why[:200],
         )
-    return made
+    return rendered
 
 
 def _wrong(row: dict) -> str:
@@ -341,9 +341,9 @@ def sweep(mapping: str, only: list[str], kept: list[dict]) -> Iterator[list[dict
         task = (examine_zoo, model_type) if mapping == "zoo" else (examine, model_type, classes)
         row = {"type": model_type, **isolated(*task)}
         rows[model_type] = row
-        found = " ".join(f"{k} {row[k]['found']}/{row[k]['expected']}" for k in ("ffn", "attention") if k in row)
+        counts = " ".join(f"{k} {row[k]['found']}/{row[k]['expected']}" for k in ("ffn", "attention") if k in row)
         console.print(
-            f"{i + 1:3}/{len(names)} {model_type:28} {row['status']:10} {found} {row.get('verified', '')} "
+            f"{i + 1:3}/{len(names)} {model_type:28} {row['status']:10} {counts} {row.get('verified', '')} "
             f"{row['seconds']} s {_wrong(row)[:90]}",
             markup=False,
             highlight=False,
@@ -385,10 +385,10 @@ def cost(layers: int) -> dict:
 
 
 def cost_table(rows: list[dict]) -> Table:
-    made = Table(*rows[0], title="cost by number of layers")
+    rendered = Table(*rows[0], title="cost by number of layers")
     for row in rows:
-        made.add_row(*map(str, row.values()))
-    return made
+        rendered.add_row(*map(str, row.values()))
+    return rendered
 
 
 def save(path: Path, stored: dict) -> None:

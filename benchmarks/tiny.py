@@ -220,24 +220,24 @@ BY_HAND["qwen4_exp"] = dict(text_config=BY_HAND["qwen4_exp_text"])
 def tiny(config_class, rules, depth: int = 0):
     """A configuration with its class's defaults and small sizes; configurations inside it likewise."""
     default = config_class()
-    made = layer_lists(default)
+    sizes = layer_lists(default)
     inner = dict(getattr(config_class, "sub_configs", {}) or {})
     for name, value in vars(default).items():
         if name in inner or (hasattr(value, "to_dict") and hasattr(type(value), "model_type")):
             if value is not None and hasattr(value, "to_dict") and depth < 3:
-                made[name] = tiny(type(value), rules, depth + 1).to_dict()
+                sizes[name] = tiny(type(value), rules, depth + 1).to_dict()
         elif value is None and name in ("head_dim", "num_experts_per_tok", "topk_group", "n_group"):
             for size in (n for pattern, n in rules if re.fullmatch(pattern, name)):
-                made[name] = size  # the last rule that matches
+                sizes[name] = size  # the last rule that matches
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((n for pattern, n in rules if re.fullmatch(pattern, name)), None)
             if "key_value" in name and value == vars(default).get("num_attention_heads"):
                 size = 4  # no groups where the default has none: some attention allows none
             if size is not None and size < max(value, 1):
-                made.setdefault(name, size)
+                sizes.setdefault(name, size)
             elif name.endswith("token_id") and value >= 97:
-                made[name] = 1
-    return config_class(**made)
+                sizes[name] = 1
+    return config_class(**sizes)
 
 
 def layer_lists(config) -> dict:
@@ -314,10 +314,10 @@ def candidates(model, config):
             features = torch.randn(shape, generator=random)
             yield {"input_features": features, **seq2seq}
             yield {"input_features": features, "attention_mask": torch.ones(shape[:2], dtype=torch.long), **seq2seq}
-    made = {"input_ids": ids, **seq2seq}
-    yield made
-    yield {**made, "attention_mask": torch.ones_like(ids)}
-    yield {**made, "bbox": torch.zeros(2, 11, 4, dtype=torch.long)}
+    text_inputs = {"input_ids": ids, **seq2seq}
+    yield text_inputs
+    yield {**text_inputs, "attention_mask": torch.ones_like(ids)}
+    yield {**text_inputs, "bbox": torch.zeros(2, 11, 4, dtype=torch.long)}
     long = torch.randint(3, max(high, 4), (2, 64), generator=random)
     yield {"input_ids": long, **({"decoder_input_ids": long} if seq2seq else {})}
     yield dict(getattr(model, "dummy_inputs", {}))

@@ -317,10 +317,10 @@ def models() -> dict[str, Callable[[], Made]]:
     """ "library name" -> what makes it, of the libraries that are installed."""
     if find_spec("torchvision"):
         import_torchvision()
-    found = {}
+    makers = {}
     for library, listed in LIBRARIES.items():
         try:
-            found |= {f"{library} {name}": make for name, make in listed()} if find_spec(library) else {}
+            makers |= {f"{library} {name}": make for name, make in listed()} if find_spec(library) else {}
         except (ImportError, RuntimeError) as error:  # what it needs besides is missing
             print(f"{library} is left out: {error}")
-    return found
+    return makers

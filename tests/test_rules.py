@@ -848,8 +848,8 @@ def test_operators_tagged_pointwise(arity: int):
 
 def only_or_none(name: str):
     packet = getattr(aten, name)
-    found = [o for o in ("Tensor", "default", "self") if o in packet.overloads()]
-    return getattr(packet, found[0]) if found else None
+    names = [o for o in ("Tensor", "default", "self") if o in packet.overloads()]
+    return getattr(packet, names[0]) if names else None
 
 
 # --- the tests can fail: without its pins a rule is caught ----------------------------------------------------------
@@ -905,8 +905,8 @@ def test_a_rule_without_its_pins_is_caught(name: str, monkeypatch):
 
 
 def test_an_operator_without_a_rule_pins_all_it_touches():
-    inputs, axes, made, _ = infer(aten.diagonal.default, (torch.rand(3, 3),), {})
-    assert all(find(a).pin and "no rule for diagonal" in find(a).pin.reason for dims in [*axes, *made] for a in dims)
+    inputs, axes, results, _ = infer(aten.diagonal.default, (torch.rand(3, 3),), {})
+    assert all(find(a).pin and "no rule for diagonal" in find(a).pin.reason for dims in [*axes, *results] for a in dims)
 
 
 @pytest.mark.parametrize(
