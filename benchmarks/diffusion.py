@@ -1,4 +1,4 @@
-"""Models of diffusers for `zoo.py`, small and at random: class -> (what its constructor takes, what its forward takes)."""
+"""Models of diffusers for `zoo.py`, small and at random."""
 
 from collections.abc import Callable, Iterator
 
@@ -45,6 +45,7 @@ def tokens_of(image: int = 16, **more) -> dict:
 
 SIZES_OF_IMAGES = dict(original_size=x(2, 2), target_size=x(2, 2), crop_coords=x(2, 2))
 
+# Class -> (what its constructor takes, what its forward takes).
 DIFFUSERS: dict[str, tuple[dict, tuple | dict]] = {
     # convolutions
     "UNet1DModel": (dict(sample_size=64, extra_in_channels=64), (x(2, 2, 64), STEP)),

@@ -2,7 +2,8 @@
 
     python benchmarks/sweep.py                                    the causal-LM mapping; writes results/sweep.json
     python benchmarks/sweep.py --mapping masked-lm --only bert    others, or some types of them
-    python benchmarks/sweep.py --mapping zoo                      other libraries (the extra `zoo`), trained too
+    python benchmarks/sweep.py --mapping zoo                      other libraries (the extra `zoo`); results/zoo.json
+    python benchmarks/sweep.py --mapping all --resume             all, without what the results hold already
     python benchmarks/sweep.py --layers 2,8,32,128                seconds by number of layers instead
 
 What a type should have is counted from its modules by name, which the compiler never looks at: an FFN or attention
@@ -290,7 +291,7 @@ def aggregate(rows: list[dict]) -> dict:
         "in eval mode only": sum("eval mode only" in r for r in traced),
         "in pieces": sum("pieces" in r for r in traced),
         "seconds": round(sum(r["seconds"] for r in rows)),
-        "operators without a rule": dict(Counter(op for r in traced for op in r["no_rule"]).most_common()),
+        "operators without a rule": dict(Counter(op for r in traced for op in r.get("no_rule", ())).most_common()),
     }
 
 
@@ -391,11 +392,43 @@ def cost_table(rows: list[dict]) -> Table:
     return rendered
 
 
+def short(row: dict) -> dict:
+    """What is kept of a type: what was found, why what is missing is, and in words only what went wrong."""
+    kept = {k: v for k, v in row.items() if k not in ("class", "members", "nodes", "no_rule") or k == "no_rule" and v}
+    if row.get("verified") == "yes":
+        kept.pop("verification", None)
+    for kind in ("ffn", "attention"):
+        if kind in row:
+            kept[kind] = {k: v for k, v in row[kind].items() if v}
+    return kept
+
+
+def stored_in(path: Path) -> dict:
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    for part in stored.values():
+        for row in part.get("types", []) if isinstance(part, dict) else []:
+            for kind in {"ffn", "attention"} & set(row):
+                row[kind] = {"expected": 0, "found": 0, "missing": [], "why": [], **row[kind]}
+    return stored
+
+
 def save(path: Path, stored: dict) -> None:
+    """One line for each type; the file is there whole or not at all."""
     stored["versions"] = versions()
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = {}
+    for name, part in stored.items():
+        rows = part.get("types") if isinstance(part, dict) else None
+        if rows is None:
+            lines[name] = json.dumps(part, indent=1)
+        else:
+            of_rows = ",\n".join(json.dumps(short(row), ensure_ascii=False) for row in rows)
+            lines[name] = f'{{"aggregate": {json.dumps(part["aggregate"], indent=1)},\n"types": [\n{of_rows}\n]}}'
+    text = "{\n" + ",\n".join(f"{json.dumps(name)}: {part}" for name, part in lines.items()) + "\n}\n"
     machine = f"{Path(torch.__file__).parents[1]}/"  # where packages are is nobody's business
-    path.write_text(json.dumps(stored, indent=1).replace(machine, "") + "\n")
+    unfinished = path.with_suffix(".new")
+    unfinished.write_text(text.replace(machine, ""))
+    unfinished.replace(path)
 
 
 def main() -> None:
@@ -412,17 +445,20 @@ def main() -> None:
 
         zoo.models()
     warm()
-    stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     if arguments.layers:
+        path = arguments.folder / "sweep.json"
+        stored = stored_in(path)
         stored["cost"] = [isolated(cost, int(n)) for n in arguments.layers.split(",")]
         console.print(cost_table(stored["cost"]))
-        return save(arguments.output, stored)
+        return save(path, stored)
     for mapping in (*MAPPINGS, "zoo") if "all" in arguments.mapping else arguments.mapping:
+        path = arguments.folder / ("zoo.json" if mapping == "zoo" else "sweep.json")
+        stored = stored_in(path)
         rows = stored.get(mapping, {}).get("types", []) if arguments.only or arguments.resume else []
         kept = [r for r in rows if r["type"] not in arguments.only]
         for rows in sweep(mapping, arguments.only, kept):
             stored[mapping] = {"aggregate": aggregate(rows), "types": rows}
-            save(arguments.output, stored)
+            save(path, stored)
         console.print(table(rows, mapping), mapping, stored[mapping]["aggregate"], sep="\n")
 
 
@@ -430,9 +466,9 @@ def _arguments() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--mapping", nargs="+", choices=[*MAPPINGS, "zoo", "all"], default=["causal-lm"])
     options.add_argument("--only", nargs="+", default=[], metavar="TYPE", help="model types")
-    options.add_argument("--resume", action="store_true", help="go on with what the output holds")
+    options.add_argument("--resume", action="store_true", help="go on with what the results hold")
     options.add_argument("--layers", default="", help="measure the cost for these numbers of layers, by commas")
-    options.add_argument("--output", type=Path, default=RESULTS / "sweep.json")
+    options.add_argument("--folder", type=Path, default=RESULTS, help="of sweep.json and zoo.json")
     return options.parse_args()
 
 
