@@ -155,7 +155,7 @@ def examine_zoo(name: str) -> dict:
     return examine_made(model, inputs)
 
 
-def trains(model: nn.Module, inputs, whole: bool) -> dict:
+def trains(model: nn.Module, inputs, analysis, whole: bool) -> dict:
     """Whether every role that it offers trains, with exact gradients: role -> [weights that train, weights that are
     left out]. What does not trace in whole is compiled."""
     from s2ft_compile.testing import assert_sliced, assert_trains
@@ -163,7 +163,7 @@ def trains(model: nn.Module, inputs, whole: bool) -> dict:
     try:
         if whole:
             try:
-                return {"trains": assert_sliced(model, inputs)}
+                return {"trains": assert_sliced(model, inputs, analysis=analysis)}
             except (DataDependentOutputException, DynamicOutputShapeException):  # what it does depends on values
                 pass
         return {"compiled": True, "trains": {role: (n, 0) for role, n in assert_trains(model, inputs).items()}}
@@ -208,7 +208,7 @@ def examine_made(model: nn.Module, inputs) -> dict:
         result["verification"] = str(verification)[:1500]
     except s2ft.S2FTError as error:
         result |= {"verified": "no", "verification": str(error)[:600]}
-    return result | trains(model, inputs, captured.border == "the model")
+    return result | trains(model, inputs, analysis, captured.border == "the model")
 
 
 def warm() -> None:
@@ -216,6 +216,8 @@ def warm() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     examine_made(model, (torch.ones(2, 4),))
     build(*_classes("bert", "BertForMaskedLM"))
+    gc.collect()
+    gc.freeze()  # what is imported here is no garbage there
 
 
 def _classes(model_type: str, name: str):
@@ -399,7 +401,7 @@ def short(row: dict) -> dict:
         kept.pop("verification", None)
     for kind in ("ffn", "attention"):
         if kind in row:
-            kept[kind] = {k: v for k, v in row[kind].items() if v}
+            kept[kind] = {k: v for k, v in row[kind].items() if v or k in ("expected", "found")}
     return kept
 
 

@@ -26,7 +26,7 @@ CORE = (
     ),
     (
         r"hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|(input|output)_embedding_size|word_embed_proj_dim"
-        r"|attention_hidden_size|projection_dim|backbone_hidden_size|lru_width|emb_dim|channels",
+        r"|(attention|audio)_hidden_size|projection_dim|backbone_hidden_size|lru_width|emb_dim|channels",
         32,
     ),
     (
@@ -61,7 +61,7 @@ DETAIL = (
     (r"hidden_size_per_layer_input", 8),
     (r"num_(feature_levels|codebooks)", 2),
     (r"index_topk", 4),
-    (r"o_groups", 2),
+    (r"o_groups|n_groups", 2),
 )
 
 # --- configurations that sizes explained by names do not make: what else to set, by type ----------------------------
@@ -214,6 +214,38 @@ BY_HAND: dict[str, dict] = {
         text_config=dict(num_attention_heads=4, **SIZES),
     ),
 }
+BY_HAND["granite_speech5_ctc"] = dict(
+    vocab_size=97, encoder_config=dict(num_attention_heads=4, max_position_embeddings=16, context_size=8, **SIZES)
+)
+BY_HAND["shieldgemma2"] = dict(  # two of its tokens have fixed numbers
+    mm_tokens_per_image=16,
+    text_config=dict(vocab_size=10_800, **{k: v for k, v in (SIZES | HEADS).items() if k != "vocab_size"}),
+    vision_config=dict(image_size=32, patch_size=8, num_attention_heads=4, hidden_size=32, intermediate_size=48)
+    | {"num_hidden_layers": 2},
+)
+BY_HAND["dots3_note"] = dict(
+    text_config=dict(
+        pad_token_id=0,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        moe_intermediate_size=24,
+        **{**SIZES, **HEADS, "num_key_value_heads": 4},
+    ),
+    vision_config=dict(
+        num_attention_heads=4,
+        moe_intermediate_size=24,
+        mlp_layer_types=["dense", "sparse"],
+        num_local_experts=4,
+        adapter_in_dim=32,
+        adapter_out_dim=32,
+        **SIZES,
+    ),
+    audio_config=dict(
+        num_attention_heads=4, adapter_input_size=32, adapter_out_dim=32, downsample_hidden_size=16, **SIZES
+    ),
+)
 BY_HAND["qwen4_exp"] = dict(text_config=BY_HAND["qwen4_exp_text"])
 
 
@@ -307,6 +339,7 @@ def candidates(model, config):
         for shape in (
             (2, 40, getattr(config, "num_mel_bins", 80)),
             (2, 40, getattr(config, "feature_size", 160)),
+            (2, 40, 4 * getattr(getattr(config, "encoder_config", config), "num_mel_bins", 80)),
             (2, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 100)),
             (2, 40, 128),
             (2, 40, 80),
@@ -322,6 +355,8 @@ def candidates(model, config):
     yield {"input_ids": long, **({"decoder_input_ids": long} if seq2seq else {})}
     yield dict(getattr(model, "dummy_inputs", {}))
     yield {"input_features": torch.randn(2, 40, 80, generator=random)}
+    bins = getattr(getattr(config, "audio_config", config), "num_mel_bins", 80)
+    yield {"input_ids": ids, "input_features": torch.randn(2, bins, 8 * ids.shape[1], generator=random)}
 
 
 def configs(config):
