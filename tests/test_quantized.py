@@ -69,9 +69,9 @@ def _torchao(name: str, **options):
 def _bitsandbytes(cls: str, **options):
     def quantize(layer):
         bnb = pytest.importorskip("bitsandbytes")
-        made = getattr(bnb.nn, cls)(layer.in_features, layer.out_features, layer.bias is not None, **options)
-        made.load_state_dict(layer.state_dict())
-        return made.to(dtype=layer.weight.dtype).to("cpu") if cls == "Linear8bitLt" else made.to("cpu")
+        replacement = getattr(bnb.nn, cls)(layer.in_features, layer.out_features, layer.bias is not None, **options)
+        replacement.load_state_dict(layer.state_dict())
+        return replacement.to(dtype=layer.weight.dtype).to("cpu") if cls == "Linear8bitLt" else replacement.to("cpu")
 
     return quantize
 
@@ -81,12 +81,12 @@ class Rounded(nn.Linear):
 
     @classmethod
     def of(cls, layer: nn.Linear) -> "Rounded":
-        made = cls(layer.in_features, layer.out_features, layer.bias is not None)
+        rounded = cls(layer.in_features, layer.out_features, layer.bias is not None)
         scale = layer.weight.detach().abs().max() / 127
-        made.weight = nn.Parameter((layer.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
-        made.register_buffer("scale", scale)
-        made.bias = layer.bias
-        return made
+        rounded.weight = nn.Parameter((layer.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        rounded.register_buffer("scale", scale)
+        rounded.bias = layer.bias
+        return rounded
 
     def values(self) -> torch.Tensor:
         return self.weight.to(self.scale.dtype) * self.scale
@@ -138,14 +138,14 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def oracle(model: nn.Module, config=LLAMA, dtype=torch.float64) -> nn.Module:
     """The dense model of dequantized weights and deltas, in float64, after a backward."""
-    made = dense(config).to(dtype)
+    whole = dense(config).to(dtype)
     with s2ft.disabled(model):
-        values = {name: w.detach().to(dtype).clone() for name, w in Values(model).items() if name in made.state_dict()}
+        values = {name: w.detach().to(dtype).clone() for name, w in Values(model).items() if name in whole.state_dict()}
     for s in state_of(model).plan.slices:
         values[s.parameter_name].index_add_(s.dim, s.indices, s.delta.detach().to(dtype))
-    made.load_state_dict(values)
-    made(**STEP).loss.backward()
-    return made
+    whole.load_state_dict(values)
+    whole(**STEP).loss.backward()
+    return whole
 
 
 def assert_gradients(model: nn.Module, config=LLAMA, u: float = 2.0**-24, dtype=torch.float64) -> None:
@@ -191,10 +191,10 @@ def test_compiled_without_a_gradient_of_full_size(kind, by_layer):
         s.delta.grad /= 2
     assert_gradients(model, DEEPER if by_layer else LLAMA)
     nodes = [n for graph in graphs for n in graph.graph.nodes if n.target == torch.ops.aten.mm.default]
-    made = {tuple(n.meta["val"].shape) for n in nodes}
+    shapes = {tuple(n.meta["val"].shape) for n in nodes}
     weights = {s.shape for s in state_of(model).plan.slices}
-    assert len(graphs) == (4 if by_layer else 2) and not made & {*weights, *(shape[::-1] for shape in weights)}
-    assert {tuple(s.delta.shape) for s in state_of(model).plan.slices} & made  # the gradients of slices are products
+    assert len(graphs) == (4 if by_layer else 2) and not shapes & {*weights, *(shape[::-1] for shape in weights)}
+    assert {tuple(s.delta.shape) for s in state_of(model).plan.slices} & shapes  # the gradients of slices are products
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -253,8 +253,8 @@ def test_what_is_predicted_is_what_a_step_takes(kind, checkpointing):
 def test_the_trace_allocates_nothing_of_full_size_and_dequantizes_nothing(monkeypatch):
     model = quantized("own")
     monkeypatch.setattr(Rounded, "values", lambda layer: pytest.fail("dequantized"))
-    found = s2ft.analyze(model, {"input_ids": IDS})
-    assert str(found) == str(s2ft.analyze(dense(), {"input_ids": IDS}))
+    analysis = s2ft.analyze(model, {"input_ids": IDS})
+    assert str(analysis) == str(s2ft.analyze(dense(), {"input_ids": IDS}))
     for weight in quantized_in(model).values():
         assert weight.hollow().untyped_storage().nbytes() == 4
     assert isinstance(model.model.layers[0].mlp.up_proj, Rounded) and capture(model, (IDS,)).elsewhere == frozenset()
@@ -532,10 +532,10 @@ def test_onnx_of_what_is_dequantized(tmp_path):
     model = prepared("nf4 twice")
     trained, ids = logits(model), {"input_ids": IDS.numpy()}
     s2ft.exporters.export_onnx(model, tmp_path / "merged.onnx", {"input_ids": IDS})
-    found = onnxruntime.InferenceSession(tmp_path / "merged.onnx").run(None, ids)[0]
+    output = onnxruntime.InferenceSession(tmp_path / "merged.onnx").run(None, ids)[0]
     # one sum instead of two: rounding of up to 128 terms through some 20 operators
     tolerance = 20 * 128**0.5 * 2.0**-24 * float(trained.abs().max())
-    torch.testing.assert_close(torch.from_numpy(found), trained, rtol=0, atol=tolerance)
+    torch.testing.assert_close(torch.from_numpy(output), trained, rtol=0, atol=tolerance)
     s2ft.exporters.export_onnx(model, tmp_path / "base.onnx", {"input_ids": IDS}, "separate", quantize="int8")
     s2ft.exporters.save_onnx_adapter(model, tmp_path / "tuned.onnx_adapter")
     adapter, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
