@@ -29,7 +29,7 @@ class TrainOptions:
     share of the blocks that is only measured. batch_size: blocks in a forward. optimizer, lr: see `s2ft.optimizer`.
     calibration_batches: how many batches of the training blocks a selection looks at, if it looks at data.
     quantize: the linear layers but the head, while they are loaded (docs/quantized.md). activation_budget: see
-    `CompileOptions`. gradient_checkpointing: see `checkpoint_layers`. by_layer: see `compile_layers`. warmup: steps, or
+    `CompileOptions`. gradient_checkpointing: see `checkpoint_if`. by_layer: see `compile_layers`. warmup: steps, or
     below 1 a share of them; None for a tenth, at most 10. clip: the largest norm of a step's gradients, 0 for none.
     save_every, eval_every: in steps. keep: how many checkpoints. patience: evaluations without an improvement, after
     which the run ends with its best deltas. resume: goes on from the last checkpoint in `output`. given: what was asked
@@ -54,7 +54,7 @@ class TrainOptions:
     held_out: float = 0.05
     calibration_batches: int = 4
     activation_budget: float = 1.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
     by_layer: bool = False
     epochs: float = 1.0
     packing: bool = False
