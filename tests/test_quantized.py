@@ -5,6 +5,8 @@ import io
 import json
 import math
 import pickle
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from functools import cache, partial
@@ -249,6 +251,24 @@ def test_what_is_predicted_is_what_a_step_takes(kind, checkpointing):
     step()
     fixed = bytes_of(model) + sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
     assert fixed + peak_of(step) == pytest.approx(predicted.total, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory a process has")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_loading_and_preparing_takes_the_quantized_model_and_one_layer(kind, tmp_path):
+    """A layer's values in float32, in which both libraries quantize one weight after another on a CPU. The dense model
+    has five times that."""
+    sizes = {"vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 10}
+    layer = 4 * (2 * 1024**2 + 2 * 1024 * 512 + 3 * 1024 * 3584)
+    dense(transformers.LlamaConfig(**sizes, **HEADS), torch.bfloat16).save_pretrained(tmp_path / "base")
+    dense(LLAMA, torch.bfloat16).save_pretrained(tmp_path / "small")
+    program = Path(__file__).parent / "programs" / "load_quantized.py"
+    arguments = [str(tmp_path / "base"), str(tmp_path / "small"), kind]
+    done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, check=True)
+    memory = json.loads(done.stdout.splitlines()[-1])
+    assert memory["most"] - memory["after"] <= layer, memory
+    assert memory["after"] - memory["before"] <= (0.6 if kind == "nf4" else 1.1) * 10 * layer / 4 + 16 * 1024**2, memory
 
 
 def test_the_tables_are_what_was_measured():
