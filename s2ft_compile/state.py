@@ -408,8 +408,8 @@ def _check_gradients(optimizer) -> None:
             )
 
 
-def _named(some: list[Block], blocks: list[Block]) -> str:
-    return f"{len(some)} of {len(blocks)} slices ({', '.join(b.name for b in some[:3])})"
+def _named(which: list[Block], blocks: list[Block]) -> str:
+    return f"{len(which)} of {len(blocks)} slices ({', '.join(b.name for b in which[:3])})"
 
 
 def _blocks_in(optimizer) -> list[tuple[State, list[Block]]]:

@@ -46,7 +46,7 @@ def main(
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Model = Annotated[str, typer.Option("--model", help="The base model: a Hugging Face folder, or a hub id.")]
-CHECKPOINTING = "Keep the input of each layer alone, and compute the layer again in the backward."
+CHECKPOINTING = "Keep the input of each layer alone, and compute it again in the backward: by default if quantized."
 BUDGET = "Share of the activations kept for the backward; what is not kept is computed again."
 ADAPTER = "An adapter folder, or the output folder of `s2ft train`."
 Adapter = Annotated[Path, typer.Option("--adapter", help=ADAPTER)]
@@ -100,7 +100,7 @@ def estimate(
     quantize: Annotated[str, typer.Option(help="As for `s2ft train`: nf4, int8 or fp8.")] = "none",
     optimizer: Annotated[str, typer.Option(help="As for `s2ft train`: muon or adamw.")] = "muon",
     activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help=CHECKPOINTING)] = False,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help=CHECKPOINTING, show_default=False)] = None,
     logits: Annotated[bool, typer.Option(help="Whether a step returns its logits; `s2ft train` does not.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print bytes as JSON.")] = False,
     debug: Debug = False,
@@ -257,7 +257,7 @@ def train(
         str, typer.Option(help="What compiles the rewritten graph: inductor, aot_eager or eager.")
     ] = "inductor",
     activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help=CHECKPOINTING)] = False,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help=CHECKPOINTING, show_default=False)] = None,
     by_layer: Annotated[
         bool,
         typer.Option(

@@ -31,7 +31,7 @@ class TrainOptions:
     reselect_every: after how many steps, or below 1 what share of them, other units train (`s2ft.reselect`); 0: never.
     None: a tenth of the run, at least 10 steps; never for a quantized base, or a budget of the whole model.
     quantize: the linear layers but the head, while they are loaded (docs/quantized.md). activation_budget: see
-    `CompileOptions`. gradient_checkpointing: see `checkpoint_layers`. by_layer: see `compile_layers`. warmup: steps, or
+    `CompileOptions`. gradient_checkpointing: see `checkpoint_if`. by_layer: see `compile_layers`. warmup: steps, or
     below 1 a share of them; None for a tenth, at most 10. clip: the largest norm of a step's gradients, 0 for none.
     save_every, eval_every: in steps. keep: how many checkpoints. patience: evaluations without an improvement, after
     which the run ends with its best deltas. resume: goes on from the last checkpoint in `output`. given: what was asked
@@ -57,7 +57,7 @@ class TrainOptions:
     calibration_batches: int = 4
     reselect_every: float | None = None
     activation_budget: float = 1.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
     by_layer: bool = False
     epochs: float = 1.0
     packing: bool = False

@@ -36,7 +36,7 @@ from s2ft_compile.preparation import prepare
 from s2ft_compile.quantized import not_quantized
 from s2ft_compile.reselection import load_trained_state, reselect, trained_state
 
-from .data import Blocks, checkpoint_layers, example_inputs, load_model, load_tokenizer, split, tokenize
+from .data import Blocks, checkpoint_if, example_inputs, load_model, load_tokenizer, split, tokenize
 from .options import PLAN, RUN, TrainOptions, check
 from .terminal import counter, progress, versions, write_json
 
@@ -62,8 +62,7 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
             model = load_model(options.model, options.dtype, options.quantize)
             if options.quantize == "none":
                 model.to("cuda" if torch.cuda.is_available() else "cpu")
-        if options.gradient_checkpointing:
-            checkpoint_layers(model)
+        checkpoint_if(model, options.gradient_checkpointing, options.quantize)
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
             plan = _prepared(model, training, options, work)
