@@ -60,6 +60,7 @@ MAIN = {
     ),
 }
 VARIANTS = {
+    "s2ft_again25": _s2ft("chosen anew 25 times", again=25),
     "s2ft_again4": _s2ft("chosen anew four times", again=4),
     "s2ft_random": _s2ft("drawn anew ten times", selection="random"),
     "s2ft_adamw": _s2ft("AdamW", optimizer="adamw"),

@@ -35,6 +35,7 @@ from s2ft_compile.plan import Plan
 from s2ft_compile.preparation import prepare
 from s2ft_compile.quantized import not_quantized
 from s2ft_compile.reselection import load_trained_state, reselect, trained_state
+from s2ft_compile.state import state_of
 
 from .data import Blocks, checkpoint_if, example_inputs, load_model, load_tokenizer, split, tokenize
 from .options import PLAN, RUN, TrainOptions, check
@@ -522,7 +523,13 @@ def _sizes(model: nn.Module, plan) -> dict[str, Any]:
     deltas = {id(s.delta) for s in plan.slices}
     trained = sum(s.delta.numel() for s in plan.slices)
     total = sum(p.numel() for p in model.parameters() if id(p) not in deltas)
-    return {"parameters": total, "trainable_parameters": trained, "trainable_fraction": trained / total}
+    moved = sum(s.delta.numel() for s in state_of(model).all_trained.slices)
+    return {
+        "parameters": total,
+        "trainable_parameters": trained,
+        "trainable_fraction": trained / total,
+        "moved_parameters": moved,
+    }
 
 
 def _speed(seconds: list[float], options: TrainOptions, blocks: Blocks) -> dict[str, Any]:
@@ -545,7 +552,7 @@ def report(metrics: Mapping[str, Any], output: Path) -> Table:
         if metrics["held_out_blocks"]
         else "nothing was held out",
         "trainable": f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,} parameters "
-        f"({metrics['trainable_fraction']:.2%})",
+        f"({metrics['trainable_fraction']:.2%}) at a time; {metrics['moved_parameters']:,} moved",
         "steps": f"{metrics['steps']} × {metrics['tokens_per_step']:,} tokens",
         "step time": f"{metrics['step_ms']:.1f} ms, {metrics['tokens_per_second']:,.0f} tokens/s "
         f"(first step, with compilation: {metrics['first_step_seconds'] or 0:.1f} s)",
