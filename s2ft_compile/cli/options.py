@@ -29,7 +29,7 @@ class TrainOptions:
     share of the blocks that is only measured. batch_size: blocks in a forward. optimizer, lr: see `s2ft.optimizer`.
     calibration_batches: how many batches of the training blocks a selection looks at, if it looks at data.
     reselect_every: after how many steps, or below 1 what share of them, other units train (`s2ft.reselect`); 0: never.
-    None: a tenth of the run, at least 10 steps; never for a quantized base, or a budget of the whole model.
+    None: a tenth of the run, at least 20 steps; never for a quantized base, or a budget of the whole model.
     quantize: the linear layers but the head, while they are loaded (docs/quantized.md). activation_budget: see
     `CompileOptions`. gradient_checkpointing: see `checkpoint_if`. by_layer: see `compile_layers`. warmup: steps, or
     below 1 a share of them; None for a tenth, at most 10. clip: the largest norm of a step's gradients, 0 for none.
@@ -122,7 +122,7 @@ class TrainOptions:
         """For how many of these steps a unit trains: all of them where units are not chosen anew."""
         every = self.reselect_every
         if every is None:
-            every = 0 if self._keeps_units() else max(10, steps / 10)
+            every = 0 if self._keeps_units() else max(20, steps / 10)
         return min(steps, round(every if every >= 1 else max(1, every * steps))) if every else steps
 
     def warmup_steps(self, steps: int) -> int:
