@@ -53,7 +53,7 @@ MAIN = {
     "rslora": _peft("rsLoRA", use_rslora=True),
     "dora": _peft("DoRA", use_dora=True),
     "shira": _peft("SHiRA", "ShiraConfig", rate=-2.0),
-    "s2ft": _s2ft("S²FT: channels, queries and keys, by gradient, chosen anew ten times, Muon"),
+    "s2ft": _s2ft("S²FT, the default: chosen anew ten times"),
     "s2ft_once": _s2ft("S²FT, chosen once", again=1),
     "s2ft_paper": _s2ft(
         "S²FT as published: columns and a head, at random, AdamW", ("columns", 1), "random", "adamw", 1
