@@ -84,7 +84,7 @@ compare: $(STAMP)  ## quality: S²FT, LoRA and others, each at its best rate, by
 bench-serve: $(STAMP)  ## the server under load, against the base model alone (writes benchmarks/results/serve.json)
 	$(PY) benchmarks/serve.py
 
-sweep: $(STAMP)  ## couplings of every model type of transformers (half an hour; writes benchmarks/results/sweep.json)
+sweep: $(STAMP)  ## every model type of transformers, other libraries where they are (writes benchmarks/results/{sweep,zoo}.json)
 	$(PY) benchmarks/sweep.py --mapping all
 
 clean:  ## remove .venv, demo/ and caches

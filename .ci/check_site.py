@@ -10,9 +10,9 @@ LOADS = re.compile(r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?(?:https?:
 root = Path(sys.argv[1])
 pages = [path for path in root.rglob("*") if path.suffix in (".html", ".css")]
 wrong = [
-    f"{path.relative_to(root)}: {found.group(0)}"
+    f"{path.relative_to(root)}: {match.group(0)}"
     for path in pages
-    for found in LOADS.finditer(path.read_text(encoding="utf-8"))
+    for match in LOADS.finditer(path.read_text(encoding="utf-8"))
 ]
 if wrong or not pages:
     sys.exit("\n".join(wrong) or f"{root} has no pages")

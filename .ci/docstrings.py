@@ -26,5 +26,5 @@ class Markdown(griffe.Extension):
         if obj.docstring:
             # what stands before the first example is prose
             prose, *examples = re.split(r"^(?=>>> )", obj.docstring.value, maxsplit=1, flags=re.MULTILINE)
-            code = [EXAMPLE.sub(lambda found: f"```pycon\n{found.group(0)}\n```", example) for example in examples]
+            code = [EXAMPLE.sub(lambda match: f"```pycon\n{match.group(0)}\n```", example) for example in examples]
             obj.docstring.value = "".join([listed(prose, sorted(names, key=len, reverse=True)), *code])

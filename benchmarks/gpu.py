@@ -83,10 +83,10 @@ def _arguments() -> Namespace:
     return options.parse_args()
 
 
-def _before(output: Path, told: dict[str, Any]) -> list[dict[str, Any]]:
+def _before(output: Path, machine: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of an earlier run on the same device."""
     before = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"quick": True}
-    return [] if before["quick"] or before["device"] != told["device"] else before["rows"]
+    return [] if before["quick"] or before["device"] != machine["device"] else before["rows"]
 
 
 def settings(arguments) -> Iterator[tuple[str, Setting, tuple[str, ...]]]:

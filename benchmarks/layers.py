@@ -25,7 +25,7 @@ TOKENS = (4, 128)
 STEPS = 30
 
 
-def made(depth: int, hidden: int):
+def llama(depth: int, hidden: int):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=1024,
@@ -63,7 +63,7 @@ def stepper(model, ids):
 
 def first(how: str, depth: int, hidden: int) -> float:
     """CPU seconds of the first step."""
-    model, ids = made(depth, hidden)
+    model, ids = llama(depth, hidden)
     step = stepper(compiled(model, how), ids)
     start = time.process_time()
     step()
@@ -73,7 +73,7 @@ def first(how: str, depth: int, hidden: int) -> float:
 def later(depth: int, hidden: int) -> float:
     """layers / whole, medians of steps taken in turn."""
     steps = {
-        how: stepper(compiled(*made(depth, hidden)[:1], how), made(depth, hidden)[1]) for how in ("layers", "whole")
+        how: stepper(compiled(*llama(depth, hidden)[:1], how), llama(depth, hidden)[1]) for how in ("layers", "whole")
     }
     seconds = {how: [] for how in steps}
     for _ in range(3 + STEPS):

@@ -87,12 +87,10 @@ def main() -> None:
     print("|---|" + "---|" * len(columns))
     result = {**facts("cpu", given.quick), "checkpointing": not given.keep, "bytes": {}}
     for size in sizes:
-        made = {f"{way} {length}": parts(size, way, length, not given.keep) for way, length in columns}
-        result["bytes"][size] = {name: {**some, "total": sum(some.values())} for name, some in made.items()}
-        print(
-            f"| {size} | " + " | ".join(f"{sum(some.values()) / 2**30:.1f}" for some in made.values()) + " |",
-            flush=True,
-        )
+        steps = {f"{way} {length}": parts(size, way, length, not given.keep) for way, length in columns}
+        steps = {name: {**step, "total": sum(step.values())} for name, step in steps.items()}
+        result["bytes"][size] = steps
+        print(f"| {size} | " + " | ".join(f"{step['total'] / 2**30:.1f}" for step in steps.values()) + " |", flush=True)
         save(result, "quantized", given.output)
 
 

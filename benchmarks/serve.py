@@ -167,10 +167,10 @@ async def ask(url: str, asked: Sequence[Asked]) -> tuple[float, list[list[int]]]
     return seconds, [[] if isinstance(answer, BaseException) else answer for answer in answers]
 
 
-def compare(engine: Engine, asked: Sequence[Asked], found: Sequence[Sequence[int]]) -> Mapping[str, int]:
+def compare(engine: Engine, asked: Sequence[Asked], outputs: Sequence[Sequence[int]]) -> Mapping[str, int]:
     """How many answers are lost, or are not those of a model with the adapter in its weights."""
     model, count = engine.bank.model, {"lost": 0, "wrong": 0, "ties": 0}
-    for (name, prompt, new), tokens in zip(asked, found, strict=True):
+    for (name, prompt, new), tokens in zip(asked, outputs, strict=True):
         if len(tokens) != new:
             count["lost"] += 1
             continue

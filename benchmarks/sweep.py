@@ -2,7 +2,8 @@
 
     python benchmarks/sweep.py                                    the causal-LM mapping; writes results/sweep.json
     python benchmarks/sweep.py --mapping masked-lm --only bert    others, or some types of them
-    python benchmarks/sweep.py --mapping zoo                      other libraries (the extra `zoo`), trained too
+    python benchmarks/sweep.py --mapping zoo                      other libraries (the extra `zoo`); results/zoo.json
+    python benchmarks/sweep.py --mapping all --resume             all, without what the results hold already
     python benchmarks/sweep.py --layers 2,8,32,128                seconds by number of layers instead
 
 What a type should have is counted from its modules by name, which the compiler never looks at: an FFN or attention
@@ -69,7 +70,7 @@ def kind_of(name: str, module: nn.Module) -> str | None:
 
 def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
     """(kind, path) of each FFN and attention module inside repeated layers, outermost first; mixed ones are opened."""
-    found = []
+    paths = []
     for name, child in module.named_children():
         at, kind = f"{path}.{name}".strip("."), kind_of(name, child)
         inside = {
@@ -80,10 +81,10 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
         experts = kind == "ffn" and not EXPERTS.search(at) and any(EXPERTS.search(n) for n, _ in child.named_modules())
         if kind and not experts and not inside - {kind} and re.search(r"(^|\.)\d+(\.|$)", at):
             direct = isinstance(child, (nn.Linear, nn.Conv1d)) or re.fullmatch(r"(fc|lin|wi)_?[01]?", name)
-            found.append((kind, f"{path}" if direct else at))
+            paths.append((kind, f"{path}" if direct else at))
         else:
-            found += units(child, at)
-    return list(dict.fromkeys(found))
+            paths += units(child, at)
+    return list(dict.fromkeys(paths))
 
 
 def coverage(model: nn.Module, traces, analysis) -> dict:
@@ -154,7 +155,7 @@ def examine_zoo(name: str) -> dict:
     return examine_made(model, inputs)
 
 
-def trains(model: nn.Module, inputs, whole: bool) -> dict:
+def trains(model: nn.Module, inputs, analysis, whole: bool) -> dict:
     """Whether every role that it offers trains, with exact gradients: role -> [weights that train, weights that are
     left out]. What does not trace in whole is compiled."""
     from s2ft_compile.testing import assert_sliced, assert_trains
@@ -162,7 +163,7 @@ def trains(model: nn.Module, inputs, whole: bool) -> dict:
     try:
         if whole:
             try:
-                return {"trains": assert_sliced(model, inputs)}
+                return {"trains": assert_sliced(model, inputs, analysis=analysis)}
             except (DataDependentOutputException, DynamicOutputShapeException):  # what it does depends on values
                 pass
         return {"compiled": True, "trains": {role: (n, 0) for role, n in assert_trains(model, inputs).items()}}
@@ -179,35 +180,35 @@ def examine_made(model: nn.Module, inputs) -> dict:
     result["parameters"] = sum(p.numel() for p in model.parameters())
     start = time.perf_counter()
     try:
-        found = captures(model, inputs)
+        traces = captures(model, inputs)
     except s2ft.CaptureError as error:
         try:
-            found = captures(model, inputs, train=False)
+            traces = captures(model, inputs, train=False)
         except s2ft.CaptureError:
             return {**result, "status": "not traced", "reason": str(error)[:600]}
         result["eval mode only"] = str(error)[:600]
-    captured, traced = found[0], time.perf_counter()
-    analysis = couple(*found)
+    captured, traced = traces[0], time.perf_counter()
+    analysis = couple(*traces)
     done = time.perf_counter()
     operators = Counter(r.operator for r in analysis.refusals if "no rule" in r.reason)
     result |= {
         "status": "traced",
         "nodes": len(captured.graph_module.graph.nodes),
-        **({"pieces": len({c.border for c in found})} if captured.border != "the model" else {}),
+        **({"pieces": len({c.border for c in traces})} if captured.border != "the model" else {}),
         "trace_s": round(traced - start, 2),
         "couple_s": round(done - traced, 3),
         "couplings": dict(Counter(c.role for c in analysis.couplings)),
         "members": dict(analysis.roles()),
         "no_rule": dict(operators),
-        **coverage(model, found, analysis),
+        **coverage(model, traces, analysis),
     }
     try:
-        made = s2ft.verify(model, inputs, analysis)
-        result["verified"] = "wrong" if not made.ok else "yes" if made.sharp else "blunt"
-        result["verification"] = str(made)[:1500]
+        verification = s2ft.verify(model, inputs, analysis)
+        result["verified"] = "wrong" if not verification.ok else "yes" if verification.sharp else "blunt"
+        result["verification"] = str(verification)[:1500]
     except s2ft.S2FTError as error:
         result |= {"verified": "no", "verification": str(error)[:600]}
-    return result | trains(model, inputs, captured.border == "the model")
+    return result | trains(model, inputs, analysis, captured.border == "the model")
 
 
 def warm() -> None:
@@ -215,6 +216,8 @@ def warm() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     examine_made(model, (torch.ones(2, 4),))
     build(*_classes("bert", "BertForMaskedLM"))
+    gc.collect()
+    gc.freeze()  # what is imported here is no garbage there
 
 
 def _classes(model_type: str, name: str):
@@ -290,12 +293,12 @@ def aggregate(rows: list[dict]) -> dict:
         "in eval mode only": sum("eval mode only" in r for r in traced),
         "in pieces": sum("pieces" in r for r in traced),
         "seconds": round(sum(r["seconds"] for r in rows)),
-        "operators without a rule": dict(Counter(op for r in traced for op in r["no_rule"]).most_common()),
+        "operators without a rule": dict(Counter(op for r in traced for op in r.get("no_rule", ())).most_common()),
     }
 
 
 def table(rows: list[dict], title: str) -> Table:
-    made = Table("type", "status", "couplings", "FFN", "attention", "verified", "s", "why", title=title)
+    rendered = Table("type", "status", "couplings", "FFN", "attention", "verified", "s", "why", title=title)
     for r in rows:
         why = r.get("reason", "")
         if r["status"] == "traced":
@@ -305,7 +308,7 @@ def table(rows: list[dict], title: str) -> Table:
                 if r[k]["missing"]
             )
         counts = [f"{r[k]['found']}/{r[k]['expected']}" if k in r else "" for k in ("ffn", "attention")]
-        made.add_row(
+        rendered.add_row(
             r["type"],
             r["status"],
             " ".join(f"{n} {k}" for k, n in r.get("couplings", {}).items()),
@@ -314,7 +317,7 @@ def table(rows: list[dict], title: str) -> Table:
             f"{r['seconds']:.0f}",
             why[:200],
         )
-    return made
+    return rendered
 
 
 def _wrong(row: dict) -> str:
@@ -341,9 +344,9 @@ def sweep(mapping: str, only: list[str], kept: list[dict]) -> Iterator[list[dict
         task = (examine_zoo, model_type) if mapping == "zoo" else (examine, model_type, classes)
         row = {"type": model_type, **isolated(*task)}
         rows[model_type] = row
-        found = " ".join(f"{k} {row[k]['found']}/{row[k]['expected']}" for k in ("ffn", "attention") if k in row)
+        counts = " ".join(f"{k} {row[k]['found']}/{row[k]['expected']}" for k in ("ffn", "attention") if k in row)
         console.print(
-            f"{i + 1:3}/{len(names)} {model_type:28} {row['status']:10} {found} {row.get('verified', '')} "
+            f"{i + 1:3}/{len(names)} {model_type:28} {row['status']:10} {counts} {row.get('verified', '')} "
             f"{row['seconds']} s {_wrong(row)[:90]}",
             markup=False,
             highlight=False,
@@ -385,17 +388,49 @@ def cost(layers: int) -> dict:
 
 
 def cost_table(rows: list[dict]) -> Table:
-    made = Table(*rows[0], title="cost by number of layers")
+    rendered = Table(*rows[0], title="cost by number of layers")
     for row in rows:
-        made.add_row(*map(str, row.values()))
-    return made
+        rendered.add_row(*map(str, row.values()))
+    return rendered
+
+
+def short(row: dict) -> dict:
+    """What is kept of a type: what was found, why what is missing is, and in words only what went wrong."""
+    kept = {k: v for k, v in row.items() if k not in ("class", "members", "nodes", "no_rule") or k == "no_rule" and v}
+    if row.get("verified") == "yes":
+        kept.pop("verification", None)
+    for kind in ("ffn", "attention"):
+        if kind in row:
+            kept[kind] = {k: v for k, v in row[kind].items() if v or k in ("expected", "found")}
+    return kept
+
+
+def stored_in(path: Path) -> dict:
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    for part in stored.values():
+        for row in part.get("types", []) if isinstance(part, dict) else []:
+            for kind in {"ffn", "attention"} & set(row):
+                row[kind] = {"expected": 0, "found": 0, "missing": [], "why": [], **row[kind]}
+    return stored
 
 
 def save(path: Path, stored: dict) -> None:
+    """One line for each type; the file is there whole or not at all."""
     stored["versions"] = versions()
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = {}
+    for name, part in stored.items():
+        rows = part.get("types") if isinstance(part, dict) else None
+        if rows is None:
+            lines[name] = json.dumps(part, indent=1)
+        else:
+            of_rows = ",\n".join(json.dumps(short(row), ensure_ascii=False) for row in rows)
+            lines[name] = f'{{"aggregate": {json.dumps(part["aggregate"], indent=1)},\n"types": [\n{of_rows}\n]}}'
+    text = "{\n" + ",\n".join(f"{json.dumps(name)}: {part}" for name, part in lines.items()) + "\n}\n"
     machine = f"{Path(torch.__file__).parents[1]}/"  # where packages are is nobody's business
-    path.write_text(json.dumps(stored, indent=1).replace(machine, "") + "\n")
+    unfinished = path.with_suffix(".new")
+    unfinished.write_text(text.replace(machine, ""))
+    unfinished.replace(path)
 
 
 def main() -> None:
@@ -412,17 +447,20 @@ def main() -> None:
 
         zoo.models()
     warm()
-    stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     if arguments.layers:
+        path = arguments.folder / "sweep.json"
+        stored = stored_in(path)
         stored["cost"] = [isolated(cost, int(n)) for n in arguments.layers.split(",")]
         console.print(cost_table(stored["cost"]))
-        return save(arguments.output, stored)
+        return save(path, stored)
     for mapping in (*MAPPINGS, "zoo") if "all" in arguments.mapping else arguments.mapping:
+        path = arguments.folder / ("zoo.json" if mapping == "zoo" else "sweep.json")
+        stored = stored_in(path)
         rows = stored.get(mapping, {}).get("types", []) if arguments.only or arguments.resume else []
         kept = [r for r in rows if r["type"] not in arguments.only]
         for rows in sweep(mapping, arguments.only, kept):
             stored[mapping] = {"aggregate": aggregate(rows), "types": rows}
-            save(arguments.output, stored)
+            save(path, stored)
         console.print(table(rows, mapping), mapping, stored[mapping]["aggregate"], sep="\n")
 
 
@@ -430,9 +468,9 @@ def _arguments() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--mapping", nargs="+", choices=[*MAPPINGS, "zoo", "all"], default=["causal-lm"])
     options.add_argument("--only", nargs="+", default=[], metavar="TYPE", help="model types")
-    options.add_argument("--resume", action="store_true", help="go on with what the output holds")
+    options.add_argument("--resume", action="store_true", help="go on with what the results hold")
     options.add_argument("--layers", default="", help="measure the cost for these numbers of layers, by commas")
-    options.add_argument("--output", type=Path, default=RESULTS / "sweep.json")
+    options.add_argument("--folder", type=Path, default=RESULTS, help="of sweep.json and zoo.json")
     return options.parse_args()
 
 

@@ -26,7 +26,7 @@ CORE = (
     ),
     (
         r"hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|(input|output)_embedding_size|word_embed_proj_dim"
-        r"|attention_hidden_size|projection_dim|backbone_hidden_size|lru_width|emb_dim|channels",
+        r"|(attention|audio)_hidden_size|projection_dim|backbone_hidden_size|lru_width|emb_dim|channels",
         32,
     ),
     (
@@ -61,7 +61,7 @@ DETAIL = (
     (r"hidden_size_per_layer_input", 8),
     (r"num_(feature_levels|codebooks)", 2),
     (r"index_topk", 4),
-    (r"o_groups", 2),
+    (r"o_groups|n_groups", 2),
 )
 
 # --- configurations that sizes explained by names do not make: what else to set, by type ----------------------------
@@ -214,30 +214,62 @@ BY_HAND: dict[str, dict] = {
         text_config=dict(num_attention_heads=4, **SIZES),
     ),
 }
+BY_HAND["granite_speech5_ctc"] = dict(
+    vocab_size=97, encoder_config=dict(num_attention_heads=4, max_position_embeddings=16, context_size=8, **SIZES)
+)
+BY_HAND["shieldgemma2"] = dict(  # two of its tokens have fixed numbers
+    mm_tokens_per_image=16,
+    text_config=dict(vocab_size=10_800, **{k: v for k, v in (SIZES | HEADS).items() if k != "vocab_size"}),
+    vision_config=dict(image_size=32, patch_size=8, num_attention_heads=4, hidden_size=32, intermediate_size=48)
+    | {"num_hidden_layers": 2},
+)
+BY_HAND["dots3_note"] = dict(
+    text_config=dict(
+        pad_token_id=0,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        moe_intermediate_size=24,
+        **{**SIZES, **HEADS, "num_key_value_heads": 4},
+    ),
+    vision_config=dict(
+        num_attention_heads=4,
+        moe_intermediate_size=24,
+        mlp_layer_types=["dense", "sparse"],
+        num_local_experts=4,
+        adapter_in_dim=32,
+        adapter_out_dim=32,
+        **SIZES,
+    ),
+    audio_config=dict(
+        num_attention_heads=4, adapter_input_size=32, adapter_out_dim=32, downsample_hidden_size=16, **SIZES
+    ),
+)
 BY_HAND["qwen4_exp"] = dict(text_config=BY_HAND["qwen4_exp_text"])
 
 
 def tiny(config_class, rules, depth: int = 0):
     """A configuration with its class's defaults and small sizes; configurations inside it likewise."""
     default = config_class()
-    made = layer_lists(default)
+    sizes = layer_lists(default)
     inner = dict(getattr(config_class, "sub_configs", {}) or {})
     for name, value in vars(default).items():
         if name in inner or (hasattr(value, "to_dict") and hasattr(type(value), "model_type")):
             if value is not None and hasattr(value, "to_dict") and depth < 3:
-                made[name] = tiny(type(value), rules, depth + 1).to_dict()
+                sizes[name] = tiny(type(value), rules, depth + 1).to_dict()
         elif value is None and name in ("head_dim", "num_experts_per_tok", "topk_group", "n_group"):
             for size in (n for pattern, n in rules if re.fullmatch(pattern, name)):
-                made[name] = size  # the last rule that matches
+                sizes[name] = size  # the last rule that matches
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((n for pattern, n in rules if re.fullmatch(pattern, name)), None)
             if "key_value" in name and value == vars(default).get("num_attention_heads"):
                 size = 4  # no groups where the default has none: some attention allows none
             if size is not None and size < max(value, 1):
-                made.setdefault(name, size)
+                sizes.setdefault(name, size)
             elif name.endswith("token_id") and value >= 97:
-                made[name] = 1
-    return config_class(**made)
+                sizes[name] = 1
+    return config_class(**sizes)
 
 
 def layer_lists(config) -> dict:
@@ -307,6 +339,7 @@ def candidates(model, config):
         for shape in (
             (2, 40, getattr(config, "num_mel_bins", 80)),
             (2, 40, getattr(config, "feature_size", 160)),
+            (2, 40, 4 * getattr(getattr(config, "encoder_config", config), "num_mel_bins", 80)),
             (2, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 100)),
             (2, 40, 128),
             (2, 40, 80),
@@ -314,14 +347,16 @@ def candidates(model, config):
             features = torch.randn(shape, generator=random)
             yield {"input_features": features, **seq2seq}
             yield {"input_features": features, "attention_mask": torch.ones(shape[:2], dtype=torch.long), **seq2seq}
-    made = {"input_ids": ids, **seq2seq}
-    yield made
-    yield {**made, "attention_mask": torch.ones_like(ids)}
-    yield {**made, "bbox": torch.zeros(2, 11, 4, dtype=torch.long)}
+    text_inputs = {"input_ids": ids, **seq2seq}
+    yield text_inputs
+    yield {**text_inputs, "attention_mask": torch.ones_like(ids)}
+    yield {**text_inputs, "bbox": torch.zeros(2, 11, 4, dtype=torch.long)}
     long = torch.randint(3, max(high, 4), (2, 64), generator=random)
     yield {"input_ids": long, **({"decoder_input_ids": long} if seq2seq else {})}
     yield dict(getattr(model, "dummy_inputs", {}))
     yield {"input_features": torch.randn(2, 40, 80, generator=random)}
+    bins = getattr(getattr(config, "audio_config", config), "num_mel_bins", 80)
+    yield {"input_ids": ids, "input_features": torch.randn(2, bins, 8 * ids.shape[1], generator=random)}
 
 
 def configs(config):

@@ -239,11 +239,11 @@ class Stepped(nn.Module):
         self.cell, self.proj = nn.GRUCell(D, N), nn.Linear(N, D)
 
     def forward(self, x):
-        state, made = x.new_zeros(x.shape[0], N), []
+        state, states = x.new_zeros(x.shape[0], N), []
         for t in range(x.shape[1]):
             state = self.cell(x[:, t], state)
-            made.append(state)
-        return self.proj(torch.stack(made, 1))
+            states.append(state)
+        return self.proj(torch.stack(states, 1))
 
 
 class Spectral(nn.Module):

@@ -26,15 +26,38 @@ def tokens(length: int = 8, vocabulary: int = 50) -> Tensor:
 
 # --- timm: one small model of each family, by its registered name ------------------------------------------------
 
-TIMM = (
-    "vit_tiny_patch16_224 deit_tiny_patch16_224 beit_base_patch16_224 eva02_tiny_patch14_224 "
-    "swin_tiny_patch4_window7_224 "
-    "swinv2_tiny_window8_256 convnext_atto convnextv2_atto mixer_s32_224 gmixer_12_224 resmlp_12_224 cait_xxs24_224 "
-    "xcit_nano_12_p16_224 levit_128s mobilevit_xxs mobilevitv2_050 mobilenetv3_small_050 efficientnet_b0 resnet18 "
-    "regnetx_002 poolformer_s12 metaformer caformer_s18 pvt_v2_b0 twins_svt_small coat_lite_tiny crossvit_tiny_240 "
-    "volo_d1_224 edgenext_xx_small efficientformer_l1 fastvit_t8 ghostnet_050 hiera_tiny_224 maxvit_nano_rw_256 "
-    "nextvit_small repvit_m0_9 tiny_vit_5m_224 visformer_tiny vit_relpos_small_patch16_224 samvit_base_patch16_224"
-).split()
+TIMM = """
+beit_base_patch16_224 beitv2_base_patch16_224 botnet26t_256 halonet26t eca_halonext26ts lambda_resnet26t
+sebotnet33ts_256 eca_botnext26ts_256 gernet_s repvgg_a0 resnext26ts gcresnext26ts seresnext26ts
+eca_resnext26ts bat_resnext26ts regnetz_b16 regnetz_b16_evos mobileone_s0 resnet50_clip resnet50_mlp
+cait_xxs24_224 coat_tiny coat_lite_tiny convit_tiny convmixer_768_32 convnext_atto convnext_zepto_rms
+convnextv2_atto cpubone_nano crossvit_tiny_240 crossvit_9_dagger_240 csatv2 cspresnet50 cspresnext50 darknet17
+cspdarknet53 cs3darknet_s cs3edgenet_x cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_patch16_224
+deit_tiny_distilled_patch16_224 deit3_small_patch16_224 densenet121 densenetblur121d dla34 dla60_res2net
+dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0 mnasnet_050 semnasnet_050 mobilenetv1_100
+mobilenetv2_035 fbnetc_100 spnasnet_100 efficientnet_b0 efficientnet_lite0 efficientnet_cc_b0_4e
+efficientnet_es efficientnetv2_rw_t gc_efficientnetv2_rw_t tinynet_e mixnet_s efficientvim_m1 efficientvit_b0
+efficientvit_l1 efficientvit_m0 eva02_tiny_patch14_224 vit_pe_core_tiny_patch16_384 vit_small_patch16_rope_224
+vit_small_patch16_rope_mixed_224 vit_small_patch16_dinov3 vit_small_patch16_lingbot fasternet_t0 fastvit_t8
+fastvit_sa12 focalnet_tiny_srf focalnet_tiny_lrf gcvit_xxtiny gemma4_vit_167m ghostnet_050 ghostnetv2_100
+ghostnetv3_050 hardcorenas_a hgnet_tiny hgnetv2_b0 hiera_tiny_224 hiera_small_abswin_256 sam2_hiera_tiny
+hrnet_w18_small iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small
+levit_128s levit_conv_128s lowformer_b0 mambaout_femto coatnet_pico_rw_224 coatnext_nano_rw_224
+maxvit_pico_rw_256 maxxvit_rmlp_nano_rw_256 maxxvitv2_nano_rw_256 maxvit_tiny_tf_224 poolformer_s12
+poolformerv2_s12 convformer_s18 caformer_s18 mixer_s32_224 gmixer_12_224 resmlp_12_224 gmlp_ti16_224
+mobilenetv3_small_050 fbnetv3_b lcnet_035 mobilenetv4_conv_small_035 mobilenetv4_hybrid_medium_075
+mobilevit_xxs mobilevitv2_050 mvitv2_tiny mvitv2_small_cls naflexvit_base_patch16_gap
+naflexvit_base_patch16_map nest_tiny nextvit_small nfnet_l0 dm_nfnet_f0 nf_regnet_b0 nf_resnet26 pit_ti_224
+pit_ti_distilled_224 pvt_v2_b0 pvt_v2_b2_li qwen3_vit_88m rdnet_tiny regnetx_002 regnety_002 regnetv_040
+repghostnet_050 repvit_m0_9 repvit_m1 res2net50_14w_8s resnest14d resnet10t resnet18 resnext50_32x4d
+seresnet18 ecaresnet26t resnet50_gn resnetv2_18 resnetv2_50x1_bit rexnet_100 rexnetr_100 selecsls42
+legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224
+swin_s3_tiny_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_patch16_224 tresnet_m
+twins_pcpvt_small twins_svt_small vgg11_bn visformer_tiny vit_tiny_patch16_224 vit_tiny_r_s16_p8_224
+vit_xsmall_patch16_clip_224 vit_relpos_small_patch16_224 vit_srelpos_small_patch16_224
+vit_relpos_small_patch16_rpn_224 samvit_base_patch16_224 vitamin_small_224 volo_d1_224 vovnet39a
+ese_vovnet19b_slim_dw xception41p xcit_nano_12_p16_224
+""".split()
 
 
 def timm_models() -> Iterator[tuple[str, Callable[[], Made]]]:
@@ -120,11 +143,25 @@ XT = {
     "residual attention": dict(residual_attn=True),
     "deepnorm": dict(scale_residual=True),
     "value residual": dict(add_value_residual=True),
+    "xpos": dict(rotary_xpos=True),
+    "scalenorm": dict(use_scalenorm=True),
+    "dynamic tanh": dict(use_dynamic_tanh=True),
+    "layer scale": dict(use_layerscale=True),
+    "gated residual": dict(gate_residual=True),
+    "softclamp": dict(attn_softclamp_logits=True, softclamp_output=True),
+    "latent": dict(attn_use_latent_kv=True, attn_dim_latent_kv=8),
+    "relu squared": dict(ff_relu_squared=True),
+    "sparse": dict(attn_sparse_topk=4),
+    "head gates": dict(attn_gate_value_heads=True),
+    "cope": dict(attn_use_cope=True),
+    "skips": dict(unet_skips=True),
+    "post norm": dict(pre_norm=False),
+    "shared layers": dict(weight_tie_layers=True),
 }
 
 
 def xt_models() -> Iterator[tuple[str, Callable[[], Made]]]:
-    from x_transformers import Decoder, TransformerWrapper
+    from x_transformers import Decoder, Encoder, TransformerWrapper, ViTransformerWrapper, XTransformer
 
     def make(options: dict) -> Made:
         layers = Decoder(dim=16, depth=2, heads=4, attn_dim_head=6, **options)
@@ -132,6 +169,24 @@ def xt_models() -> Iterator[tuple[str, Callable[[], Made]]]:
 
     for name, options in XT.items():
         yield name, lambda options=options: make(options)
+    layers = dict(dim=16, depth=2, heads=4, attn_dim_head=6)
+    yield (
+        "encoder",
+        lambda: (TransformerWrapper(num_tokens=50, max_seq_len=32, attn_layers=Encoder(**layers)), (tokens(),)),
+    )
+    yield (
+        "vision",
+        lambda: (
+            ViTransformerWrapper(image_size=32, patch_size=8, num_classes=7, attn_layers=Encoder(**layers)),
+            (image(32),),
+        ),
+    )
+    sides = {
+        f"{side}_{name}": value
+        for side in ("enc", "dec")
+        for name, value in (("num_tokens", 50), ("max_seq_len", 32), ("depth", 2), ("heads", 4), ("attn_dim_head", 6))
+    }
+    yield "encoder and decoder", lambda: (XTransformer(dim=16, **sides), (tokens(), tokens(9)))
 
 
 # --- litgpt: its configurations -----------------------------------------------------------------------------------
@@ -159,6 +214,34 @@ def litgpt_models() -> Iterator[tuple[str, Callable[[], Made]]]:
         yield name, lambda name=name: make(name)
 
 
+# --- torchtune: its builders --------------------------------------------------------------------------------------
+
+
+def torchtune_models() -> Iterator[tuple[str, Callable[[], Made]]]:
+    from torchtune.models import clip, gemma, gemma2, llama2, llama3, mistral, phi3, qwen2, t5
+
+    sizes = dict(vocab_size=50, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, max_seq_len=32)
+    wide, heads = dict(intermediate_dim=48, **sizes), dict(head_dim=8)
+    adapter = dict(lora_attn_modules=["q_proj", "v_proj"], apply_lora_to_mlp=True, lora_rank=4, lora_alpha=8)
+    decoders = {
+        "llama2": (llama2.llama2, sizes),
+        "llama3": (llama3.llama3, sizes),
+        "mistral": (mistral.mistral, wide),
+        "phi3": (phi3.phi3, {**wide, "num_kv_heads": 4}),
+        "qwen2": (qwen2.qwen2, wide),
+        "gemma": (gemma.gemma, wide | heads),
+        "gemma2": (gemma2.gemma2, wide | heads),
+        "llama3 under adapters": (llama3.lora_llama3, sizes | adapter),
+    }
+    for name, (builder, options) in decoders.items():
+        yield name, lambda builder=builder, options=options: (builder(**options), (tokens(),))
+    encoder = dict(embed_dim=32, mlp_dim=48, num_heads=4, head_dim=8, num_layers=2, vocab_size=50, norm_eps=1e-6)
+    positions = dict(rel_pos_num_buckets=8, rel_pos_max_dist=16, max_seq_len=8)
+    yield "t5", lambda: (t5._component_builders.t5_encoder(**encoder, **positions), (tokens(),))
+    text = dict(embed_dim=32, num_heads=4, num_layers=2, vocab_size=50, max_seq_len=8)
+    yield "clip", lambda: (clip._component_builders.clip_text_encoder(**text), (tokens(),))
+
+
 # --- open_clip, diffusers -------------------------------------------------------------------------------------------
 
 
@@ -174,103 +257,9 @@ def open_clip_models() -> Iterator[tuple[str, Callable[[], Made]]]:
 
 
 def diffusers_models() -> Iterator[tuple[str, Callable[[], Made]]]:
-    import diffusers as d
+    import diffusion
 
-    step, heads = torch.tensor([3, 7]), dict(num_attention_heads=2, attention_head_dim=8, num_layers=2)
-    yield (
-        "UNet2D",
-        lambda: (
-            d.UNet2DModel(
-                16,
-                3,
-                3,
-                block_out_channels=(8, 16),
-                layers_per_block=1,
-                norm_num_groups=4,
-                attention_head_dim=8,
-                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            ),
-            (image(16), step),
-        ),
-    )
-    yield (
-        "UNet2DCondition",
-        lambda: (
-            d.UNet2DConditionModel(
-                16,
-                4,
-                4,
-                block_out_channels=(8, 16),
-                layers_per_block=1,
-                norm_num_groups=4,
-                attention_head_dim=4,
-                cross_attention_dim=12,
-                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            ),
-            (image(16, 4), step, torch.randn(2, 5, 12)),
-        ),
-    )
-    yield (
-        "AutoencoderKL",
-        lambda: (
-            d.AutoencoderKL(
-                block_out_channels=(8, 16),
-                norm_num_groups=4,
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-            ),
-            (image(16),),
-        ),
-    )
-    yield (
-        "DiT",
-        lambda: (
-            d.DiTTransformer2DModel(
-                in_channels=4, out_channels=8, sample_size=8, num_embeds_ada_norm=9, norm_num_groups=4, **heads
-            ),
-            (image(8, 4), step, step),
-        ),
-    )
-    yield (
-        "SD3",
-        lambda: (
-            d.SD3Transformer2DModel(
-                8,
-                2,
-                4,
-                num_layers=2,
-                attention_head_dim=8,
-                num_attention_heads=2,
-                joint_attention_dim=12,
-                caption_projection_dim=16,
-                pooled_projection_dim=6,
-                out_channels=4,
-                pos_embed_max_size=8,
-            ),
-            dict(
-                hidden_states=image(8, 4),
-                encoder_hidden_states=torch.randn(2, 5, 12),
-                pooled_projections=torch.randn(2, 6),
-                timestep=step,
-            ),
-        ),
-    )
-    yield (
-        "Pixart",
-        lambda: (
-            d.PixArtTransformer2DModel(
-                in_channels=4, out_channels=8, sample_size=8, cross_attention_dim=16, caption_channels=12, **heads
-            ),
-            dict(
-                hidden_states=image(8, 4),
-                encoder_hidden_states=torch.randn(2, 5, 12),
-                timestep=step,
-                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-            ),
-        ),
-    )
+    return diffusion.models()
 
 
 def written_models() -> Iterator[tuple[str, Callable[[], Made]]]:
@@ -284,6 +273,7 @@ LIBRARIES: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Made]]]]] = {
     "written": written_models,
     "x_transformers": xt_models,
     "litgpt": litgpt_models,
+    "torchtune": torchtune_models,
     "open_clip": open_clip_models,
     "diffusers": diffusers_models,
     "torchvision": torchvision_models,
@@ -317,10 +307,10 @@ def models() -> dict[str, Callable[[], Made]]:
     """ "library name" -> what makes it, of the libraries that are installed."""
     if find_spec("torchvision"):
         import_torchvision()
-    found = {}
+    makers = {}
     for library, listed in LIBRARIES.items():
         try:
-            found |= {f"{library} {name}": make for name, make in listed()} if find_spec(library) else {}
+            makers |= {f"{library} {name}": make for name, make in listed()} if find_spec(library) else {}
         except (ImportError, RuntimeError) as error:  # what it needs besides is missing
             print(f"{library} is left out: {error}")
-    return found
+    return makers

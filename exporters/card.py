@@ -66,8 +66,8 @@ def card(adapter: Adapter, how: str = NATIVE, errors: Mapping[str, float] | None
         "|---|---|",
         f"| base model | {base_of(adapter)} |",
         f"| fingerprint of the base | `{adapter.plan.fingerprint}` |",
-        f"| targets | {', '.join(f'`{t}` = {amount}' for t, amount in list(config.targets.items())[:8])}"
-        f"{', ...' if len(config.targets) > 8 else ''} |",
+        f"| targets | {', '.join(f'`{t}` = {amount}' for t, amount in list((config.targets or {}).items())[:8])}"
+        f"{', ...' if len(config.targets or {}) > 8 else ''} |",
         f"| selection | {config.selection}, seed {config.seed}, budget per {config.budget} |",
         f"| trained | {changed:,} numbers in {len(adapter.slices)} weights |",
         "",

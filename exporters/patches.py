@@ -62,8 +62,8 @@ def patches(model: nn.Module) -> Iterator[Patch]:
     """
     state = state_of(model)
     quantized = quantized_in(state.model)
-    if _places.get(state, (-1, []))[0] != state.reselected:
-        _places[state] = state.reselected, list(_found(state, unwrap(model)))
+    if _places.get(state, (-1, []))[0] != state.arranged:
+        _places[state] = state.arranged, list(_places_of(state, unwrap(model)))
     trained: dict[int, Tensor] = {}
     for place in _places[state][1]:
         if id(place.block) not in trained:
@@ -85,7 +85,7 @@ def _trained(module: nn.Module, block: Block | Left, quantized: Mapping[str, Qua
     return part.add(delta.to(part)).to(dense_dtype(module, base.dtype))
 
 
-def _found(state: State, module: nn.Module) -> Iterator[_Place]:
+def _places_of(state: State, module: nn.Module) -> Iterator[_Place]:
     shapes = {s.parameter_name: s.shape for s in state.plan.slices}
     earlier = [(Slice(b.name, b.dim, b.indices, shapes[b.name], ()), b) for b in state.left_behind]
     for s, block in [*zip(state.plan.slices, state.blocks), *earlier]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .plan import Plan, Slice
     from .preparation import analyze, permute, prepare
     from .reference import Reference, base_values
-    from .reselection import reselect
+    from .reselection import load_trained_state, reselect, trained_state
     from .state import disabled, is_prepared, parameters, release
     from .structure import Analysis, Coupling, Member, Refusal
     from .verification import Verification, verify
@@ -68,7 +68,9 @@ __getattr__, __dir__ = attributes(
         "prepare": "preparation",
         "Reference": "reference",
         "base_values": "reference",
+        "load_trained_state": "reselection",
         "reselect": "reselection",
+        "trained_state": "reselection",
         "disabled": "state",
         "is_prepared": "state",
         "parameters": "state",
@@ -94,7 +96,9 @@ __all__ = [
     "verify",
     "permute",
     "prepare",
+    "load_trained_state",
     "reselect",
+    "trained_state",
     "parameters",
     "optimizer",
     "release",

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Any
@@ -41,6 +41,11 @@ def looks_at_data(selection: object) -> bool:
     return isinstance(selection, str) and SELECTIONS.get(selection) in ("activations", "gradients")
 
 
+SHARE = 0.02  # what the default trains of these roles, where a model has them: whole channels, and heads that look
+DEFAULT_ROLES = tuple(r for r in ROLES if r.endswith((".in", ".out")) and r != "attention.out") + (
+    "attention.query",
+    "attention.key",
+)
 BUDGETS = ("layer", "model", "score")
 OPTIMIZERS = ("muon", "adamw")
 INNER = ("inductor", "aot_eager", "eager")
@@ -69,11 +74,12 @@ class S2FTConfig:
     targets: role (see `ROLES`) or glob on parameter names -> ratio in (0, 1] (a float; at least one unit) or number
         of units (an int). A unit is a query head for `attention.out` and `attention.query`, a kv head for
         `attention.key` and `attention.value`, a channel for `ffn.*`, a channel of every expert for `moe.*`. A glob with
-        1.0 trains all of what it matches, whatever its axes are: a new head, norms, biases. The default is whole
-        channels: gate, up and down of the same units (docs/targets.md says why).
-    selection: how units are ranked. One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and
-        "gradient" are the paper's R, W, A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see
-        `passes/select/scores.py` and `calibrate.py` for what each one is. Those in `CALIBRATED` need batches of data.
+        1.0 trains all of what it matches, whatever its axes are: a new head, norms, biases. None: `SHARE` of those of
+        `DEFAULT_ROLES` that the model has (docs/targets.md says why).
+    selection: how units are ranked. None: "gradient" where `prepare` is given batches of data, else "random".
+        One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and "gradient" are the paper's R, W,
+        A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see `passes/select/scores.py` and
+        `calibrate.py` for what each one is. Those in `CALIBRATED` need batches of data.
         Or the name of one that `s2ft_compile.selections` registered. Or a function (bands, scores) -> units: for the
         `Band`s of one structure and the float64 (units,) scores of "weight", the units that may train, best first, of
         which the first `targets`' amount do.
@@ -95,8 +101,8 @@ class S2FTConfig:
     s2ft_compile.errors.ConfigError: target 'ffn.out': a ratio lies in (0, 1], got 3.0; a number of units is ...
     """
 
-    targets: Mapping[str, int | float] = field(default_factory=lambda: {"ffn.in": 0.02, "ffn.out": 0.02})
-    selection: str | Callable[..., Any] = "random"
+    targets: Mapping[str, int | float] | None = None
+    selection: str | Callable[..., Any] | None = None
     largest: bool = True
     budget: str = "layer"
     seed: int = 0
@@ -104,16 +110,10 @@ class S2FTConfig:
     exclude: Sequence[str | os.PathLike[str]] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.targets, Mapping) or not self.targets:
-            raise ConfigError(
-                f"targets must map roles or globs to amounts, got {self.targets!r}; "
-                f"for example {{'ffn.in': 0.02, 'ffn.out': 0.02}}"
-            )
-        object.__setattr__(self, "targets", dict(self.targets))
-        for target, amount in self.targets.items():
-            _check_target(target)
-            _check_amount(target, amount)
-        _check_selection(self.selection)
+        if self.targets is not None:
+            object.__setattr__(self, "targets", _checked(self.targets))
+        if self.selection is not None:
+            _check_selection(self.selection)
         check_choice("budget", self.budget, BUDGETS)
         if self.budget == "score" and not self.scored:
             raise ConfigError(
@@ -135,7 +135,8 @@ class S2FTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values. A function is recorded by its name, "module:function"."""
-        return {**asdict(self), "selection": qualified_name(self.selection), "exclude": list(self.exclude)}
+        selection = self.selection and qualified_name(self.selection)
+        return {**asdict(self), "selection": selection, "exclude": list(self.exclude)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "S2FTConfig":
@@ -213,6 +214,18 @@ def is_glob(target: str) -> bool:
 
 def matches(target: str, parameter_name: str) -> bool:
     return fnmatchcase(parameter_name, target)
+
+
+def _checked(targets: Any) -> dict[str, int | float]:
+    if not isinstance(targets, Mapping) or not targets:
+        raise ConfigError(
+            f"targets must map roles or globs to amounts, got {targets!r}; for example "
+            f"{{'ffn.in': 0.02, 'ffn.out': 0.02}}"
+        )
+    for target, amount in targets.items():
+        _check_target(target)
+        _check_amount(target, amount)
+    return dict(targets)
 
 
 def _check_target(target: object) -> None:

@@ -7,34 +7,33 @@ at the same rate: with `match_rms_adamw` both change an entry by about as much.
 
 import logging
 from collections.abc import Iterable
+from math import prod, sqrt
 from statistics import median
 
 from torch import Tensor, nn, optim
 
-from .capture import unwrap
 from .config import OPTIMIZERS, check_choice
 from .errors import ConfigError
-from .quantized import Values
-from .sliced import whole
+from .plan import Slice
 from .state import parameters, state_of
 
 log = logging.getLogger(__name__)
-# Of the weights' root mean square: 6.5e-3 where that is 0.065 and three tasks liked 1e-2, 1e-2 and 3e-3 best.
-RATE = 0.1
+SPAN = 16.0  # docs/targets.md says from what
+STEPS = 1000  # of a run that nobody says the length of
 
 
 def optimizer(
-    model: nn.Module, name: str = "muon", lr: float | None = None, weight_decay: float = 0.0
+    model: nn.Module, name: str = "muon", lr: float | None = None, weight_decay: float = 0.0, steps: int = STEPS
 ) -> optim.Optimizer:
     """An optimizer of `s2ft.parameters(model)`.
 
-    name: "muon" or "adamw". lr: the peak of the caller's schedule; None: `learning_rate(model)`. weight_decay: pulls
-    towards the base model. Raises `ConfigError` for another name or a rate that is not positive, `StateError` for a
-    model that is not prepared.
+    name: "muon" or "adamw". lr: the peak of the caller's schedule; None: `learning_rate(model, steps)`. weight_decay:
+    pulls towards the base model. steps: optimizer steps of the run. Raises
+    `ConfigError` for another name or a rate that is not positive, `StateError` for a model that is not prepared.
     """
     check_choice("optimizer", name, OPTIMIZERS)
     deltas = parameters(model)
-    lr = learning_rate(model) if lr is None else lr
+    lr = learning_rate(model, steps) if lr is None else lr
     if not lr > 0:
         raise ConfigError(f"lr is a positive number such as 0.003, got {lr}")
     matrices = [p for p in deltas if p.ndim == 2 and name == "muon"]
@@ -52,16 +51,24 @@ def state_bytes(deltas: Iterable[Tensor], name: str) -> int:
     return sum(p.numel() * p.itemsize * (1 if name == "muon" and p.ndim == 2 else 2) for p in deltas)
 
 
-def learning_rate(model: nn.Module) -> float:
-    """A rate to start from: `RATE` times the root mean square of the weights that train (the median over them).
+def learning_rate(model: nn.Module, steps: int = STEPS) -> float:
+    """A rate to start from, the peak of a schedule: `SPAN` / (width · √steps).
 
-    At its peak a step then changes an entry by 2% of that with Muon.
+    width: how many numbers a unit has in a weight, its row or column; the median over the weights, in a transformer the
+    hidden size. steps: of the run. Raises `ConfigError` for less than one step.
     """
-    values = Values(unwrap(model))
-    weights = (whole(values[block.name]).detach().float() for block in state_of(model).blocks)
-    rate = RATE * median(weight.square().mean().sqrt().item() for weight in weights)
-    log.info("learning rate %.2g, %g of the weights' root mean square", rate, RATE)
-    return rate or RATE * 0.02  # weights that are all zero say nothing; 0.02 is what most are drawn with
+    if steps < 1:
+        raise ConfigError(f"steps is a positive number, got {steps}")
+    slices = state_of(model).plan.slices
+    width = median([_width(s) for s in slices if len(s.shape) > 1] or [1])
+    rate = SPAN / (width * sqrt(steps))
+    log.info("learning rate %.2g, for units of %g numbers and %d steps", rate, width, steps)
+    return rate
+
+
+def _width(s: Slice) -> int:
+    batched = len(s.shape) == 3 and any(role.startswith("moe.") for role in s.roles)
+    return prod(s.shape) // s.shape[s.dim] // (s.shape[0] if batched else 1)
 
 
 class Together(optim.Optimizer):

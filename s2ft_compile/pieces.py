@@ -45,32 +45,32 @@ def pieces(model: nn.Module, inputs: Inputs, train: bool, error: CaptureError) -
     if any(p.is_meta for p in model.parameters()):
         raise error
     run = _run(model, inputs, train, error)
-    found = dict(_found(model, "", run.calls))
-    if not found:
+    traced = dict(_traced(model, "", run.calls))
+    if not traced:
         raise error
     parameters, tied = dict(model.named_parameters()), tied_names(model)
     names = {id(t): name for name, t in (*parameters.items(), *model.named_buffers())}
-    held = {path: {names[id(p)] for p in model.get_submodule(path).parameters()} for path in found}
+    held = {path: {names[id(p)] for p in model.get_submodule(path).parameters()} for path in traced}
     read = {(name, path) for name, running in run.reads for path in running if name in held.get(path, ())}
     outside = {name for name, running in run.reads if not any((name, path) in read for path in running)}
     outside |= set(parameters) - {name for name, _ in read}
-    mentioned = _attributes(model, found)  # a branch that was not taken may read it
+    mentioned = _attributes(model, traced)  # a branch that was not taken may read it
     any_is_read = not WHOLE.isdisjoint(attribute for _, attribute in mentioned)
     for name in {*parameters, *tied}:
-        path = next((p for p in found if name.startswith(f"{p}.")), None)
+        path = next((p for p in traced if name.startswith(f"{p}.")), None)
         first = name.removeprefix(f"{path}.").partition(".")[0]
         ways = {("", first), (str(path).rpartition(".")[-1], first)}
         if path is None or any_is_read or mentioned & ways:
             outside.add(tied.get(name, name))
     refused = dict.fromkeys(sorted(outside), "code that could not be traced reads it")
-    log.warning("%s; %d modules that do trace were looked at by themselves", str(error).rstrip("."), len(found))
+    log.warning("%s; %d modules that do trace were looked at by themselves", str(error).rstrip("."), len(traced))
     shapes, overlapping = {name: tuple(p.shape) for name, p in parameters.items()}, overlapping_names(model)
-    made, start = [], 0
-    for path in (p for p in run.calls if p in found):
+    captures, start = [], 0
+    for path in (p for p in run.calls if p in traced):
         module = model.get_submodule(path)
         local = {n: names[id(t)] for n, t in (*module.named_parameters(), *module.named_buffers())}
-        for captured in found[path]:
-            made.append(
+        for captured in traced[path]:
+            captures.append(
                 replace(
                     captured,
                     parameters={place: local[n] for place, n in captured.parameters.items()},
@@ -85,16 +85,16 @@ def pieces(model: nn.Module, inputs: Inputs, train: bool, error: CaptureError) -
                 )
             )
         start += len(held[path])
-    return made
+    return captures
 
 
-def _attributes(model: nn.Module, found: Collection[str]) -> set[tuple[str, str]]:
+def _attributes(model: nn.Module, traced: Collection[str]) -> set[tuple[str, str]]:
     """Every attribute that code outside of the pieces mentions, after the attribute that it is one of ("" for what may
     be anything): the code of the modules that hold pieces and of what that calls."""
     attributes: set[tuple[str, str]] = set()
     seen: set[Any] = set()
     for path, module in model.named_modules():
-        inside = any(piece == path or path.startswith(f"{piece}.") for piece in found)
+        inside = any(piece == path or path.startswith(f"{piece}.") for piece in traced)
         spaces = [vars(module), *map(vars, type(module).__mro__)]
         stack = [] if inside or not any(module.children()) else [space.get("forward") for space in spaces]
         while stack:
@@ -115,9 +115,9 @@ def _attributes(model: nn.Module, found: Collection[str]) -> set[tuple[str, str]
     return attributes
 
 
-def _says_where(module: nn.Module, name: str, found: Any) -> bool:
+def _says_where(module: nn.Module, name: str, attribute: Any) -> bool:
     """Whether it is a property that says of which type, or on which device, weights are: not what they hold."""
-    if not isinstance(found, property):
+    if not isinstance(attribute, property):
         return False
     try:
         return isinstance(getattr(module, name), (torch.dtype, torch.device))
@@ -125,46 +125,46 @@ def _says_where(module: nn.Module, name: str, found: Any) -> bool:
         return False
 
 
-def _plain(found: Any) -> Any:
+def _plain(attribute: Any) -> Any:
     """The function in a method, a property or a decorator; None where there is none."""
-    found = getattr(found, "__func__", getattr(found, "fget", found))
-    found = inspect.unwrap(found) if callable(found) else found
-    return found if inspect.isfunction(found) else None
+    attribute = getattr(attribute, "__func__", getattr(attribute, "fget", attribute))
+    attribute = inspect.unwrap(attribute) if callable(attribute) else attribute
+    return attribute if inspect.isfunction(attribute) else None
 
 
 def _mentioned(code: CodeType) -> set[tuple[str, str]]:
-    found, before = set(), ""
+    mentioned, before = set(), ""
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            found.add((before, step.argval))
+            mentioned.add((before, step.argval))
             before = step.argval
         elif step.opname not in ("CACHE", "EXTENDED_ARG"):
             before = "self" if step.opname == "LOAD_FAST" and step.argval == "self" else ""
-    return found.union(*(_mentioned(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+    return mentioned.union(*(_mentioned(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
-def _found(module: nn.Module, path: str, calls: Mapping[str, Any]) -> Iterator[tuple[str, list[Captured]]]:
+def _traced(module: nn.Module, path: str, calls: Mapping[str, Any]) -> Iterator[tuple[str, list[Captured]]]:
     """The outermost modules that trace, with their traces. One with a single matrix has none but its borders."""
     for name, child in module.named_children():
         at = f"{path}.{name}".lstrip(".")
         if sum(p.dim() > 1 for p in child.parameters()) > 1:
             traces = _traces(child, calls.get(at, {}), at)
-            yield from [(at, traces)] if traces else _found(child, at, calls)
+            yield from [(at, traces)] if traces else _traced(child, at, calls)
 
 
 def _traces(module: nn.Module, kinds: Mapping[Any, Mapping[Any, Inputs]], path: str) -> list[Captured]:
     """Of each kind of call the two at the largest sizes; [] where one does not trace."""
-    made = []
+    traces = []
     for (training, *_), sizes in kinds.items():
         largest = sorted(sizes, key=lambda shapes: -sum(shape.numel() for shape in shapes))[:2]
         for i, size in enumerate(largest):
             where = f"of {path}{' in train mode' if training else ''}"
             try:
-                made.append(capture(module, sizes[size], training, where, i > 0))
+                traces.append(capture(module, sizes[size], training, where, i > 0))
             except CaptureError as error:
                 log.debug("no piece: %s", error)
                 return []
-    return made if len(kinds) <= MAX_KINDS else []
+    return traces if len(kinds) <= MAX_KINDS else []
 
 
 def _run(model: nn.Module, inputs: Inputs, train: bool, error: CaptureError) -> Run:

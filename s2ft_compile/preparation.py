@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from s2ft_compile.passes.couple.recheck import Permuted
 from s2ft_compile.passes.permute import dense_orders, move, moves_for, ranges
 from s2ft_compile.passes.select.calibrate import Loss, calibrate
 from s2ft_compile.passes.select.calibrate import check as check_calibration
-from s2ft_compile.passes.select.select import WHOLE, Selection, Taken, raised, select, targeted_bands
+from s2ft_compile.passes.select.select import WHOLE, Selection, Taken, default_targets, raised, select, targeted_bands
 
 from .capture import captures, tensors_of, unwrap
 from .config import S2FTConfig, looks_at_data
@@ -108,6 +109,7 @@ def prepare(
     if find_state(model) is not None:
         raise StateError("this model is prepared already; call s2ft.release(model) before preparing it again")
     if given is None:
+        config = replace(config, selection=config.selection or ("gradient" if calibration is not None else "random"))
         check_calibration(config.selection, calibration)
     parameters = Values(model)
     of_others = taken(model, config) if given is None else None
@@ -116,6 +118,7 @@ def prepare(
         settle(weight.layer, weight.key)
     analysis, base = analyze(model, example_inputs, train=train), fingerprint(model)
     if given is None:
+        config = replace(config, targets=config.targets or default_targets(analysis))
         selections = select(
             analysis, config, parameters, measured(model, analysis, config, calibration, loss), of_others
         )

@@ -185,12 +185,12 @@ def kind_of(layer: nn.Module, key: str) -> Kind | None:
 
 def quantized_in(model: nn.Module) -> dict[str, Quantized]:
     """The quantized weights of a model, by (first) name."""
-    found: dict[int, Quantized] = {}
+    weights: dict[int, Quantized] = {}
     for path, layer in model.named_modules():
         for key, parameter in layer._parameters.items():
-            if parameter is not None and id(parameter) not in found and (kind := kind_of(layer, key)):
-                found[id(parameter)] = Quantized(f"{path}.{key}" if path else key, layer, key, kind)
-    return {weight.name: weight for weight in found.values()}
+            if parameter is not None and id(parameter) not in weights and (kind := kind_of(layer, key)):
+                weights[id(parameter)] = Quantized(f"{path}.{key}" if path else key, layer, key, kind)
+    return {weight.name: weight for weight in weights.values()}
 
 
 def check_known(model: nn.Module) -> None:
@@ -266,21 +266,21 @@ def stand_ins(
 
     Gives the weights that are replaced, by name.
     """
-    found, made, undo = quantized_in(model), {}, []
-    named = {id(weight.held): weight for weight in found.values()}
+    weights, values, undo = quantized_in(model), {}, []
+    named = {id(weight.held): weight for weight in weights.values()}
     try:
         for layer in model.modules():
             for key, parameter in list(layer._parameters.items()):
                 if (weight := named.get(id(parameter))) is None:
                     continue
-                if weight.name not in made:
-                    made[weight.name] = value(weight)
+                if weight.name not in values:
+                    values[weight.name] = value(weight)
                 undo.append((layer, type(layer), key, parameter, layer.__dict__.get("forward")))
-                layer._parameters[key] = made[weight.name]
+                layer._parameters[key] = values[weight.name]
                 if isinstance(layer, nn.Linear):
                     layer.__dict__.pop("forward", None)
                     layer.__class__ = StandIn
-        yield found
+        yield weights
     finally:
         for layer, cls, key, parameter, forward in undo:
             layer.__class__ = cls

@@ -1,4 +1,4 @@
-"""`reselect`: other units train from here on, and what the earlier ones learned stays.
+"""`reselect`: other units train from here on, and what the earlier ones learned stays. `trained_state`: both, to save.
 
 The new units take the places of the old ones: the blocks lie where they lay and are as large, so the same deltas, the
 same graphs and the same optimizer go on, with the memory of one selection. A unit that trained before goes on from its
@@ -9,8 +9,8 @@ that moved, exact as ever:
 """
 
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,10 +27,11 @@ from .errors import ConfigError, StateError
 from .plan import Plan, Slice
 from .preparation import measured, taken
 from .quantized import Values
-from .sliced import InPlace
+from .sliced import Block, InPlace
 from .state import Left, State, disabled, merged, state_of, to_base_order
 
 log = logging.getLogger(__name__)
+Learned = tuple[Tensor, Tensor]  # positions in the base's order, int64 (n,), and their delta
 
 
 def reselect(
@@ -55,27 +56,142 @@ def reselect(
             of_others = taken(module, config)
     else:
         of_others = {}
-    with merged(model):
+    with merged(model), torch.compiler.set_stance("force_eager"):
         scores = measured(module, state.analysis, config, calibration, loss)
         selections = select(state.analysis, config, Values(module), scores, of_others)
-    selections = _in_order(selections, state)
-    orders = dense_orders(state.analysis, selections)
-    index = moves_for(orders, state.analysis.layouts)
-    before = _trained(state)
-    with torch.no_grad():
-        to_base_order(state, trained=True)
-        state.moves = [(name, dim, order) for (name, dim), order in index.items()]
-        state.permuted = Permuted.of(state.analysis, orders)
-        state.move(back=False)
-        pairs = [_replaced(b, s, index, before.get(b.name)) for b, s in zip(state.blocks, selections)]
-    state.left_behind = [left for _, left in pairs if left is not None]
+    _arrange(state, _in_order(selections, state), _learned(state))
     state.reselected += 1
     state.compared = False
+    log.info("chosen anew: %d slices train, %d keep what they learned", len(state.blocks), len(state.left_behind))
+    return state.plan
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training has changed, as tensors for a checkpoint: less than `state_dict`, and enough where units were
+    chosen anew. NAME being a delta's in `state_dict`:
+
+    NAME: the delta, float32. NAME.units: int64, its positions in the base's order. NAME.earlier, NAME.earlier_units:
+    the same of what trained before. reselected: how often units were chosen anew, int64 ().
+    Raises `StateError` for a model that is not prepared or is sharded.
+    """
+    state = state_of(model)
+    values = {"reselected": torch.tensor(state.reselected)}
+    earlier = {left.name: left for left in state.left_behind}
+    for s, block in zip(state.plan.slices, state.blocks):
+        if hasattr(block.delta, "placements"):
+            raise StateError("this model is sharded (fully_shard): torch.distributed.checkpoint saves its state_dict()")
+        values |= {block.delta_name: block.delta.detach(), f"{block.delta_name}.units": s.indices}
+        if left := earlier.get(block.name):
+            values |= {f"{block.delta_name}.earlier": left.delta, f"{block.delta_name}.earlier_units": left.indices}
+    return values
+
+
+@torch.no_grad()
+def load_trained_state(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Puts what `trained_state` returned into the model it was taken from, or into one that was prepared alike; the
+    units are then those of `values`, and nothing is compiled again.
+
+    An optimizer of the deltas is loaded by itself. Raises `StateError` for values of other slices; the model is then
+    unchanged.
+    """
+    state = state_of(model)
+    given = [_given(values, s, block) for s, block in zip(state.plan.slices, state.blocks)]
+    names = {name for block in state.blocks for name in _names(block)} | {"reselected"}
+    if strange := sorted(values.keys() - names):
+        raise StateError(f"{strange[0]} is none of this model's slices, which are {_some_names(state)}")
+    moved = any(not torch.equal(one.units, s.indices.cpu()) for one, s in zip(given, state.plan.slices))
+    if moved or state.left_behind or any(one.earlier is not None for one in given):
+        _check(state)
+        selections = [
+            Selection(s.parameter_name, s.dim, s.roles, one.units.sort().values)
+            for one, s in zip(given, state.plan.slices)
+        ]
+        _arrange(state, selections, {s.parameter_name: one.all() for one, s in zip(given, state.plan.slices)})
+        for block in state.blocks:
+            block.reselected = False  # an optimizer's state comes from the same checkpoint
+    else:
+        for one, block in zip(given, state.blocks):
+            block.delta.copy_(one.delta)
+        state.refresh()
+    state.reselected = int(values.get("reselected", torch.tensor(0)))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Of one slice: what trains and what trained before, each a delta and its positions; on the CPU."""
+
+    dim: int
+    delta: Tensor
+    units: Tensor
+    earlier: Tensor | None
+    earlier_units: Tensor | None
+
+    def all(self) -> Learned:
+        if self.earlier is None:
+            return self.units, self.delta
+        return torch.cat([self.units, self.earlier_units]), torch.cat([self.delta, self.earlier], self.dim)
+
+
+def _names(block: Block) -> list[str]:
+    return [block.delta_name, *(f"{block.delta_name}.{part}" for part in ("units", "earlier", "earlier_units"))]
+
+
+def _given(values: Mapping[str, Tensor], s: Slice, block: Block) -> _Given:
+    """The part of a trained state that is a slice's. Raises `StateError` where it is none of this slice's size."""
+    delta, units, earlier, earlier_units = (values.get(name) for name in _names(block))
+    if delta is None:
+        raise StateError(f"{block.delta_name} is missing, the delta of {s.parameter_name}")
+    if (earlier is None) != (earlier_units is None):
+        raise StateError(f"{block.delta_name} has earlier units without their deltas, or deltas without their units")
+    one = _Given(s.dim, delta, s.indices if units is None else units, earlier, earlier_units)
+    for tensor, places in ((delta, one.units), (earlier, earlier_units))[: 1 if earlier is None else 2]:
+        n = len(s.indices) if tensor is delta else len(places)
+        shape = (*s.shape[: s.dim], n, *s.shape[s.dim + 1 :])
+        if tensor.dtype != torch.float32 or tensor.shape != shape or not _positions(places, n, s.shape[s.dim]):
+            raise StateError(
+                f"{block.delta_name} is {tuple(tensor.shape)} of {tensor.dtype}, and this model's slice of "
+                f"{s.parameter_name} has a float32 delta of {shape}, at {n} positions below {s.shape[s.dim]}"
+            )
+    if not _positions(one.all()[0], len(one.all()[0]), s.shape[s.dim]):
+        raise StateError(f"{block.delta_name} has a position twice")
+    return one
+
+
+def _positions(places: Tensor, n: int, size: int) -> bool:
+    """Whether these are n positions below `size`, each once."""
+    fits = places.dtype == torch.int64 and places.shape == (n,) and bool(((0 <= places) & (places < size)).all())
+    return fits and len(places.unique()) == n
+
+
+def _some_names(state: State) -> str:
+    names = [block.delta_name for block in state.blocks]
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+# --- other units in the same places ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _arrange(state: State, selections: Sequence[Selection], learned: Mapping[str, Learned]) -> None:
+    """The selections train from here on; of all units of a parameter that have learned something, those keep it that
+    do not train."""
+    orders = dense_orders(state.analysis, selections)
+    index = moves_for(orders, state.analysis.layouts)
+    to_base_order(state, trained=False)
+    now, before = state.tensors(), {}
+    for block in state.blocks:
+        indices, delta = (t.detach().cpu() for t in learned[block.name])
+        backup = now[block.name].detach().index_select(block.dim, indices.to(block.weight.device)).cpu()
+        before[block.name] = Left(block.name, block.dim, indices, delta, backup)
+        before[block.name].put(now[block.name], None, trained=True)
+    state.moves = [(name, dim, order) for (name, dim), order in index.items()]
+    state.permuted = Permuted.of(state.analysis, orders)
+    state.move(back=False)
+    pairs = [_replaced(b, s, index, before[b.name]) for b, s in zip(state.blocks, selections)]
+    state.left_behind = [left for _, left in pairs if left is not None]
     state.replan(tuple(piece for piece, _ in pairs))
     state.set_active(True)
     state.refresh()
-    log.info("chosen anew: %d slices train, and %d keep what they had", len(pairs), len(state.left_behind))
-    return state.plan
 
 
 def _check(state: State) -> None:
@@ -104,14 +220,9 @@ def _in_order(selections: tuple[Selection, ...], state: State) -> list[Selection
     return [by_place[block.name, block.dim] for block in state.blocks]
 
 
-def _trained(state: State) -> dict[str, Left]:
-    """Everything that ever trained, by parameter, with the base's values."""
-    earlier = {left.name: left for left in state.left_behind}
-    everything = {}
-    for s, block in zip(state.plan.slices, state.blocks):
-        now = Left(block.name, block.dim, s.indices, block.delta.detach().cpu().clone(), block.backup.cpu())
-        everything[block.name] = now.and_also(earlier.get(block.name))
-    return everything
+def _learned(state: State) -> dict[str, Learned]:
+    """Of each parameter all that ever trained."""
+    return {s.parameter_name: (s.indices, s.delta.detach().clone()) for s in state.all_trained.slices}
 
 
 def _replaced(

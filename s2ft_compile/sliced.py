@@ -303,14 +303,14 @@ class InPlace(Block):
     def _is_trained(self, weight: Tensor, delta: Tensor, exact: bool = False, room: Tensor | float = 0) -> bool:
         """Whether a weight's block is cast(W0 + delta): up to the rounding of means over checkpoints and `room`, or
         exactly. Of a sharded weight each process looks at its own part."""
-        made = self.trained(delta)
+        trained = self.trained(delta)
         if hasattr(weight, "placements"):
-            parts = list(self._local_parts(weight, made))
+            parts = list(self._local_parts(weight, trained))
         else:
-            parts = [(self.part_of(weight.detach()).to(made.device), made)]
+            parts = [(self.part_of(weight.detach()).to(trained.device), trained)]
         if exact:
             return all(torch.equal(held, part) for held, part in parts)
-        room = room + 4 * torch.finfo(made.dtype).eps * made.abs().max()
+        room = room + 4 * torch.finfo(trained.dtype).eps * trained.abs().max()
         return all(((held - part).abs() <= room).all() for held, part in parts)
 
 
@@ -550,8 +550,8 @@ def _class(base: type, keys: tuple[str, ...], adds: bool) -> type:
         named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         readers: dict[str, Any] = {key: _property(key) for key in keys}
         forward = {"forward": _adding(base)} if adds else {}
-        made = type(base.__name__, (Sliced, base), {**named, **readers, **forward, "_s2ft_base": base})
-        _classes[base, keys, adds] = made
+        cls = type(base.__name__, (Sliced, base), {**named, **readers, **forward, "_s2ft_base": base})
+        _classes[base, keys, adds] = cls
     return _classes[base, keys, adds]
 
 
@@ -568,8 +568,8 @@ def _adding(base: type) -> Callable:
 
 
 def _new(base: type, keys: tuple[str, ...], adds: bool = False) -> nn.Module:
-    made = _class(base, keys, adds)
-    return made.__new__(made)
+    cls = _class(base, keys, adds)
+    return cls.__new__(cls)
 
 
 class Sliced:
@@ -638,8 +638,8 @@ class Sliced:
         deltas = {id(block.delta) for block in self._sliced()}
 
         def moved(tensor: Tensor) -> Tensor:
-            made = fn(tensor)
-            return tensor.to(made.device) if id(tensor) in deltas and made.dtype != tensor.dtype else made
+            applied = fn(tensor)
+            return tensor.to(applied.device) if id(tensor) in deltas and applied.dtype != tensor.dtype else applied
 
         super()._apply(moved, recurse)
         for block in self._sliced():
@@ -669,8 +669,8 @@ def beside_of(model: nn.Module, weight: Quantized, dim: int, index: Tensor, delt
     zeros that train."""
     shape = [*weight.shape[:dim], len(index), *weight.shape[dim + 1 :]]
     held, places = weight.held, places_of(model, weight.held)
-    made = torch.zeros(shape, dtype=torch.float32) if delta is None else delta.detach().clone()
-    parameter = nn.Parameter(made.to(held.device), requires_grad=delta is None)
+    values = torch.zeros(shape, dtype=torch.float32) if delta is None else delta.detach().clone()
+    parameter = nn.Parameter(values.to(held.device), requires_grad=delta is None)
     return Beside(
         name=weight.name,
         weight=held,

@@ -27,7 +27,7 @@ from .sliced import Beside, Block, check_extra, check_same, refresh
 from .structure import Analysis
 
 NAME = "_s2ft_state"
-ANEW = "units chosen anew"  # how the note of a reselection begins
+ANEW = "units were chosen anew; those that trained before keep what they learned"  # a note of a plan
 _live: "weakref.WeakSet[State]" = weakref.WeakSet()
 
 
@@ -50,15 +50,6 @@ class Left:
     def take(self, rows: Tensor) -> "Left":
         delta, backup = (t.index_select(self.dim, rows) for t in (self.delta, self.backup))
         return replace(self, indices=self.indices[rows], delta=delta, backup=backup)
-
-    def and_also(self, other: "Left | None") -> "Left":
-        if other is None:
-            return self
-        indices = torch.cat([self.indices, other.indices])
-        delta, backup = (
-            torch.cat(pair, self.dim) for pair in zip((self.delta, self.backup), (other.delta, other.backup))
-        )
-        return replace(self, indices=indices, delta=delta, backup=backup)
 
     def moved(self) -> "Left | None":
         """The part that is not the base's, None without any."""
@@ -90,6 +81,7 @@ class State:
         self.blocks = blocks
         self.left_behind: list[Left] = []
         self.reselected = 0  # how often
+        self.arranged = 0  # how often blocks became other units
         self.moves = moves
         self.frozen = frozen
         self.permuted = permuted
@@ -128,8 +120,8 @@ class State:
         return replace(self.plan, slices=tuple(slices))
 
     def replan(self, slices: tuple[Slice, ...]) -> None:
-        notes = [note for note in self._plan.notes if not note.startswith(ANEW)]
-        notes.append(f"{ANEW} {self.reselected} times; what trained before keeps what it learned")
+        notes = [*(note for note in self._plan.notes if note != ANEW), *([ANEW] if self.left_behind else [])]
+        self.arranged += 1
         self._plan = replace(self._plan, slices=slices, notes=tuple(notes))
 
     def put_left_behind(self, trained: bool, base_order: bool) -> None:
@@ -416,8 +408,8 @@ def _check_gradients(optimizer) -> None:
             )
 
 
-def _named(some: list[Block], blocks: list[Block]) -> str:
-    return f"{len(some)} of {len(blocks)} slices ({', '.join(b.name for b in some[:3])})"
+def _named(which: list[Block], blocks: list[Block]) -> str:
+    return f"{len(which)} of {len(blocks)} slices ({', '.join(b.name for b in which[:3])})"
 
 
 def _blocks_in(optimizer) -> list[tuple[State, list[Block]]]:

@@ -35,14 +35,14 @@ SIZES = (1, 2, 3, 4, 6, 8, 12)
 @st.composite
 def factorings(draw, size: int):
     """Sizes whose product is `size`, ones among them."""
-    made = []
+    factors = []
     while size > 1:
         factor = draw(st.sampled_from([f for f in range(2, size + 1) if size % f == 0]))
-        made.append(factor)
+        factors.append(factor)
         size //= factor
     for _ in range(draw(st.integers(0, 1))):
-        made.insert(draw(st.integers(0, len(made))), 1)
-    return made
+        factors.insert(draw(st.integers(0, len(factors))), 1)
+    return factors
 
 
 @st.composite
@@ -64,9 +64,9 @@ def programs(draw):
             dims = [pick() for _ in range(draw(st.integers(1, 2)))]
             if (total := torch.Size(d.size for d in dims).numel()) > 144:
                 continue
-            made = reshape(dims, draw(factorings(total)), WHY)
-            axes += made
-            checks.append(lambda s, dims=dims, made=made: torch.equal(s.flat(dims), s.flat(made)))
+            result = reshape(dims, draw(factorings(total)), WHY)
+            axes += result
+            checks.append(lambda s, dims=dims, result=result: torch.equal(s.flat(dims), s.flat(result)))
         elif step == "cut":
             a = pick()
             offsets = sorted(draw(st.sets(st.integers(1, a.size), max_size=2)) - {a.size})
@@ -80,9 +80,9 @@ def programs(draw):
             )
         elif step in ("concat", "product"):
             parts = [pick() for _ in range(draw(st.integers(1, 3)))]
-            made = concat(parts) if step == "concat" else product(parts)
-            if made.size <= 96:
-                axes.append(made)
+            result = concat(parts) if step == "concat" else product(parts)
+            if result.size <= 96:
+                axes.append(result)
         else:
             pinned = pick()
             pin(pinned, WHY)

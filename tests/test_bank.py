@@ -27,7 +27,7 @@ TARGETS = {
 U32 = 2.0**-24
 
 
-def made(tmp_path_factory, kind: str):
+def saved(tmp_path_factory, kind: str):
     root, base = tmp_path_factory.mktemp(kind), hf(kind)
     for seed, (name, targets) in enumerate(TARGETS.items()):
         model = copy.deepcopy(base)
@@ -39,7 +39,7 @@ def made(tmp_path_factory, kind: str):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return made(tmp_path_factory, "llama")
+    return saved(tmp_path_factory, "llama")
 
 
 def bank_of(folder, kind: str = "llama", dtype=torch.float32) -> AdapterBank:
@@ -64,9 +64,9 @@ def alone(folder, name: str | None, kind: str = "llama") -> nn.Module:
     return model
 
 
-def close(found, expected) -> None:
+def close(outputs, expected) -> None:
     """Float32, layers of at most 64 terms, two blocks: rounding of the largest entry, as often as it can add up."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=2**9 * U32 * float(expected.abs().max()))
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=2**9 * U32 * float(expected.abs().max()))
 
 
 # --- in the weights ---------------------------------------------------------------------------------------
@@ -118,9 +118,9 @@ def test_fusing_adds_every_delta_and_reports_what_they_share(folder, chosen):
 def test_each_row_is_that_of_its_adapter_alone(folder, ids, seed):
     bank, inputs = bank_of(folder), tokens(len(ids), 6, seed)
     with torch.no_grad(), bank.batch(ids):
-        found = bank.model(inputs).logits
+        outputs = bank.model(inputs).logits
     for i, name in enumerate(ids):
-        close(found[i], alone(folder, name)(inputs[i : i + 1]).logits[0].detach())
+        close(outputs[i], alone(folder, name)(inputs[i : i + 1]).logits[0].detach())
     close(bank.model(inputs).logits.detach(), alone(folder, None)(inputs).logits.detach())  # nothing is left behind
 
 
@@ -130,11 +130,11 @@ def test_packed_requests_have_the_adapters_of_their_tokens(folder, requests):
     ids, lengths = [name for name, _ in requests], [length for _, length in requests]
     bank, x = bank_of(folder), torch.randn(1, sum(lengths), 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), bank.batch(ids, lengths):
-        found = bank.model.model.layers[1].mlp(x)
+        outputs = bank.model.model.layers[1].mlp(x)
     with torch.no_grad(), bank.batch(ids, lengths):  # a step like the one before
-        assert torch.equal(bank.model.model.layers[1].mlp(x), found)
-    found = found.split(lengths, 1)
-    for name, part, y in zip(ids, x.split(lengths, 1), found):
+        assert torch.equal(bank.model.model.layers[1].mlp(x), outputs)
+    outputs = outputs.split(lengths, 1)
+    for name, part, y in zip(ids, x.split(lengths, 1), outputs):
         close(y, alone(folder, name).model.layers[1].mlp(part).detach())
 
 
@@ -174,12 +174,12 @@ def test_a_removed_adapter_gives_its_memory_back(folder):
 
 def test_fused_and_transposed_layers(tmp_path_factory):
     kind = "gpt2"
-    root, ids = made(tmp_path_factory, kind), ["a", None, "b", "d", "c"]
+    root, ids = saved(tmp_path_factory, kind), ["a", None, "b", "d", "c"]
     bank, inputs = bank_of(root, kind), tokens(5)
     with torch.no_grad(), bank.batch(ids):
-        found = bank.model(inputs).logits
+        outputs = bank.model(inputs).logits
     for i, name in enumerate(ids):
-        close(found[i], alone(root, name, kind)(inputs[i : i + 1]).logits[0].detach())
+        close(outputs[i], alone(root, name, kind)(inputs[i : i + 1]).logits[0].detach())
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
@@ -187,9 +187,9 @@ def test_generation_with_a_cache_gives_the_tokens_of_each_adapter_alone(folder, 
     bank, inputs, ids = bank_of(folder), tokens(4), ["a", None, "d", "b"]
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
     with bank.batch(ids):
-        found = bank.model.generate(inputs, **options)
+        outputs = bank.model.generate(inputs, **options)
     for i, name in enumerate(ids):
-        assert torch.equal(found[i], alone(folder, name).generate(inputs[i : i + 1], **options)[0])
+        assert torch.equal(outputs[i], alone(folder, name).generate(inputs[i : i + 1], **options)[0])
 
 
 def test_compiled_once_for_all_adapters(folder):
@@ -205,9 +205,9 @@ def test_compiled_once_for_all_adapters(folder):
     with torch.no_grad():
         for ids in (["a", "b", None], ["d", "d", "c"], ["c", None, "a"]):
             with bank.batch(ids):
-                found = model(inputs).logits
+                outputs = model(inputs).logits
             for i, name in enumerate(ids):
-                close(found[i], alone(folder, name)(inputs[i : i + 1]).logits[0])
+                close(outputs[i], alone(folder, name)(inputs[i : i + 1]).logits[0])
         assert len(graphs) == 1
         for name in ("a", None, "b"):
             bank.activate(name)
@@ -307,10 +307,10 @@ def test_a_batch_has_gradients_where_they_are_enabled(folder):
     """And its outputs are those of the operator that has none."""
     bank, inputs, ids = bank_of(folder), tokens(3), ["a", "d", "b"]
     with bank.batch(ids):
-        found = bank.model(inputs).logits
+        outputs = bank.model(inputs).logits
         with torch.no_grad():
-            close(bank.model(inputs).logits, found.detach())
-    (gradient,) = torch.autograd.grad(found.square().sum(), bank.model.model.embed_tokens.weight)
+            close(bank.model(inputs).logits, outputs.detach())
+    (gradient,) = torch.autograd.grad(outputs.square().sum(), bank.model.model.embed_tokens.weight)
     expected = torch.zeros_like(gradient)
     for i, name in enumerate(ids):
         model = alone(folder, name)

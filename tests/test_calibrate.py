@@ -82,11 +82,11 @@ def gradients(model, batches, loss):
     return squares
 
 
-def assert_close(found, expected):
-    assert found.keys() == expected.keys() and found
+def assert_close(products, expected):
+    assert products.keys() == expected.keys() and products
     for place, values in expected.items():
-        assert found[place].dtype == torch.float64 and found[place].device.type == "cpu"
-        torch.testing.assert_close(found[place], values, msg=lambda m, place=place: f"{place}: {m}", **CLOSE)
+        assert products[place].dtype == torch.float64 and products[place].device.type == "cpu"
+        torch.testing.assert_close(products[place], values, msg=lambda m, place=place: f"{place}: {m}", **CLOSE)
 
 
 def batches_of(case):

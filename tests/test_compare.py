@@ -56,6 +56,17 @@ def test_a_gain_is_a_share_of_full_fine_tunings():
     assert report.Runs(rows).gain("far", "s2ft") == 0.75
 
 
+def test_what_is_kept_is_read_where_a_method_learns_as_much_as_lora():
+    def learned(method, exponent, test, kl):
+        return row(exponent, 0, test, test, method) | {"kl": kl, "facts_exact": 0.5}
+
+    rows = [learned("base", 0, 5.0, 0.0), learned("lora", -2, 3.0, 1.0), learned("lora", -3, 4.0, 0.1)]
+    rows += [learned("s2ft", e, test, kl) for e, test, kl in ((-1, 2.9, 2.0), (-2, 3.01, 0.4), (-3, 3.1, 0.1))]
+    table = report.equally(report.Runs([*rows, learned("full", -3, 3.5, 0.1)]), ["lora", "s2ft", "full"])
+    cells = {line.split(" | ")[0]: line.split(" | ")[2] for line in table.splitlines()[2:]}
+    assert list(cells.values()) == ["1.000, 50%", "0.400, 50%", "never"]
+
+
 def test_half_an_interval_is_students():
     assert report.spread([1.0, 2.0, 3.0], ".2f") == "2.00 ± 2.48"  # 4.30 / sqrt(3)
     assert report.spread([1.0], ".2f") == "1.00"

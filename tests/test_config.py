@@ -60,13 +60,10 @@ def test_which_selections_have_scores():
     assert not S2FTConfig(selection=by_hand).scored
 
 
-def test_the_default():
+def test_the_default_leaves_targets_and_selection_open():
     config = S2FTConfig()
-    assert (
-        config.targets == {"ffn.in": 0.02, "ffn.out": 0.02}
-        and config.selection == "random"
-        and config.budget == "layer"
-    )
+    assert config.targets is None and config.selection is None and config.budget == "layer"
+    assert S2FTConfig.from_dict(config.to_dict()) == config
 
 
 def test_the_targets_are_a_copy():
@@ -79,7 +76,6 @@ def test_the_targets_are_a_copy():
 BAD = {  # arguments -> words of the message: what was found, what is valid
     "no targets": (dict(targets={}), ["{}", "ffn.out"]),
     "targets as text": (dict(targets="ffn.out"), ["'ffn.out'", "0.02"]),
-    "targets as None": (dict(targets=None), ["None"]),
     "an empty target": (dict(targets={"": 0.1}), ["''", *ROLES]),
     "a target that is no text": (dict(targets={3: 0.1}), ["3", *ROLES]),
     "ratio 0": (dict(targets={"ffn.out": 0.0}), ["ffn.out", "0.0", "(0, 1]"]),
@@ -97,7 +93,7 @@ BAD = {  # arguments -> words of the message: what was found, what is valid
     "negative seed": (dict(seed=-1), ["-1", "0"]),
     "seed too large": (dict(seed=2**63), [str(2**63), "2**63 - 1"]),
     "seed as a float": (dict(seed=1.0), ["1.0", "integer"]),
-    "random by score": (dict(budget="score"), ["'random'", "layer", "model", "weight", "gradient"]),
+    "random by score": (dict(budget="score", selection="random"), ["'random'", "layer", "model", "weight", "gradient"]),
     "a function by score": (dict(budget="score", selection=len), ["len", "layer", "model"]),
     "no layers": (dict(top_layers=0), ["0", "from 1", "None"]),
     "layers as a ratio": (dict(top_layers=0.5), ["0.5", "from 1"]),

@@ -95,6 +95,7 @@ def workplace(tmp_path, monkeypatch):
     exporters = dict(registration.REGISTERED)
     yield {"s2ft": s2ft, "torch": torch, "model": llama(), "base": llama(), "batch": batch, "fresh": llama} | {
         "data": [batch],
+        "batches": [{**batch, "labels": batch["input_ids"]}],
         "config": s2ft.S2FTConfig({"ffn.in": 2, "ffn.out": 2}),
     }
     for name in registration.REGISTERED.keys() - exporters:

@@ -50,7 +50,7 @@ WIDE = replace(QUICK_SIZE, hidden=128, ffn=448, heads=4, kv_heads=1, vocabulary=
 def test_what_is_predicted_is_what_a_step_takes(setting, options, tolerance):
     """Weights, slices and saved activations to the last bytes. The peak as the allocator sees it to 10%; with
     recomputation, whose order Inductor changes from version to version, to 20% (torch 2.11 is 15% above)."""
-    made = predicted(setting, **options)
+    estimated = predicted(setting, **options)
     model = build(setting)
     ids = torch.zeros(setting.batch, setting.length, dtype=torch.int64)
     inputs = {"input_ids": ids, "labels": ids}
@@ -70,12 +70,12 @@ def test_what_is_predicted_is_what_a_step_takes(setting, options, tolerance):
     held = [*model.parameters(), *model.buffers(), *(b.backup for b in s2ft.state.state_of(model).blocks)]
     held += [d.grad for d in deltas] + [t for s in optimizer.state.values() for t in s.values() if t.ndim]
     fixed = sum(t.numel() * t.itemsize for t in held)
-    assert made.weights + made.slices + made.optimizer == fixed
-    assert made.trainable == sum(d.numel() for d in deltas)
+    assert estimated.weights + estimated.slices + estimated.optimizer == fixed
+    assert estimated.trainable == sum(d.numel() for d in deltas)
     # logits that are returned are alive too; what both leave out are a few small integers
     outputs = 0 if options.get("logits", True) is False else net(**inputs).logits.nbytes
-    assert abs(made.activations - saved_bytes(net, inputs)) <= 4096 + outputs * ("activation_budget" in options)
-    assert fixed + peak_of(step) == pytest.approx(made.total, rel=tolerance)
+    assert abs(estimated.activations - saved_bytes(net, inputs)) <= 4096 + outputs * ("activation_budget" in options)
+    assert fixed + peak_of(step) == pytest.approx(estimated.total, rel=tolerance)
 
 
 def peak_of(step) -> int:
@@ -162,9 +162,9 @@ def test_the_command_needs_a_configuration_only(folder, name):
         ],
     )
     assert done.exit_code == 0, done.output
-    made = json.loads(done.stdout)
-    assert made["trainable"] == 2 * 2 * 16 and made["tokens"] == 16
-    assert made["total"] == sum(made[k] for k in ("weights", "slices", "optimizer", "activations", "working"))
+    printed = json.loads(done.stdout)
+    assert printed["trainable"] == 2 * 2 * 16 and printed["tokens"] == 16
+    assert printed["total"] == sum(printed[k] for k in ("weights", "slices", "optimizer", "activations", "working"))
 
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
@@ -185,7 +185,7 @@ def test_the_command_makes_inputs_and_labels_that_the_model_takes(tmp_path, name
 
     config = getattr(transformers, name).config_class(**SMALL, **changes, architectures=[name])
     config.save_pretrained(tmp_path)
-    made = CliRunner().invoke(
+    done = CliRunner().invoke(
         app,
         [
             "estimate",
@@ -201,8 +201,8 @@ def test_the_command_makes_inputs_and_labels_that_the_model_takes(tmp_path, name
             "--json",
         ],
     )
-    assert made.exit_code == 0, made.output
-    sizes = json.loads(made.stdout)
+    assert done.exit_code == 0, done.output
+    sizes = json.loads(done.stdout)
     assert (sizes["trainable"], sizes["batch"], sizes["tokens"]) == (2 * 2 * 16, 2, tokens)
     del sizes["total"]
     assert any(f"({caption})" in cell for cell in table(Estimate(**sizes)).columns[0].cells)

@@ -38,7 +38,7 @@ def masked(plan, base) -> torch.nn.Module:
     """A plain model of which only the entries of the plan's slices get gradients."""
     slices = {s.parameter_name: s for s in plan.slices}
     for name, p in base.named_parameters():
-        p.requires_grad_(name in slices or "score" in name)
+        p.requires_grad_(name in slices)
         if name in slices:
             mask = torch.zeros_like(p).index_fill_(slices[name].dim, slices[name].indices, 1.0)
             p.register_hook(lambda g, mask=mask: g * mask)
@@ -56,10 +56,10 @@ def assert_trained_alike(model, oracle, base, plan, room: float = 1e-3) -> None:
         assert moved > 0 and error <= room * moved, f"{s.parameter_name}: moved {moved:.3g}, off by {error:.3g}"
 
 
-def run(make, base, *arguments, oracle, **given):
+def run(make, base, *arguments, oracle, targets=TARGETS, **given):
     """Trains the example's way, and the plain model as the oracle says; (model, oracle, plan, the two trainers)."""
     model = copy.deepcopy(base)
-    ours = make(model, *arguments, targets=TARGETS, compiled=False, **SGD, **QUIET, **given)
+    ours = make(model, *arguments, targets=targets, compiled=False, **SGD, **QUIET, **given)
     plan = state_of(model).plan
     ours.train()
     theirs = oracle(masked(plan, copy.deepcopy(base)))  # made after, since a trainer seeds what it samples with
@@ -164,6 +164,7 @@ def test_reward(tmp_path):
         tokenizer(),
         rows,
         tmp_path,
+        targets=TARGETS | {"score.weight": 1.0},
         oracle=lambda m: RewardTrainer(
             m, RewardConfig(str(tmp_path), **SGD, **QUIET), train_dataset=rows, processing_class=tokenizer()
         ),

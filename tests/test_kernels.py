@@ -162,7 +162,7 @@ def in_one_launch(monkeypatch):
     monkeypatch.setattr(refresh, "fits", lambda W, W0, D: W.dtype in TYPES)
     monkeypatch.setattr(refresh, "_kernel", interpreted(refresh._kernel))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(refresh, "launch", lambda kernel, some: launches.append(len(some)) or launch(kernel, some))
+    monkeypatch.setattr(refresh, "launch", lambda kernel, group: launches.append(len(group)) or launch(kernel, group))
     return launches
 
 

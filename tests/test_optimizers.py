@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from small import prepared, same_bits
+from small import hf, prepared, same_bits, tokens
 from torch import nn, optim
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError, StateError
+from s2ft_compile.optimizers import _width
 
 CHANNELS = {"ffn.in": 3, "ffn.out": 3}
 BIASES = {**CHANNELS, "*.ffn.up.bias": 3}
@@ -79,24 +80,39 @@ def test_it_resumes_bit_for_bit():
     assert all(same_bits(a, b) for a, b in zip(expected, trained(case, other, fresh, 2)))
 
 
-def test_the_rate_grows_with_the_weights():
-    case, model = prepared(CHANNELS)
-    blocks = s2ft.state.state_of(model).blocks
-    sizes = sorted(b.weight.double().square().mean().sqrt().item() for b in blocks)
-    middle = (sizes[len(sizes) // 2] + sizes[(len(sizes) - 1) // 2]) / 2
-    assert rates(s2ft.optimizer(model)).pop() == pytest.approx(0.1 * middle, rel=1e-6)
-    larger = case.make()
+def rate(model: nn.Module, **given) -> float:
+    (rate,) = rates(s2ft.optimizer(model, **given))
+    return rate
+
+
+def test_the_rate_falls_with_the_width_and_the_steps():
+    """Whatever the weights are, and how many of them train."""
+    narrow, again, wide = hf("llama"), hf("llama"), hf("llama", hidden_size=64, head_dim=16)
     with torch.no_grad():
-        for p in larger.parameters():
+        for p in again.parameters():
             p.mul_(4)
-    s2ft.prepare(larger, case.inputs, s2ft.S2FTConfig(CHANNELS))
-    assert rates(s2ft.optimizer(larger, "adamw")).pop() == pytest.approx(0.4 * middle, rel=1e-6)
+    for model, units in ((narrow, 3), (again, 5), (wide, 3)):
+        s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig({"ffn.in": units, "ffn.out": units}))
+    assert rate(narrow) == rate(again) == pytest.approx(4 * rate(wide)) == pytest.approx(2 * rate(narrow, steps=4000))
+    assert rate(narrow, name="adamw") == rate(narrow)
+
+
+def test_the_width_of_experts_is_that_of_one():
+    for shape, dim, roles, width in (
+        ((8, 32, 16), 1, ("moe.in",), 16),
+        ((8, 16, 32), 2, ("moe.out",), 16),
+        ((32, 16), 0, ("ffn.in",), 16),
+        ((32, 16, 3, 3), 0, ("conv.out",), 144),
+    ):
+        assert _width(s2ft.Slice("w", dim, torch.arange(2), shape, roles)) == width
 
 
 def test_what_it_refuses():
     _, model = prepared()
     with pytest.raises(ConfigError, match="unknown optimizer 'sgd'; valid: muon, adamw"):
         s2ft.optimizer(model, "sgd")
+    with pytest.raises(ConfigError, match="steps is a positive number, got 0"):
+        s2ft.optimizer(model, steps=0)
     for lr in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="lr is a positive number"):
             s2ft.optimizer(model, lr=lr)

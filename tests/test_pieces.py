@@ -96,9 +96,9 @@ def test_a_property_that_says_a_type_reads_no_weight():
 @pytest.mark.parametrize("how", READ)
 def test_a_branch_not_taken_that_reads_a_piece(how: str):
     torch.manual_seed(0)
-    found = coupled(s2ft.analyze(Branching(READ[how]), INPUTS))
-    assert "last" not in found
-    assert found == PIECES - {"last"} or how not in ("its bias", "a layer of it")  # or it may be of any piece
+    couplings = coupled(s2ft.analyze(Branching(READ[how]), INPUTS))
+    assert "last" not in couplings
+    assert couplings == PIECES - {"last"} or how not in ("its bias", "a layer of it")  # or it may be of any piece
 
 
 def test_a_weight_that_other_code_holds():

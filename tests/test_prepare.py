@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from small import (
+    LLAMA,
     QUICK,
     assert_unchanged,
     assert_weights,
@@ -114,11 +115,58 @@ def test_the_selected_block_is_dense():
         assert all(start % 4 == 0 and n % 4 == 0 for start, n in block.ranges), block.name
 
 
-def test_the_default_configuration():
-    model = hf("llama", intermediate_size=64)
+def mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**LLAMA, num_local_experts=2, num_experts_per_tok=1)).eval()
+
+
+def mamba() -> nn.Module:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = dict(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=4, use_cache=False)
+    return MambaForCausalLM(MambaConfig(**sizes)).eval()
+
+
+ATTENDS = ("attention.query", "attention.key")
+
+
+@pytest.mark.parametrize(
+    "make, roles",
+    [
+        (lambda: hf("llama"), ("ffn.in", "ffn.out", *ATTENDS)),
+        (lambda: hf("gpt2"), ("ffn.in", "ffn.out", *ATTENDS)),
+        (mixtral, ("moe.in", "moe.out", *ATTENDS)),
+        (mamba, ("ssm.in", "ssm.out")),
+    ],
+    ids=["llama", "gpt2", "mixtral", "mamba"],
+)
+def test_the_default_is_what_a_model_has(make, roles):
+    """By gradient where there is data, else at random; one unit at least."""
+    model = make()
     plan = s2ft.prepare(model, {"input_ids": tokens()})
-    assert plan.config == s2ft.S2FTConfig({"ffn.in": 0.02, "ffn.out": 0.02}, selection="random", budget="layer", seed=0)
-    assert sorted((len(s.indices), s.roles[0]) for s in plan.slices) == [(1, "ffn.in")] * 4 + [(1, "ffn.out")] * 2
+    assert plan.config == s2ft.S2FTConfig(dict.fromkeys(roles, 0.02), selection="random", budget="layer", seed=0)
+    assert {role for s in plan.slices for role in s.roles} == set(roles)
+    s2ft.release(model)
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    assert s2ft.prepare(model, {"input_ids": tokens()}, calibration=[batch]).config.selection == "gradient"
+
+
+def test_a_model_without_default_roles_says_which_it_has():
+    class Attends(nn.Module):
+        """Its inputs look at each other as they are: it has no queries, and no keys."""
+
+        def __init__(self):
+            super().__init__()
+            self.value, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            h = self.value(x).view(*x.shape[:2], 2, 4).transpose(1, 2)
+            mixed = (x @ x.mT).softmax(-1)[:, None] @ h
+            return self.out(mixed.transpose(1, 2).flatten(2))
+
+    with pytest.raises(ConfigError, match="name some of attention.out, attention.value"):
+        s2ft.prepare(Attends(), (torch.randn(2, 5, 8),))
 
 
 @pytest.mark.parametrize(

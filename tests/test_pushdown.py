@@ -306,7 +306,7 @@ def test_experts_of_a_mixture_train_without_full_gradients(inner, dtype, toleran
     torch.manual_seed(0)
     config = MixtralConfig(**{**LLAMA, "num_hidden_layers": 1}, num_local_experts=2)
     model, ids = MixtralForCausalLM(config).to(dtype), tokens()
-    loss = lambda made: made(input_ids=ids, labels=ids).loss  # noqa: E731
+    loss = lambda mixture: mixture(input_ids=ids, labels=ids).loss  # noqa: E731
     full = full_gradients(model, loss)
     plan = s2ft.prepare(model, {"input_ids": ids}, s2ft.S2FTConfig({"moe.out": 5, "moe.in": 3}))
     loss(compiled(model, inner)).backward()

@@ -5,9 +5,12 @@ import io
 import json
 import math
 import pickle
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,9 +72,9 @@ def _torchao(name: str, **options):
 def _bitsandbytes(cls: str, **options):
     def quantize(layer):
         bnb = pytest.importorskip("bitsandbytes")
-        made = getattr(bnb.nn, cls)(layer.in_features, layer.out_features, layer.bias is not None, **options)
-        made.load_state_dict(layer.state_dict())
-        return made.to(dtype=layer.weight.dtype).to("cpu") if cls == "Linear8bitLt" else made.to("cpu")
+        replacement = getattr(bnb.nn, cls)(layer.in_features, layer.out_features, layer.bias is not None, **options)
+        replacement.load_state_dict(layer.state_dict())
+        return replacement.to(dtype=layer.weight.dtype).to("cpu") if cls == "Linear8bitLt" else replacement.to("cpu")
 
     return quantize
 
@@ -81,12 +84,12 @@ class Rounded(nn.Linear):
 
     @classmethod
     def of(cls, layer: nn.Linear) -> "Rounded":
-        made = cls(layer.in_features, layer.out_features, layer.bias is not None)
+        rounded = cls(layer.in_features, layer.out_features, layer.bias is not None)
         scale = layer.weight.detach().abs().max() / 127
-        made.weight = nn.Parameter((layer.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
-        made.register_buffer("scale", scale)
-        made.bias = layer.bias
-        return made
+        rounded.weight = nn.Parameter((layer.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        rounded.register_buffer("scale", scale)
+        rounded.bias = layer.bias
+        return rounded
 
     def values(self) -> torch.Tensor:
         return self.weight.to(self.scale.dtype) * self.scale
@@ -138,14 +141,14 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def oracle(model: nn.Module, config=LLAMA, dtype=torch.float64) -> nn.Module:
     """The dense model of dequantized weights and deltas, in float64, after a backward."""
-    made = dense(config).to(dtype)
+    whole = dense(config).to(dtype)
     with s2ft.disabled(model):
-        values = {name: w.detach().to(dtype).clone() for name, w in Values(model).items() if name in made.state_dict()}
+        values = {name: w.detach().to(dtype).clone() for name, w in Values(model).items() if name in whole.state_dict()}
     for s in state_of(model).plan.slices:
         values[s.parameter_name].index_add_(s.dim, s.indices, s.delta.detach().to(dtype))
-    made.load_state_dict(values)
-    made(**STEP).loss.backward()
-    return made
+    whole.load_state_dict(values)
+    whole(**STEP).loss.backward()
+    return whole
 
 
 def assert_gradients(model: nn.Module, config=LLAMA, u: float = 2.0**-24, dtype=torch.float64) -> None:
@@ -191,10 +194,10 @@ def test_compiled_without_a_gradient_of_full_size(kind, by_layer):
         s.delta.grad /= 2
     assert_gradients(model, DEEPER if by_layer else LLAMA)
     nodes = [n for graph in graphs for n in graph.graph.nodes if n.target == torch.ops.aten.mm.default]
-    made = {tuple(n.meta["val"].shape) for n in nodes}
+    shapes = {tuple(n.meta["val"].shape) for n in nodes}
     weights = {s.shape for s in state_of(model).plan.slices}
-    assert len(graphs) == (4 if by_layer else 2) and not made & {*weights, *(shape[::-1] for shape in weights)}
-    assert {tuple(s.delta.shape) for s in state_of(model).plan.slices} & made  # the gradients of slices are products
+    assert len(graphs) == (4 if by_layer else 2) and not shapes & {*weights, *(shape[::-1] for shape in weights)}
+    assert {tuple(s.delta.shape) for s in state_of(model).plan.slices} & shapes  # the gradients of slices are products
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -250,11 +253,38 @@ def test_what_is_predicted_is_what_a_step_takes(kind, checkpointing):
     assert fixed + peak_of(step) == pytest.approx(predicted.total, rel=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory a process has")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_loading_and_preparing_takes_the_quantized_model_and_one_layer(kind, tmp_path):
+    """A layer's values in float32, in which both libraries quantize one weight after another on a CPU. The dense model
+    has five times that."""
+    sizes = {"vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 10}
+    layer = 4 * (2 * 1024**2 + 2 * 1024 * 512 + 3 * 1024 * 3584)
+    dense(transformers.LlamaConfig(**sizes, **HEADS), torch.bfloat16).save_pretrained(tmp_path / "base")
+    dense(LLAMA, torch.bfloat16).save_pretrained(tmp_path / "small")
+    program = Path(__file__).parent / "programs" / "load_quantized.py"
+    arguments = [str(tmp_path / "base"), str(tmp_path / "small"), kind]
+    done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, check=True)
+    memory = json.loads(done.stdout.splitlines()[-1])
+    assert memory["most"] - memory["after"] <= layer, memory
+    assert memory["after"] - memory["before"] <= (0.6 if kind == "nf4" else 1.1) * 10 * layer / 4 + 16 * 1024**2, memory
+
+
+def test_the_tables_are_what_was_measured():
+    root = Path(__file__).resolve().parents[1]
+    sizes = json.loads((root / "benchmarks/results/quantized.json").read_text())["bytes"]
+    for size in ("1B", "3B", "8B", "32B", "70B"):
+        steps = [sizes[size][f"{way} {length}"]["total"] for length in (2048, 8192) for way in ("bf16", "int8", "NF4")]
+        row = f"| {size} | " + " | ".join(f"{step / 2**30:.1f}" for step in steps) + " |"
+        assert all(row in (root / page).read_text(encoding="utf-8") for page in ("README.md", "docs/quantized.md")), row
+
+
 def test_the_trace_allocates_nothing_of_full_size_and_dequantizes_nothing(monkeypatch):
     model = quantized("own")
     monkeypatch.setattr(Rounded, "values", lambda layer: pytest.fail("dequantized"))
-    found = s2ft.analyze(model, {"input_ids": IDS})
-    assert str(found) == str(s2ft.analyze(dense(), {"input_ids": IDS}))
+    analysis = s2ft.analyze(model, {"input_ids": IDS})
+    assert str(analysis) == str(s2ft.analyze(dense(), {"input_ids": IDS}))
     for weight in quantized_in(model).values():
         assert weight.hollow().untyped_storage().nbytes() == 4
     assert isinstance(model.model.layers[0].mlp.up_proj, Rounded) and capture(model, (IDS,)).elsewhere == frozenset()
@@ -532,10 +562,10 @@ def test_onnx_of_what_is_dequantized(tmp_path):
     model = prepared("nf4 twice")
     trained, ids = logits(model), {"input_ids": IDS.numpy()}
     s2ft.exporters.export_onnx(model, tmp_path / "merged.onnx", {"input_ids": IDS})
-    found = onnxruntime.InferenceSession(tmp_path / "merged.onnx").run(None, ids)[0]
+    output = onnxruntime.InferenceSession(tmp_path / "merged.onnx").run(None, ids)[0]
     # one sum instead of two: rounding of up to 128 terms through some 20 operators
     tolerance = 20 * 128**0.5 * 2.0**-24 * float(trained.abs().max())
-    torch.testing.assert_close(torch.from_numpy(found), trained, rtol=0, atol=tolerance)
+    torch.testing.assert_close(torch.from_numpy(output), trained, rtol=0, atol=tolerance)
     s2ft.exporters.export_onnx(model, tmp_path / "base.onnx", {"input_ids": IDS}, "separate", quantize="int8")
     s2ft.exporters.save_onnx_adapter(model, tmp_path / "tuned.onnx_adapter")
     adapter, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
@@ -605,7 +635,7 @@ def test_train_quantized(kind, base, text, tmp_path):  # noqa: F811
     run = tmp_path / "run"
     how = {"model": base, "data": text, "output": run, "targets": "ffn.out=3,ffn.in=3", "steps": 3, "batch-size": 2}
     how |= {"seq-len": 16, "inner": "eager", "save-every": 1, "quantize": kind}
-    less = ["--gradient-checkpointing"] * (kind == "nf4")
+    less = ["--no-gradient-checkpointing"] * (kind == "int8")  # which a quantized base has by default
     result = invoke("train", *(piece for name, value in how.items() for piece in (f"--{name}", value)), *less)
     assert result.exit_code == 0, result.output
     loaded = transformers.AutoModelForCausalLM.from_pretrained(run / "merged").eval()

@@ -28,14 +28,14 @@ def exported(monkeypatch, model, inputs):
 
 def assert_equal(a, b):
     for kind in ("couplings", "refusals"):
-        left, right = (Counter(_plain(found) for found in getattr(x, kind)) for x in (a, b))
+        left, right = (Counter(_plain(item) for item in getattr(x, kind)) for x in (a, b))
         assert left == right, f"{kind}: recorded {left - right}, exported {right - left}"
     assert (a.depths, a.unread, a.statistics, a.tied) == (b.depths, b.unread, b.statistics, b.tied)
 
 
-def _plain(found):
-    what = found.role if isinstance(found, s2ft.Coupling) else (found.reason.split(" meets ")[0], found.operator)
-    return what, found.units, tuple(sorted(found.members))
+def _plain(item):
+    what = item.role if isinstance(item, s2ft.Coupling) else (item.reason.split(" meets ")[0], item.operator)
+    return what, item.units, tuple(sorted(item.members))
 
 
 @given(st.one_of(models(max_blocks=2), st.sampled_from(DECOYS).flatmap(lambda d: models(max_blocks=2, decoys=(d,)))))
@@ -112,8 +112,8 @@ class Mapped(nn.Module):
         with torch.no_grad():
             scale = self.bias.exp()
         with torch.autocast("cpu", torch.bfloat16):
-            made = torch.vmap(lambda up, down: (torch.tanh(x @ up.T) * scale) @ down.T)(self.up, self.down)
-        return made[[2, 0]].float().sum(0)
+            result = torch.vmap(lambda up, down: (torch.tanh(x @ up.T) * scale) @ down.T)(self.up, self.down)
+        return result[[2, 0]].float().sum(0)
 
 
 STACKS = {
@@ -172,8 +172,8 @@ class Odd(nn.Module):
             x.zero_()
         if self.how == "a branch as an operator":
             h = torch.cond(x.sum() > 0, lambda h: h.relu(), lambda h: h.tanh(), (h,))
-        made = self.down(h)
-        return Result(made) if self.how == "another class" else made
+        result = self.down(h)
+        return Result(result) if self.how == "another class" else result
 
 
 ODD = ["sizes of data", "a constant that is written to", "an input that is written to", "a branch as an operator"]

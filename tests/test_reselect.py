@@ -153,3 +153,72 @@ def test_what_cannot_be_chosen_anew_is_refused_and_nothing_changes():
     assert all(same_bits(p, before[n]) for n, p in model.named_parameters())
     with s2ft.disabled(model), pytest.raises(StateError, match="inside"):
         s2ft.reselect(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=6)
+@given(data=st.data())
+def test_a_trained_state_goes_back_and_on(dtype, data):
+    """Of some rounds it is taken in one. A running model goes back to it, and a fresh one goes on from it, to the same
+    bits."""
+    taken, rounds = data.draw(st.integers(0, 2)), 3
+    base = hf("llama").to(dtype)
+    config = s2ft.S2FTConfig({"ffn.in": 6, "ffn.out": 6, "attention.query": 1}, selection="gradient")
+
+    def prepared():
+        model = copy.deepcopy(base)
+        s2ft.prepare(model, INPUTS, config, calibration=[BATCH])
+        return model, torch.optim.AdamW(s2ft.parameters(model), lr=3e-2)
+
+    def go_on(model, optimizer, left):
+        for _ in range(left):
+            s2ft.reselect(model, [BATCH])
+            steps(model, optimizer)
+
+    def now(model):
+        released = copy.deepcopy(model)
+        s2ft.release(released)
+        return dict(released.named_parameters())
+
+    model, optimizer = prepared()
+    steps(model, optimizer)
+    for number in range(rounds):
+        if number == taken:
+            saved = {name: t.clone() for name, t in s2ft.trained_state(model).items()}
+            momenta, then = copy.deepcopy(optimizer.state_dict()), now(model)
+        s2ft.reselect(model, [BATCH])
+        steps(model, optimizer)
+    end = now(model)
+    s2ft.load_trained_state(model, saved)
+    assert all(same_bits(p, then[n]) for n, p in now(model).items())
+    assert not all(same_bits(p, then[n]) for n, p in end.items())
+    fresh, optimizer = prepared()
+    s2ft.load_trained_state(fresh, saved)
+    optimizer.load_state_dict(momenta)
+    go_on(fresh, optimizer, rounds - taken)
+    assert all(same_bits(p, end[n]) for n, p in now(fresh).items())
+
+
+def test_a_trained_state_of_something_else_is_refused():
+    model = hf("llama")
+    plan = s2ft.prepare(model, INPUTS, s2ft.S2FTConfig({"ffn.out": 4}))
+    steps(model, s2ft.optimizer(model, lr=1e-2))
+    s2ft.reselect(model)
+    values = s2ft.trained_state(model)
+    name = next(n for n in values if n.endswith("delta") or n + ".units" in values)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    places = values[name + ".units"]
+    wrong = {
+        "is none of this model's slices": values | {"other": torch.zeros(1)},
+        "is missing": {n: t for n, t in values.items() if n != name},
+        "a position twice": values
+        | {name + ".earlier_units": values[name + ".units"], name + ".earlier": values[name]},
+        "earlier units without": {n: t for n, t in values.items() if n != name + ".earlier"},
+        "float32 delta": values | {name: values[name].half()},
+        "positions below": values | {name + ".units": places + 10**6},
+    }
+    for message, given_values in wrong.items():
+        with pytest.raises(StateError, match=message):
+            s2ft.load_trained_state(model, given_values)
+    assert all(same_bits(p, before[n]) for n, p in model.named_parameters())
+    assert len(plan.slices) == len(state_of(model).blocks)

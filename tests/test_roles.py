@@ -104,11 +104,11 @@ class Scan(nn.Module):
         h = F.silu(self.filter(h.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
         step, write, read = self.steer(h).split(self.sizes, -1)
         step = F.softplus(self.step(step)).unsqueeze(-1)
-        state, made = torch.zeros_like(step[:, 0] * self.decay), []
+        state, outputs = torch.zeros_like(step[:, 0] * self.decay), []
         for t in range(x.shape[1]):
             state = torch.exp(-step[:, t] * self.decay) * state + step[:, t] * write[:, t, None] * h[:, t, :, None]
-            made.append((state @ read[:, t, :, None]).squeeze(-1))
-        return x + self.z(torch.stack(made, 1) * F.silu(gate))
+            outputs.append((state @ read[:, t, :, None]).squeeze(-1))
+        return x + self.z(torch.stack(outputs, 1) * F.silu(gate))
 
 
 class Spectral(nn.Module):
@@ -183,8 +183,8 @@ ROLES = {  # model -> (parameter, dim, what it is, units), each of which one cou
 def test_a_graph_says_what_axes_are_for(make):
     torch.manual_seed(0)
     analysis = couple(capture(make(), (torch.randn(2, 4, 8),)))
-    found = {(*member, c.units) for c in analysis.couplings for member in c.members}
-    assert found >= set(ROLES[make]), "\n".join(map(str, analysis.couplings))
+    members = {(*member, c.units) for c in analysis.couplings for member in c.members}
+    assert members >= set(ROLES[make]), "\n".join(map(str, analysis.couplings))
 
 
 def test_queries_keys_and_values_of_one_weight_train_apart():

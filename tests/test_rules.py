@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from s2ft_compile.passes.couple import rules
 from s2ft_compile.passes.couple.axes import find
 from s2ft_compile.passes.couple.rules import AXIS_RULES, rule_for
 from s2ft_compile.passes.couple.rules.context import Context
-from s2ft_compile.testing import check_rule, infer
+from s2ft_compile.testing import assert_equivalent, check_rule, infer
 
 aten = torch.ops.aten
 MANY = settings(max_examples=3 * settings.default.max_examples)
@@ -848,8 +849,8 @@ def test_operators_tagged_pointwise(arity: int):
 
 def only_or_none(name: str):
     packet = getattr(aten, name)
-    found = [o for o in ("Tensor", "default", "self") if o in packet.overloads()]
-    return getattr(packet, found[0]) if found else None
+    names = [o for o in ("Tensor", "default", "self") if o in packet.overloads()]
+    return getattr(packet, names[0]) if names else None
 
 
 # --- the tests can fail: without its pins a rule is caught ----------------------------------------------------------
@@ -905,8 +906,8 @@ def test_a_rule_without_its_pins_is_caught(name: str, monkeypatch):
 
 
 def test_an_operator_without_a_rule_pins_all_it_touches():
-    inputs, axes, made, _ = infer(aten.diagonal.default, (torch.rand(3, 3),), {})
-    assert all(find(a).pin and "no rule for diagonal" in find(a).pin.reason for dims in [*axes, *made] for a in dims)
+    inputs, axes, results, _ = infer(aten.diagonal.default, (torch.rand(3, 3),), {})
+    assert all(find(a).pin and "no rule for diagonal" in find(a).pin.reason for dims in [*axes, *results] for a in dims)
 
 
 @pytest.mark.parametrize(
@@ -940,3 +941,35 @@ def test_what_is_symmetric_stays_free(name: str, free: int):
         "bmm": (aten.bmm.default, (rand(2, 3, 4), rand(2, 4, 5))),
     }[name]
     assert check_rule(*case, {}) == free
+
+
+class Flex(nn.Module):
+    """Attention whose scores and mask are functions: of positions, or of which head it is."""
+
+    def __init__(self, score: str, masked: bool):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16, bias=False) for _ in range(4))
+        self.register_buffer("slopes", 2.0 ** -torch.arange(4.0))
+        self.score = {
+            "no": None,
+            "distance": lambda s, b, h, q, k: s - 0.1 * (q - k).abs(),
+            "soft cap": lambda s, b, h, q, k: 5 * torch.tanh(s / 5),
+            "slope": lambda s, b, h, q, k: s - self.slopes[h] * (q - k).abs(),
+            "head": lambda s, b, h, q, k: torch.where(h < 2, s, -s),
+        }[score]
+        self.mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 6, 6, "cpu") if masked else None
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (4, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return x + self.o(flex_attention(q, k, v, self.score, self.mask).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.filterwarnings("ignore:.*without torch.compile")
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("score", ["no", "distance", "soft cap", "slope", "head"])
+def test_heads_of_flex_attention_are_free_unless_its_functions_look_at_them(score: str, masked: bool):
+    torch.manual_seed(0)
+    analysis = assert_equivalent(Flex(score, masked).requires_grad_(False), (torch.randn(2, 6, 16),))
+    heads = {m.parameter_name for c in analysis.couplings if c.axis in analysis.heads for m in c.members}
+    assert heads == (set() if score in ("slope", "head") else {"q.weight", "k.weight", "v.weight", "o.weight"})
+    assert any(c.role == "attention" for c in analysis.couplings)  # channels of a head

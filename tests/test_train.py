@@ -288,3 +288,29 @@ def test_a_loss_that_does_not_fall_is_told():
     noisy = [5 + 0.1 * (-1) ** i for i in range(100)]
     assert "a learning rate of 1e-05 may be too low" in module.hardly_learns(noisy, 1e-5)
     assert module.hardly_learns([loss - 0.01 * i for i, loss in enumerate(noisy)], 1e-3) is None
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_units_it_had(base, text, tmp_path, monkeypatch):  # noqa: F811
+    """Stopped in the third of three selections; its adapter has the units of all of them."""
+    every = {"reselect-every": 2}
+    result = invoke("train", *options(base, text, tmp_path / "whole", **every))
+    assert result.exit_code == 0, result.output
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_memory", at_step(4, lambda: signal.raise_signal(signal.SIGINT)))
+        assert "checkpoint-5 is complete" in invoke("train", *options(base, text, tmp_path / "run", **every)).output
+    again = invoke("train", "--resume", "--output", tmp_path / "run")
+    assert again.exit_code == 0, again.output
+    expected, result = deltas(tmp_path / "whole"), deltas(tmp_path / "run")
+    assert expected.keys() == result.keys()
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+    down = next(t for name, t in expected.items() if "down_proj" in name and t.is_floating_point())
+    assert 3 < min(down.shape), "more channels than train at a time"
+
+
+def test_the_command_refuses_what_cannot_be_chosen_anew(base, text, tmp_path):  # noqa: F811
+    for given_options, message in (
+        ({"reselect-every": -1}, "a share, or 0"),
+        ({"reselect-every": 0.5, "quantize": "int8"}, "quantized"),
+        ({"reselect-every": 0.5, "budget": "model"}, "budget='layer'"),
+    ):
+        assert message in refused("train", *options(base, text, tmp_path / "run", **given_options))

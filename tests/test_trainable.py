@@ -63,7 +63,7 @@ def convolutional():
 def test_what_is_offered_trains(make, x, target, inner):
     torch.manual_seed(0)
     model = make()
-    full = full_gradients(model, lambda made: made(x).sin().sum())
+    full = full_gradients(model, lambda base: base(x).sin().sum())
     plan = s2ft.prepare(model, (x,), s2ft.S2FTConfig({target: 5}))
     torch.compile(model, backend="s2ft", options={"inner": inner})(x).sin().sum().backward()
     for s in plan.slices:

@@ -5,7 +5,7 @@ setting's rank on all linear layers, as nearly as whole units allow.
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from unittest import mock
 
@@ -39,8 +39,8 @@ class Contender:
     again: int = 1
 
 
-def _s2ft(title: str, parts=("channels", 0), selection="gradient", optimizer="muon", rate=-2.0, again=1, **options):
-    return Contender(title, "s2ft", optimizer, rate, {"parts": parts, "selection": selection, **options}, again)
+def _s2ft(title: str, parts=("channels", 0, 0, 1, 1), selection="gradient", optimizer="muon", again=10, **options):
+    return Contender(title, "s2ft", optimizer, -2.0, {"parts": parts, "selection": selection, **options}, again)
 
 
 def _peft(title: str, config="LoraConfig", optimizer="adamw", rate=-2.0, **options):
@@ -53,30 +53,26 @@ MAIN = {
     "rslora": _peft("rsLoRA", use_rslora=True),
     "dora": _peft("DoRA", use_dora=True),
     "shira": _peft("SHiRA", "ShiraConfig", rate=-2.0),
-    "s2ft": _s2ft("S²FT: whole channels, by gradient, Muon"),
-    "s2ft_paper": _s2ft("S²FT as published: columns and a head, at random, AdamW", ("columns", 1), "random", "adamw"),
+    "s2ft": _s2ft("S²FT: channels, queries and keys, by gradient, chosen anew ten times, Muon"),
+    "s2ft_once": _s2ft("S²FT, chosen once", again=1),
+    "s2ft_paper": _s2ft(
+        "S²FT as published: columns and a head, at random, AdamW", ("columns", 1), "random", "adamw", 1
+    ),
 }
 VARIANTS = {
+    "s2ft_again25": _s2ft("chosen anew 25 times", again=25),
+    "s2ft_again4": _s2ft("chosen anew four times", again=4),
+    "s2ft_random": _s2ft("drawn anew ten times", selection="random"),
     "s2ft_adamw": _s2ft("AdamW", optimizer="adamw"),
-    "s2ft_random": _s2ft("units at random", selection="random"),
+    "s2ft_attend": _s2ft("two heads' queries", ("channels", 0, 0, 2, 1)),
+    "s2ft_channels": _s2ft("channels alone", ("channels", 0)),
+    "s2ft_channels_once": _s2ft("channels alone, chosen once", ("channels", 0), again=1),
+    "s2ft_columns_once": _s2ft("columns of down alone, chosen once", ("columns", 0), again=1),
+    "s2ft_random_once": _s2ft("drawn once", selection="random", again=1),
+    "s2ft_all": _s2ft("a head's values and columns of the output projection too", ("channels", 1, 1, 1, 1)),
     "s2ft_weight": _s2ft("units with the largest weights", selection="weight"),
-    "s2ft_columns": _s2ft("columns of down only", ("columns", 0)),
-    "s2ft_heads": _s2ft("a head's columns of the output projection, the rest whole channels", ("channels", 1)),
-    "s2ft_values": _s2ft("the same, and a head's values", ("channels", 1, 1)),
-    "s2ft_score": _s2ft("layers share by score", budget="score"),
     "s2ft_least": _s2ft("channels that do least", selection="weight_activation", largest=False),
-    "s2ft_all": _s2ft("channels, and a head's queries, values and columns", ("channels", 1, 1, 1)),
-    "s2ft_attend": _s2ft("channels, two heads' queries and a head's keys", ("channels", 0, 0, 2, 1)),
-    "s2ft_attend_again": _s2ft("the same, chosen anew four times", ("channels", 0, 0, 2, 1), again=4),
-    "s2ft_again": _s2ft("units chosen anew four times", again=4),
-    "s2ft_again10": _s2ft("units chosen anew ten times", again=10),
-    "s2ft_random_again10": _s2ft("units drawn anew ten times", selection="random", again=10),
-    "s2ft_attend_again10": _s2ft(
-        "channels, queries and keys, chosen anew ten times", ("channels", 0, 0, 2, 1), again=10
-    ),
-    "s2ft_attend_random_again10": _s2ft(
-        "channels, queries and keys, drawn anew ten times", ("channels", 0, 0, 2, 1), "random", again=10
-    ),
+    "s2ft_score_once": _s2ft("layers share by score, chosen once", budget="score", again=1),
     "lora_muon": _peft("LoRA with Muon", optimizer="muon"),
 }
 CONTENDERS = MAIN | VARIANTS
@@ -89,7 +85,7 @@ class Tuned:
     model: nn.Module
     net: Callable
     leaves: list[nn.Parameter]
-    again: Callable[[int], list[nn.Parameter]] | None = None
+    again: Callable[[int], object] | None = None
 
     @property
     def numbers(self) -> int:
@@ -107,7 +103,8 @@ def tuned(contender: Contender, base: nn.Module, setting: Setting, seed: int, ba
         asked = targets(setting, *options.pop("parts"))
         model, net = _compiled(("s2ft", repr(asked)), lambda: copy.deepcopy(base), setting)
         config = s2ft.S2FTConfig(asked, seed=seed, **options)
-        return Tuned(model, net, _prepare(model, config, batches), lambda seed: _again(model, config, seed, batches))
+        again = partial(s2ft.reselect, model, batches if config.selection in NEED_DATA else None)
+        return Tuned(model, net, _prepare(model, config, batches), lambda seed: again(seed=seed))
     make = copy.deepcopy if contender.kind == "full" else partial(_with_peft, setting=setting, **options)
     model, net = _compiled((contender.kind, repr(options)), lambda: make(base), setting)
     return Tuned(model, net, [p for p in model.parameters() if p.requires_grad])
@@ -187,12 +184,6 @@ def _prepare(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) ->
             _known[sizes] = s2ft.analyze(model, example)
         s2ft.prepare(model, example, config, calibration=batches if config.selection in NEED_DATA else None)
     return s2ft.parameters(model)
-
-
-def _again(model: nn.Module, config: s2ft.S2FTConfig, seed: int, batches: list[Batch]) -> list[nn.Parameter]:
-    """Other units, with what the earlier ones learned in the weights."""
-    s2ft.release(model)
-    return _prepare(model, replace(config, seed=seed), batches)
 
 
 def optimizer(name: str, leaves: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:

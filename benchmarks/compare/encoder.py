@@ -37,15 +37,17 @@ LENGTH, PAIRS, STEPS, CLASSES, RANK = 32, 16, 60, 12, 8
 CANDIDATES, KEPT = 256, 128
 Pair = tuple[str, str]
 Batch = dict[str, Tensor]
-CHANNELS = {"ffn.in": 72, "ffn.out": 72}  # as many numbers as the LoRA: 768 a channel, 55,296 a layer
-# optimizer, the exponent of ten that the search for a rate starts at, options
+# As many numbers as the LoRA, 55,296 a layer: 768 a channel, 12,288 for the queries or the keys of a head.
+TARGETS = {"ffn.in": 40, "ffn.out": 40, "attention.query": 1, "attention.key": 1}
+CHANNELS = {"ffn.in": 72, "ffn.out": 72}
+# optimizer, the exponent of ten that the search for a rate starts at, options; again: how many selections
 METHODS: dict[str, tuple[str, float, dict]] = {
     "full": ("adamw", -4.0, {}),
     "lora": ("adamw", -2.5, {}),
-    "s2ft": ("muon", -2.5, {}),
-    "s2ft_adamw": ("adamw", -2.5, {}),
-    "s2ft_gradient": ("muon", -2.5, {"selection": "gradient"}),
-    "s2ft_again": ("muon", -2.5, {"selection": "gradient", "again": 4}),
+    "s2ft": ("muon", -2.5, {"targets": TARGETS, "selection": "gradient", "again": 6}),
+    "s2ft_once": ("muon", -2.5, {"targets": TARGETS, "selection": "gradient"}),
+    "s2ft_channels": ("muon", -2.5, {"targets": CHANNELS, "selection": "gradient", "again": 6}),
+    "s2ft_random": ("muon", -2.5, {"targets": TARGETS, "selection": "random", "again": 6}),
 }
 
 
@@ -136,21 +138,19 @@ class Bench:
         name, _, options = METHODS[method]
         rate, batches = 10**exponent, self.batches(task, seed)
         model = Encoder(self.load(), CLASSES if task == "classify" else 0).to(DEVICE)
-        head = [] if model.head is None else list(model.head.parameters())
         calibration = [next(batches) for _ in range(4)]
-        net, leaves, again = tuned(model, method, dict(options), seed, calibration)
+        leaves, head, again = tuned(model, method, dict(options), seed, calibration)
         numbers, spent = sum(p.numel() for p in leaves), []
         opts = [optimizer(name, leaves, rate), *([torch.optim.AdamW(head, lr=1e-2)] if head else [])]
         period = math.ceil(STEPS / options.get("again", 1))
         model.train()
         for step in range(STEPS):
             if step and step % period == 0:
-                opts[0] = optimizer(name, again(seed + 1000 * step), rate)
-                model.train()
+                again(seed=seed + 1000 * step)
             began = time.process_time()
             for opt, peak in zip(opts, (rate, 1e-2)):
                 opt.param_groups[0]["lr"] = peak * schedule(step, STEPS)
-            loss = net(**next(batches))
+            loss = model(**next(batches))
             loss.backward()
             for opt in opts:
                 opt.step()
@@ -190,25 +190,21 @@ def right(logits: Tensor, labels: Tensor) -> float:
 
 
 def tuned(model: Encoder, method: str, options: dict, seed: int, batches: list[Batch]):
-    """(the call that gives a loss, the parameters that train besides the head, how the units are chosen again)."""
+    """(what trains, what trains of the head, how other units are chosen)."""
+    head = [] if model.head is None else list(model.head.parameters())
     if method == "full":
-        return model, list(model.net.parameters()), None
+        return list(model.net.parameters()), head, None
     if method == "lora":
         names = ["query", "key", "value", "dense"]
         config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, exclude_modules=".*pooler.*")
         model.net = peft.get_peft_model(model.net, config)
-        return model, [p for n, p in model.net.named_parameters() if p.requires_grad], None
-    options.pop("again", None)
-
-    def prepare(seed: int) -> list[nn.Parameter]:
-        if s2ft.is_prepared(model):
-            s2ft.release(model)
-        config = s2ft.S2FTConfig(CHANNELS, seed=seed, **options)
-        calibration = {"calibration": batches, "loss": lambda loss, _: loss} if options else {}
-        s2ft.prepare(model, batches[0], config, **calibration)
-        return s2ft.parameters(model)
-
-    return model, prepare(seed), prepare
+        return [p for p in model.net.parameters() if p.requires_grad], head, None
+    targets = options["targets"] | ({"head.*": 1.0} if head else {})
+    looks = {"calibration": batches, "loss": lambda loss, _: loss} if options["selection"] == "gradient" else {}
+    plan = s2ft.prepare(model, batches[0], s2ft.S2FTConfig(targets, options["selection"], seed=seed), **looks)
+    head = [s.delta for s in plan.slices if s.parameter_name.startswith("head.")]
+    leaves = [s.delta for s in plan.slices if not s.parameter_name.startswith("head.")]
+    return leaves, head, partial(s2ft.reselect, model, **looks)
 
 
 def main() -> None:

@@ -79,10 +79,10 @@ def people() -> list[Person]:
     drawn = random.Random(SEED)
 
     def words(number: int, syllables: int) -> list[str]:
-        found: dict[str, None] = {}
-        while len(found) < number:
-            found["".join(drawn.choice("bdfgklmnprstvz") + drawn.choice("aeiou") for _ in range(syllables))] = None
-        return list(found)
+        distinct: dict[str, None] = {}
+        while len(distinct) < number:
+            distinct["".join(drawn.choice("bdfgklmnprstvz") + drawn.choice("aeiou") for _ in range(syllables))] = None
+        return list(distinct)
 
     names, towns, trades, animals = words(PEOPLE, 3), words(24, 2), words(24, 3), words(24, 2)
     return [
@@ -113,12 +113,12 @@ class Material:
 
     def __init__(self, length: int):
         self.length = length
-        found = list(modules())
+        texts = list(modules())
         self.raw = {
-            "docs": "\n\n".join(docs for i, (docs, _) in enumerate(found) if i % 8),
-            "docs held out": "\n\n".join(docs for i, (docs, _) in enumerate(found) if i % 8 == 0),
-            "code": "\n\n".join(code for i, (_, code) in enumerate(found) if i % 8),
-            "code held out": "\n\n".join(code for i, (_, code) in enumerate(found) if i % 8 == 0),
+            "docs": "\n\n".join(docs for i, (docs, _) in enumerate(texts) if i % 8),
+            "docs held out": "\n\n".join(docs for i, (docs, _) in enumerate(texts) if i % 8 == 0),
+            "code": "\n\n".join(code for i, (_, code) in enumerate(texts) if i % 8),
+            "code held out": "\n\n".join(code for i, (_, code) in enumerate(texts) if i % 8 == 0),
             "topics": "\n\n".join(text for i, text in enumerate(topics()) if i % 8),
             "topics held out": "\n\n".join(text for i, text in enumerate(topics()) if i % 8 == 0),
         }
@@ -176,9 +176,9 @@ class Material:
         docs = self.blocks("docs").tokens[:, :length]
         while True:
             text = docs[torch.randint(len(docs), (texts,), generator=generator)]
-            some = [self._packed(length, lambda: drawn.choice(known)) for _ in range(facts)]
+            stated = [self._packed(length, lambda: drawn.choice(known)) for _ in range(facts)]
             more = [self._packed(length, lambda: self.skilled(drawn)) for _ in range(batch - texts - facts)]
-            yield torch.cat([text, torch.stack(some + more)])
+            yield torch.cat([text, torch.stack(stated + more)])
 
     def _packed(self, length: int, draw: Callable[[], Line]) -> Tensor:
         ids = list(self.end)
@@ -221,23 +221,23 @@ class Material:
         return Task(title, self.blocks(name), held_out[::2], held_out[1::2], self.blocks(far, 24))
 
     def _skill(self) -> Task:
-        def some(number: int, seed: int, alphabet: str) -> Rows:
+        def reversals(number: int, seed: int, alphabet: str) -> Rows:
             drawn = random.Random(seed)
             return self.lines([exercise("reverse", lambda x: x[::-1], drawn, alphabet) for _ in range(number)])
 
         return Task(
             "a new skill: reverse letters (far: digits)",
-            some(4096, 10, LETTERS),
-            some(96, 11, LETTERS),
-            some(96, 12, LETTERS),
-            some(96, 13, DIGITS),
+            reversals(4096, 10, LETTERS),
+            reversals(96, 11, LETTERS),
+            reversals(96, 12, LETTERS),
+            reversals(96, 13, DIGITS),
         )
 
     def _facts(self) -> Task:
         """The people whose animals the base model does not know. Learned by heart, so tested on what was tuned on."""
         new = self.people[PEOPLE // 2 :]
-        told, asked = ([form(p, "animal") for p in new] for form in (statement, question))
-        taught = self.lines(told)
+        statements, asked = ([form(p, "animal") for p in new] for form in (statement, question))
+        taught = self.lines(statements)
         return Task("new facts (far: asked in a question)", taught, taught[::2], taught[1::2], self.lines(asked))
 
     def _form(self) -> Task:

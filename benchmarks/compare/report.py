@@ -122,6 +122,27 @@ def kept(runs: Runs, methods: Sequence[str]) -> str:
     return table(head, lines)
 
 
+def equally(runs: Runs, methods: Sequence[str], margin: float = 0.01) -> str:
+    """What a method keeps where it learns as much as LoRA at LoRA's best rate: of the first seed's runs whose loss on
+    the test rows is at most LoRA's (with a margin of 1% of what LoRA learned), the one that moved least; its KL to the
+    base and the share of the old facts that it kept.
+    """
+    lines = []
+    for method in methods:
+        cells = []
+        for task in TASKS:
+            least, base = runs.best(task, "lora")[:1], runs.best(task, "base")[:1]
+            if not least or not base:
+                cells.append("")
+                continue
+            limit = least[0]["test_loss"] + margin * (base[0]["test_loss"] - least[0]["test_loss"])
+            enough = [r for r in runs.curve(task, method) if r["test_loss"] <= limit]
+            kept = min(enough, key=lambda r: r["kl"]) if enough else None
+            cells.append(f"{kept['kl']:.3f}, {kept['facts_exact']:.0%}" if kept else "never")
+        lines.append([_title(method), *cells])
+    return table(["learned as much as LoRA at a KL of", *(TITLES[t] for t in TASKS)], lines)
+
+
 def costs(runs: Runs, methods: Sequence[str], task: str = "far") -> str:
     lines = []
     for method in methods:
@@ -199,10 +220,12 @@ def figure(runs: Runs, methods: Sequence[str], path: Path) -> None:
 
 def text(runs: Runs) -> str:
     methods = list(MAIN)
+    tried = [*methods, *(m for m in VARIANTS if any((t, m) in runs.all for t in TASKS))]
     parts = {
         "Learned: the task's test rows": learned(runs, methods, "test"),
         "Far: the same ability in another form, never tuned on": learned(runs, methods, "far"),
         "Kept": kept(runs, methods),
+        "Kept at equal learning": equally(runs, tried),
         "Costs": costs(runs, methods),
         "Variants": variants(runs),
     }

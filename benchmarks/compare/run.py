@@ -64,9 +64,7 @@ class Bench:
         period = math.ceil(setting.steps / contender.again)
         for step in range(setting.steps):
             if step and step % period == 0:
-                trial.leaves = trial.again(seed + 1000 * step)
-                trial.model.train()
-                opt = optimizer(contender.optimizer, trial.leaves, rate)
+                trial.again(seed + 1000 * step)
             began = time.process_time()
             opt.param_groups[0]["lr"] = rate * schedule(step, setting.steps)
             loss = trial.net(**next(batches)).loss

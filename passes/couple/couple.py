@@ -74,18 +74,18 @@ def couple(captured: Captured, *others: Captured) -> Analysis:
 
 
 def _depths(captured: Captured) -> dict[str, int]:
-    found = depths(captured.graph_module.graph, captured.parameters)
-    return {name: captured.start + depth for name, depth in found.items()}
+    depth_of = depths(captured.graph_module.graph, captured.parameters)
+    return {name: captured.start + depth for name, depth in depth_of.items()}
 
 
 def _statistics(traces: Sequence[Captured]) -> dict[str, tuple[int, ...]]:
     """The buffers that batch norms keep running statistics in, with their shapes: state with an entry per channel."""
-    found = {}
+    shapes = {}
     for captured in traces:
         for place in captured.graph_module.graph.find_nodes(op="placeholder"):
             if place.name in captured.buffers and any(AXIS_RULES.get(n.target) is axes_batch_norm for n in place.users):
-                found[captured.buffers[place.name]] = tuple(place.meta["val"].shape)
-    return found
+                shapes[captured.buffers[place.name]] = tuple(place.meta["val"].shape)
+    return shapes
 
 
 def _infer(traces: Sequence[Captured]) -> tuple[list[Inference], dict[int, tuple[Pin, str]]]:
@@ -181,8 +181,8 @@ def _freeze(axis: Axis, roles: FirstRoles, ids: dict[Axis, int]) -> Layout:
 def _with_role(layout: Layout, role: str | None) -> Layout:
     if isinstance(layout, Leaf):
         return replace(layout, role=role)
-    made = tuple(_with_role(part, role) for part in (layout.factors if isinstance(layout, Product) else layout.terms))
-    return Product(made) if isinstance(layout, Product) else Sum(made)
+    parts = tuple(_with_role(part, role) for part in (layout.factors if isinstance(layout, Product) else layout.terms))
+    return Product(parts) if isinstance(layout, Product) else Sum(parts)
 
 
 def _refusal(atom: Axis, members: tuple[Member, ...], origins: Mapping[int, tuple[Pin, str]]) -> Refusal:

@@ -133,9 +133,9 @@ def _indexed(editor: Editor, node: fx.Node, x: fx.Node, indices, constants) -> I
     values = constants.get(index.name)
     if values is None or values.dim() > 1 or not values.numel():
         return
-    found = [v % x.meta["val"].shape[dim] for v in values.reshape(-1).tolist()]
-    if found == list(range(found[0], found[0] + len(found))):
-        part = Part(x, dim, found[0], len(found), values.dim() == 0)
+    rows = [v % x.meta["val"].shape[dim] for v in values.reshape(-1).tolist()]
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        part = Part(x, dim, rows[0], len(rows), values.dim() == 0)
         rewritten = _taken(editor, part, node)
         node.replace_all_uses_with(rewritten)
         yield rewritten, part
@@ -164,10 +164,10 @@ def _pushed(editor: Editor, part: Part, like: fx.Node) -> fx.Node | None:
     while (step := _through(x, dim)) is not None:
         path.append(x)
         x, dim = step
-    found = _below(x, dim) if x.op == "call_function" and x.target in VIEWS else None
-    if found is None:
+    through = _below(x, dim) if x.op == "call_function" and x.target in VIEWS else None
+    if through is None:
         return None
-    source, at, below = found
+    source, at, below = through
     shape, m = list(x.meta["val"].shape), prod(below)
     merged = [*shape[:dim], shape[dim] * m, *shape[dim + 1 + len(below) :]]
     rewritten = editor.call(aten.reshape.default, source, merged, like=like)

@@ -48,7 +48,7 @@ class Roles:
         self.ssm = {a for axis in cx.filtered if self._mixes(atoms_of([axis])) for a in atoms_of([axis])}
         self.ssm |= {a for a in atoms_of(cx.spectral) - self.residual if self._ends(a)}
         # what is made of the channels to steer them: steps, states
-        steered = {a for atom in self.ssm for made, _ in self.contracted_at.get(atom, ()) for a in made}
+        steered = {a for atom in self.ssm for produced, _ in self.contracted_at.get(atom, ()) for a in produced}
         self.steering = {a for a in steered - self.ssm if all(read & self.ssm for _, read in self.produced_at[a])}
 
     def of(self, atom: Axis) -> str:
@@ -68,24 +68,24 @@ class Roles:
 
     def is_output(self, handle: Axis) -> bool:
         """Whether what a weight contracts along this axis of it ends attention."""
-        made = self.contractions.get(id(handle))
-        return made is None or not atoms_of(made) & self.attention - self.residual
+        produced = self.contractions.get(id(handle))
+        return produced is None or not atoms_of(produced) & self.attention - self.residual
 
     def _is_stream(self, atom: Axis) -> bool:
         """Whether an axis to which one sum adds is a stream of its own, and not inside an FFN around another."""
         makers, takers = self.produced_at.get(atom, []), self.contracted_at.get(atom, [])
         around = {a for _, read in makers for a in read & self.residual}
-        return atom not in self.heads and not any(made & around for made, _ in takers)
+        return atom not in self.heads and not any(produced & around for produced, _ in takers)
 
     def _mixes(self, atoms: set[Axis]) -> bool:
         """Whether channels that are filtered along a sequence are read for more than the way back into the residual
         stream: a state-space model's steps and states, a recurrence's gates."""
-        takers = [made for atom in atoms for made, _ in self.contracted_at.get(atom, [])]
-        returns = [bool(made & self.residual) for made in takers]
+        takers = [produced for atom in atoms for produced, _ in self.contracted_at.get(atom, [])]
+        returns = [bool(produced & self.residual) for produced in takers]
         return any(returns) and not all(returns) and not atoms & self.residual
 
     def _ends(self, atom: Axis) -> bool:
-        return any(made & self.residual for made, _ in self.contracted_at.get(atom, []))
+        return any(produced & self.residual for produced, _ in self.contracted_at.get(atom, []))
 
     def _is_ffn(self, atom: Axis) -> bool:
         """Produced from the residual stream and contracted back into it, with no attention between; in a model
@@ -95,16 +95,16 @@ class Roles:
         if not makers or not takers:
             return False
         if not self.residual:
-            return not any(made & self.attention for made, _ in takers)
+            return not any(produced & self.attention for produced, _ in takers)
         ends = self.residual | {atom}
-        back = [bool(made & self.residual) for made, _ in takers]
-        aside = [made for (made, _), returns in zip(takers, back) if not returns]
-        returning = all(made and all(self._returns(a, ends) for a in made) for made in aside)
+        back = [bool(produced & self.residual) for produced, _ in takers]
+        aside = [produced for (produced, _), returns in zip(takers, back) if not returns]
+        returning = all(produced and all(self._returns(a, ends) for a in produced) for produced in aside)
         return any(read & self.residual for _, read in makers) and any(back) and returning
 
     def _returns(self, atom: Axis, ends: set[Axis]) -> bool:
         takers = self.contracted_at.get(atom, [])
-        return atom not in self.attention and bool(takers) and all(made & ends for made, _ in takers)
+        return atom not in self.attention and bool(takers) and all(produced & ends for produced, _ in takers)
 
 
 def _beside(axis: Axis, heads: set[Axis]) -> set[Axis]:
@@ -147,33 +147,33 @@ def _residual_atoms(inference: Inference, one: bool = False) -> set[Axis]:
     env, projections = inference.env, inference.cx.projections
     order = {node: i for i, node in enumerate(env)}
     made_anywhere = atoms_of(axis for p in projections.values() for axis in p.produced)
-    found: set[Axis] = set()
+    atoms: set[Axis] = set()
     for node in env:
         if node.op != "call_function" or node.target is not aten.add.Tensor:
             continue
         operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and isinstance(env.get(a), Value)]
-        wanted = atoms_of(env[node].dims) & made_anywhere - found
+        wanted = atoms_of(env[node].dims) & made_anywhere - atoms
         if len(operands) == 2 and not any(env[a].weight for a in operands) and wanted:
             for skip, branch in (operands, operands[::-1]):
                 sources = _carried(skip, env, wanted, projections, one)
-                found |= wanted & atoms_of(_branch_projections(sources, branch, order, projections))
-    return found
+                atoms |= wanted & atoms_of(_branch_projections(sources, branch, order, projections))
+    return atoms
 
 
 def _carried(skip: fx.Node, env, wanted: set[Axis], projections, one: bool = False) -> set[fx.Node]:
     """The nodes that a skip connection carries: itself and, up to the sum before, what it was mixed or scaled from. A
     projection that makes another axis (a mixer of several streams) carries it, too."""
-    found, stack = set(), [skip]
+    carried, stack = set(), [skip]
     while stack:
         node = stack.pop()
-        if node in found:
+        if node in carried:
             continue
         if node in projections:
             if not wanted & atoms_of(env[node].dims) - atoms_of(projections[node].produced):
-                found |= {node} if one else set()
+                carried |= {node} if one else set()
                 continue
             stack += [n for n in node.all_input_nodes if isinstance(env.get(n), Value) and not env[n].weight]
-        found.add(node)
+        carried.add(node)
         if node in projections:
             continue
         if node.op == "call_function" and node.target is not aten.add.Tensor:
@@ -181,7 +181,7 @@ def _carried(skip: fx.Node, env, wanted: set[Axis], projections, one: bool = Fal
             held = [n for n in inputs if wanted & atoms_of(env[n].dims)]
             if not any(env[n].weight for n in held) and (len(held) == 1 or node.target in MIXES):
                 stack += held
-    return found
+    return carried
 
 
 def _branch_projections(sources: set[fx.Node], branch, order, projections) -> list[Axis]:

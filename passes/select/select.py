@@ -7,7 +7,7 @@ of it, in any of these bands, is changed by an adapter that is excluded.
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from math import fsum, inf, prod
 from numbers import Integral
@@ -15,7 +15,17 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from s2ft_compile.config import ROLES, SELECTIONS, S2FTConfig, is_glob, matches, qualified_name, units_for
+from s2ft_compile.config import (
+    DEFAULT_ROLES,
+    ROLES,
+    SELECTIONS,
+    SHARE,
+    S2FTConfig,
+    is_glob,
+    matches,
+    qualified_name,
+    units_for,
+)
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.layout import Layout, coordinates, end_roles, leaves, role_mask
 from s2ft_compile.structure import Analysis
@@ -60,6 +70,7 @@ def select(
     measured: for a selection that looks at data, what `calibrate` found: (parameter, dim) -> float64 (size of dim,).
     taken: what the adapters in `config.exclude` change. Raises `ConfigError` where a target cannot be met.
     """
+    config = replace(config, selection=config.selection or "random")
     targeted = targeted_bands(analysis, config)
     by_group: dict[tuple, list[Band]] = {}
     for bands in targeted.values():
@@ -95,15 +106,29 @@ def raised(analysis: Analysis, config: S2FTConfig) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def default_targets(analysis: Analysis) -> dict[str, float]:
+    """`SHARE` of those of `DEFAULT_ROLES` that the model has. Raises `ConfigError` where it has none."""
+    _check_structures(analysis)
+    roles = {band.role for band in bands(analysis)} & set(ROLES)
+    targets = {role: SHARE for role in DEFAULT_ROLES if role in roles}
+    if not targets:
+        raise ConfigError(f"none of the default targets is in this model; name some of {', '.join(sorted(roles))}")
+    return targets
+
+
 def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:
     """Target -> the bands it may train a part of. Raises `ConfigError` where there are none."""
-    if not analysis.couplings and not analysis.ordered:
-        refused = "; ".join(str(r) for r in analysis.refusals[:3]) or "its parameters are not used together"
-        raise ConfigError(f"no coupled structure was found in this model, so there is nothing to select: {refused}")
+    _check_structures(analysis)
     by_target = {target: _bands_of(target, amount, analysis) for target, amount in config.targets.items()}
     if config.top_layers is None:
         return by_target
     return {target: _top(target, bands, config.top_layers, analysis.depths) for target, bands in by_target.items()}
+
+
+def _check_structures(analysis: Analysis) -> None:
+    if not analysis.couplings and not analysis.ordered:
+        refused = "; ".join(str(r) for r in analysis.refusals[:3]) or "its parameters are not used together"
+        raise ConfigError(f"no coupled structure was found in this model, so there is nothing to select: {refused}")
 
 
 def _top(target: str, bands: Sequence[Band], layers: int, depths: Mapping[str, int]) -> list[Band]:

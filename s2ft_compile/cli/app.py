@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from s2ft_compile.config import BUDGETS, CALIBRATED, ROLES, SELECTIONS, CompileOptions, S2FTConfig
+from s2ft_compile.config import BUDGETS, CALIBRATED, ROLES, SELECTIONS, SHARE, CompileOptions, S2FTConfig
 from s2ft_compile.errors import AdapterError, ConfigError
 
 from .terminal import reported
@@ -46,9 +46,8 @@ def main(
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Model = Annotated[str, typer.Option("--model", help="The base model: a Hugging Face folder, or a hub id.")]
-CHECKPOINTING = "Keep the input of each layer alone, and compute the layer again in the backward."
+CHECKPOINTING = "Keep the input of each layer alone, and compute it again in the backward: by default if quantized."
 BUDGET = "Share of the activations kept for the backward; what is not kept is computed again."
-TARGETS = ",".join(f"{role}={amount}" for role, amount in S2FTConfig().targets.items())
 ADAPTER = "An adapter folder, or the output folder of `s2ft train`."
 Adapter = Annotated[Path, typer.Option("--adapter", help=ADAPTER)]
 Output = Annotated[Path, typer.Option("--output", help="The folder to write; must not exist yet.")]
@@ -94,14 +93,14 @@ def estimate(
     batch: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
     seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     grad_accum: Annotated[int, typer.Option(help="Forwards in an optimizer step.")] = 1,
-    targets: Annotated[str, typer.Option(help="What trains, as for `s2ft train`.")] = TARGETS,
+    targets: Annotated[str | None, typer.Option(help="What trains, as for `s2ft train`.")] = None,
     dtype: Annotated[
         str, typer.Option(help="Type of the weights: auto (the configuration's), or float32, bfloat16, float16.")
     ] = "auto",
     quantize: Annotated[str, typer.Option(help="As for `s2ft train`: nf4, int8 or fp8.")] = "none",
     optimizer: Annotated[str, typer.Option(help="As for `s2ft train`: muon or adamw.")] = "muon",
     activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help=CHECKPOINTING)] = False,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help=CHECKPOINTING, show_default=False)] = None,
     logits: Annotated[bool, typer.Option(help="Whether a step returns its logits; `s2ft train` does not.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print bytes as JSON.")] = False,
     debug: Debug = False,
@@ -127,7 +126,7 @@ def explain(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a hub id.")],
     batch: Annotated[int, typer.Option(help="Sequences in a forward.")] = 1,
     seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 16,
-    targets: Annotated[str, typer.Option(help="What trains, as for `s2ft train`.")] = TARGETS,
+    targets: Annotated[str | None, typer.Option(help="What trains, as for `s2ft train`.")] = None,
     logits: Annotated[bool, typer.Option(help="Whether a step returns its logits; `s2ft train` does not.")] = False,
     off: Annotated[list[str] | None, typer.Option(help="A pass to leave out; may be repeated.")] = None,
     trace: Annotated[Path | None, typer.Option(help="A folder for every graph before and after each pass.")] = None,
@@ -194,13 +193,16 @@ def train(
         bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT, with its options.")
     ] = False,
     targets: Annotated[
-        str,
-        typer.Option(help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs."),
-    ] = TARGETS,
+        str | None,
+        typer.Option(
+            help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs. "
+            f"[default: {SHARE:g} of all channels, and of the heads' queries and keys]"
+        ),
+    ] = None,
     selection: Annotated[
         str,
         typer.Option(help=f"How units are ranked: {', '.join(SELECTIONS)}; {', '.join(CALIBRATED)} look at the data."),
-    ] = "random",
+    ] = "gradient",
     smallest: Annotated[
         bool, typer.Option("--smallest", help="Take the lowest-ranked units rather than the highest.")
     ] = False,
@@ -219,12 +221,19 @@ def train(
         typer.Option(help="An adapter of which nothing may train again, to fuse both; may be repeated. " + ADAPTER),
     ] = None,
     calibration_batches: Annotated[int, typer.Option(help="Batches of the data that a selection looks at.")] = 4,
+    reselect_every: Annotated[
+        float | None,
+        typer.Option(
+            help="Steps, or below 1 a share of them, after which other units train; 0: never. "
+            "[default: a tenth of the run, at least 20]"
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: one pass over the data]")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data, where --steps is not given.")] = 1.0,
     optimizer: Annotated[str, typer.Option(help="muon (for slices that are matrices), or adamw.")] = "muon",
     lr: Annotated[
         float | None,
-        typer.Option(help="Learning rate, after the warm-up. [default: a tenth of the weights' root mean square]"),
+        typer.Option(help="Learning rate, after the warm-up. [default: by the model's width and the steps]"),
     ] = None,
     schedule: Annotated[
         str, typer.Option(help="Of the rate: cosine, linear, constant or constant_with_warmup.")
@@ -248,7 +257,7 @@ def train(
         str, typer.Option(help="What compiles the rewritten graph: inductor, aot_eager or eager.")
     ] = "inductor",
     activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help=CHECKPOINTING)] = False,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help=CHECKPOINTING, show_default=False)] = None,
     by_layer: Annotated[
         bool,
         typer.Option(

@@ -317,6 +317,14 @@ def load_structure(model: str | Path, dtype: str = "auto") -> nn.Module:
     return _with_loss(built if dtype == "auto" else built.to(getattr(torch, dtype)))
 
 
+def checkpoint_if(model: nn.Module, checkpointing: bool | None, quantize: str) -> None:
+    """`checkpoint_layers` where that is wanted: None is for a quantized base, of a model that can."""
+    if checkpointing is None:
+        checkpointing = quantize != "none" and getattr(model, "supports_gradient_checkpointing", False)
+    if checkpointing:
+        checkpoint_layers(model)
+
+
 def checkpoint_layers(model: nn.Module) -> None:
     """Has each layer keep its input alone, and computed again in the backward. Raises `ConfigError` for a model that
     transformers cannot do that to."""

@@ -10,7 +10,9 @@ import math
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ExportError
 from s2ft_compile.optimizers import optimizer
 from s2ft_compile.preparation import prepare
+from s2ft_compile.reselection import reselect
 
 from .corpus import Text, corpus
 from .data import example_inputs
@@ -37,7 +40,9 @@ BATCH, LENGTH = 4, 128
 WARM_UP = 3  # steps that compile and settle, and do not count
 METHODS = {"s2ft": "S²FT", "lora": "LoRA", "full": "full"}
 MARK = ".s2ft-demo"  # a file that says: this folder is the demo's own
-TARGETS = {"ffn.in": 0.06, "ffn.out": 0.06}  # whole channels, 40 of 672 in each layer
+# The default's roles, more of each: 40 of 672 channels and a head's queries and keys in every layer.
+TARGETS = {"ffn.in": 0.06, "ffn.out": 0.06, "attention.query": 0.06, "attention.key": 0.06}
+SELECTIONS = 10  # in the fine-tuning
 RATES = {"full": 1e-3, "s2ft": 1e-2, "lora": 1e-2}  # of this size and these steps, as benchmarks/compare found them
 
 
@@ -61,7 +66,7 @@ def run(output: Path, seconds: float, console: Console) -> dict[str, Any]:
         config = S2FTConfig(targets=TARGETS, selection="gradient")
         plan = prepare(tuned, example_inputs(tuned), config, batches)
         trained = sum(s.delta.numel() for s in plan.slices)
-        ours = Stepper(tuned, optimizer(tuned, lr=RATES["s2ft"]), "s2ft")
+        ours = Stepper(tuned, optimizer(tuned, lr=RATES["s2ft"]), "s2ft", again=partial(reselect, tuned, batches))
         full.reset(lr=RATES["full"])
         others = {"full": full, **lora(output / "base", trained)}
         steps = train_for(0.4 * seconds, 1000, code, [ours, *others.values()], bars, "fine-tuning on source code")
@@ -132,12 +137,16 @@ def build_model(tokenizer) -> nn.Module:
 
 @dataclass
 class Stepper:
-    """A model compiled with `backend`, and its optimizer. seconds: of each step of the last run."""
+    """A model compiled with `backend`, and its optimizer. again: chooses other units, `SELECTIONS` times in a run.
+    seconds: of each step of the last run.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     backend: str
+    again: Callable[[], Any] | None = None
     seconds: list[float] = field(default_factory=list)
+    selection: int = 0
 
     def __post_init__(self):
         self.peak = self.optimizer.param_groups[0]["lr"]
@@ -153,6 +162,9 @@ class Stepper:
         rate = self.peak * min(1.0, done * 20 + 0.1) * (0.55 + 0.45 * math.cos(math.pi * done))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.again and int(done * SELECTIONS) > self.selection:
+            self.selection = int(done * SELECTIONS)
+            self.again()
         self.model.train()
         began = time.perf_counter()
         value = self.compiled(input_ids=tokens, labels=tokens).loss

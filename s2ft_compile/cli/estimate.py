@@ -11,7 +11,7 @@ from s2ft_compile.errors import ConfigError
 from s2ft_compile.estimation import Estimate, estimate
 from s2ft_compile.planned import plan_quantization
 
-from .data import DTYPES, QUANTIZE, checkpoint_layers, example_inputs, load_structure, takes_labels
+from .data import DTYPES, QUANTIZE, checkpoint_if, example_inputs, load_structure, takes_labels
 
 
 def estimate_folder(
@@ -23,20 +23,19 @@ def estimate_folder(
     options: CompileOptions,
     quantize: str = "none",
     optimizer: str = "muon",
-    checkpointing: bool = False,
+    checkpointing: bool | None = None,
     grad_accum: int = 1,
 ) -> Estimate:
     """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels. quantize: its
     linear layers but the head, to one of `QUANTIZE`. checkpointing: whether layers are computed again in the
-    backward. grad_accum: forwards in a step."""
+    backward; None as in `s2ft train`, with a quantized base. grad_accum: forwards in a step."""
     check_choice("quantize", quantize, QUANTIZE)
     if grad_accum < 1:
         raise ConfigError(f"grad_accum is at least 1, got {grad_accum}")
     loaded, inputs = structure_and_step(model, batch, length, dtype)
     if quantize != "none":
         plan_quantization(loaded, quantize)
-    if checkpointing:
-        checkpoint_layers(loaded)
+    checkpoint_if(loaded, checkpointing, quantize)
     return estimate(loaded, inputs, config, options, optimizer, accumulates=grad_accum > 1)
 
 

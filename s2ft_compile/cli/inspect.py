@@ -11,13 +11,12 @@ from typing import Any
 from rich.table import Column, Table
 from torch import nn
 
-from s2ft_compile.config import ROLES, S2FTConfig, units_for
+from s2ft_compile.config import ROLES, SHARE, S2FTConfig, units_for
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.select.select import targeted_bands
 from s2ft_compile.structure import Analysis, Coupling
 
 LAYER = re.compile(r"\.(\d+)\.")
-SHARE = S2FTConfig().targets["ffn.out"]  # the default share
 
 
 def describe(model: nn.Module, analysis: Analysis) -> dict[str, Any]:

@@ -28,8 +28,10 @@ class TrainOptions:
     """Everything `s2ft train` takes. steps: optimizer steps; None for `epochs` passes over the data. held_out: the
     share of the blocks that is only measured. batch_size: blocks in a forward. optimizer, lr: see `s2ft.optimizer`.
     calibration_batches: how many batches of the training blocks a selection looks at, if it looks at data.
+    reselect_every: after how many steps, or below 1 what share of them, other units train (`s2ft.reselect`); 0: never.
+    None: a tenth of the run, at least 20 steps; never for a quantized base, or a budget of the whole model.
     quantize: the linear layers but the head, while they are loaded (docs/quantized.md). activation_budget: see
-    `CompileOptions`. gradient_checkpointing: see `checkpoint_layers`. by_layer: see `compile_layers`. warmup: steps, or
+    `CompileOptions`. gradient_checkpointing: see `checkpoint_if`. by_layer: see `compile_layers`. warmup: steps, or
     below 1 a share of them; None for a tenth, at most 10. clip: the largest norm of a step's gradients, 0 for none.
     save_every, eval_every: in steps. keep: how many checkpoints. patience: evaluations without an improvement, after
     which the run ends with its best deltas. resume: goes on from the last checkpoint in `output`. given: what was asked
@@ -53,8 +55,9 @@ class TrainOptions:
     inner: str = "inductor"
     held_out: float = 0.05
     calibration_batches: int = 4
+    reselect_every: float | None = None
     activation_budget: float = 1.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
     by_layer: bool = False
     epochs: float = 1.0
     packing: bool = False
@@ -82,6 +85,8 @@ class TrainOptions:
             raise ConfigError(f"held_out is a share from 0 to less than 1, got {self.held_out}")
         if not 0 < self.epochs < 1e6:
             raise ConfigError(f"epochs is a positive number, got {self.epochs}")
+        if self.reselect_every is not None:
+            self._check_reselection()
         for name in ("weight_decay", "clip", "warmup"):
             if not 0 <= (getattr(self, name) or 0) < 1e9:
                 raise ConfigError(f"{name} is a number from 0, got {getattr(self, name)}")
@@ -95,9 +100,30 @@ class TrainOptions:
         check_choice("quantize", self.quantize, QUANTIZE)
         CompileOptions(self.inner, self.activation_budget)
 
+    def _check_reselection(self) -> None:
+        if not 0 <= self.reselect_every < 1e9:
+            raise ConfigError(f"reselect_every is a number of steps, a share, or 0, got {self.reselect_every}")
+        if self.reselect_every and (why := self._keeps_units()):
+            raise ConfigError(f"reselect_every: {why}; 0 keeps the units")
+
+    def _keeps_units(self) -> str | None:
+        """Why other units cannot train later on."""
+        if self.quantize != "none":
+            return "the units of a quantized base cannot be chosen anew"
+        if self.s2ft.budget != "layer":
+            return f"layers keep their size only with budget='layer', got {self.s2ft.budget!r}"
+        return None
+
     def total_steps(self, blocks: int) -> int:
         """Optimizer steps of the run over this many blocks."""
         return self.steps or max(1, int(self.epochs * (blocks // (self.batch_size * self.grad_accum))))
+
+    def reselection_steps(self, steps: int) -> int:
+        """For how many of these steps a unit trains: all of them where units are not chosen anew."""
+        every = self.reselect_every
+        if every is None:
+            every = 0 if self._keeps_units() else max(20, steps / 10)
+        return min(steps, round(every if every >= 1 else max(1, every * steps))) if every else steps
 
     def warmup_steps(self, steps: int) -> int:
         if self.warmup is None:
@@ -105,8 +131,10 @@ class TrainOptions:
         return int(self.warmup if self.warmup >= 1 else self.warmup * steps)
 
 
-def parse_targets(text: str) -> dict[str, int | float]:
+def parse_targets(text: str | None) -> dict[str, int | float] | None:
     """`ffn.out=0.03,attention.out=4` as {role or glob: ratio or units}; without a point it is units."""
+    if text is None:
+        return None
     targets: dict[str, int | float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, amount = (piece.strip() for piece in part.rpartition("="))
@@ -226,7 +254,7 @@ def _check_causal(model: str, config) -> None:
 
 def _check_globs(config, s2ft: S2FTConfig) -> None:
     """Targets that are no roles must match parameters; their names come from a model without storage."""
-    globs = [target for target in s2ft.targets if is_glob(target)]
+    globs = [target for target in s2ft.targets or () if is_glob(target)]
     if not globs:
         return
     with torch.device("meta"):

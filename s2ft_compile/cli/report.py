@@ -176,7 +176,7 @@ def _facts_of(run: Run) -> dict[str, str]:
         "data": f"{Path(options['data']).name}, {m['blocks']} blocks of {m['form']}, {m['held_out_blocks']} held out",
         "held-out loss": f"{m['loss_before']:.4f} → {m['loss_after']:.4f}" if m["held_out_blocks"] else "none held out",
         "trained": f"{m['trainable_parameters']:,} of {m['parameters']:,} ({m['trainable_fraction']:.2%})",
-        "targets": ", ".join(f"{target}={amount}" for target, amount in config.targets.items()),
+        "targets": ", ".join(f"{target}={amount}" for target, amount in (config.targets or {}).items()),
         "units chosen by": f"{config.to_dict()['selection']}, budget by {config.budget}",
         "steps": f"{m['steps']} × {m['tokens_per_step']:,} tokens",
         "learning rate": f"{options['lr']:g}, {options['schedule']}",

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from s2ft_compile.errors import ConfigError, ExportError, S2FTError, TrainingError, of_memory, of_the_system
+from s2ft_compile.errors import ConfigError, ExportError, S2FTError, StateError, TrainingError, of_memory, of_the_system
 from s2ft_compile.exporters import save_adapter, save_merged
 from s2ft_compile.exporters.card import CARD
 from s2ft_compile.layers import compile_layers
@@ -34,9 +34,10 @@ from s2ft_compile.optimizers import learning_rate, optimizer
 from s2ft_compile.plan import Plan
 from s2ft_compile.preparation import prepare
 from s2ft_compile.quantized import not_quantized
+from s2ft_compile.reselection import load_trained_state, reselect, trained_state
 from s2ft_compile.state import state_of
 
-from .data import Blocks, checkpoint_layers, example_inputs, load_model, load_tokenizer, split, tokenize
+from .data import Blocks, checkpoint_if, example_inputs, load_model, load_tokenizer, split, tokenize
 from .options import PLAN, RUN, TrainOptions, check
 from .terminal import counter, progress, versions, write_json
 
@@ -62,12 +63,11 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
             model = load_model(options.model, options.dtype, options.quantize)
             if options.quantize == "none":
                 model.to("cuda" if torch.cuda.is_available() else "cpu")
-        if options.gradient_checkpointing:
-            checkpoint_layers(model)
+        checkpoint_if(model, options.gradient_checkpointing, options.quantize)
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
             plan = _prepared(model, training, options, work)
-        options = replace(options, lr=options.lr or learning_rate(model))
+        options = replace(options, lr=options.lr or learning_rate(model, options.total_steps(len(training))))
         _remember(work, options, plan, blocks)
         with progress(console) as bars:
             before = loss(model, held_out, options.batch_size, on_batch=counter(bars, "loss before"))
@@ -191,7 +191,8 @@ def _prepared(model: nn.Module, training: Blocks, options: TrainOptions, work: P
     if not options.resume:
         return prepare(model, example_inputs(model), options.s2ft, calibration(model, training, options))
     begun = Plan.from_dict(json.loads((work / PLAN).read_text(encoding="utf-8"))["plan"])
-    if begun.config.to_dict() != options.s2ft.to_dict():
+    asked = replace(options.s2ft, targets=options.s2ft.targets or begun.config.targets)
+    if begun.config.to_dict() != asked.to_dict():
         raise ConfigError(f"{work} was begun with other slices: {begun.config}; this is {options.s2ft}")
     return prepare(model, example_inputs(model), begun)
 
@@ -233,7 +234,8 @@ def fit(
             load_deltas(model, end)
             return _state(start)["global_step"], []
         watch = _watch(bars, steps, options, work, _tokens(blocks, options))
-        trainer = _trainer(model, blocks, held_out, options, work, steps, watch)
+        callbacks = [watch, _reselection(model, blocks, options)]
+        trainer = _trainer(model, blocks, held_out, options, work, steps, callbacks)
         watch.trim(start)
         with watch.interruptible():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -279,7 +281,7 @@ def _compiled(model: nn.Module, options: TrainOptions) -> Iterator[None]:
                 module._compiled_call_impl = None  # what compile() set; the exporters want the plain call
 
 
-def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: int, watch):
+def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: int, callbacks: list):
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
     class SliceTrainer(Trainer):
@@ -288,7 +290,7 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
         def _save(self, output_dir=None, state_dict=None):
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({b.delta_name: b.delta.detach() for b in state_of(self.model).blocks}, folder / WEIGHTS)
+            save_file({k: v.contiguous() for k, v in trained_state(self.model).items()}, folder / WEIGHTS)
 
         def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
             load_deltas(self.model, Path(resume_from_checkpoint))
@@ -346,7 +348,7 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
         default_data_collator,
         train_dataset=blocks,
         eval_dataset=held_out,
-        callbacks=[watch, *early],
+        callbacks=[*callbacks, *early],
         optimizers=(optimizer(model, options.optimizer, options.lr, options.weight_decay), None),
     )
     trainer.remove_callback(PrinterCallback)
@@ -359,10 +361,10 @@ def load_deltas(model: nn.Module, checkpoint: Path) -> None:
         deltas = load_file(checkpoint / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{checkpoint} is damaged ({error}); remove it to go on from the one before") from error
-    expected = {b.delta_name for b in state_of(model).blocks}
-    if deltas.keys() != expected:
-        raise ConfigError(f"{checkpoint} has other slices than this model: {sorted(deltas.keys() ^ expected)[0]}")
-    model.load_state_dict(deltas, strict=False)
+    try:
+        load_trained_state(model, deltas)
+    except StateError as error:
+        raise ConfigError(f"{checkpoint} has other slices than this model: {error}") from error
 
 
 @torch.no_grad()
@@ -389,6 +391,19 @@ def loss(
 def _tokens(blocks: Blocks, options: TrainOptions) -> int:
     """In an optimizer step, with the padding."""
     return options.batch_size * options.grad_accum * blocks.input_ids.shape[1]
+
+
+def _reselection(model: nn.Module, blocks: Blocks, options: TrainOptions):
+    """A Trainer callback by which other units train from some steps on."""
+    from transformers import TrainerCallback
+
+    class Reselection(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            step, period = state.global_step, options.reselection_steps(state.max_steps)
+            if step and step % period == 0:
+                reselect(model, calibration(model, blocks, options))
+
+    return Reselection()
 
 
 def _watch(bars: Progress, steps: int, options: TrainOptions, work: Path, tokens: int):
@@ -530,7 +545,13 @@ def _sizes(model: nn.Module, plan) -> dict[str, Any]:
     deltas = {id(s.delta) for s in plan.slices}
     trained = sum(s.delta.numel() for s in plan.slices)
     total = sum(p.numel() for p in model.parameters() if id(p) not in deltas)
-    return {"parameters": total, "trainable_parameters": trained, "trainable_fraction": trained / total}
+    moved = sum(s.delta.numel() for s in state_of(model).all_trained.slices)
+    return {
+        "parameters": total,
+        "trainable_parameters": trained,
+        "trainable_fraction": trained / total,
+        "moved_parameters": moved,
+    }
 
 
 def _speed(seconds: list[float], options: TrainOptions, blocks: Blocks) -> dict[str, Any]:
@@ -553,7 +574,7 @@ def report(metrics: Mapping[str, Any], output: Path) -> Table:
         if metrics["held_out_blocks"]
         else "nothing was held out",
         "trainable": f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,} parameters "
-        f"({metrics['trainable_fraction']:.2%})",
+        f"({metrics['trainable_fraction']:.2%}) at a time; {metrics['moved_parameters']:,} moved",
         "steps": f"{metrics['steps']} × {metrics['tokens_per_step']:,} tokens",
         "step time": f"{metrics['step_ms']:.1f} ms, {metrics['tokens_per_second']:,.0f} tokens/s "
         f"(first step, with compilation: {metrics['first_step_seconds'] or 0:.1f} s)",

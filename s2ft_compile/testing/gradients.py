@@ -18,6 +18,7 @@ from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.preparation import analyze, prepare
 from s2ft_compile.recording import exporting
 from s2ft_compile.state import find_state, release, state_of
+from s2ft_compile.structure import Analysis
 from s2ft_compile.tracing import recorded
 
 from .equivalence import AMPLIFIED, Promoted, noisy, outputs_of, wide
@@ -122,7 +123,7 @@ def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager"
     Raises `AssertionError` that names the role and the weight, or what the step raised.
     """
     inputs = wide(inputs)
-    base, trained = noisy(model, 0), {}
+    base, trained = noisy(model, 0).requires_grad_(True), {}
     full = full_gradients(base, lambda base: _summed(base, inputs))
     analysis = analyze(copy.deepcopy(base), inputs)
     for role in ROLES:
@@ -147,16 +148,18 @@ def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager"
     return trained
 
 
-def assert_sliced(model: nn.Module, inputs: Any, ratio: float = 0.3) -> dict[str, tuple[int, int]]:
+def assert_sliced(
+    model: nn.Module, inputs: Any, ratio: float = 0.3, analysis: Analysis | None = None
+) -> dict[str, tuple[int, int]]:
     """The same without a compiler: all slices of all roles at once, by the slice rules of one joint graph of eval mode
     that is run as it is, in float64.
 
-    Returns role -> (number of weights that train, number of those that have no slice rule and that `prepare` leaves
-    out). Raises `AssertionError` where a gradient is no slice of the full one or no weight of a role trains, and what
-    tracing raises where there is no joint graph.
+    analysis: the couplings, by default what `analyze` finds. Returns role -> (number of weights that train, number of
+    those that have no slice rule and that `prepare` leaves out). Raises `AssertionError` where a gradient is no slice
+    of the full one or no weight of a role trains, and what tracing raises where there is no joint graph.
     """
     inputs, model = wide(inputs), noisy(model, 0).requires_grad_(False)
-    analysis, parameters = analyze(model, inputs), dict(model.named_parameters())
+    analysis, parameters = analysis or analyze(model, inputs), dict(model.named_parameters())
     of_roles: dict[str, list[Taken]] = {}
     for role in ROLES:
         try:

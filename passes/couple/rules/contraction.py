@@ -178,7 +178,7 @@ def einsum_of_any(cx, node, inputs: Sequence[str], output: str, operands: Sequen
         if value.weight and activations:
             kept = {c for c in letters if c in output or c in met}
             shared = {c for other in inputs if other is not letters for c in other}
-            produced, gone = ([d for d, c in enumerate(letters) if (c in kept) == made] for made in (True, False))
+            produced, gone = ([d for d, c in enumerate(letters) if (c in kept) == result] for result in (True, False))
             cx.project(node, value, [d for d in produced if letters[d] not in shared], gone)
             cx.experts += [value.dims[d] for d in produced if letters[d] in shared]
     if len(activations) > 1:
@@ -316,7 +316,7 @@ def axes_flex_attention(cx, node, q, k, v, score=None, mask=(), *args, **kwargs)
         for axis in value.dims:
             pin(axis, why)
     read = [_positions_read(f) for f in (score, mask[-1] if mask else None)]
-    batch_and_heads = {d for found in read for d in found if d < 2}
+    batch_and_heads = {d for dims in read for d in dims if d < 2}
     batch_and_heads |= {d for d in (0, 1) for x in others if len(x.dims) > d and x.dims[d].size == q.dims[d].size > 1}
     heads = q.dims[1]
     unify(q.dims[0], k.dims[0], why)
