@@ -1,6 +1,7 @@
 """Data files and tokens: what is accepted, what a block holds, and what each error says."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -405,3 +406,12 @@ def test_a_model_folder_that_is_none(tmp_path):
         load_model(tmp_path)
     with pytest.raises(ConfigError, match="no model could be loaded from nowhere/at-all"):
         load_model("nowhere/at-all")
+
+
+def test_weights_that_were_cut_off_are_one_line(tmp_path):
+    from small import hf
+
+    hf("llama", num_hidden_layers=1).save_pretrained(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 5000)
+    with pytest.raises(ConfigError, match="no model could be loaded from .*: Error while deserializing header"):
+        load_model(tmp_path)

@@ -108,6 +108,16 @@ def test_a_file_that_torch_could_not_write_whole_is_a_full_disk():
     )
 
 
+def test_a_run_that_was_cut_off_behind_its_last_step_takes_no_other(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "merged")
+    result = invoke("train", "--resume", "--output", run)
+    assert result.exit_code == 0, result.output
+    assert log(run) == log(whole) and json.loads((run / "metrics.json").read_text())["steps"] == STEPS
+    assert all(torch.equal(d, deltas(whole)[name]) for name, d in deltas(run).items()) and (run / "merged").exists()
+
+
 def test_the_log_has_every_step(whole):
     entries = log(whole)
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
@@ -223,21 +233,28 @@ def test_a_file_of_options_and_what_is_typed_wins(base, text, tmp_path):  # noqa
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_early_stopping_ends_with_the_best(base, text, tmp_path, monkeypatch, stopped):  # noqa: F811
-    """Also where the run was stopped after the first evaluation that was no better, and went on."""
-    losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, *[9.0] * stopped, 3.0, 1.0, 1.0])  # before, after each step, after all
+    """Also where the run was stopped after the first evaluation that was no better, and went on from another folder;
+    and where it is asked to go on at its end."""
+    before = [9.0] * stopped
+    losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, *before, 3.0, 1.0, *before, 1.0])  # before, after each step, after all
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "loss", lambda *_, **__: next(losses))
-    given = (*options(base, text, tmp_path / "run", steps=40), "--eval-every", 1, "--patience", 2)
+    given = (*options(base, text, "run", steps=40), "--eval-every", 1, "--patience", 2)
     if stopped:
         with monkeypatch.context() as patched:
             patched.setattr(module, "_memory", at_step(3, lambda: signal.raise_signal(signal.SIGINT)))
             assert "stopped; " in invoke("train", *given).output
-        given = ("--resume", "--output", tmp_path / "run")
-    result = invoke("train", *given)
-    assert result.exit_code == 0, result.output
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        given = ("--resume", "--output", "../run")
+    for _ in range(1 + stopped):
+        result = invoke("train", *given)
+        assert result.exit_code == 0, result.output
     entries = log(tmp_path / "run")
     assert [entry["eval_loss"] for entry in entries if "eval_loss" in entry] == [5.0, 4.0, 3.0, 3.5, 3.0]
     best = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-3" / "model.safetensors")
-    assert all(torch.equal(best[f"{n}_delta"].sum(), d.sum()) for n, d in by_parameter(deltas(tmp_path / "run")))
+    trained = by_parameter(deltas(tmp_path / "run"))
+    assert all(torch.equal(best[f"{n}_delta"].flatten().sort()[0], d.flatten().sort()[0]) for n, d in trained)
 
 
 def by_parameter(tensors):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from s2ft_compile.config import check_choice
@@ -370,7 +371,7 @@ class _one_line:
         return self
 
     def __exit__(self, kind, error, _):
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError)):
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)):
             lines = str(error).strip().splitlines() or [kind.__name__]
             raise ConfigError(
                 f"no {self.what} could be loaded from {self.model}: {lines[0]} "

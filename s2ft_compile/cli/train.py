@@ -43,7 +43,7 @@ from .terminal import counter, progress, versions, write_json
 
 WARM_UP = 3  # steps left out of the timings: the first ones compile
 EARLY = 100  # steps after which the loss should have fallen
-LOG, CHECKPOINTS, WEIGHTS = "log.jsonl", "checkpoints", "model.safetensors"
+LOG, CHECKPOINTS, WEIGHTS, STATE = "log.jsonl", "checkpoints", "model.safetensors", "trainer_state.json"
 
 
 def train(options: TrainOptions, console: Console) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def last_checkpoint(work: Path) -> Path | None:
     complete = {}
     for folder in (work / CHECKPOINTS).glob("checkpoint-*"):
         try:
-            complete[json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]] = folder
+            complete[_state(folder)["global_step"]] = folder
         except (OSError, ValueError, KeyError):
             continue
     return complete[max(complete)] if complete else None
@@ -229,10 +229,13 @@ def fit(
     now, and the seconds of each that was taken here."""
     steps = options.total_steps(len(blocks))
     with _compiled(model, options), not_quantized(model):  # which Trainer takes for a model that cannot train
+        start = last_checkpoint(work)
+        if start and (end := _end(start, steps, options.patience)):
+            load_deltas(model, end)
+            return _state(start)["global_step"], []
         watch = _watch(bars, steps, options, work, _tokens(blocks, options))
         callbacks = [watch, _reselection(model, blocks, options)]
         trainer = _trainer(model, blocks, held_out, options, work, steps, callbacks)
-        start = last_checkpoint(work)
         watch.trim(start)
         with watch.interruptible():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -240,6 +243,24 @@ def fit(
         raise Interrupted
     model.eval()
     return trainer.state.global_step, watch.seconds
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def _end(last: Path, steps: int, patience: int | None) -> Path | None:
+    """The checkpoint whose deltas a run ends with, if this was its last: Trainer would take one more step."""
+    state = _state(last)
+    if state["global_step"] < steps and not (patience and _without_better(state["stateful_callbacks"]) >= patience):
+        return None
+    best = state["best_model_checkpoint"] if patience else None
+    return last.with_name(Path(best).name) if best else last
+
+
+def _without_better(callbacks: Mapping[str, Any]) -> int:
+    """How many evaluations in a row were no better, as `Patience` left it in a checkpoint."""
+    return callbacks.get("Patience", {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
 class Interrupted(Exception):
@@ -287,8 +308,9 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
         """Counts on from where the checkpoint was written."""
 
         def on_train_begin(self, args, state, control, **kwargs):
-            saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
-            self.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
+            self.early_stopping_patience_counter = _without_better(state.stateful_callbacks)
+            if best := state.best_model_checkpoint:  # of a run that was moved since, or is named from elsewhere
+                state.best_model_checkpoint = str(work / CHECKPOINTS / Path(best).name)
 
     evaluated = "steps" if options.eval_every else "no"
     arguments = TrainingArguments(
