@@ -1,7 +1,7 @@
 """How much memory of its own a process takes at most while it loads a quantized model and prepares it; as JSON.
 
-python load_quantized.py FOLDER SMALL_FOLDER KIND: {"before", "most", "after": bytes}. On Linux: what files are mapped to is
-not counted, and what is freed is given back at once.
+python load_quantized.py FOLDER SMALL_FOLDER KIND: {"before", "most", "after": bytes}. On Linux: what maps a file is not
+counted, and what is freed is given back at once.
 """
 
 import ctypes
