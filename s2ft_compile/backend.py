@@ -57,8 +57,8 @@ def s2ft(
     weights = [i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter) and block_of(x) is not None]
     _check_config(example_inputs, weights, config)
     log.info("%d of a graph's %d inputs are weights with a delta", len(pairs), len(example_inputs))
-    pipeline = Pipeline(how, next(_numbers))
-    trains = pairs or trains_slices(example_inputs)
+    trains = bool(pairs) or trains_slices(example_inputs)
+    pipeline = Pipeline(how, next(_numbers), trains)
     graph = _copy(gm) if trains and not how.logits else gm  # what leaves logits out is the one pass that changes it
     pipeline.run(DYNAMO, graph.graph, example_inputs)
     if graph is not gm:

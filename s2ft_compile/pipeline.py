@@ -83,11 +83,13 @@ PASSES = (
 class Pipeline(CustomGraphPass):
     """The passes that options leave on, for the graphs of one dynamo graph. It is Inductor's hook for joint graphs.
 
-    number: of the dynamo graph, in logs and traces.
+    number: of the dynamo graph, in logs and traces. trains: whether it trains slices, which may all lie beside their
+    weights, where no joint graph shows them.
     """
 
     how: CompileOptions
     number: int = 0
+    trains: bool = False
 
     def __post_init__(self) -> None:
         if unknown := set(self.how.off) - {p.name for p in PASSES}:
@@ -131,7 +133,7 @@ class Pipeline(CustomGraphPass):
 
     def rewrite(self, joint: fx.Graph, *levels: str) -> None:
         """The passes of joint graphs, on one with deltas or a loss in chunks; another stays as it is."""
-        if pushdown.attached(joint) or joint.find_nodes(op="call_function", target=chunk_loss.KEEP):
+        if self.trains or pushdown.attached(joint) or joint.find_nodes(op="call_function", target=chunk_loss.KEEP):
             for level in levels:
                 self.run(level, joint)
 
@@ -143,7 +145,7 @@ class Pipeline(CustomGraphPass):
         if self.how.trace is not None or tracing.is_recording():
             return None
         files = sources((__name__, *(module.__name__ for p in PASSES for module in p.modules)))
-        return get_hash_for_files(files, " ".join([*(p.name for p in self.passes), rules_key()]))
+        return get_hash_for_files(files, " ".join([*(p.name for p in self.passes), rules_key(), str(self.trains)]))
 
 
 def _interface(graph: fx.Graph) -> tuple[list[str], list[str]]:

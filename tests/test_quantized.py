@@ -17,6 +17,7 @@ import torch
 import transformers
 from test_cli import base, invoke, text  # noqa: F401  (fixtures)
 from test_estimate import peak_of
+from test_lower import Forced
 from torch import nn
 
 import s2ft_compile as s2ft
@@ -198,6 +199,15 @@ def test_compiled_without_a_gradient_of_full_size(kind, by_layer):
     weights = {s.shape for s in state_of(model).plan.slices}
     assert len(graphs) == (4 if by_layer else 2) and not shapes & {*weights, *(shape[::-1] for shape in weights)}
     assert {tuple(s.delta.shape) for s in state_of(model).plan.slices} & shapes  # the gradients of slices are products
+
+
+def test_gradients_beside_weights_become_kernels(monkeypatch):
+    """As if there were a GPU, and no logits in chunks that show a graph to be one that trains."""
+    forced, model = Forced(monkeypatch), prepared("nf4 twice", dtype=torch.bfloat16)
+    model.train().compile(backend="s2ft", options={"inner": "aot_eager"})
+    model(**STEP).loss.backward()
+    assert sum(lowered for lowered, *_ in forced.graphs) == len(state_of(model).plan.slices)
+    assert_gradients(model, LLAMA, 2.0**-9)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
