@@ -40,7 +40,7 @@ MULTIPLE = 16  # of both sizes of a weight, which the matrix units take
 def rows(A: Tensor) -> tuple[Tensor, Tensor]:
     """(Â, a) of float32 A (rows, n). Of a row that is not finite all results are NaN."""
     a = A.abs().amax(1, keepdim=True).clamp(min=SMALLEST) / LARGEST
-    return (A / a).clamp(-LARGEST, LARGEST).to(E4M3), a
+    return (A / a).clamp(-LARGEST, LARGEST).to(E4M3).contiguous(), a
 
 
 def forward_product(X: Tensor, Q: Tensor, s: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def _replacement(editor: Editor, product: Product) -> fx.Node:
     elif weight.s_turned:
         s = editor.call(aten.permute.default, s, [1, 0], like=node)
     compute = forward_product if weight.turned else backward_product
-    result = editor.inline(_traced(compute, product.A, Q, s), (product.A, Q, s), like=node)
+    result = editor.inline(_traced(editor, compute, product.A, Q, s), (product.A, Q, s), like=node)
     if not weight.turned and node.meta.get("partitioner_tag") == "is_backward":
         _keep_in_backward(result)
     if product.bias is not None:
@@ -192,10 +192,10 @@ def _replacement(editor: Editor, product: Product) -> fx.Node:
     return result
 
 
-def _traced(compute: Callable, *operands: fx.Node) -> fx.Graph:
+def _traced(editor: Editor, compute: Callable, *operands: fx.Node) -> fx.Graph:
     """The calls that `compute` makes, in what Inductor decomposes operators to."""
     values = [x.meta["val"] for x in operands]
-    with torch.no_grad():
+    with torch.no_grad(), editor.mode:
         graph = make_fx(compute, decomposition_table=select_decomp_table())(*values).graph
     graph.eliminate_dead_code()
     return graph
