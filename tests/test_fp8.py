@@ -213,10 +213,7 @@ def test_nothing_of_full_size_is_made(by_layer, checkpointing):
     full = [n for n in nodes if {shape_of(n), shape_of(n)[::-1]} & shapes]
     assert full and not [n for n in full if n.meta["val"].dtype != E4M3]
     assert not [n for n in kept if n.meta["val"].dtype == E4M3]
-    layer, lowest = (
-        14,
-        7 + 4,
-    )  # products, forward and backward: nobody wants the lowest one's dX of queries, keys, values
+    layer, lowest = (14, 7 + 4)  # products; nobody wants the lowest one's dX of queries, keys and values
     counts = [sum(n.target == SCALED for n in graph.graph.nodes) for graph in graphs]
     if by_layer:  # one graph for the lowest, and one that the others share
         assert sum(counts) == layer + lowest
