@@ -27,6 +27,8 @@ from rich.table import Table
 from turns import DEVICE, RESULTS, Run, console, facts, in_turn, medians, parser, save, wall_ms
 
 import s2ft_compile as s2ft
+from s2ft_compile.quantized import parts_of
+from s2ft_compile.sliced import InPlace
 
 WARM_UP, STEPS = 3, 20
 BF16 = dict(vocabulary=128256, heads=32, kv_heads=8, head_dim=128, batch=1, length=512, dtype="bfloat16")
@@ -36,7 +38,7 @@ SHAPES = {
     "qwen3-4b": Setting(hidden=2560, layers=36, ffn=9728, family="qwen3", tied=True, **{**BF16, "vocabulary": 151936}),
 }
 MAIN = ("floor", "ours_loss", "lora_bf16", "lora_eager", "full")
-REST = ("ours_recomputed", "lora_recomputed", "lora_liger", "dora", "shira")
+REST = ("ours_fp8", "ours_recomputed", "lora_recomputed", "lora_liger", "dora", "shira")
 # shape, rows, tokens in a row, forwards in a step, methods beside ours
 PLAN = (
     ("llama-8b", 1, 4096, 1, MAIN),
@@ -181,6 +183,7 @@ def _row(label: str, method: str, setting: Setting, trial: Trial, inputs) -> dic
         "step_ms": step_ms,
         "tokens_per_s": 1e3 * setting.tokens / step_ms,
         "peak_bytes": peak,
+        "weight_bytes": _bytes([*trial.model.parameters(), *trial.model.buffers()]),
         "floor_tflop": floor_tflop(setting),
         "trainable_parameters": trial.trainable,
     }
@@ -212,13 +215,18 @@ def _weights(trial: Trial) -> int:
     """Bytes that a trial holds between its steps: weights, buffers, backups, gradients and optimizer state."""
     tensors = [*trial.model.parameters(), *trial.model.buffers()]
     if s2ft.is_prepared(trial.model):
-        tensors += [block.backup for block in s2ft.state.state_of(trial.model).blocks]
+        blocks = s2ft.state.state_of(trial.model).blocks
+        tensors += [block.backup for block in blocks if isinstance(block, InPlace)]
     tensors += [p.grad for p in trial.leaves if p.grad is not None]
     for state in (trial.optimizer.state if trial.optimizer else {}).values():
         tensors += [t for t in state.values() if isinstance(t, torch.Tensor)]
-    return sum(
-        storage.nbytes() for storage in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values()
-    )
+    return _bytes(tensors)
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    """Of the storages of tensors, plain or made of others."""
+    storages = [t.untyped_storage() for _, t in parts_of(("", t) for t in tensors)]
+    return sum(storage.nbytes() for storage in {storage.data_ptr(): storage for storage in storages}.values())
 
 
 def _free() -> None:

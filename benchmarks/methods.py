@@ -136,8 +136,12 @@ def floor_method(setting: Setting) -> Trial:
     return Trial(torch.compile(model, backend=setting.inner), [tapped.tap], None, setting.forwards)
 
 
-def ours_method(setting: Setting, **options) -> Trial:
+def ours_method(setting: Setting, base_in_fp8: bool = False, **options) -> Trial:
     model = build(setting)
+    if base_in_fp8:
+        from torchao.quantization import Float8WeightOnlyConfig, quantize_  # a GPU machine may not have it
+
+        quantize_(model, Float8WeightOnlyConfig(), lambda module, name: name.split(".")[-1] in LINEARS)
     s2ft.prepare(model, {"input_ids": batch(setting)["input_ids"]}, s2ft.S2FTConfig(setting.targets))
     net = torch.compile(model, backend=backend, options={"inner": setting.inner, **options})
     return _trial(setting, net, s2ft.parameters(model))
@@ -182,6 +186,7 @@ METHODS: dict[str, Callable[[Setting], Trial]] = {
     "ours_loss": partial(ours_method, logits=False),
     "ours_recomputed": partial(ours_method, logits=False, activation_budget=0.5),
     "ours_graphs": partial(ours_method, logits=False, mode="reduce-overhead"),
+    "ours_fp8": partial(ours_method, base_in_fp8=True, logits=False, fp8=True),
     "lora_compiled": partial(peft_method, compiled=True),
     "lora_eager": peft_method,
     "full": full_method,
@@ -197,6 +202,7 @@ TITLES = {
     "ours_loss": "S²FT, logits not returned",
     "ours_recomputed": "S²FT, the same, half recomputed",
     "ours_graphs": "S²FT, the same, CUDA graphs",
+    "ours_fp8": "S²FT, the same, base and its products in fp8",
     "lora_compiled": f"PEFT LoRA r={LORA_RANK}, compiled",
     "lora_eager": f"PEFT LoRA r={LORA_RANK}, eager",
     "full": "full fine-tuning",
@@ -210,5 +216,5 @@ NEEDS = {
     name: ("peft", "liger_kernel") if name == "lora_liger" else ("peft",)
     for name in METHODS
     if name.split("_")[0] in ("lora", "dora", "shira")
-}  # packages
+} | {"ours_fp8": ("torchao",)}  # packages
 CPU_METHODS = ("floor", "ours", "ours_loss", "lora_compiled", "lora_eager", "full")

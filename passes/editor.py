@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-ORIGIN = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag")  # of a node's meta: where it comes from
+ORIGIN = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "recompute", "ac_graph_id")
 
 
 @dataclass(frozen=True)

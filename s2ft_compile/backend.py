@@ -21,12 +21,14 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import tracing
 
 from s2ft_compile.passes.backward.attach import ATTACH
+from s2ft_compile.passes.backward.fp8 import E4M3
 
 from .capture import Inputs, unwrap
 from .config import CompileOptions, S2FTConfig
 from .errors import ConfigError, StateError
 from .pipeline import DYNAMO, JOINT, Pipeline
 from .preparation import prepare
+from .quantized import parts_of
 from .sliced import Beside, block_of, blocks_in, refresh, trains_slices
 from .state import live_states
 
@@ -58,6 +60,8 @@ def s2ft(
     _check_config(example_inputs, weights, config)
     log.info("%d of a graph's %d inputs are weights with a delta", len(pairs), len(example_inputs))
     trains = bool(pairs) or trains_slices(example_inputs)
+    if how.fp8 and trains:
+        _check_fp8(example_inputs)
     pipeline = Pipeline(how, next(_numbers), trains)
     graph = _copy(gm) if trains and not how.logits else gm  # what leaves logits out is the one pass that changes it
     pipeline.run(DYNAMO, graph.graph, example_inputs)
@@ -147,6 +151,14 @@ def _check_config(inputs: Sequence[Any], weights: Sequence[int], config: S2FTCon
                 f"options {config} differ from those the model was prepared with: {state.plan.config}; "
                 f"leave them out, or call s2ft.release(model) first"
             )
+
+
+def _check_fp8(inputs: Sequence[Any]) -> None:
+    if not any(part.dtype == E4M3 for x in inputs if isinstance(x, torch.Tensor) for _, part in parts_of([("", x)])):
+        raise ConfigError(
+            "the option fp8 is for weights that are stored in fp8 (float8_e4m3fn), and this graph has none; quantize "
+            "the base first, by torchao's Float8WeightOnlyConfig or `s2ft train --quantize fp8`"
+        )
 
 
 # --- preparing at the first call -------------------------------------------------------------------------------
@@ -275,7 +287,7 @@ def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline) ->
         decompositions=select_decomp_table(),  # as Inductor's, and as `prepare` looked at gradients
         fw_compiler=boxed,
         bw_compiler=boxed,
-        inference_compiler=boxed,
+        inference_compiler=partial(_inference, pipeline),
         partition_fn=partial(_partition, pipeline),
     )(gm, list(inputs))
 
@@ -284,6 +296,12 @@ def boxed(gm: fx.GraphModule, inputs) -> Callable:
     from functorch.compile import make_boxed_func
 
     return make_boxed_func(gm.forward)
+
+
+def _inference(pipeline: Pipeline, gm: fx.GraphModule, inputs) -> Callable:
+    pipeline.rewrite(gm.graph, JOINT)
+    gm.recompile()
+    return boxed(gm, inputs)
 
 
 def _partition(pipeline: Pipeline, joint: fx.GraphModule, inputs, **kwargs):

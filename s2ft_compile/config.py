@@ -166,6 +166,8 @@ class CompileOptions:
         full logits exist. Forwards without gradients return them all the same.
     mode: of Inductor, one of `MODES`. The same as torch.compile's, which allows no options beside it.
     kernels: whether the gradients of slices are Triton kernels on a GPU that has them. False: products of aten.
+    fp8: whether a frozen weight that is stored in fp8 is multiplied in fp8 too, forward and for dX, the other operand
+        rounded to it row by row. Takes a base in fp8 and a GPU of capability 8.9 or more (or a CPU, slowly).
     off: the names of passes (`s2ft_compile.pipeline.PASSES`) to leave out, to find out which one is to blame. Without
         "slice_pushdown" gradients are made at full size, and without "recheck" a graph that is not proved runs.
     trace: a folder for what each pass does to each graph, as text before and after.
@@ -176,6 +178,7 @@ class CompileOptions:
     logits: bool = True
     mode: str | None = None
     kernels: bool = True
+    fp8: bool = False
     off: Sequence[str] = ()
     trace: str | os.PathLike[str] | None = None
 
@@ -185,9 +188,11 @@ class CompileOptions:
         budget = self.activation_budget
         if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 <= float(budget) <= 1:
             raise ConfigError(f"activation_budget is a number from 0 (recompute all that can be) to 1, got {budget!r}")
-        for name in ("logits", "kernels"):
+        for name in ("logits", "kernels", "fp8"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.fp8 and self.inner == "eager":
+            raise ConfigError("fp8 products are made in a graph, so inner is 'inductor' or 'aot_eager', not 'eager'")
         if self.mode is not None:
             check_choice("mode", self.mode, MODES)
         if isinstance(self.off, str) or not all(isinstance(name, str) for name in self.off):

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from s2ft_compile.passes.backward import chunk_loss, lower, pushdown
+from s2ft_compile.passes.backward import chunk_loss, fp8, lower, pushdown
 from s2ft_compile.passes.couple import recheck
 
 from . import tracing
@@ -39,7 +39,8 @@ class Pass:
 
     run: changes a graph in place; inputs: the tensors of a dynamo graph. ensures: what is wrong with the graph that a
     run leaves, None where nothing is; asked after every run. modules: what the pass is made of, besides what they
-    import; the key of compile caches is their source.
+    import; the key of compile caches is their source. everywhere: whether a joint graph without deltas, or a forward
+    alone, is its matter too.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Pass:
     run: Callable[[fx.Graph, Sequence[Any]], Any]
     ensures: Callable[[fx.Graph], str | None]
     modules: tuple[ModuleType, ...]
+    everywhere: bool = False
 
 
 def _prove(graph: fx.Graph, inputs: Sequence[Any]) -> None:
@@ -74,6 +76,7 @@ PASSES = (
     Pass("chunk_loss", DYNAMO, _chunk, chunk_loss.whole_logits, (chunk_loss,)),
     Pass("slice_pushdown", JOINT, lambda graph, _: pushdown.slice_pushdown(graph), pushdown.attached, (pushdown,)),
     Pass("keep_saved", JOINT, lambda graph, _: chunk_loss.keep_saved(graph), chunk_loss.unsaved, (chunk_loss,)),
+    Pass("fp8", JOINT, lambda graph, _: fp8.fp8_products(graph), fp8.left_over, (fp8,), everywhere=True),
     Pass("lower", JOINT, lambda graph, _: lower.lower_where_possible(graph), lower.rounded, (lower,)),
     Pass("see_through", INDUCTOR, lambda graph, _: lower.see_through(graph), lower.opaque, (lower,)),
 )
@@ -98,13 +101,15 @@ class Pipeline(CustomGraphPass):
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        off = {*self.how.off, *["chunk_loss"] * self.how.logits, *["lower", "see_through"] * (not self.how.kernels)}
+        how = self.how
+        off = {*how.off, *["chunk_loss"] * how.logits, *["lower", "see_through"] * (not how.kernels)}
+        off |= set() if how.fp8 else {"fp8"}
         return tuple(p for p in PASSES if p.name not in off)
 
-    def run(self, level: str, graph: fx.Graph, inputs: Sequence[Any] = ()) -> None:
-        """All passes of a level. An error of one names it, and those before it."""
+    def run(self, level: str, graph: fx.Graph, inputs: Sequence[Any] = (), everywhere: bool = False) -> None:
+        """All passes of a level, or those for any graph alone. An error of one names it, and those before it."""
         for i, one in enumerate(self.passes):
-            if one.level == level:
+            if one.level == level and (one.everywhere or not everywhere):
                 where = f"pass {one.name} of graph {self.number}"
                 where += f", after {', '.join(p.name for p in self.passes[:i])}" if i else ""
                 self._run(one, graph, inputs, where)
@@ -132,10 +137,10 @@ class Pipeline(CustomGraphPass):
             tracing.record(step, self.how.trace)
 
     def rewrite(self, joint: fx.Graph, *levels: str) -> None:
-        """The passes of joint graphs, on one with deltas or a loss in chunks; another stays as it is."""
-        if self.trains or pushdown.attached(joint) or joint.find_nodes(op="call_function", target=chunk_loss.KEEP):
-            for level in levels:
-                self.run(level, joint)
+        """The passes of joint graphs. One without deltas and without a loss in chunks only has those for any graph."""
+        attached = pushdown.attached(joint) or joint.find_nodes(op="call_function", target=chunk_loss.KEEP)
+        for level in levels:
+            self.run(level, joint, everywhere=not (self.trains or attached))
 
     def __call__(self, graph: fx.Graph) -> None:
         self.rewrite(graph, JOINT, INDUCTOR)

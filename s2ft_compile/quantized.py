@@ -6,7 +6,7 @@ with an ordinary weight of no size (`stand_ins`).
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -149,17 +149,18 @@ class Quantized:
         return {n: t for n, t in saved.items() if n == self.key or n not in self.layer._parameters}
 
 
-def _flat(tensors) -> Iterator[tuple[str, Tensor]]:
+def parts_of(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that named ones are made of, each with its path."""
     for name, t in tensors:
         if hasattr(t, "__tensor_flatten__"):
-            yield from _flat((f"{name}.{part}", getattr(t, part)) for part in t.__tensor_flatten__()[0])
+            yield from parts_of((f"{name}.{part}", getattr(t, part)) for part in t.__tensor_flatten__()[0])
         else:
             yield name, t
 
 
 def same_parts(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors, plain or made of others, hold the same."""
-    ours, theirs = dict(_flat([("", a)])), dict(_flat([("", b)]))
+    ours, theirs = dict(parts_of([("", a)])), dict(parts_of([("", b)]))
     return ours.keys() == theirs.keys() and all(
         t.shape == theirs[n].shape and t.dtype == theirs[n].dtype and torch.equal(t, theirs[n].to(t.device))
         for n, t in ours.items()
@@ -168,7 +169,7 @@ def same_parts(a: Tensor, b: Tensor) -> bool:
 
 def sampled(weight: Quantized, sample: Callable[[Tensor], str]) -> str:
     """128 bits (hex) of a quantized weight's kind, shape, type, and samples of its parts."""
-    parts = sorted(_flat(weight.saved().items()))
+    parts = sorted(parts_of(weight.saved().items()))
     text = f"{weight.shape} {weight.dtype}" + "".join(f"\n{name} {sample(t)}" for name, t in parts)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -84,7 +84,7 @@ def test_an_error_names_its_pass_and_those_before(monkeypatch, error):
 def test_without_any_one_pass_the_gradient_is_the_same(name):
     graph, expected = joint_graph()
     done = Pipeline(CompileOptions(off=[name], logits=False))
-    assert [p.name for p in done.passes] == [p.name for p in PASSES if p.name != name]
+    assert [p.name for p in done.passes] == [p.name for p in PASSES if p.name not in (name, "fp8")]
     done.rewrite(graph.graph, JOINT)
     graph.recompile()
     torch.testing.assert_close(graph(W, DELTA, X)[1], expected, rtol=4 * U32, atol=0)
@@ -99,7 +99,7 @@ def test_a_pass_is_switched_off_from_the_backends_options():
 
 def test_existing_options_switch_passes_off():
     names = lambda **how: {p.name for p in Pipeline(CompileOptions(**how)).passes}  # noqa: E731
-    assert names(logits=False) - names() == {"chunk_loss"}
+    assert names(logits=False) - names() == {"chunk_loss"} and names(fp8=True) - names() == {"fp8"}
     assert names() - names(kernels=False) == {"lower", "see_through"}
 
 
@@ -168,7 +168,7 @@ def test_explain_says_what_changed_and_what_did_not_and_leaves_the_model_alone()
     before = snapshot(model)
     explanation = s2ft.explain(model, case.inputs, s2ft.S2FTConfig({"attention.out": 1}))
     assert_unchanged(model, before)
-    assert {s.name for s in explanation.steps} == {p.name for p in PASSES} - {"chunk_loss"}
+    assert {s.name for s in explanation.steps} == {p.name for p in PASSES} - {"chunk_loss", "fp8"}
     assert any("cumsum" in r.reason for r in explanation.axes) and "cumsum" in str(explanation)
     none = s2ft.explain(model, case.inputs, s2ft.S2FTConfig({"moe.out": 1}))
     assert none.steps == () and "roles found" in none.refused and none.refused in str(none)

@@ -31,7 +31,7 @@ from s2ft_compile.exporters import load_adapter, save_adapter, save_lora, save_m
 from s2ft_compile.exporters.onnx.weights import FORMS
 from s2ft_compile.fingerprint import fingerprint
 from s2ft_compile.planned import plan_quantization
-from s2ft_compile.quantized import KINDS, Kind, Values, _flat, quantized_in, register
+from s2ft_compile.quantized import KINDS, Kind, Values, parts_of, quantized_in, register
 from s2ft_compile.sliced import Beside, InPlace
 from s2ft_compile.state import state_of
 
@@ -228,7 +228,7 @@ WIDE = transformers.LlamaConfig(
 def bytes_of(model: nn.Module) -> int:
     """Of all weights, with everything that the quantized ones hold."""
     weights = quantized_in(model)
-    held = [t for w in weights.values() for part in w.saved().values() for _, t in _flat([("", part)])]
+    held = [t for w in weights.values() for part in w.saved().values() for _, t in parts_of([("", part)])]
     held += [p for n, p in model.named_parameters() if n not in weights] + list(model.buffers())
     return sum(t.nbytes for t in {(t.data_ptr(), t.numel()): t for t in held}.values())
 

@@ -104,14 +104,14 @@ def _terms(node: fx.Node, turned: bool) -> list[Term] | None:
     if node.target in CASTS + SAME:
         return _terms(x, turned)
     if node.target in TURNS:
-        return _terms(x, turned != _turns(node))
+        return _terms(x, turned != turns(node))
     if node.target is aten.add.Tensor and not node.kwargs and isinstance(node.args[1], fx.Node):
         terms = [_terms(a, turned) for a in node.args if a.meta["val"].shape == node.meta["val"].shape]
         return sum(terms, []) if len(terms) == 2 and None not in terms else None
     return None
 
 
-def _turns(node: fx.Node) -> bool:
+def turns(node: fx.Node) -> bool:
     """Whether a permutation of two dimensions exchanges them."""
     if node.target is aten.permute.default:
         return node.args[1][0] % 2 == 1
@@ -134,7 +134,7 @@ def _sum(editor: Editor, terms: list[Term], root: fx.Node) -> fx.Node:
 
 
 def _turned(editor: Editor, x: fx.Node, like: fx.Node) -> fx.Node:
-    if x.target in TURNS and _turns(x):
+    if x.target in TURNS and turns(x):
         return x.args[0]
     return editor.call(aten.permute.default, x, [1, 0], like=like)
 
