@@ -271,11 +271,11 @@ def aggregate(rows: list[dict]) -> dict:
     """Shares over the types that trace. `wrong` counts types in which a permutation changed an output."""
     traced = [r for r in rows if r["status"] == "traced"]
 
-    def complete(kind):
+    def all_found(kind):
         relevant = [r for r in traced if r[kind]["expected"]]
         return sum(r[kind]["found"] == r[kind]["expected"] for r in relevant), len(relevant)
 
-    ffn, attention = complete("ffn"), complete("attention")
+    ffn, attention = all_found("ffn"), all_found("attention")
     return {
         "types": len(rows),
         "traced": len(traced),
@@ -289,6 +289,7 @@ def aggregate(rows: list[dict]) -> dict:
         "trains all that it offers": sum("trains" in r for r in traced),
         "offered but not trained": sum("not trained" in r for r in traced),
         "training not comparable": sum("not comparable" in r for r in traced),
+        "training not tried": sum(not complete(r) for r in traced),
         "weights left out of a role": sum(left for r in traced for _, left in r.get("trains", {}).values()),
         "in eval mode only": sum("eval mode only" in r for r in traced),
         "in pieces": sum("pieces" in r for r in traced),
@@ -335,11 +336,16 @@ def listed(mapping: str) -> dict:
     return getattr(modeling_auto, MAPPINGS[mapping])
 
 
-def sweep(mapping: str, only: list[str], kept: list[dict]) -> Iterator[list[dict]]:
-    """All rows so far, after each type. kept: rows that are not made again."""
-    names, rows = listed(mapping), {r["type"]: r for r in kept}
+def complete(row: dict) -> bool:
+    """Whether it was tried whether it trains, where it traces."""
+    return row["status"] != "traced" or not {"trains", "not trained", "not comparable"}.isdisjoint(row)
+
+
+def sweep(mapping: str, only: list[str], before: list[dict]) -> Iterator[list[dict]]:
+    """All rows so far, after each type. before: rows that are not made again, where they are complete."""
+    names, rows = listed(mapping), {r["type"]: r for r in before}
     for i, (model_type, classes) in enumerate(names.items()):
-        if only and model_type not in only or model_type in rows:
+        if model_type not in only if only else model_type in rows and complete(rows[model_type]):
             continue
         task = (examine_zoo, model_type) if mapping == "zoo" else (examine, model_type, classes)
         row = {"type": model_type, **isolated(*task)}
@@ -457,8 +463,7 @@ def main() -> None:
         path = arguments.folder / ("zoo.json" if mapping == "zoo" else "sweep.json")
         stored = stored_in(path)
         rows = stored.get(mapping, {}).get("types", []) if arguments.only or arguments.resume else []
-        kept = [r for r in rows if r["type"] not in arguments.only]
-        for rows in sweep(mapping, arguments.only, kept):
+        for rows in sweep(mapping, arguments.only, rows):
             stored[mapping] = {"aggregate": aggregate(rows), "types": rows}
             save(path, stored)
         console.print(table(rows, mapping), mapping, stored[mapping]["aggregate"], sep="\n")
