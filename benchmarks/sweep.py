@@ -462,11 +462,12 @@ def main() -> None:
     for mapping in (*MAPPINGS, "zoo") if "all" in arguments.mapping else arguments.mapping:
         path = arguments.folder / ("zoo.json" if mapping == "zoo" else "sweep.json")
         stored = stored_in(path)
-        rows = stored.get(mapping, {}).get("types", []) if arguments.only or arguments.resume else []
-        for rows in sweep(mapping, arguments.only, rows):
+        before = stored.get(mapping, {}).get("types", []) if arguments.only or arguments.resume else []
+        rows = before
+        for rows in sweep(mapping, arguments.only, before):
             stored[mapping] = {"aggregate": aggregate(rows), "types": rows}
             save(path, stored)
-        console.print(table(rows, mapping), mapping, stored[mapping]["aggregate"], sep="\n")
+        console.print(table(rows, mapping), mapping, aggregate(rows), sep="\n")
 
 
 def _arguments() -> argparse.Namespace:
