@@ -54,7 +54,9 @@ ATTENTION = re.compile(r"att(entio)?n(?!.*(norm|rotary))", re.I)
 FFN = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$|\d)|moe|expert|intermediate|^(fc|lin|wi)_?[01]?$", re.I)
 FFN_CLASS = re.compile(r"mlp|ffn|feed_?forward|experts$|intermediate", re.I)
 EXPERTS = re.compile(r"experts?$")
-NEITHER = re.compile(r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|position_bias|cpb|^gate$|_hc$", re.I)
+NEITHER = re.compile(
+    r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|position_bias|cpb|^gate$|_hc$|hyper_conn", re.I
+)
 
 
 def kind_of(name: str, module: nn.Module) -> str | None:
@@ -73,6 +75,8 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
     paths = []
     for name, child in module.named_children():
         at, kind = f"{path}.{name}".strip("."), kind_of(name, child)
+        if kind == "ffn" and EXPERTS.search(name) and ATTENTION.search(path.rpartition(".")[2]):
+            kind = "attention"  # a mixture of heads
         inside = {
             k
             for n, m in child.named_modules()
@@ -178,7 +182,7 @@ def examine_made(model: nn.Module, inputs) -> dict:
 
     result = {}
     result["parameters"] = sum(p.numel() for p in model.parameters())
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         traces = captures(model, inputs)
     except s2ft.CaptureError as error:
@@ -187,9 +191,9 @@ def examine_made(model: nn.Module, inputs) -> dict:
         except s2ft.CaptureError:
             return {**result, "status": "not traced", "reason": str(error)[:600]}
         result["eval mode only"] = str(error)[:600]
-    captured, traced = traces[0], time.perf_counter()
+    captured, traced = traces[0], time.process_time()
     analysis = couple(*traces)
-    done = time.perf_counter()
+    done = time.process_time()
     operators = Counter(r.operator for r in analysis.refusals if "no rule" in r.reason)
     result |= {
         "status": "traced",
