@@ -77,11 +77,15 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
         at, kind = f"{path}.{name}".strip("."), kind_of(name, child)
         if kind == "ffn" and EXPERTS.search(name) and ATTENTION.search(path.rpartition(".")[2]):
             kind = "attention"  # a mixture of heads
-        inside = {
-            k
-            for n, m in child.named_modules()
-            if n and not EXPERTS.search(n) and (k := kind_of(n.rsplit(".", 1)[-1], m))
-        }
+        inside = (
+            set()
+            if kind == "attention" and EXPERTS.search(name)
+            else {
+                k
+                for n, m in child.named_modules()
+                if n and not EXPERTS.search(n) and (k := kind_of(n.rsplit(".", 1)[-1], m))
+            }
+        )
         experts = kind == "ffn" and not EXPERTS.search(at) and any(EXPERTS.search(n) for n, _ in child.named_modules())
         if kind and not experts and not inside - {kind} and re.search(r"(^|\.)\d+(\.|$)", at):
             direct = isinstance(child, (nn.Linear, nn.Conv1d)) or re.fullmatch(r"(fc|lin|wi)_?[01]?", name)
