@@ -72,7 +72,7 @@ DIFFUSERS: dict[str, tuple[dict, tuple | dict]] = {
             projection_class_embeddings_input_dim=24,
             **unet("CrossAttnDownBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal", "SpatioTemporal", True),
         ),
-        (x(2, 3, 4, 16, 16), STEP, text(12, 1), x(2, 3)),
+        (x(2, 3, 4, 16, 16), STEP, text(), x(2, 3)),
     ),
     "ControlNetModel": (
         dict(

@@ -54,7 +54,9 @@ ATTENTION = re.compile(r"att(entio)?n(?!.*(norm|rotary))", re.I)
 FFN = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$|\d)|moe|expert|intermediate|^(fc|lin|wi)_?[01]?$", re.I)
 FFN_CLASS = re.compile(r"mlp|ffn|feed_?forward|experts$|intermediate", re.I)
 EXPERTS = re.compile(r"experts?$")
-NEITHER = re.compile(r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|position_bias|cpb|^gate$|_hc$", re.I)
+NEITHER = re.compile(
+    r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|position_bias|cpb|^gate$|_hc$|hyper_conn", re.I
+)
 
 
 def kind_of(name: str, module: nn.Module) -> str | None:
@@ -73,11 +75,17 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
     paths = []
     for name, child in module.named_children():
         at, kind = f"{path}.{name}".strip("."), kind_of(name, child)
-        inside = {
-            k
-            for n, m in child.named_modules()
-            if n and not EXPERTS.search(n) and (k := kind_of(n.rsplit(".", 1)[-1], m))
-        }
+        if kind == "ffn" and EXPERTS.search(name) and ATTENTION.search(path.rpartition(".")[2]):
+            kind = "attention"  # a mixture of heads
+        inside = (
+            set()
+            if kind == "attention" and EXPERTS.search(name)
+            else {
+                k
+                for n, m in child.named_modules()
+                if n and not EXPERTS.search(n) and (k := kind_of(n.rsplit(".", 1)[-1], m))
+            }
+        )
         experts = kind == "ffn" and not EXPERTS.search(at) and any(EXPERTS.search(n) for n, _ in child.named_modules())
         if kind and not experts and not inside - {kind} and re.search(r"(^|\.)\d+(\.|$)", at):
             direct = isinstance(child, (nn.Linear, nn.Conv1d)) or re.fullmatch(r"(fc|lin|wi)_?[01]?", name)
@@ -178,7 +186,7 @@ def examine_made(model: nn.Module, inputs) -> dict:
 
     result = {}
     result["parameters"] = sum(p.numel() for p in model.parameters())
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         traces = captures(model, inputs)
     except s2ft.CaptureError as error:
@@ -187,9 +195,9 @@ def examine_made(model: nn.Module, inputs) -> dict:
         except s2ft.CaptureError:
             return {**result, "status": "not traced", "reason": str(error)[:600]}
         result["eval mode only"] = str(error)[:600]
-    captured, traced = traces[0], time.perf_counter()
+    captured, traced = traces[0], time.process_time()
     analysis = couple(*traces)
-    done = time.perf_counter()
+    done = time.process_time()
     operators = Counter(r.operator for r in analysis.refusals if "no rule" in r.reason)
     result |= {
         "status": "traced",
@@ -271,11 +279,11 @@ def aggregate(rows: list[dict]) -> dict:
     """Shares over the types that trace. `wrong` counts types in which a permutation changed an output."""
     traced = [r for r in rows if r["status"] == "traced"]
 
-    def complete(kind):
+    def all_found(kind):
         relevant = [r for r in traced if r[kind]["expected"]]
         return sum(r[kind]["found"] == r[kind]["expected"] for r in relevant), len(relevant)
 
-    ffn, attention = complete("ffn"), complete("attention")
+    ffn, attention = all_found("ffn"), all_found("attention")
     return {
         "types": len(rows),
         "traced": len(traced),
@@ -289,6 +297,7 @@ def aggregate(rows: list[dict]) -> dict:
         "trains all that it offers": sum("trains" in r for r in traced),
         "offered but not trained": sum("not trained" in r for r in traced),
         "training not comparable": sum("not comparable" in r for r in traced),
+        "training not tried": sum(not complete(r) for r in traced),
         "weights left out of a role": sum(left for r in traced for _, left in r.get("trains", {}).values()),
         "in eval mode only": sum("eval mode only" in r for r in traced),
         "in pieces": sum("pieces" in r for r in traced),
@@ -335,11 +344,16 @@ def listed(mapping: str) -> dict:
     return getattr(modeling_auto, MAPPINGS[mapping])
 
 
-def sweep(mapping: str, only: list[str], kept: list[dict]) -> Iterator[list[dict]]:
-    """All rows so far, after each type. kept: rows that are not made again."""
-    names, rows = listed(mapping), {r["type"]: r for r in kept}
+def complete(row: dict) -> bool:
+    """Whether it was tried whether it trains, where it traces."""
+    return row["status"] != "traced" or not {"trains", "not trained", "not comparable"}.isdisjoint(row)
+
+
+def sweep(mapping: str, only: list[str], before: list[dict]) -> Iterator[list[dict]]:
+    """All rows so far, after each type. before: rows that are not made again, where they are complete."""
+    names, rows = listed(mapping), {r["type"]: r for r in before}
     for i, (model_type, classes) in enumerate(names.items()):
-        if only and model_type not in only or model_type in rows:
+        if model_type not in only if only else model_type in rows and complete(rows[model_type]):
             continue
         task = (examine_zoo, model_type) if mapping == "zoo" else (examine, model_type, classes)
         row = {"type": model_type, **isolated(*task)}
@@ -456,12 +470,12 @@ def main() -> None:
     for mapping in (*MAPPINGS, "zoo") if "all" in arguments.mapping else arguments.mapping:
         path = arguments.folder / ("zoo.json" if mapping == "zoo" else "sweep.json")
         stored = stored_in(path)
-        rows = stored.get(mapping, {}).get("types", []) if arguments.only or arguments.resume else []
-        kept = [r for r in rows if r["type"] not in arguments.only]
-        for rows in sweep(mapping, arguments.only, kept):
+        before = stored.get(mapping, {}).get("types", []) if arguments.only or arguments.resume else []
+        rows = before
+        for rows in sweep(mapping, arguments.only, before):
             stored[mapping] = {"aggregate": aggregate(rows), "types": rows}
             save(path, stored)
-        console.print(table(rows, mapping), mapping, stored[mapping]["aggregate"], sep="\n")
+        console.print(table(rows, mapping), mapping, aggregate(rows), sep="\n")
 
 
 def _arguments() -> argparse.Namespace:

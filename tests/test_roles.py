@@ -136,6 +136,20 @@ class Convolved(nn.Module):
         return x + self.b(self.a(x).relu())
 
 
+class Behind(nn.Module):
+    """An FFN right behind attention, with no sum between, and one more layer into the stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(8, 24), nn.Linear(8, 10)
+        self.a, self.b, self.c = nn.Linear(10, 12), nn.Linear(12, 6), nn.Linear(6, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        y = self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.c(self.b(self.a(y).relu()))
+
+
 class Picked(nn.Module):
     """Experts by index, one product for every token with the weights of its own."""
 
@@ -175,6 +189,12 @@ ROLES = {  # model -> (parameter, dim, what it is, units), each of which one cou
     Scan: [("a.weight", 0, "ssm.in", 12), ("z.weight", 1, "ssm.out", 12), ("steer.weight", 0, "other.in", 3)],
     Spectral: [("a.weight", 0, "ssm.in", 12), ("kernel", 0, "ssm.in", 12), ("z.weight", 1, "ssm.out", 12)],
     Convolved: [("a.weight", 0, "conv.in", 12), ("b.weight", 1, "conv.out", 12)],
+    Behind: [
+        ("o.weight", 0, "other.in", 10),
+        ("a.weight", 0, "ffn.in", 12),
+        ("b.weight", 1, "ffn.out", 12),
+        ("c.weight", 1, "other.out", 6),
+    ],
     Picked: [("up", 1, "moe.in", 12), ("down", 2, "moe.out", 12)],
 }
 

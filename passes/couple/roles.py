@@ -39,6 +39,8 @@ class Roles:
                 self.contracted_at.setdefault(atom, []).append(projection)
         self.residual = _residual_atoms(inference)
         self.residual |= {a for a in _residual_atoms(inference, True) - self.residual if self._is_stream(a)}
+        ended = {atom for atoms, read in self.projections if read & self.attention for atom in atoms}
+        self.unsummed = ended - self.attention - self.residual  # what attention made, where no sum takes it
         self.moe = set(self.experts)
         for value in parameters:
             inside = atoms_of(value.dims)
@@ -90,17 +92,24 @@ class Roles:
     def _is_ffn(self, atom: Axis) -> bool:
         """Produced from the residual stream and contracted back into it, with no attention between; in a model
         without a residual stream, produced and then contracted into anything but attention. Aside from that it may
-        be contracted into what returns to it or to the stream (a low-rank adapter, a gate)."""
+        be contracted into what returns to it or to the stream (a low-rank adapter, a gate). Right behind attention,
+        with no sum between, it is produced from what that made, and may take one projection more into the stream."""
         makers, takers = self.produced_at.get(atom, []), self.contracted_at.get(atom, [])
         if not makers or not takers:
             return False
         if not self.residual:
             return not any(produced & self.attention for produced, _ in takers)
+        if any(read & self.unsummed for _, read in makers) and not any(read & self.residual for _, read in makers):
+            return self._returns(atom, self.residual) or self._goes_on(takers)
         ends = self.residual | {atom}
         back = [bool(produced & self.residual) for produced, _ in takers]
         aside = [produced for (produced, _), returns in zip(takers, back) if not returns]
         returning = all(produced and all(self._returns(a, ends) for a in produced) for produced in aside)
         return any(read & self.residual for _, read in makers) and any(back) and returning
+
+    def _goes_on(self, takers: list) -> bool:
+        """Whether it is contracted only into what is contracted into the residual stream."""
+        return all(produced and all(self._returns(a, self.residual) for a in produced) for produced, _ in takers)
 
     def _returns(self, atom: Axis, ends: set[Axis]) -> bool:
         takers = self.contracted_at.get(atom, [])
