@@ -24,7 +24,7 @@ from s2ft_compile.passes.backward.attach import ATTACH
 from s2ft_compile.passes.backward.fp8 import E4M3
 
 from .capture import Inputs, unwrap
-from .config import CompileOptions, S2FTConfig
+from .config import CompileOptions, S2FTConfig, looks_at_data
 from .errors import ConfigError, StateError
 from .pipeline import DYNAMO, JOINT, Pipeline
 from .preparation import prepare
@@ -146,7 +146,7 @@ def _parse(options: Mapping[str, Any]) -> tuple[CompileOptions, S2FTConfig | Non
 def _check_config(inputs: Sequence[Any], weights: Sequence[int], config: S2FTConfig | None) -> None:
     blocks = {id(block_of(inputs[i])) for i in weights}
     for state in live_states() if config is not None else ():
-        if config != state.plan.config and any(id(b) in blocks for b in state.blocks):
+        if not config.is_that_of(state.plan.config) and any(id(b) in blocks for b in state.blocks):
             raise ConfigError(
                 f"options {config} differ from those the model was prepared with: {state.plan.config}; "
                 f"leave them out, or call s2ft.release(model) first"
@@ -187,7 +187,7 @@ def _prepare_or_check(example_inputs: Sequence[Any], config: S2FTConfig | None) 
             "s2ft.prepare(model, example_inputs) before torch.compile"
         )
     with tracing(None), torch.no_grad():
-        prepare(model, inputs, config, calibration=[inputs])
+        prepare(model, inputs, config, calibration=[inputs] if config and looks_at_data(config.selection) else None)
     InstructionTranslator.current_tx().speculation_log.clear()  # a model with hooks may be traced another way
     raise _Prepared(restart_reason="the model was prepared")
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Any
@@ -132,6 +132,11 @@ class S2FTConfig:
     def scored(self) -> bool:
         """Whether units have scores that mean the same in every layer."""
         return isinstance(self.selection, str) and SELECTIONS.get(self.selection, "nothing") != "nothing"
+
+    def is_that_of(self, settled: "S2FTConfig") -> bool:
+        """Whether a plan's configuration is this one, in which `prepare` filled in what was left open."""
+        mine = replace(self, targets=self.targets or settled.targets, selection=self.selection or settled.selection)
+        return mine.to_dict() == settled.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values. A function is recorded by its name, "module:function"."""

@@ -191,8 +191,7 @@ def _prepared(model: nn.Module, training: Blocks, options: TrainOptions, work: P
     if not options.resume:
         return prepare(model, example_inputs(model), options.s2ft, calibration(model, training, options))
     begun = Plan.from_dict(json.loads((work / PLAN).read_text(encoding="utf-8"))["plan"])
-    asked = replace(options.s2ft, targets=options.s2ft.targets or begun.config.targets)
-    if begun.config.to_dict() != asked.to_dict():
+    if not options.s2ft.is_that_of(begun.config):
         raise ConfigError(f"{work} was begun with other slices: {begun.config}; this is {options.s2ft}")
     return prepare(model, example_inputs(model), begun)
 
