@@ -169,10 +169,11 @@ def dense(module: nn.Module) -> Iterator[None]:
         yield
         return
     blocks = {id(b.weight): b for b in blocks_in(module) if isinstance(b, Beside)}
-    known = {name: dense_dtype(module, values.dtype(name)) for name in values.quantized}
+    others = dtype_of_others(module)
 
     def value(weight: Quantized) -> nn.Parameter:
-        dense, block, dtype = weight.values(), blocks.get(id(weight.held)), known[weight.name]
+        dense, block = weight.values(), blocks.get(id(weight.held))
+        dtype = others or dense.dtype
         if block is not None:
             wide = torch.promote_types(dense.dtype, block.delta.dtype)
             at, delta = block.index.to(dense.device), block.delta.detach().to(dense.device, wide)
@@ -193,11 +194,12 @@ def dense(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def dense_dtype(module: nn.Module, own: torch.dtype) -> torch.dtype:
-    """The type of a quantized weight in an ordinary model: that of the others, or its own where there are none."""
+def dtype_of_others(module: nn.Module) -> torch.dtype | None:
+    """The type of a model's weights that are not quantized, None without any: that of the quantized ones in an ordinary
+    model."""
     quantized = quantized_in(module)
     others = (p.dtype for n, p in base_parameters(module).items() if n not in quantized and p.is_floating_point())
-    return next(others, own)
+    return next(others, None)
 
 
 def _save(module: nn.Module, path: Path) -> None:

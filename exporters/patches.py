@@ -20,7 +20,7 @@ from s2ft_compile.sliced import Beside, Block, InPlace, whole
 from s2ft_compile.state import Left, State, state_of
 
 from .conversion import as_stored
-from .merged import dense_dtype
+from .merged import dtype_of_others
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,27 +62,28 @@ def patches(model: nn.Module) -> Iterator[Patch]:
     """
     state = state_of(model)
     quantized = quantized_in(state.model)
+    others = dtype_of_others(state.model) if quantized else None
     if _places.get(state, (-1, []))[0] != state.arranged:
         _places[state] = state.arranged, list(_places_of(state, unwrap(model)))
     trained: dict[int, Tensor] = {}
     for place in _places[state][1]:
         if id(place.block) not in trained:
-            trained = {id(place.block): _trained(state.model, place.block, quantized).reshape(-1)}
+            trained = {id(place.block): _trained(place.block, quantized, others).reshape(-1)}
         values = trained[id(place.block)]
         if place.picked is not None:
             values = values[place.picked.to(values.device)]
         yield Patch(place.name, place.indices.to(values.device), values, place.shape)
 
 
-def _trained(module: nn.Module, block: Block | Left, quantized: Mapping[str, Quantized]) -> Tensor:
-    """What a block is with its delta: the sum, rounded once."""
+def _trained(block: Block | Left, quantized: Mapping[str, Quantized], others: torch.dtype | None) -> Tensor:
+    """What a block is with its delta: the sum, rounded once. others: the type of what is not quantized."""
     if isinstance(block, InPlace | Left):
         return block.trained()
     assert isinstance(block, Beside)
     base, delta = quantized[block.name].values(), whole(block.delta)
     wide = torch.promote_types(base.dtype, delta.dtype)
     part = base.index_select(block.dim, block.index.to(base.device)).to(wide)
-    return part.add(delta.to(part)).to(dense_dtype(module, base.dtype))
+    return part.add(delta.to(part)).to(others or base.dtype)
 
 
 def _places_of(state: State, module: nn.Module) -> Iterator[_Place]:

@@ -109,12 +109,13 @@ class State:
 
     @property
     def all_trained(self) -> Plan:
-        """The plan with what trained before a reselection, too: all that differs from the base."""
+        """The plan with what trained before a reselection, too: all that differs from the base. Such unions lie on the
+        CPU, for they may be many times what trains."""
         earlier = {left.name: left for left in self.left_behind}
         slices = []
         for s in self.plan.slices:
             if left := earlier.get(s.parameter_name):
-                delta = torch.cat([s.delta.detach(), left.delta.to(s.delta.device)], s.dim)
+                delta = torch.cat([s.delta.detach().cpu(), left.delta], s.dim)
                 s = replace(s, indices=torch.cat([s.indices, left.indices]), delta=nn.Parameter(delta, False))
             slices.append(s)
         return replace(self.plan, slices=tuple(slices))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -493,10 +494,9 @@ def test_text_in_parts_is_the_text_up_to_a_stop(text, stops, data):
     assert streamed == (whole[: min(ends)] if ends else whole) and incremental.stopped == bool(ends)
 
 
-def tiny_tokenizer_once(cached=[]):  # noqa: B006
-    if not cached:
-        cached.append(tiny_tokenizer())
-    return cached[0]
+@cache
+def tiny_tokenizer_once():
+    return tiny_tokenizer()
 
 
 # --- the command ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.exporters.adapter import untrained
 from s2ft_compile.exporters.files import new_files
 from s2ft_compile.exporters.lora import adapter_source
-from s2ft_compile.exporters.merged import dense_dtype
+from s2ft_compile.exporters.merged import dtype_of_others
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.quantized import Values
 from s2ft_compile.state import is_prepared, state_of
@@ -101,11 +101,11 @@ class Part(NamedTuple):
 
 def _oriented(module: nn.Module, source: Adapter) -> list[Part]:
     layers, arrays = linear_layers(module, source, "an adapter beside an ONNX graph"), []
-    values = Values(module)
+    values, others = Values(module), dtype_of_others(module)
     for s in source.slices:
         transposed, dtype = layers[s.parameter_name][1], values.dtype(s.parameter_name)
         if s.parameter_name in values.quantized:
-            dtype = dense_dtype(module, dtype)
+            dtype = others or dtype
         delta = (s.delta if transposed else s.delta.T).to(torch.float32 if dtype == torch.bfloat16 else dtype)
         if not delta.isfinite().all():
             raise ExportError(

@@ -320,14 +320,8 @@ def _delta(name: str, parts: Sequence[tuple[Slice, float]]) -> tuple[int, Tensor
             f"beside it; a batch runs both, and the base model without quantization holds their sum"
         )
     (first, _), *_ = parts
-    indices = torch.cat([s.indices for s, _ in parts]).unique()
-    shape = [len(indices) if d == first.dim else size for d, size in enumerate(first.shape)]
     dtype = reduce(torch.promote_types, (s.delta.dtype for s, _ in parts))
-    delta = torch.zeros(shape, dtype=dtype, device=first.delta.device)
-    for s, weight in parts:
-        place = torch.searchsorted(indices, s.indices).to(delta.device)
-        delta.index_add_(s.dim, place, (s.delta if weight == 1 else s.delta * weight).to(dtype))
-    return first.dim, indices, delta
+    return summed(torch.zeros((), dtype=dtype, device=first.delta.device).expand(first.shape), parts)
 
 
 def _shared(a: Adapter, b: Adapter) -> int:

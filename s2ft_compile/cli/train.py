@@ -544,7 +544,7 @@ def _sizes(model: nn.Module, plan) -> dict[str, Any]:
     deltas = {id(s.delta) for s in plan.slices}
     trained = sum(s.delta.numel() for s in plan.slices)
     total = sum(p.numel() for p in model.parameters() if id(p) not in deltas)
-    moved = sum(s.delta.numel() for s in state_of(model).all_trained.slices)
+    moved = trained + sum(left.delta.numel() for left in state_of(model).left_behind)
     return {
         "parameters": total,
         "trainable_parameters": trained,
