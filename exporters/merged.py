@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from s2ft_compile.capture import unwrap
+from s2ft_compile.adapters.stored import check_stored, names_in
+from s2ft_compile.capture.capture import unwrap
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.quantized import Quantized, Values, not_quantized, quantized_in, stand_ins
-from s2ft_compile.sliced import Beside, base_parameters, blocks_in
-from s2ft_compile.state import is_prepared, merged, state_of
-from s2ft_compile.stored import check_stored, names_in
+from s2ft_compile.slices.sliced import Beside, base_parameters, blocks_in
+from s2ft_compile.slices.state import is_prepared, merged, state_of
 
 from . import sharded
 from .adapter import adapter_of, untrained, write_all

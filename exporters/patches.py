@@ -12,12 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from s2ft_compile.capture import unwrap
+from s2ft_compile.capture.capture import unwrap
 from s2ft_compile.errors import ExportError
 from s2ft_compile.plan import Slice
 from s2ft_compile.quantized import Quantized, quantized_in
-from s2ft_compile.sliced import Beside, Block, InPlace, whole
-from s2ft_compile.state import Left, State, state_of
+from s2ft_compile.slices.sliced import Beside, Block, InPlace, whole
+from s2ft_compile.slices.state import Left, State, state_of
 
 from .conversion import as_stored
 from .merged import dtype_of_others

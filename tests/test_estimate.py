@@ -17,6 +17,7 @@ from s2ft_compile.cli.data import checkpoint_layers
 from s2ft_compile.cli.estimate import table
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.estimation import Estimate
+from s2ft_compile.slices.state import state_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from methods import QUICK_SIZE, build  # noqa: E402
@@ -67,7 +68,7 @@ def test_what_is_predicted_is_what_a_step_takes(setting, options, tolerance):
         return output
 
     step(), step()
-    held = [*model.parameters(), *model.buffers(), *(b.backup for b in s2ft.state.state_of(model).blocks)]
+    held = [*model.parameters(), *model.buffers(), *(b.backup for b in state_of(model).blocks)]
     held += [d.grad for d in deltas] + [t for s in optimizer.state.values() for t in s.values() if t.ndim]
     fixed = sum(t.numel() * t.itemsize for t in held)
     assert estimated.weights + estimated.slices + estimated.optimizer == fixed

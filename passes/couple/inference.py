@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from s2ft_compile import capture, quantized, recording
-from s2ft_compile.capture import Captured, uniform_dims
+from s2ft_compile import quantized
+from s2ft_compile.capture import capture, recording
+from s2ft_compile.capture.capture import Captured, uniform_dims
 from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown, shapes
 
 from .axes import Axis, Pin, atoms, pin, unify

@@ -30,12 +30,12 @@ from s2ft_compile.errors import ConfigError, ExportError, S2FTError, StateError,
 from s2ft_compile.exporters import save_adapter, save_merged
 from s2ft_compile.exporters.card import CARD
 from s2ft_compile.layers import compile_layers
-from s2ft_compile.optimizers import learning_rate, optimizer
 from s2ft_compile.plan import Plan
 from s2ft_compile.preparation import prepare
 from s2ft_compile.quantized import not_quantized
 from s2ft_compile.reselection import load_trained_state, reselect, trained_state
-from s2ft_compile.state import state_of
+from s2ft_compile.slices.optimizers import learning_rate, optimizer
+from s2ft_compile.slices.state import state_of
 
 from .data import Blocks, checkpoint_if, example_inputs, load_model, load_tokenizer, split, tokenize
 from .options import PLAN, RUN, TrainOptions, check

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from s2ft_compile.errors import StateError
 from s2ft_compile.kernels import refresh as kernel
 from s2ft_compile.passes.backward.attach import attach
 from s2ft_compile.passes.backward.beside import added, inverse_of
 from s2ft_compile.passes.backward.eager import attached, composed, read_from
+from s2ft_compile.quantized import Quantized, same_parts, settle
 
-from .errors import StateError
 from .processes import check_not_partitioned, other_process, replacing
-from .quantized import Quantized, same_parts, settle
 
 HELD = "_s2ft"  # a sliced module's attribute: name of a weight -> its block
 Ranges = tuple[tuple[int, int], ...]

@@ -16,10 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from .errors import CaptureError
+from s2ft_compile.errors import CaptureError
+from s2ft_compile.quantized import StandIn, check_known, stand_ins
+from s2ft_compile.quantized import __file__ as STAND_INS
+
 from .examples import Inputs, arguments, resized, several
-from .quantized import StandIn, check_known, stand_ins
-from .quantized import __file__ as STAND_INS
 from .recording import Recorded, record
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from s2ft_compile.errors import CaptureError
+
 from .capture import Captured, capture, mode_of, one_draw, overlapping_names, tied_names
-from .errors import CaptureError
 from .examples import Inputs, resized
 from .recording import as_before
 
