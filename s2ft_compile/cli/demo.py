@@ -32,8 +32,8 @@ from s2ft_compile.slices.optimizers import optimizer
 
 from .corpus import Text, corpus
 from .data import example_inputs
+from .fit import loss
 from .terminal import progress, versions, write_json
-from .train import loss
 
 SEED = 0
 BATCH, LENGTH = 4, 128
