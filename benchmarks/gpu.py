@@ -28,7 +28,7 @@ from turns import DEVICE, RESULTS, Run, console, facts, in_turn, medians, parser
 
 import s2ft_compile as s2ft
 from s2ft_compile.quantized import parts_of
-from s2ft_compile.slices.sliced import InPlace
+from s2ft_compile.slices.blocks import InPlace
 from s2ft_compile.slices.state import state_of
 
 WARM_UP, STEPS = 3, 20

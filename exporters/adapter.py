@@ -25,11 +25,11 @@ from s2ft_compile.adapters.format import (
     read_adapter,
     write_adapter,
 )
-from s2ft_compile.capture.capture import unwrap
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.quantized import Values, settle
-from s2ft_compile.slices.sliced import beside_of, blocks_in
+from s2ft_compile.slices.blocks import beside_of, blocks_in
 from s2ft_compile.slices.state import State, disabled, is_prepared, state_of
 
 from . import sharded

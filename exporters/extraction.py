@@ -19,7 +19,7 @@ from s2ft_compile.adapters.apply import summed
 from s2ft_compile.adapters.fingerprint import combined, sample
 from s2ft_compile.adapters.format import Adapter, describe_base, hash_of_block, named_base, write_adapter
 from s2ft_compile.adapters.stored import stored_tensors
-from s2ft_compile.capture.capture import unwrap
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ExportError, StateError
 from s2ft_compile.plan import Plan, Slice

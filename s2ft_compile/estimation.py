@@ -18,12 +18,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from .backend import s2ft
-from .capture.capture import Inputs, arguments
+from .capture.examples import Inputs, arguments
 from .config import OPTIMIZERS, CompileOptions, S2FTConfig, check_choice
 from .errors import ConfigError
 from .preparation import prepare
+from .slices.blocks import InPlace
 from .slices.optimizers import state_bytes
-from .slices.sliced import InPlace
 from .slices.state import parameters, state_of
 
 aten = torch.ops.aten

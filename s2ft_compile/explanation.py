@@ -13,7 +13,8 @@ from s2ft_compile.passes.editor import Mismatch
 from s2ft_compile.passes.select.select import bands
 from s2ft_compile.passes.tracing import Step, recorded
 
-from .capture.capture import Inputs, arguments, unwrap
+from .capture.examples import Inputs, arguments
+from .capture.models import unwrap
 from .config import CompileOptions, S2FTConfig
 from .errors import ConfigError, S2FTError, StateError
 from .estimation import graphs_of_step

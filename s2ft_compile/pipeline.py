@@ -26,7 +26,7 @@ from s2ft_compile.passes.couple import recheck
 from .config import CompileOptions
 from .errors import CompileError, ConfigError, S2FTError
 from .rules import rules_key
-from .slices.sliced import trains_slices
+from .slices.blocks import trains_slices
 from .slices.state import live_states
 
 log = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from s2ft_compile.passes.permute import moves_for
 
-from .capture.capture import inference_mode_of, unwrap
 from .capture.examples import Inputs, resized, several
+from .capture.models import inference_mode_of, unwrap
 from .errors import ConfigError, StateError, VerificationError
 from .quantized import Quantized, stand_ins
 from .slices.state import find_state

@@ -99,6 +99,8 @@ def test_an_arrow_upwards_is_found_however_it_is_written():
 def test_the_table_of_places_names_every_place():
     table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Where is what")[1].split("##")[0]
     named = set(re.findall(r"[\w.]+", table))
-    places = {path.stem for path in (ROOT / PACKAGE).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    places = {
+        path.stem for path in (ROOT / PACKAGE).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     places |= {path.name for folder in LINKED for path in (ROOT / folder).iterdir() if path.is_dir()}
     assert places - named - {"__init__", "lazy", "__pycache__", "onnx"} == set()

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import s2ft_compile as s2ft
-from s2ft_compile.capture.capture import tied_names
+from s2ft_compile.capture.models import tied_names
 from s2ft_compile.errors import CaptureError, ExportError
 from s2ft_compile.exporters import export_onnx
 from s2ft_compile.exporters.onnx import export as exporter

@@ -32,7 +32,7 @@ from s2ft_compile.exporters import load_adapter, save_adapter, save_lora, save_m
 from s2ft_compile.exporters.onnx.weights import FORMS
 from s2ft_compile.planned import plan_quantization
 from s2ft_compile.quantized import KINDS, Kind, Values, parts_of, quantized_in, register
-from s2ft_compile.slices.sliced import Beside, InPlace
+from s2ft_compile.slices.blocks import Beside, InPlace
 from s2ft_compile.slices.state import state_of
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -37,7 +37,7 @@ import s2ft_compile as s2ft
 import s2ft_compile.layers
 from s2ft_compile.errors import ConfigError, StateError
 from s2ft_compile.passes.backward import eager
-from s2ft_compile.slices.sliced import blocks_in
+from s2ft_compile.slices.blocks import blocks_in
 from s2ft_compile.slices.state import merged, state_of
 
 TARGETS = {"ffn.out": 5, "ffn.in": 3, "attention.out": 1}
@@ -746,7 +746,7 @@ def test_a_model_that_is_wrapped_already_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("where", ["s2ft_compile.slices.sliced.Block.install", "s2ft_compile.preparation.State"])
+@pytest.mark.parametrize("where", ["s2ft_compile.slices.blocks.Block.install", "s2ft_compile.preparation.State"])
 def test_prepare_changes_everything_or_nothing(where, monkeypatch):
     case = drawn()
     model = case.make()

@@ -32,7 +32,8 @@ from tiny import build
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from s2ft_compile.capture.capture import capture, captures
+from s2ft_compile.capture.capture import capture
+from s2ft_compile.capture.traces import captures
 from s2ft_compile.passes.couple.couple import couple
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))

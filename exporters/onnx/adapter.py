@@ -14,7 +14,7 @@ from torch import nn
 from s2ft_compile.adapters.apply import check_fits, summed
 from s2ft_compile.adapters.format import Adapter, read_adapter
 from s2ft_compile.adapters.layers import linear_layers
-from s2ft_compile.capture.capture import unwrap
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.exporters.adapter import untrained

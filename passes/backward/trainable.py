@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
-from s2ft_compile.capture.capture import arguments, inference_mode_of, tensors_of, tied_names
+from s2ft_compile.capture.examples import arguments
+from s2ft_compile.capture.models import inference_mode_of, tensors_of, tied_names
 from s2ft_compile.capture.recording import Recorder, as_before, exporting
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from s2ft_compile.errors import AdapterError
 from s2ft_compile.plan import Slice
 from s2ft_compile.quantized import Values, quantized_in
-from s2ft_compile.slices.sliced import base_parameters
+from s2ft_compile.slices.blocks import base_parameters
 
 from .fingerprint import samples_of
 from .format import Adapter, check_base, check_slice

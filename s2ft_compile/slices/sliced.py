@@ -13,471 +13,22 @@ lies beside it, and the layer's forward adds what it makes (`Beside`, `passes.ba
 """
 
 import copyreg
-import threading
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from s2ft_compile.errors import StateError
-from s2ft_compile.kernels import refresh as kernel
 from s2ft_compile.passes.backward.attach import attach
-from s2ft_compile.passes.backward.beside import added, inverse_of
 from s2ft_compile.passes.backward.eager import attached, composed, read_from
-from s2ft_compile.quantized import Quantized, same_parts, settle
 
-from .processes import check_not_partitioned, other_process, replacing
+from .processes import replacing
+
+if TYPE_CHECKING:
+    from .blocks import Block
 
 HELD = "_s2ft"  # a sliced module's attribute: name of a weight -> its block
-Ranges = tuple[tuple[int, int], ...]
-_blocks = WeakIdKeyDictionary()  # a weight or a delta -> its block
-_writing = threading.Lock()  # one thread sees that a delta changed, and writes it
-
-
-@dataclass(eq=False)
-class Stamp:
-    """What a tensor held when it was looked at: its version and, on a CPU, a checksum, as `.data` counts no version."""
-
-    version: int
-    checksum: int | None
-
-    @classmethod
-    def of(cls, tensor: Tensor, part: Callable[[], Tensor]) -> "Stamp":
-        """part: what counts of the tensor. Without a checksum are memory that processes share, as another one may write
-        it, and what is no plain tensor, such as a fake one."""
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and not tensor.is_shared()
-        if not plain:
-            return cls(tensor._version, None)
-        return cls(tensor._version, zlib.crc32(part().contiguous().view(-1).view(torch.uint8).numpy()))
-
-    def __eq__(self, other) -> bool:
-        if self.checksum is None or other.checksum is None:
-            return self.version == other.version
-        return self.checksum == other.checksum
-
-
-@dataclass(eq=False, kw_only=True)
-class Block:
-    """A slice while it trains: in place or beside its weight.
-
-    delta: float32, of the weight's shape but for `dim`. places: the modules that hold the weight, each with the name it
-    has there. delta_key: what the delta is called beside it.
-    """
-
-    name: str
-    weight: nn.Parameter
-    dim: int
-    delta: nn.Parameter
-    places: list[tuple[nn.Module, str]]
-    delta_key: str
-    active: bool = False  # whether reading attaches: not in the base model's order, nor in what was released
-    attached: bool = False  # whether a forward has used the delta, so that it can have a gradient
-    owns_gradient: bool = False
-    loading: bool = False  # whether load_state_dict may put another tensor in its place
-    reselected: bool = False  # whether the delta is of other units than an optimizer knows
-
-    def __post_init__(self):
-        self._register()
-
-    def __setstate__(self, values):  # copy.deepcopy and pickle arrive here
-        self.__dict__.update(values)
-        self.owns_gradient = False  # copies have no hooks
-        self._register()
-
-    def _register(self) -> None:
-        _blocks[self.weight] = _blocks[self.delta] = self
-
-    @property
-    def delta_name(self) -> str:
-        """What the delta is called in the model, as `name` is the weight's."""
-        return self.name.removesuffix(self.places[0][1]) + self.delta_key
-
-    def install(self) -> None:
-        """From now on reading the weight attaches the delta."""
-        for module, key in self.places:
-            module.__dict__.setdefault(HELD, {})[key] = self
-            module._parameters[self.delta_key] = self.delta
-            _reclass(module)
-        self.active = True
-
-    def uninstall(self) -> None:
-        self.active = False
-        for module, key in self.places:
-            if module.__dict__.get(HELD, {}).pop(key, None) is self:  # not where `install` did not get to
-                del module._parameters[self.delta_key]
-                _reclass(module)
-
-    def adopt(self) -> None:
-        """Takes the tensors that the module holds now, after `_apply` or a load that may have replaced them."""
-        module, key = self.places[0]
-        self.weight, self.delta = module._parameters[key], module._parameters[self.delta_key]
-        self._register()
-
-    def own_gradient(self) -> None:
-        """From now on copies the delta's gradients out of the memory they are made in."""
-        if not self.owns_gradient:
-            self.delta.register_hook(torch.clone)
-            self.owns_gradient = True
-
-
-@dataclass(eq=False, kw_only=True)
-class InPlace(Block):
-    """A slice in its weight, whose block holds cast(W0 + D).
-
-    ranges: the (start, length) it occupies along `dim` of the permuted weight. backup: W0 of the block, the weight's
-    dtype.
-    """
-
-    ranges: Ranges
-    backup: Tensor = field(default_factory=lambda: torch.empty(0))
-    seen: tuple[Stamp, Stamp] | None = None  # weight and delta when the block was last written
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._lie_in(self.ranges)
-
-    def _lie_in(self, ranges: Ranges) -> None:
-        self.ranges = ranges
-        self.starts, self.lengths = [s for s, _ in ranges], [n for _, n in ranges]
-
-    def __setstate__(self, values):
-        super().__setstate__(values)
-        self.seen = None  # copies count versions anew
-
-    def adopt(self) -> None:
-        super().adopt()
-        self.seen = None
-
-    def follow_shards(self) -> bool:
-        """Whether FSDP has replaced weight and delta by shards, which are the block's from then on."""
-        module, key = self.places[0]
-        held = module._parameters.get(key)
-        if held is not self.weight and hasattr(held, "placements"):
-            self.adopt()
-        return hasattr(self.weight, "placements")
-
-    @torch.no_grad()
-    def choose(self, ranges: Ranges, again: Tensor, earlier) -> None:
-        """The block becomes other positions of the weight, which hold their base's values; but for those at `again` in
-        it, which have trained before and go on: earlier has their delta and the base's values."""
-        self._lie_in(ranges)
-        self.backup = self.read()
-        self.delta.zero_()
-        self.delta.grad = None
-        again = again.to(self.delta.device)
-        self.delta.index_copy_(self.dim, again, earlier.delta.to(self.delta.device))
-        self.backup.index_copy_(self.dim, again, earlier.backup.to(self.delta.device))
-        self.seen, self.reselected = None, True
-
-    # --- the weight's values -----------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def write(self, values: Tensor, quietly: bool = False) -> None:
-        """Copies a block of the delta's shape into the weight; quietly, without its version counter."""
-        self.write_to(self.weight.data if quietly else self.weight, values)
-
-    def write_to(self, weight: Tensor, values: Tensor) -> None:
-        """The same into another tensor of the weight's shape."""
-        offset = 0
-        for start, length in self.ranges:
-            weight.narrow(self.dim, start, length).copy_(values.narrow(self.dim, offset, length))
-            offset += length
-
-    @torch.no_grad()
-    def read(self) -> Tensor:
-        return self.part_of(self.weight)
-
-    def part_of(self, weight: Tensor) -> Tensor:
-        return torch.cat([weight.narrow(self.dim, s, n) for s, n in self.ranges], self.dim)
-
-    @torch.no_grad()
-    def trained(self, delta: Tensor | None = None) -> Tensor:
-        """cast(W0 + delta), of shards the whole: the sum in the wider of the two types, rounded once. delta: by default
-        the block's own."""
-        delta = whole(self.delta if delta is None else delta).to(self.backup.device)
-        return self._wide(self.backup).add(self._wide(delta)).to(self.backup.dtype)
-
-    def _wide(self, x: Tensor) -> Tensor:
-        return x.to(torch.promote_types(self.backup.dtype, self.delta.dtype))
-
-    def refresh(self) -> None:
-        refresh([self])
-
-    def write_own(self, values: Tensor) -> None:
-        """Copies a whole block into what this process has of the weight, without its version counter."""
-        if not self.follow_shards():
-            self.write(values, quietly=True)
-        else:
-            for local, part in self._local_parts(self.weight, values):
-                local.copy_(part)
-
-    @torch.no_grad()
-    def put(self, trained: bool) -> None:
-        """Writes the trained block into the weight, or the base's."""
-        self.write_own(self.trained() if trained else self.backup)
-
-    @torch.no_grad()
-    def refresh_shards(self) -> None:
-        """Writes this process's part of the block. Gathers the delta, so every process has to get here."""
-        self.write_own(self.trained())
-
-    def _local_parts(self, weight: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What this process holds of the block in a sharded weight, beside the same part of the whole block."""
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        local = weight.to_local()
-        _, offsets = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-        for dim in range(whole.ndim):
-            if dim != self.dim:
-                whole = whole.narrow(dim, min(offsets[dim], whole.shape[dim]), local.shape[dim])
-        first, size, at = offsets[self.dim], local.shape[self.dim], 0
-        for start, length in self.ranges:
-            low, high = max(start, first), min(start + length, first + size)
-            if low < high:
-                yield (
-                    local.narrow(self.dim, low - first, high - low),
-                    whole.narrow(self.dim, at + low - start, high - low),
-                )
-            at += length
-
-    @torch.no_grad()
-    def take_as_trained(self) -> None:
-        """The delta becomes what the weight holds now. Of shards, every process has to get here."""
-        delta = self._wide(self.part_of(whole(self.weight))) - self._wide(self.backup)
-        self.delta.copy_(as_sharded(delta, self.delta))
-        self.seen = None
-        self.refresh()
-
-    def loaded(self, weight: bool, delta: bool) -> None:
-        """After a load of either or both. The base's block is what was loaded, where the model had no values before."""
-        if self.backup.is_meta and weight and not self.weight.is_meta:
-            if delta and whole(self.delta).any():
-                raise StateError(
-                    f"{self.name} was prepared without values (on the meta device), so the base model's weights have "
-                    f"to be loaded before those of a checkpoint"
-                )
-            self.backup = self.part_of(whole(self.weight.detach())).clone()
-        if self.weight.is_meta or self.delta.is_meta:
-            return
-        if delta:
-            self.refresh_shards() if self.follow_shards() else self.refresh()
-        elif weight and not self._is_trained(self.weight, self.delta, exact=True):
-            self.take_as_trained()
-
-    @torch.no_grad()
-    def look(self) -> tuple[Stamp, Stamp]:
-        """What weight and delta hold now."""
-        return Stamp.of(self.weight, self.read), Stamp.of(self.delta, self.delta.detach)
-
-    def edited(self, now: tuple[Stamp, Stamp] | None = None) -> bool:
-        """Whether something else wrote the weight, and left another block in it than the present one. A running average
-        of all of a model moves both, and leaves the weight between the base's and what the averaged delta says."""
-        if self.seen is None:
-            return False
-        (weight, delta), (last_weight, last_delta) = now or self.look(), self.seen
-        if weight == last_weight or torch.equal(self.read(), self.trained()):
-            return False
-        return delta == last_delta or not self._is_trained(self.weight, self.delta, room=self.delta.abs().max())
-
-    def check_loaded(self, name: str, weight: Tensor, delta: Tensor | None = None) -> None:
-        """Raises `StateError` for a weight that differs from this one outside of the block, or in the block from the
-        base's with this delta."""
-        if any(t.is_meta for t in (weight, self.weight, self.backup)) or weight.shape != self.weight.shape:
-            return
-        frozen = torch.ones(weight.shape[self.dim], dtype=torch.bool)
-        for start, length in self.ranges:
-            frozen[start : start + length] = False
-        check_same(name, weight, self.weight, self.dim, frozen.nonzero().squeeze(1))
-        if delta is not None and delta.shape == self.delta.shape and weight.dtype == self.backup.dtype:
-            if not self._is_trained(weight, delta):
-                raise StateError(
-                    f"the weights to load are not of this prepared model's base, or train other units of it: {name} is "
-                    f"not the base's with the delta beside it. Prepare the same base with the same configuration"
-                )
-
-    @torch.no_grad()
-    def _is_trained(self, weight: Tensor, delta: Tensor, exact: bool = False, room: Tensor | float = 0) -> bool:
-        """Whether a weight's block is cast(W0 + delta): up to the rounding of means over checkpoints and `room`, or
-        exactly. Of a sharded weight each process looks at its own part."""
-        trained = self.trained(delta)
-        if hasattr(weight, "placements"):
-            parts = list(self._local_parts(weight, trained))
-        else:
-            parts = [(self.part_of(weight.detach()).to(trained.device), trained)]
-        if exact:
-            return all(torch.equal(held, part) for held, part in parts)
-        room = room + 4 * torch.finfo(trained.dtype).eps * trained.abs().max()
-        return all(((held - part).abs() <= room).all() for held, part in parts)
-
-
-@dataclass(eq=False, kw_only=True)
-class Beside(Block):
-    """A slice beside a weight that is never written.
-
-    size: of the weight's values along `dim`. index: int64, the slice's positions there, in the base model's order.
-    """
-
-    size: int
-    index: Tensor
-
-    def _register(self) -> None:
-        _blocks[self.delta] = self  # a weight that is known by weak references cannot be moved to another device
-
-    @property
-    def buffers(self) -> tuple[str, str]:
-        """What the module calls the positions, and their inverse: with them it moves them to another device."""
-        return f"{self.delta_key}_index", f"{self.delta_key}_inverse"
-
-    def install(self) -> None:
-        for module, key in self.places:
-            if "forward" in module.__dict__:
-                raise StateError(
-                    f"{self.name}: the forward of its layer was replaced in that object (by hooks of accelerate, for a "
-                    f"model on several devices?), and the slice beside a quantized weight would be left out. Load the "
-                    f"model on one device"
-                )
-            settle(module, key)
-            for name, t in zip(self.buffers, (self.index, inverse_of(self.index, self.size))):
-                module.register_buffer(name, t.to(self.delta.device), persistent=False)
-        super().install()
-
-    def uninstall(self) -> None:
-        super().uninstall()
-        for module, _ in self.places:
-            for name in self.buffers:
-                module._buffers.pop(name, None)
-                module._non_persistent_buffers_set.discard(name)
-
-    def add_to(self, y: Tensor, x: Tensor, module: nn.Module) -> Tensor:
-        """What the layer gives for x, of what it gives without the slice."""
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            self.attached = True
-        index, inverse = (module._buffers[name] for name in self.buffers)
-        return added(x, y, module._parameters[self.delta_key], self.dim, index, inverse)
-
-    def follow_shards(self) -> bool:
-        held = self.places[0][0]._parameters.get(self.delta_key)
-        if held is not None and held is not self.delta:
-            self.adopt()
-        return hasattr(self.delta, "placements")
-
-    # The weight holds the base's values, whatever is trained.
-
-    def edited(self) -> bool:
-        return False
-
-    def put(self, trained: bool) -> None:
-        pass
-
-    def refresh_shards(self) -> None:
-        pass
-
-    def check_loaded(self, name: str, weight: Tensor, delta: Tensor | None = None) -> None:
-        """Raises `StateError` for another weight than this one: it is compared, never loaded."""
-        if not weight.is_meta and not same_parts(self.weight.detach(), weight.detach()):
-            raise _other_base(name)
-
-
-def _other_base(name: str) -> StateError:
-    return StateError(
-        f"the weights to load are not of this prepared model's base: {name}, which is quantized, differs. Load the "
-        f"same quantized model, and prepare it with the same configuration"
-    )
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor: of shards, gathered, so every process has to get here."""
-    return tensor.full_tensor() if hasattr(tensor, "placements") else tensor
-
-
-def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as the shards of another, if that has some."""
-    if not hasattr(like, "placements"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def check_extra(weight: Quantized, state_dict: dict[str, Tensor], prefix: str = "") -> None:
-    """Takes out of a state dict what a quantized weight has there besides itself, which not every library loads. Raises
-    `StateError` where that differs from what it has now."""
-    path = prefix + weight.name.removesuffix(weight.key)
-    for name, t in weight.saved().items():
-        if name not in weight.layer._parameters and (given := state_dict.get(path + name)) is not None:
-            if not same_parts(t, given):
-                raise _other_base(path + name)
-            if name not in weight.layer._buffers:
-                del state_dict[path + name]
-
-
-def check_same(name: str, given: Tensor, held: Tensor, dim: int, index: Tensor) -> None:
-    if hasattr(given, "placements") or hasattr(held, "placements"):
-        return
-    given, held = (t.index_select(dim, index.to(t.device)) for t in (given, held.detach()))
-    if not torch.equal(given.to(held), held):
-        raise StateError(
-            f"the weights to load are not in this prepared model's order or not of its base: {name} differs where "
-            f"nothing trains. Load them before s2ft.prepare, or with s2ft.exporters.load_adapter if they are an adapter"
-        )
-
-
-def block_of(tensor: Any) -> Block | None:
-    """The block whose weight or delta this very tensor is."""
-    block = _blocks.get(tensor) if isinstance(tensor, Tensor) else None
-    return block if block is not None and (tensor is block.weight or tensor is block.delta) else None
-
-
-def trains_slices(inputs: Iterable[Any]) -> bool:
-    """Whether a graph of these inputs, traced now, trains slices."""
-    return torch.is_grad_enabled() and any(block_of(x) is not None and x.requires_grad for x in inputs)
-
-
-def refresh(blocks: Iterable[Block]) -> None:
-    """Writes the deltas into their weights: on a GPU in one launch, elsewhere one after another.
-
-    Where no delta has changed nothing is written, or, where that cannot be seen, the same values: one may have changed
-    behind its version counter (`.data`). Autograd need not know of that, or a checkpoint's recomputation would spoil
-    what the forward saved.
-    """
-    with _writing:
-        together = []
-        for block in blocks:
-            if (
-                not isinstance(block, InPlace)
-                or not block.active
-                or block.weight.is_meta
-                or block.backup.is_meta
-                or block.follow_shards()
-            ):
-                continue  # shards are written where all processes are: after an optimizer's step
-            check_not_partitioned(block.name, block.weight)
-            now = block.look()
-            if block.edited(now):
-                raise StateError(
-                    f"{block.name} was changed in place, and the next write of its slice would undo a part of that. "
-                    f"Change weights before s2ft.prepare, or by load_state_dict; s2ft.release(model) keeps them as they"
-                    f" are now{other_process()}"
-                )
-            quietly = block.seen is not None and block.seen[1].version == now[1].version
-            if kernel.fits(block.weight, block.backup, block.delta):
-                together.append((block, quietly))
-            elif now != block.seen or now[0].checksum is None:
-                block.write(values := block.trained(), quietly)
-                block.seen = Stamp.of(block.weight, lambda values=values: values), now[1]
-        if together:
-            kernel.refresh(
-                [(b.weight.data if q else b.weight, b.backup, b.delta, b.dim, b.ranges) for b, q in together]
-            )
-        for block, _ in together:
-            block.seen = block.look()
-
-
-# --- the class that reads --------------------------------------------------------------------------------------------
 
 
 def _read(module: nn.Module, key: str) -> Tensor:
@@ -493,7 +44,7 @@ def _read(module: nn.Module, key: str) -> Tensor:
 
 
 @torch._dynamo.disable
-def _read_eagerly(block: Block, weight: Tensor, delta: Tensor) -> Tensor:
+def _read_eagerly(block: "Block", weight: Tensor, delta: Tensor) -> Tensor:
     """Who replaced a tensor (`functional_call`, FSDP's unsharded ones) means what it gave: a delta alone is added to
     the base's block, a weight alone is the weight, and a pair belongs together."""
     own_weight, own_delta = weight is block.weight, delta is block.delta
@@ -501,7 +52,7 @@ def _read_eagerly(block: Block, weight: Tensor, delta: Tensor) -> Tensor:
     if own_delta and not own_weight:
         return weight
     if own_weight and own_delta and not transformed:  # a transform may write nothing that it captured
-        refresh([block])
+        block.refresh()
     if transformed or (own_weight and not own_delta):
         return composed(weight, block.backup, delta, block.dim, block.ranges)
     if not torch.is_grad_enabled():
@@ -527,7 +78,7 @@ def _taken(module: nn.Module, key: str) -> StateError:
 _classes: dict[tuple[type, tuple[str, ...], bool], type] = {}
 
 
-def _reclass(module: nn.Module) -> None:
+def reclass(module: nn.Module) -> None:
     """Gives a module the class in which its sliced weights, and no others, are properties, or its forward adds the
     slices beside them."""
     base, held = getattr(type(module), "_s2ft_base", type(module)), module.__dict__[HELD]
@@ -536,9 +87,9 @@ def _reclass(module: nn.Module) -> None:
         del module.__dict__[HELD]
 
 
-def _ways(held: dict[str, Block]) -> tuple[tuple[str, ...], bool]:
+def _ways(held: dict[str, "Block"]) -> tuple[tuple[str, ...], bool]:
     """What `_class` is told of the blocks that a module holds."""
-    keys = tuple(key for key, block in held.items() if isinstance(block, InPlace))
+    keys = tuple(key for key, block in held.items() if not block.beside)
     return keys, len(held) > len(keys)
 
 
@@ -560,7 +111,7 @@ def _adding(base: type) -> Callable:
         y = base.forward(self, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         for block in getattr(self, HELD).values():
-            if isinstance(block, Beside) and block.active:
+            if block.beside and block.active:
                 y = block.add_to(y, x, self)
         return y
 
@@ -581,7 +132,7 @@ class Sliced:
             make, arguments = _new, (self._s2ft_base, *_ways(self.__dict__[HELD]))
         return (make, arguments, *rest)
 
-    def _sliced(self) -> list[Block]:
+    def _sliced(self) -> "list[Block]":
         return list(self.__dict__[HELD].values())
 
     def register_parameter(self, name, param):
@@ -603,7 +154,8 @@ class Sliced:
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """The float32 deltas are a part of the state: the weights alone, rounded, would not resume bit for bit."""
-        refresh(self._sliced())
+        for block in self._sliced():
+            block.refresh()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for block in self._sliced():
             if block.places[0][0] is not self:  # of a tied weight it is stored once
@@ -615,7 +167,7 @@ class Sliced:
         for key, block in keys.items():
             if prefix + key in state_dict:
                 block.check_loaded(prefix + key, state_dict[prefix + key], state_dict.get(prefix + block.delta_key))
-        compared = {prefix + key for key, block in keys.items() if isinstance(block, Beside)}
+        compared = {prefix + key for key, block in keys.items() if block.beside}
         state_dict = {name: t for name, t in state_dict.items() if name not in compared}
         for block in keys.values():
             block.loading = True
@@ -630,8 +182,7 @@ class Sliced:
                 module._parameters[other] = self._parameters[key]
                 module._parameters[block.delta_key] = self._parameters[block.delta_key]
             block.adopt()
-            if isinstance(block, InPlace):
-                block.loaded(weight=prefix + key in state_dict, delta=prefix + block.delta_key in state_dict)
+            block.loaded(weight=prefix + key in state_dict, delta=prefix + block.delta_key in state_dict)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         """Deltas move with their weights, but stay float32 under `model.half()` and its kin."""
@@ -644,53 +195,5 @@ class Sliced:
         super()._apply(moved, recurse)
         for block in self._sliced():
             block.adopt()
-            if not isinstance(block, InPlace):
-                continue
-            moved_backup = fn(block.backup)  # what has no values has none after `to_empty` either
-            block.backup = block.backup.to(moved_backup.dtype) if block.backup.is_meta else moved_backup
-            block.refresh()
+            block.move(fn)
         return self
-
-
-def blocks_in(module: nn.Module) -> list[Block]:
-    """The blocks of a module and of all below it, each once."""
-    held = (m.__dict__.get(HELD) for m in module.modules())
-    return list({id(block): block for blocks in held if blocks for block in blocks.values()}.values())
-
-
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The named parameters that the model has itself: all but the deltas."""
-    deltas = {id(block.delta) for block in blocks_in(model)}
-    return {name: p for name, p in model.named_parameters() if id(p) not in deltas}
-
-
-def beside_of(model: nn.Module, weight: Quantized, dim: int, index: Tensor, delta: Tensor | None = None) -> Beside:
-    """A slice beside a quantized weight, not yet installed. index: int64 (n,). delta: of values that stay; by default
-    zeros that train."""
-    shape = [*weight.shape[:dim], len(index), *weight.shape[dim + 1 :]]
-    held, places = weight.held, places_of(model, weight.held)
-    values = torch.zeros(shape, dtype=torch.float32) if delta is None else delta.detach().clone()
-    parameter = nn.Parameter(values.to(held.device), requires_grad=delta is None)
-    return Beside(
-        name=weight.name,
-        weight=held,
-        dim=dim,
-        delta=parameter,
-        places=places,
-        delta_key=free_key(places),
-        size=weight.shape[dim],
-        index=index.to(torch.int64),
-    )
-
-
-def places_of(model: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    """The modules that hold a weight, each with the name it has there."""
-    return [(m, key) for m in model.modules() for key, p in m._parameters.items() if p is weight]
-
-
-def free_key(places: list[tuple[nn.Module, str]]) -> str:
-    """A name for the delta beside its weight that no module uses for something else."""
-    key = f"{places[0][1]}_delta"
-    while any(hasattr(module, key) for module, _ in places):
-        key += "_"
-    return key

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from s2ft_compile.capture.capture import tensors_of, unwrap
+from s2ft_compile.capture.models import tensors_of, unwrap
 from s2ft_compile.errors import StateError
 from s2ft_compile.passes.couple.recheck import Crossing, Permuted
 from s2ft_compile.passes.permute import move
@@ -23,8 +23,8 @@ from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.quantized import quantized_in
 from s2ft_compile.structure import Analysis
 
+from .blocks import Beside, Block, check_extra, check_same, refresh
 from .processes import check_processes
-from .sliced import Beside, Block, check_extra, check_same, refresh
 
 NAME = "_s2ft_state"
 ANEW = "units were chosen anew; those that trained before keep what they learned"  # a note of a plan

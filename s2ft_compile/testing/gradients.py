@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from s2ft_compile.capture.capture import arguments, tensors_of, unwrap
+from s2ft_compile.capture.examples import arguments
+from s2ft_compile.capture.models import tensors_of, unwrap
 from s2ft_compile.capture.recording import exporting
 from s2ft_compile.config import ROLES, CompileOptions, S2FTConfig
 from s2ft_compile.errors import ConfigError, StateError
