@@ -30,7 +30,7 @@ lint: $(STAMP)  ## rules and format of the source (ruff)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-types: $(STAMP)  ## types of the values and the public names (mypy)
+types: $(STAMP)  ## types of the values, the stages and the doors (mypy)
 	$(VENV)/bin/mypy
 
 # The site's own packages come with its first build, and not with `make setup`.
@@ -85,7 +85,7 @@ bench-serve: $(STAMP)  ## the server under load, against the base model alone (w
 	$(PY) benchmarks/serve.py
 
 sweep: $(STAMP)  ## every model type of transformers, other libraries where they are (writes benchmarks/results/{sweep,zoo}.json)
-	$(PY) benchmarks/sweep.py --mapping all
+	$(PY) benchmarks/sweep/run.py --mapping all
 
 clean:  ## remove .venv, demo/ and caches
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

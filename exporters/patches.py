@@ -12,12 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from s2ft_compile.capture import unwrap
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import ExportError
 from s2ft_compile.plan import Slice
 from s2ft_compile.quantized import Quantized, quantized_in
-from s2ft_compile.sliced import Beside, Block, InPlace, whole
-from s2ft_compile.state import Left, State, state_of
+from s2ft_compile.slices.blocks import Beside, Block, InPlace
+from s2ft_compile.slices.state import Left, State, state_of
 
 from .conversion import as_stored
 from .merged import dtype_of_others
@@ -80,16 +80,14 @@ def _trained(block: Block | Left, quantized: Mapping[str, Quantized], others: to
     if isinstance(block, InPlace | Left):
         return block.trained()
     assert isinstance(block, Beside)
-    base, delta = quantized[block.name].values(), whole(block.delta)
-    wide = torch.promote_types(base.dtype, delta.dtype)
-    part = base.index_select(block.dim, block.index.to(base.device)).to(wide)
-    return part.add(delta.to(part)).to(others or base.dtype)
+    return block.trained(quantized[block.name].values(), others)
 
 
 def _places_of(state: State, module: nn.Module) -> Iterator[_Place]:
     shapes = {s.parameter_name: s.shape for s in state.plan.slices}
-    earlier = [(Slice(b.name, b.dim, b.indices, shapes[b.name], ()), b) for b in state.left_behind]
-    for s, block in [*zip(state.plan.slices, state.blocks), *earlier]:
+    pairs: list[tuple[Slice, Block | Left]] = [*zip(state.plan.slices, state.blocks)]
+    pairs += [(Slice(b.name, b.dim, b.indices, shapes[b.name], ()), b) for b in state.left_behind]
+    for s, block in pairs:
         if prod(s.shape) >= 1 << 31:
             raise ExportError(f"{s.parameter_name} has {prod(s.shape):,} numbers, and positions are int32")
         flat = _flat(s.shape, s.dim, s.indices)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from s2ft_compile.capture import unwrap
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import ConfigError
 
 from .files import new_directory
@@ -39,7 +39,7 @@ def exporter(write: Callable[..., Any]) -> Callable[..., Path]:
         raise ConfigError(f"s2ft_compile.exporters has a {name} already; name the function otherwise")
 
     @wraps(write)
-    def save(model: nn.Module, directory: str | os.PathLike, **options: Any) -> Path:
+    def save(model: nn.Module, directory: str | os.PathLike[str], **options: Any) -> Path:
         with new_directory(directory) as folder, plain(model):
             write(unwrap(model), folder, **options)
         return Path(directory)

@@ -22,13 +22,13 @@ from s2ft_compile.passes.select.calibrate import Loss
 from s2ft_compile.passes.select.calibrate import check as check_calibration
 from s2ft_compile.passes.select.select import Selection, select
 
-from .capture import unwrap
+from .capture.models import unwrap
 from .errors import ConfigError, StateError
 from .plan import Plan, Slice
 from .preparation import measured, taken
 from .quantized import Values
-from .sliced import Block, InPlace
-from .state import Left, State, disabled, merged, state_of, to_base_order
+from .slices.blocks import Block, InPlace
+from .slices.state import Left, State, disabled, merged, state_of, to_base_order
 
 log = logging.getLogger(__name__)
 Learned = tuple[Tensor, Tensor]  # positions in the base's order, int64 (n,), and their delta

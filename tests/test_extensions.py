@@ -16,6 +16,7 @@ from s2ft_compile.passes.couple.rules.contraction import axes_mm
 from s2ft_compile.passes.select.selections import SCORES
 from s2ft_compile.rules import Value, axis_rule, pin, slice_rule, unify
 from s2ft_compile.selections import selection
+from s2ft_compile.slices.state import state_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import custom_operator  # noqa: E402
@@ -33,7 +34,7 @@ def gradients(model) -> dict:
     """The gradient of each slice, through the backend."""
     net = torch.compile(model, backend="s2ft", options={"inner": "aot_eager"})
     net(*INPUTS).square().sum().backward()
-    return {s.parameter_name: s for s in s2ft.state.state_of(model).plan.slices}
+    return {s.parameter_name: s for s in state_of(model).plan.slices}
 
 
 def full(model) -> dict:
@@ -129,6 +130,35 @@ def test_what_cannot_be_a_rule_is_refused(tables, operator, like):
         axis_rule("other::op")("not a function")
 
 
+def raises(*args):
+    raise KeyError("surprise")
+
+
+def everything(slicer, node, x, dim):
+    return slicer.call(x.target, *x.args, like=x)
+
+
+@pytest.mark.parametrize("rule", [raises, everything, lambda *args: "no", lambda *args: None])
+def test_a_wrong_slice_rule_refuses_its_operator_before_anything_trains(tables, rule):
+    """Whether it fails, computes all of the gradient, gives no node, or nothing."""
+    slice_rule(NAME)(rule)
+    model = custom_operator.FeedForward().double()
+    with pytest.raises(ConfigError) as refused:
+        s2ft.prepare(model, INPUTS, s2ft.S2FTConfig(targets={"ffn.out": 4}))
+    assert NAME.replace("::", ".") in str(refused.value) and not s2ft.is_prepared(model)
+    (why,) = {why.reason for why in s2ft.explain(model, INPUTS).gradients.values()}
+    assert "slice rule" in why and ("surprise" in why) == (rule is raises)
+
+
+@pytest.mark.parametrize("rule", [raises, lambda cx, node, a, b: a.dims[:1], lambda cx, node, a: a, lambda *args: None])
+def test_a_wrong_axis_rule_refuses_its_axes_and_is_named(tables, rule):
+    axis_rule(NAME)(rule)
+    analysis = s2ft.analyze(custom_operator.FeedForward().double(), INPUTS)
+    assert not any(c.role == "ffn" for c in analysis.couplings)
+    (why,) = {r.reason for r in analysis.refusals}
+    assert why.startswith("the rule for example.product failed")
+
+
 # --- selections and exporters -----------------------------------------------------------------------------------------
 
 
@@ -161,6 +191,22 @@ def test_what_cannot_be_a_selection_is_refused(name, needs):
     with pytest.raises(ConfigError, match="function of scores"):
         selection("mine::last", needs="weight")("no function")
     assert before == SELECTIONS
+
+
+@pytest.mark.parametrize(
+    "score",
+    [lambda x, dim: None, lambda x, dim: x.new_zeros(3), lambda x, dim: x.new_full((x.shape[dim],), float("nan"))],
+    ids=["none", "three", "nan"],
+)
+@pytest.mark.parametrize("needs", ["weight", "gradients"])
+def test_what_are_no_scores_selects_nothing(fresh_compiler, needs, score):
+    selection("mine::wrong", needs=needs)(score)
+    model = custom_operator.FeedForward().double()
+    config = s2ft.S2FTConfig(targets={"ffn.out": 4}, selection="mine::wrong")
+    batches = [INPUTS] if needs == "gradients" else None
+    with pytest.raises(ConfigError, match="it has to return 64 scores|not finite"):
+        s2ft.prepare(model, INPUTS, config, batches, loss=lambda output, batch: output.square().sum())
+    assert not s2ft.is_prepared(model)
 
 
 @pytest.fixture

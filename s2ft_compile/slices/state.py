@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from s2ft_compile.capture.models import tensors_of, unwrap
+from s2ft_compile.errors import StateError
 from s2ft_compile.passes.couple.recheck import Crossing, Permuted
 from s2ft_compile.passes.permute import move
+from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.quantized import quantized_in
+from s2ft_compile.structure import Analysis
 
-from .capture import tensors_of, unwrap
-from .errors import StateError
-from .plan import Plan, Slice
+from .blocks import Beside, Block, check_extra, check_same, refresh
 from .processes import check_processes
-from .quantized import quantized_in
-from .sliced import Beside, Block, check_extra, check_same, refresh
-from .structure import Analysis
 
 NAME = "_s2ft_state"
 ANEW = "units were chosen anew; those that trained before keep what they learned"  # a note of a plan
@@ -243,10 +243,12 @@ def _check_loaded(model: nn.Module, state_dict, prefix, *_) -> None:
 
 
 def find_state(model: nn.Module) -> State | None:
+    """The model's state, None of a model that is not prepared."""
     return unwrap(model).__dict__.get(NAME)
 
 
 def is_prepared(model: nn.Module) -> bool:
+    """Whether `prepare` or `load_adapter` has changed this model, and `release` has not given it back."""
     return find_state(model) is not None
 
 
@@ -260,6 +262,7 @@ def state_of(model: nn.Module) -> State:
 
 
 def live_states() -> list[State]:
+    """The states of all prepared models of this process that still exist."""
     return list(_live)
 
 

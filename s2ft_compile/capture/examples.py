@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .errors import ConfigError
+from s2ft_compile.errors import ConfigError
 
 PRIMES = (
     3,
@@ -37,8 +37,8 @@ PRIMES = (
 class Inputs(NamedTuple):
     """A call's arguments."""
 
-    args: tuple
-    kwargs: dict
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def arguments(example_inputs: Any) -> Inputs:
