@@ -41,11 +41,7 @@ def looks_at_data(selection: object) -> bool:
     return isinstance(selection, str) and SELECTIONS.get(selection) in ("activations", "gradients")
 
 
-SHARE = 0.02  # what the default trains of these roles, where a model has them: whole channels, and heads that look
-DEFAULT_ROLES = tuple(r for r in ROLES if r.endswith((".in", ".out")) and r != "attention.out") + (
-    "attention.query",
-    "attention.key",
-)
+DEFAULT, SHARE = "default", 0.02  # the target that stands for every role of a model, and its ratio where none is given
 BUDGETS = ("layer", "model", "score")
 OPTIMIZERS = ("muon", "adamw")
 INNER = ("inductor", "aot_eager", "eager")
@@ -74,8 +70,8 @@ class S2FTConfig:
     targets: role (see `ROLES`) or glob on parameter names -> ratio in (0, 1] (a float; at least one unit) or number
         of units (an int). A unit is a query head for `attention.out` and `attention.query`, a kv head for
         `attention.key` and `attention.value`, a channel for `ffn.*`, a channel of every expert for `moe.*`. A glob with
-        1.0 trains all of what it matches, whatever its axes are: a new head, norms, biases. None: `SHARE` of those of
-        `DEFAULT_ROLES` that the model has (docs/targets.md says why).
+        1.0 trains all of what it matches, whatever its axes are: a new head, norms, biases. "default" stands for every
+        role that the model has and `targets` does not name. None: {"default": `SHARE`} (docs/targets.md says why).
     selection: how units are ranked. None: "gradient" where `prepare` is given batches of data, else "random".
         One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and "gradient" are the paper's R, W,
         A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see `passes/select/scores.py` and
@@ -135,8 +131,17 @@ class S2FTConfig:
 
     def is_that_of(self, settled: "S2FTConfig") -> bool:
         """Whether a plan's configuration is this one, in which `prepare` filled in what was left open."""
-        mine = replace(self, targets=self.targets or settled.targets, selection=self.selection or settled.selection)
+        roles = [target for target in settled.targets or () if not is_glob(target)]
+        mine = replace(self, targets=self.targets_of(roles), selection=self.selection or settled.selection)
         return mine.to_dict() == settled.to_dict()
+
+    def targets_of(self, roles: Sequence[str]) -> dict[str, int | float]:
+        """The targets of a model that has these roles: with each of them in place of "default"."""
+        targets = {DEFAULT: SHARE} if self.targets is None else dict(self.targets)
+        if DEFAULT not in targets:
+            return targets
+        amount = targets.pop(DEFAULT)
+        return {**{role: amount for role in roles if role not in targets}, **targets}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values. A function is recorded by its name, "module:function"."""
@@ -219,7 +224,7 @@ def qualified_name(selection: str | Callable[..., Any]) -> str:
 
 def is_glob(target: str) -> bool:
     """Whether a target names parameters (with or without wildcards) rather than a role."""
-    return target not in ROLES
+    return target not in (*ROLES, DEFAULT)
 
 
 def matches(target: str, parameter_name: str) -> bool:

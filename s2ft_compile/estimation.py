@@ -159,7 +159,7 @@ def _summed(model: nn.Module, graphs: list[fx.GraphModule], inputs, optimizer: s
     given = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     tokens = next((t.numel() for t in given if t.ndim == 2 and not t.is_floating_point()), 0)
     slices = (8 if accumulates else 4) * numbers + sum(map(_bytes, _backups(model)))
-    weights, kept = sum(map(_bytes, fixed)), state_bytes(deltas, optimizer)
+    weights, kept = sum(map(_bytes, fixed)), state_bytes(model, optimizer)
     working = max(peak, 4 * numbers) - saved  # the optimizer's step has all gradients at once
     return Estimate(weights, slices, kept, saved, working, numbers, len(given[0]), tokens)
 

@@ -18,7 +18,7 @@ from s2ft_compile.passes.couple.recheck import Permuted
 from s2ft_compile.passes.permute import dense_orders, move, moves_for, ranges
 from s2ft_compile.passes.select.calibrate import Loss, calibrate
 from s2ft_compile.passes.select.calibrate import check as check_calibration
-from s2ft_compile.passes.select.select import WHOLE, Selection, Taken, default_targets, raised, select, targeted_bands
+from s2ft_compile.passes.select.select import WHOLE, Selection, Taken, raised, roles_of, select, targeted_bands
 
 from .adapters.fingerprint import fingerprint
 from .capture.examples import several
@@ -119,7 +119,7 @@ def prepare(
         settle(weight.layer, weight.key)
     analysis, base = analyze(model, example_inputs, train=train), fingerprint(model)
     if given is None:
-        config = replace(config, targets=config.targets or default_targets(analysis))
+        config = replace(config, targets=config.targets_of(roles_of(analysis)))
         selections = select(
             analysis, config, parameters, measured(model, analysis, config, calibration, loss), of_others
         )

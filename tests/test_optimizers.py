@@ -10,9 +10,11 @@ from torch import nn, optim
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError, StateError
 from s2ft_compile.slices.optimizers import _width
+from s2ft_compile.slices.state import state_of
 
 CHANNELS = {"ffn.in": 3, "ffn.out": 3}
 BIASES = {**CHANNELS, "*.ffn.up.bias": 3}
+HEADS_TOO = {**BIASES, "attention.out": 1, "attention.query": 1}
 
 
 def trained(case, model: nn.Module, opt: optim.Optimizer, steps: int) -> list[torch.Tensor]:
@@ -43,6 +45,29 @@ def test_matrices_train_by_muon_and_biases_by_adamw():
         adamw.step()
         model.zero_grad()
     for a, b in zip(both, deltas):
+        torch.testing.assert_close(a, b.detach())
+
+
+def test_heads_train_by_adamw_at_a_tenth_of_the_rate():
+    case, model = prepared(HEADS_TOO, bias=True)
+    both = trained(case, model, s2ft.optimizer(model, "muon", 1e-2), 3)
+    case, model = prepared(HEADS_TOO, bias=True)
+    kinds: dict[str, list[nn.Parameter]] = {"muon": [], "heads": [], "others": []}
+    for s in state_of(model).plan.slices:
+        of_heads = any(role.startswith("attention") for role in s.roles)
+        kinds["others" if s.delta.ndim != 2 else "heads" if of_heads else "muon"].append(s.delta)
+    assert all(kinds.values())
+    parts = (
+        optim.Muon(kinds["muon"], lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        optim.AdamW(kinds["heads"], lr=1e-3, weight_decay=0.0),
+        optim.AdamW(kinds["others"], lr=1e-2, weight_decay=0.0),
+    )
+    for _ in range(3):
+        sum(out.square().sum() for out in case.outputs(model)).backward()
+        for part in parts:
+            part.step()
+        model.zero_grad()
+    for a, b in zip(both, s2ft.parameters(model)):
         torch.testing.assert_close(a, b.detach())
 
 

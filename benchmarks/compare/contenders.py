@@ -3,7 +3,7 @@ setting's rank on all linear layers, as nearly as whole units allow.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,7 +39,7 @@ class Contender:
     again: int = 1
 
 
-def _s2ft(title: str, parts=("channels", 0, 0, 1, 1), selection="gradient", optimizer="muon", again=10, **options):
+def _s2ft(title: str, parts=("channels", 1, 1, 1, 1), selection="gradient", optimizer="muon", again=10, **options):
     return Contender(title, "s2ft", optimizer, -2.0, {"parts": parts, "selection": selection, **options}, again)
 
 
@@ -55,6 +55,7 @@ MAIN = {
     "shira": _peft("SHiRA", "ShiraConfig", rate=-2.0),
     "s2ft": _s2ft("S²FT, the default: chosen anew ten times"),
     "s2ft_once": _s2ft("S²FT, chosen once", again=1),
+    "s2ft_norms": _s2ft("S²FT, the default and the norms", ("channels", 1, 1, 1, 1, True)),
     "s2ft_paper": _s2ft(
         "S²FT as published: columns and a head, at random, AdamW", ("columns", 1), "random", "adamw", 1
     ),
@@ -64,12 +65,12 @@ VARIANTS = {
     "s2ft_again4": _s2ft("chosen anew four times", again=4),
     "s2ft_random": _s2ft("drawn anew ten times", selection="random"),
     "s2ft_adamw": _s2ft("AdamW", optimizer="adamw"),
-    "s2ft_attend": _s2ft("two heads' queries", ("channels", 0, 0, 2, 1)),
+    "s2ft_looks": _s2ft("of the heads queries and keys alone", ("channels", 0, 0, 1, 1)),
+    "s2ft_muon": _s2ft("Muon for the heads too", optimizer="muon of all"),
     "s2ft_channels": _s2ft("channels alone", ("channels", 0)),
     "s2ft_channels_once": _s2ft("channels alone, chosen once", ("channels", 0), again=1),
     "s2ft_columns_once": _s2ft("columns of down alone, chosen once", ("columns", 0), again=1),
     "s2ft_random_once": _s2ft("drawn once", selection="random", again=1),
-    "s2ft_all": _s2ft("a head's values and columns of the output projection too", ("channels", 1, 1, 1, 1)),
     "s2ft_weight": _s2ft("units with the largest weights", selection="weight"),
     "s2ft_least": _s2ft("channels that do least", selection="weight_activation", largest=False),
     "s2ft_score_once": _s2ft("layers share by score, chosen once", budget="score", again=1),
@@ -149,13 +150,14 @@ def lora_numbers(setting: Setting) -> int:
 
 
 def targets(
-    setting: Setting, what: str, heads: int, values: int = 0, queries: int = 0, keys: int = 0
-) -> dict[str, int]:
-    """Units of each layer: heads of the output, value, query and key projection; columns of down, or whole channels,
-    for the rest.
+    setting: Setting, what: str, heads: int, values: int = 0, queries: int = 0, keys: int = 0, norms: bool = False
+) -> dict[str, int | float]:
+    """Units of each layer: heads of the output, value, query and key projection; norms; columns of down, or whole
+    channels, for the rest.
     """
     head = setting.hidden * (setting.hidden // setting.heads // 2 * 2)
     left = lora_numbers(setting) // setting.layers - (heads + values + queries + keys) * head
+    left -= norms * (2 * setting.layers + 1) * setting.hidden // setting.layers
     roles = ("ffn.out",) if what == "columns" else ("ffn.in", "ffn.out")
     units = round(left / setting.hidden / (1 if what == "columns" else 3))
     asked = {
@@ -165,7 +167,7 @@ def targets(
         "attention.query": queries,
         "attention.key": keys,
     }
-    return {role: units for role, units in asked.items() if units}
+    return {role: units for role, units in asked.items() if units} | ({"*norm*": 1.0} if norms else {})
 
 
 NEED_DATA = {"gradient", "activation", "weight_activation"}
@@ -186,7 +188,14 @@ def _prepare(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) ->
     return s2ft.parameters(model)
 
 
-def optimizer(name: str, leaves: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    if name == "muon":
-        return torch.optim.Muon(leaves, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return torch.optim.AdamW(leaves, lr=lr, weight_decay=0.0, fused=True)
+def optimizer(contender: Contender, trial: Tuned, lr: float) -> torch.optim.Optimizer:
+    """With each group's part of `lr` in its "peak"."""
+    if contender.kind == "s2ft" and contender.optimizer != "muon of all":
+        opt = s2ft.optimizer(trial.model, contender.optimizer, lr)
+    elif contender.optimizer == "adamw":
+        opt = torch.optim.AdamW(trial.leaves, lr=lr, weight_decay=0.0, fused=True)
+    else:
+        opt = torch.optim.Muon(trial.leaves, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for group in opt.param_groups:
+        group["peak"] = group["lr"]
+    return opt

@@ -25,7 +25,6 @@ import peft
 import torch
 import torch.nn.functional as F
 from base import DEVICE
-from contenders import optimizer
 from run import Row, append, job, read, schedule
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
@@ -141,15 +140,15 @@ class Bench:
         calibration = [next(batches) for _ in range(4)]
         leaves, head, again = tuned(model, method, dict(options), seed, calibration)
         numbers, spent = sum(p.numel() for p in leaves), []
-        opts = [optimizer(name, leaves, rate), *([torch.optim.AdamW(head, lr=1e-2)] if head else [])]
+        opts = optimizers(model, name, leaves, head, rate)
         period = math.ceil(STEPS / options.get("again", 1))
         model.train()
         for step in range(STEPS):
             if step and step % period == 0:
                 again(seed=seed + 1000 * step)
             began = time.process_time()
-            for opt, peak in zip(opts, (rate, 1e-2)):
-                opt.param_groups[0]["lr"] = peak * schedule(step, STEPS)
+            for group in (group for opt in opts for group in opt.param_groups):
+                group["lr"] = group["peak"] * schedule(step, STEPS)
             loss = model(**next(batches))
             loss.backward()
             for opt in opts:
@@ -205,6 +204,17 @@ def tuned(model: Encoder, method: str, options: dict, seed: int, batches: list[B
     head = [s.delta for s in plan.slices if s.parameter_name.startswith("head.")]
     leaves = [s.delta for s in plan.slices if not s.parameter_name.startswith("head.")]
     return leaves, head, partial(s2ft.reselect, model, **looks)
+
+
+def optimizers(model: Encoder, name: str, leaves: list[nn.Parameter], head: list[nn.Parameter], rate: float):
+    """The method's own, and of a new head AdamW at the rate that suits it; each group's rate is its "peak"."""
+    opts = [s2ft.optimizer(model, name, rate) if s2ft.is_prepared(model) else torch.optim.AdamW(leaves, lr=rate)]
+    for group in opts[0].param_groups:
+        group["params"] = [p for p in group["params"] if all(p is not of_head for of_head in head)]
+    opts += [torch.optim.AdamW(head, lr=1e-2)] * bool(head)
+    for group in (group for opt in opts for group in opt.param_groups):
+        group["peak"] = group["lr"]
+    return opts
 
 
 def main() -> None:

@@ -60,13 +60,14 @@ class Bench:
         trial = tuned(contender, self.base, setting, seed, calibration)
         trial.model.train()
         numbers, spent = trial.numbers, []
-        opt = optimizer(contender.optimizer, trial.leaves, rate)
+        opt = optimizer(contender, trial, rate)
         period = math.ceil(setting.steps / contender.again)
         for step in range(setting.steps):
             if step and step % period == 0:
                 trial.again(seed + 1000 * step)
             began = time.process_time()
-            opt.param_groups[0]["lr"] = rate * schedule(step, setting.steps)
+            for group in opt.param_groups:
+                group["lr"] = group["peak"] * schedule(step, setting.steps)
             loss = trial.net(**next(batches)).loss
             loss.backward()
             opt.step()

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from s2ft_compile.config import (
-    DEFAULT_ROLES,
     ROLES,
     SELECTIONS,
-    SHARE,
     S2FTConfig,
     is_glob,
     matches,
@@ -106,14 +104,11 @@ def raised(analysis: Analysis, config: S2FTConfig) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def default_targets(analysis: Analysis) -> dict[str, float]:
-    """`SHARE` of those of `DEFAULT_ROLES` that the model has. Raises `ConfigError` where it has none."""
+def roles_of(analysis: Analysis) -> list[str]:
+    """Those of `ROLES` that the model has, in their order. Raises `ConfigError` where it has no structures."""
     _check_structures(analysis)
-    roles = {band.role for band in bands(analysis)} & set(ROLES)
-    targets = {role: SHARE for role in DEFAULT_ROLES if role in roles}
-    if not targets:
-        raise ConfigError(f"none of the default targets is in this model; name some of {', '.join(sorted(roles))}")
-    return targets
+    found = {band.role for band in bands(analysis)}
+    return [role for role in ROLES if role in found]
 
 
 def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:

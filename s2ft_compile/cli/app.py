@@ -181,7 +181,7 @@ def train(
         str | None,
         typer.Option(
             help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs. "
-            f"[default: {SHARE:g} of all channels, and of the heads' queries and keys]"
+            f"`default` is every role [default: default={SHARE:g}]"
         ),
     ] = None,
     selection: Annotated[

@@ -2,7 +2,8 @@
 
 The delta of a slice is a dense matrix, which Muon can orthogonalize: all directions of it move equally far, whatever
 their gradients' sizes (https://arxiv.org/abs/2502.16982). What is no matrix (biases, batched experts) trains by AdamW,
-at the same rate: with `match_rms_adamw` both change an entry by about as much.
+at the same rate: with `match_rms_adamw` both change an entry by about as much. Heads train by AdamW at a tenth of it:
+of a few examples Muon learns every direction's noise with them (docs/targets.md).
 """
 
 import logging
@@ -21,6 +22,7 @@ from .state import parameters, state_of
 
 log = logging.getLogger(__name__)
 SPAN = 16.0  # docs/targets.md says from what
+HEADS = 0.1  # of the rate: heads
 STEPS = 1000  # of a run that nobody says the length of
 
 
@@ -29,7 +31,7 @@ def optimizer(
 ) -> optim.Optimizer:
     """An optimizer of `s2ft.parameters(model)`.
 
-    name: "muon" or "adamw". lr: the peak of the caller's schedule; None: `learning_rate(model, steps)`. weight_decay:
+    name: "muon" (of channels; heads, and what is no matrix, train by AdamW) or "adamw". lr: the peak of the caller's schedule; None: `learning_rate(model, steps)`. weight_decay:
     pulls towards the base model. steps: optimizer steps of the run. Raises
     `ConfigError` for another name or a rate that is not positive, `StateError` for a model that is not prepared.
     """
@@ -38,19 +40,29 @@ def optimizer(
     lr = learning_rate(model, steps) if lr is None else lr
     if not lr > 0:
         raise ConfigError(f"lr is a positive number such as 0.003, got {lr}")
-    matrices = [p for p in deltas if p.ndim == 2 and name == "muon"]
-    others = [p for p in deltas if p.ndim != 2 or name != "muon"]
+    matrices, heads, others = _apart(zip(deltas, state_of(model).plan.slices), name)
     optimizers: list[optim.Optimizer] = []
     if matrices:
         optimizers.append(optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-    if others:
-        optimizers.append(optim.AdamW(others, lr=lr, weight_decay=weight_decay, fused=True))
+    for group, rate in ((heads, HEADS * lr), (others, lr)):
+        if group:
+            optimizers.append(optim.AdamW(group, lr=rate, weight_decay=weight_decay, fused=True))
     return optimizers[0] if len(optimizers) == 1 else Together(optimizers)
 
 
-def state_bytes(deltas: Iterable[Tensor], name: str) -> int:
-    """What an optimizer of this name keeps of its parameters: Muon one number for each of theirs, AdamW two."""
-    return sum(p.numel() * p.itemsize * (1 if name == "muon" and p.ndim == 2 else 2) for p in deltas)
+def state_bytes(model: nn.Module, name: str) -> int:
+    """What an optimizer of this name keeps of the deltas: Muon one number for each of theirs, AdamW two."""
+    matrices, *rest = _apart(zip(parameters(model), state_of(model).plan.slices), name)
+    return sum(p.numel() * p.itemsize for p in matrices) + sum(2 * p.numel() * p.itemsize for g in rest for p in g)
+
+
+def _apart(deltas: Iterable[tuple[nn.Parameter, Slice]], name: str) -> tuple[list, list, list]:
+    """Those of Muon, the heads beside them, and all others."""
+    matrices, heads, others = [], [], []
+    for delta, s in deltas:
+        of_heads = any(role.startswith("attention.") for role in s.roles)
+        (others if name != "muon" or delta.ndim != 2 else heads if of_heads else matrices).append(delta)
+    return matrices, heads, others
 
 
 def learning_rate(model: nn.Module, steps: int = STEPS) -> float:
