@@ -66,6 +66,24 @@ def test_the_default_leaves_targets_and_selection_open():
     assert S2FTConfig.from_dict(config.to_dict()) == config
 
 
+@pytest.mark.parametrize(
+    "targets, settled",
+    [
+        (None, {"ffn.in": 0.02, "attention.key": 0.02}),
+        ({"default": 0.5}, {"ffn.in": 0.5, "attention.key": 0.5}),
+        ({"default": 0.5, "ffn.in": 4, "*norm*": 1.0}, {"ffn.in": 4, "attention.key": 0.5, "*norm*": 1.0}),
+        ({"ffn.in": 0.1}, {"ffn.in": 0.1}),
+    ],
+)
+def test_default_stands_for_the_roles_of_the_model(targets, settled):
+    """And a plan's configuration is known again by the one that was asked for."""
+    config, has = S2FTConfig(targets), ["ffn.in", "attention.key"]
+    assert config.targets_of(has) == settled and config.targets == targets
+    plan = S2FTConfig(settled, "random")
+    assert config.is_that_of(plan)
+    assert not S2FTConfig({"default": 0.3}).is_that_of(plan)
+
+
 def test_the_targets_are_a_copy():
     mine = {"ffn.out": 0.5}
     config = S2FTConfig(targets=mine)

@@ -128,15 +128,15 @@ def mamba() -> nn.Module:
     return MambaForCausalLM(MambaConfig(**sizes)).eval()
 
 
-ATTENDS = ("attention.query", "attention.key")
+HEADS = ("attention.out", "attention.value", "attention.query", "attention.key")
 
 
 @pytest.mark.parametrize(
     "make, roles",
     [
-        (lambda: hf("llama"), ("ffn.in", "ffn.out", *ATTENDS)),
-        (lambda: hf("gpt2"), ("ffn.in", "ffn.out", *ATTENDS)),
-        (mixtral, ("moe.in", "moe.out", *ATTENDS)),
+        (lambda: hf("llama"), ("ffn.in", "ffn.out", *HEADS)),
+        (lambda: hf("gpt2"), ("ffn.in", "ffn.out", *HEADS)),
+        (mixtral, ("moe.in", "moe.out", *HEADS)),
         (mamba, ("ssm.in", "ssm.out")),
     ],
     ids=["llama", "gpt2", "mixtral", "mamba"],
@@ -152,21 +152,14 @@ def test_the_default_is_what_a_model_has(make, roles):
     assert s2ft.prepare(model, {"input_ids": tokens()}, calibration=[batch]).config.selection == "gradient"
 
 
-def test_a_model_without_default_roles_says_which_it_has():
-    class Attends(nn.Module):
-        """Its inputs look at each other as they are: it has no queries, and no keys."""
-
-        def __init__(self):
-            super().__init__()
-            self.value, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            h = self.value(x).view(*x.shape[:2], 2, 4).transpose(1, 2)
-            mixed = (x @ x.mT).softmax(-1)[:, None] @ h
-            return self.out(mixed.transpose(1, 2).flatten(2))
-
-    with pytest.raises(ConfigError, match="name some of attention.out, attention.value"):
-        s2ft.prepare(Attends(), (torch.randn(2, 5, 8),))
+def test_default_stands_for_the_roles_that_are_not_named():
+    model = hf("llama")
+    plan = s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig({"default": 0.1, "ffn.out": 3, "*norm*": 1.0}))
+    assert plan.config.targets == {**dict.fromkeys(("ffn.in", *HEADS), 0.1), "ffn.out": 3, "*norm*": 1.0}
+    assert {s.indices.numel() for s in plan.slices if "ffn.out" in s.roles} == {3}
+    assert {s.parameter_name for s in plan.slices if len(s.shape) == 1} == {
+        name for name, p in hf("llama").named_parameters() if p.ndim == 1
+    }
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,9 @@ BATCH, LENGTH = 4, 128
 WARM_UP = 3  # steps that compile and settle, and do not count
 METHODS = {"s2ft": "S²FT", "lora": "LoRA", "full": "full"}
 MARK = ".s2ft-demo"  # a file that says: this folder is the demo's own
-# The default's roles, more of each: 40 of 672 channels and a head's queries and keys in every layer.
-TARGETS = {"ffn.in": 0.06, "ffn.out": 0.06, "attention.query": 0.06, "attention.key": 0.06}
+# The default's roles, more of each: in every layer 40 of 672 channels and one head each of the queries, keys, values and
+# output; and the norms, which are few.
+TARGETS = {"default": 0.06, "*norm*": 1.0}
 SELECTIONS = 10  # in the fine-tuning
 RATES = {"full": 1e-3, "s2ft": 1e-2, "lora": 1e-2}  # of this size and these steps, as benchmarks/compare found them
 
@@ -124,8 +125,8 @@ def build_model(tokenizer) -> nn.Module:
             hidden_size=192,
             intermediate_size=672,
             num_hidden_layers=4,
-            num_attention_heads=6,
-            num_key_value_heads=2,
+            num_attention_heads=12,
+            num_key_value_heads=4,
             max_position_embeddings=2 * LENGTH,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -149,19 +150,21 @@ class Stepper:
     selection: int = 0
 
     def __post_init__(self):
-        self.peak = self.optimizer.param_groups[0]["lr"]
+        for group in self.optimizer.param_groups:
+            group["peak"] = group["lr"]
         self.compiled = torch.compile(self.model, backend=self.backend)
 
     def reset(self, lr: float) -> None:
-        self.peak = lr
+        for group in self.optimizer.param_groups:
+            group["peak"] = lr
         self.optimizer.state.clear()
         self.seconds.clear()
 
     def step(self, tokens: Tensor, done: float) -> float:
         """One step at a share `done` of the run, which sets the learning rate; the loss."""
-        rate = self.peak * min(1.0, done * 20 + 0.1) * (0.55 + 0.45 * math.cos(math.pi * done))
+        factor = min(1.0, done * 20 + 0.1) * (0.55 + 0.45 * math.cos(math.pi * done))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = factor * group["peak"]
         if self.again and int(done * SELECTIONS) > self.selection:
             self.selection = int(done * SELECTIONS)
             self.again()

@@ -22,7 +22,7 @@ from .state import parameters, state_of
 
 log = logging.getLogger(__name__)
 SPAN = 16.0  # docs/targets.md says from what
-HEADS = 0.1  # of the rate: heads
+HEADS = 0.1  # of the rate: what heads train at
 STEPS = 1000  # of a run that nobody says the length of
 
 
@@ -31,8 +31,9 @@ def optimizer(
 ) -> optim.Optimizer:
     """An optimizer of `s2ft.parameters(model)`.
 
-    name: "muon" (of channels; heads, and what is no matrix, train by AdamW) or "adamw". lr: the peak of the caller's schedule; None: `learning_rate(model, steps)`. weight_decay:
-    pulls towards the base model. steps: optimizer steps of the run. Raises
+    name: "muon" (of channels; heads, and what is no matrix, train by AdamW) or "adamw". lr: the peak of the caller's
+    schedule, which scales the rate of every group by the same factor (heads have `HEADS` of it); None:
+    `learning_rate(model, steps)`. weight_decay: pulls towards the base model. steps: optimizer steps of the run. Raises
     `ConfigError` for another name or a rate that is not positive, `StateError` for a model that is not prepared.
     """
     check_choice("optimizer", name, OPTIMIZERS)
