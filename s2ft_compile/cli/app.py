@@ -180,8 +180,8 @@ def train(
     targets: Annotated[
         str | None,
         typer.Option(
-            help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs. "
-            f"`default` is every role [default: default={SHARE:g}]"
+            help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs; or "
+            f"`default`, {SHARE:g} of every role. [default: default]"
         ),
     ] = None,
     selection: Annotated[

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from s2ft_compile.adapters.format import read_adapter
-from s2ft_compile.config import OPTIMIZERS, ROLES, CompileOptions, S2FTConfig, check_choice, is_glob
+from s2ft_compile.config import DEFAULT, OPTIMIZERS, ROLES, SHARE, CompileOptions, S2FTConfig, check_choice, is_glob
 from s2ft_compile.errors import ConfigError, ExportError
 
 from .data import DTYPES, QUANTIZE, load_config, model_class
@@ -132,11 +132,13 @@ class TrainOptions:
 
 
 def parse_targets(text: str | None) -> dict[str, int | float] | None:
-    """`ffn.out=0.03,attention.out=4` as {role or glob: ratio or units}; without a point it is units."""
+    """`ffn.out=0.03,attention.out=4` as {role or glob: ratio or units}; without a point it is units. `default` alone has
+    its own ratio."""
     if text is None:
         return None
     targets: dict[str, int | float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
+        part = f"{DEFAULT}={SHARE}" if part == DEFAULT else part
         name, equals, amount = (piece.strip() for piece in part.rpartition("="))
         if not equals or not name:
             raise ConfigError(
