@@ -100,7 +100,8 @@ def _overloads(like: str) -> list[torch._ops.OpOverload]:
         return [packet]
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         raise ConfigError(f"like={like!r} is no operator; valid for example 'aten.mm'")
-    return [getattr(packet, name) for name in sorted(packet._overload_names, key=lambda name: name != "default")]
+    names: list[str] = packet.overloads()  # type: ignore[no-untyped-call]
+    return [getattr(packet, name) for name in sorted(names, key=lambda name: name != "default")]
 
 
 def _first(known: list[Any], like: str, kind: str) -> Any:
