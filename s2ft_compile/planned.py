@@ -1,10 +1,10 @@
 """Quantized weights that are only planned: what an estimate has in their place, on the `meta` device.
 
-They have the size of the real ones, and what training does with them: dequantized for each product, forward and
-backward, and gone after it.
+They have the size of the real ones, and training does with them what it does with those: they are dequantized for each
+product, forward and backward, and gone after it, in the arithmetic of the library that quantizes them.
 """
 
-from math import ceil, prod
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -45,11 +45,32 @@ class _Product(torch.autograd.Function):
 
 
 class Planned(nn.Linear):
+    """values_dtype: of the weight's values."""
+
+
+class PlannedNF4(Planned):
     """weight: uint8, of as many bytes as the quantized one has, for each column as many."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = _Product.apply(x, self.weight, self.out_features)
         return y if self.bias is None else y + self.bias
+
+
+class PlannedInt8(Planned):
+    """weight: int8 (out, in), multiplied by without its scales, which are those of y, and of dY where dX is made. So
+    dY is there twice while a slice's gradient is made: as it is, and scaled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(0, -2) @ self.weight.t().to(x.dtype) * self.scale.to(x.dtype).flatten()
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+class PlannedFP8(Planned):
+    """weight: float8_e4m3fn (out, in)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, (self.weight.to(torch.float32) * self.scale).to(x.dtype), self.bias)
 
 
 def plan_quantization(model: nn.Module, to: str) -> None:
@@ -58,11 +79,19 @@ def plan_quantization(model: nn.Module, to: str) -> None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for layer in model.modules():
         if type(layer) is nn.Linear and layer is not head:
-            n, k = prod(layer.weight.shape), layer.in_features
+            out, k = layer.weight.shape
             layer.values_dtype = layer.weight.dtype
-            packed = torch.empty((ceil(BYTES[to](n, k) / k), k), dtype=torch.uint8, device="meta")
-            layer.weight = nn.Parameter(packed, requires_grad=False)
-            layer.__class__ = Planned
+            layer.__class__, dtype = {
+                "nf4": (PlannedNF4, torch.uint8),
+                "int8": (PlannedInt8, torch.int8),
+                "fp8": (PlannedFP8, torch.float8_e4m3fn),
+            }[to]
+            rows = ceil(BYTES[to](out * k, k) / k) if to == "nf4" else out
+            layer.weight = nn.Parameter(torch.empty(rows, k, dtype=dtype, device="meta"), requires_grad=False)
+            if to != "nf4":
+                layer.register_buffer("scale", torch.empty(out, 1, device="meta"))
+            if to == "int8":
+                layer.register_buffer("zero", torch.empty(out, dtype=torch.int8, device="meta"))
 
 
 def _is_planned(layer: nn.Module, key: str) -> bool:
