@@ -13,6 +13,7 @@ from .lazy import attributes  # noqa: E402
 if TYPE_CHECKING:
     from . import exporters
     from .adapters.bank import AdapterBank
+    from .callback import S2FTCallback
     from .config import CompileOptions, S2FTConfig
     from .errors import (
         AdapterError,
@@ -43,6 +44,7 @@ __getattr__, __dir__ = attributes(
     __name__,
     {
         "AdapterBank": "adapters.bank",
+        "S2FTCallback": "callback",
         "CompileOptions": "config",
         "S2FTConfig": "config",
         "AdapterError": "errors",
@@ -98,6 +100,7 @@ __all__ = [
     "prepare",
     "load_trained_state",
     "reselect",
+    "S2FTCallback",
     "trained_state",
     "parameters",
     "optimizer",

@@ -9,7 +9,7 @@ that moved, exact as ever:
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from .sliced import Block, InPlace
 from .state import Left, State, disabled, merged, state_of, to_base_order
 
 log = logging.getLogger(__name__)
+COUNT = "_s2ft_reselected"  # in a state: how often units were chosen anew, int64 (1,)
 Learned = tuple[Tensor, Tensor]  # positions in the base's order, int64 (n,), and their delta
 
 
@@ -67,15 +68,15 @@ def reselect(
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training has changed, as tensors for a checkpoint: less than `state_dict`, and enough where units were
-    chosen anew. NAME being a delta's in `state_dict`:
+    """What training has changed, as tensors for a checkpoint that is small: `state_dict` has the frozen weights, too.
+    NAME being a delta's in `state_dict`:
 
     NAME: the delta, float32. NAME.units: int64, its positions in the base's order. NAME.earlier, NAME.earlier_units:
-    the same of what trained before. reselected: how often units were chosen anew, int64 ().
+    the same of what trained before. _s2ft_reselected: how often units were chosen anew, int64 (1,).
     Raises `StateError` for a model that is not prepared or is sharded.
     """
     state = state_of(model)
-    values = {"reselected": torch.tensor(state.reselected)}
+    values = {COUNT: torch.tensor([state.reselected])}
     earlier = {left.name: left for left in state.left_behind}
     for s, block in zip(state.plan.slices, state.blocks):
         if hasattr(block.delta, "placements"):
@@ -96,7 +97,7 @@ def load_trained_state(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """
     state = state_of(model)
     given = [_given(values, s, block) for s, block in zip(state.plan.slices, state.blocks)]
-    names = {name for block in state.blocks for name in _names(block)} | {"reselected"}
+    names = {name for block in state.blocks for name in _names(block)} | {COUNT}
     if strange := sorted(values.keys() - names):
         raise StateError(f"{strange[0]} is none of this model's slices, which are {_some_names(state)}")
     moved = any(not torch.equal(one.units, s.indices.cpu()) for one, s in zip(given, state.plan.slices))
@@ -113,7 +114,33 @@ def load_trained_state(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         for one, block in zip(given, state.blocks):
             block.delta.copy_(one.delta)
         state.refresh()
-    state.reselected = int(values.get("reselected", torch.tensor(0)))
+    state.reselected = int(values.get(COUNT, 0))
+
+
+# --- a part of state_dict() --------------------------------------------------------------------------------------
+
+
+def units_of(model: nn.Module) -> dict[str, Tensor]:
+    """What `trained_state` has beside the deltas."""
+    deltas = {block.delta_name for block in state_of(model).blocks}
+    return {name: t for name, t in trained_state(model).items() if name not in deltas}
+
+
+def follow_units(model: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str) -> Callable[[], None]:
+    """Has the units train that did where a state dict was taken, of which it takes out what says so, before all else is
+    loaded. Returns what undoes it. Raises `StateError` where that is not all there."""
+    state = state_of(model)
+    names = [*(name for block in state.blocks for name in _names(block)[1:]), COUNT]
+    values = {name: state_dict.pop(prefix + name) for name in names if prefix + name in state_dict}
+    deltas = [block.delta_name for block in state.blocks]
+    if not values:  # taken before units were chosen anew
+        if not state.reselected or any(prefix + name not in state_dict for name in deltas):
+            return lambda: None
+        values = {_names(block)[1]: units for block, units in zip(state.blocks, state.first)}
+    before = {name: t.clone() for name, t in trained_state(model).items()}
+    given = {name: state_dict[prefix + name] for name in deltas if prefix + name in state_dict}
+    load_trained_state(model, {**values, **given})
+    return lambda: load_trained_state(model, before)
 
 
 @dataclass(frozen=True)
