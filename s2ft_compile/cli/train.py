@@ -34,7 +34,7 @@ from s2ft_compile.optimizers import learning_rate, optimizer
 from s2ft_compile.plan import Plan
 from s2ft_compile.preparation import prepare
 from s2ft_compile.quantized import not_quantized
-from s2ft_compile.reselection import load_trained_state, reselect, trained_state
+from s2ft_compile.reselection import load_trained_state, trained_state
 from s2ft_compile.state import state_of
 
 from .data import Blocks, checkpoint_if, example_inputs, load_model, load_tokenizer, split, tokenize
@@ -233,7 +233,11 @@ def fit(
             load_deltas(model, end)
             return _state(start)["global_step"], []
         watch = _watch(bars, steps, options, work, _tokens(blocks, options))
-        callbacks = [watch, _reselection(model, blocks, options)]
+        from s2ft_compile.callback import S2FTCallback
+
+        period = options.reselection_steps(steps)
+        reselection = S2FTCallback(period if period < steps else None, lambda: calibration(model, blocks, options))
+        callbacks = [watch, reselection]
         trainer = _trainer(model, blocks, held_out, options, work, steps, callbacks)
         watch.trim(start)
         with watch.interruptible():
@@ -268,7 +272,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def _compiled(model: nn.Module, options: TrainOptions) -> Iterator[None]:
-    how = {"inner": options.inner, "activation_budget": options.activation_budget}
+    how = {"inner": options.inner, "activation_budget": options.activation_budget, "fp8": options.fp8}
     with _without_cache(model):
         compiled = compile_layers(model, **how) if options.by_layer else [model]
         if not options.by_layer:
@@ -390,19 +394,6 @@ def loss(
 def _tokens(blocks: Blocks, options: TrainOptions) -> int:
     """In an optimizer step, with the padding."""
     return options.batch_size * options.grad_accum * blocks.input_ids.shape[1]
-
-
-def _reselection(model: nn.Module, blocks: Blocks, options: TrainOptions):
-    """A Trainer callback by which other units train from some steps on."""
-    from transformers import TrainerCallback
-
-    class Reselection(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            step, period = state.global_step, options.reselection_steps(state.max_steps)
-            if step and step % period == 0:
-                reselect(model, calibration(model, blocks, options))
-
-    return Reselection()
 
 
 def _watch(bars: Progress, steps: int, options: TrainOptions, work: Path, tokens: int):
