@@ -85,7 +85,7 @@ bench-serve: $(STAMP)  ## the server under load, against the base model alone (w
 	$(PY) benchmarks/serve.py
 
 sweep: $(STAMP)  ## every model type of transformers, other libraries where they are (writes benchmarks/results/{sweep,zoo}.json)
-	$(PY) benchmarks/sweep.py --mapping all
+	$(PY) benchmarks/sweep/run.py --mapping all
 
 clean:  ## remove .venv, demo/ and caches
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from turns import DEVICE, console, facts, goal_table, in_turn, medians, parser, save
 
 import s2ft_compile as s2ft
+from s2ft_compile.adapters.fingerprint import samples_of
 from s2ft_compile.adapters.format import Adapter
-from s2ft_compile.fingerprint import samples_of
 from s2ft_compile.passes.select.select import select
 
 WARM_UP = 2

@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import s2ft_compile as s2ft
+from s2ft_compile.adapters.fingerprint import combined
 from s2ft_compile.adapters.format import Adapter, describe_base, hash_of_block, write_adapter
+from s2ft_compile.adapters.stored import INDEX, mapped, sampled, stored_tensors
 from s2ft_compile.exporters.card import CARD, card
-from s2ft_compile.fingerprint import combined
-from s2ft_compile.stored import INDEX, mapped, sampled, stored_tensors
 
 # The child's own peak: what the parent reads of a child's usage includes the parent's memory at the fork.
 MERGE = """
-from s2ft_compile.cli import app
+from s2ft_compile.cli.app import app
 try:
     app()
 finally:

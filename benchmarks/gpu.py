@@ -28,7 +28,8 @@ from turns import DEVICE, RESULTS, Run, console, facts, in_turn, medians, parser
 
 import s2ft_compile as s2ft
 from s2ft_compile.quantized import parts_of
-from s2ft_compile.sliced import InPlace
+from s2ft_compile.slices.blocks import InPlace
+from s2ft_compile.slices.state import state_of
 
 WARM_UP, STEPS = 3, 20
 BF16 = dict(vocabulary=128256, heads=32, kv_heads=8, head_dim=128, batch=1, length=512, dtype="bfloat16")
@@ -215,7 +216,7 @@ def _weights(trial: Trial) -> int:
     """Bytes that a trial holds between its steps: weights, buffers, backups, gradients and optimizer state."""
     tensors = [*trial.model.parameters(), *trial.model.buffers()]
     if s2ft.is_prepared(trial.model):
-        blocks = s2ft.state.state_of(trial.model).blocks
+        blocks = state_of(trial.model).blocks
         tensors += [block.backup for block in blocks if isinstance(block, InPlace)]
     tensors += [p.grad for p in trial.leaves if p.grad is not None]
     for state in (trial.optimizer.state if trial.optimizer else {}).values():

@@ -24,7 +24,7 @@ from turns import cpu_ms, in_turn, medians
 
 import s2ft_compile as s2ft
 from s2ft_compile.exporters import export_onnx, save_onnx_adapter
-from s2ft_compile.state import state_of
+from s2ft_compile.slices.state import state_of
 
 WARM_UP = 2
 BATCH, PROMPT = 4, 128

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft_compile.adapters.apply import check_fits, dtypes_of, overflow_of, summed
+from s2ft_compile.adapters.fingerprint import samples_of
 from s2ft_compile.adapters.format import (
     Adapter,
     ascending,
@@ -24,13 +25,12 @@ from s2ft_compile.adapters.format import (
     read_adapter,
     write_adapter,
 )
-from s2ft_compile.capture import unwrap
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import AdapterError, ExportError, StateError
-from s2ft_compile.fingerprint import samples_of
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.quantized import Values, settle
-from s2ft_compile.sliced import beside_of, blocks_in
-from s2ft_compile.state import State, disabled, is_prepared, state_of
+from s2ft_compile.slices.blocks import beside_of, blocks_in
+from s2ft_compile.slices.state import State, disabled, is_prepared, state_of
 
 from . import sharded
 from .card import CARD, card

@@ -18,9 +18,9 @@ import torch
 
 from s2ft_compile.adapters.apply import check_finite, summed
 from s2ft_compile.adapters.format import Adapter, check_base, check_slice, read_adapter
+from s2ft_compile.adapters.stored import Stored, same_bits, sampled, stored_tensors
 from s2ft_compile.errors import AdapterError, ExportError
 from s2ft_compile.plan import Slice
-from s2ft_compile.stored import Stored, same_bits, sampled, stored_tensors
 
 from .conversion import Assembled, by_model_names
 from .files import new_directory

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from s2ft_compile.adapters.stored import Stored, mapped
 from s2ft_compile.errors import ExportError
-from s2ft_compile.stored import Stored, mapped
 
 log = logging.getLogger(__name__)
 

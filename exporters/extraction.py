@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from s2ft_compile.adapters.apply import summed
+from s2ft_compile.adapters.fingerprint import combined, sample
 from s2ft_compile.adapters.format import Adapter, describe_base, hash_of_block, named_base, write_adapter
-from s2ft_compile.capture import unwrap
+from s2ft_compile.adapters.stored import stored_tensors
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ExportError, StateError
-from s2ft_compile.fingerprint import combined, sample
 from s2ft_compile.plan import Plan, Slice
-from s2ft_compile.state import is_prepared
-from s2ft_compile.stored import stored_tensors
+from s2ft_compile.slices.state import is_prepared
 
 from .adapter import named_in
 from .card import CARD, card

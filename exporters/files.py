@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from s2ft_compile.errors import ExportError, of_the_system
-from s2ft_compile.processes import one_writes
+from s2ft_compile.slices.processes import one_writes
 
 try:
     import fcntl

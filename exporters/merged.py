@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from s2ft_compile.capture import unwrap
+from s2ft_compile.adapters.stored import check_stored, names_in
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.quantized import Quantized, Values, not_quantized, quantized_in, stand_ins
-from s2ft_compile.sliced import Beside, base_parameters, blocks_in
-from s2ft_compile.state import is_prepared, merged, state_of
-from s2ft_compile.stored import check_stored, names_in
+from s2ft_compile.slices.blocks import Beside, base_parameters, blocks_in
+from s2ft_compile.slices.state import is_prepared, merged, state_of
 
 from . import sharded
 from .adapter import adapter_of, untrained, write_all
@@ -172,13 +172,11 @@ def dense(module: nn.Module) -> Iterator[None]:
     others = dtype_of_others(module)
 
     def value(weight: Quantized) -> nn.Parameter:
-        dense, block = weight.values(), blocks.get(id(weight.held))
-        dtype = others or dense.dtype
+        values, block = weight.values(), blocks.get(id(weight.held))
+        dtype = others or values.dtype
+        dense = values.to(dtype)
         if block is not None:
-            wide = torch.promote_types(dense.dtype, block.delta.dtype)
-            at, delta = block.index.to(dense.device), block.delta.detach().to(dense.device, wide)
-            dense = dense.to(wide).index_add_(block.dim, at, delta)
-        dense = dense.to(dtype)
+            dense.index_copy_(block.dim, block.index.to(dense.device), block.trained(values, dtype))
         if not dense.isfinite().all():
             raise ExportError(
                 f"the trained {weight.name} is not finite: its delta is not, or their sum exceeds {dtype}"

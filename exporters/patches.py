@@ -12,12 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from s2ft_compile.capture import unwrap
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import ExportError
 from s2ft_compile.plan import Slice
 from s2ft_compile.quantized import Quantized, quantized_in
-from s2ft_compile.sliced import Beside, Block, InPlace, whole
-from s2ft_compile.state import Left, State, state_of
+from s2ft_compile.slices.blocks import Beside, Block, InPlace
+from s2ft_compile.slices.state import Left, State, state_of
 
 from .conversion import as_stored
 from .merged import dtype_of_others
@@ -80,10 +80,7 @@ def _trained(block: Block | Left, quantized: Mapping[str, Quantized], others: to
     if isinstance(block, InPlace | Left):
         return block.trained()
     assert isinstance(block, Beside)
-    base, delta = quantized[block.name].values(), whole(block.delta)
-    wide = torch.promote_types(base.dtype, delta.dtype)
-    part = base.index_select(block.dim, block.index.to(base.device)).to(wide)
-    return part.add(delta.to(part)).to(others or base.dtype)
+    return block.trained(quantized[block.name].values(), others)
 
 
 def _places_of(state: State, module: nn.Module) -> Iterator[_Place]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from s2ft_compile.capture import unwrap
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import ConfigError
 
 from .files import new_directory

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from s2ft_compile.adapters.fingerprint import combined, sample
 from s2ft_compile.adapters.format import Adapter, ascending, describe_base, hash_of_block
-from s2ft_compile.capture import unwrap
+from s2ft_compile.adapters.stored import check_stored, names_in
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import ExportError
-from s2ft_compile.fingerprint import combined, sample
-from s2ft_compile.processes import first_does
-from s2ft_compile.sliced import base_parameters, whole
-from s2ft_compile.state import find_state, state_of
-from s2ft_compile.stored import check_stored, names_in
+from s2ft_compile.slices.blocks import base_parameters, whole
+from s2ft_compile.slices.processes import first_does
+from s2ft_compile.slices.state import find_state, state_of
 
 from .conversion import as_stored
 from .files import new_directory

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from s2ft_compile.adapters.format import CONFIG, WEIGHTS
 from s2ft_compile.adapters.layers import linear_layers
-from s2ft_compile.capture import unwrap
+from s2ft_compile.adapters.stored import save_tensors
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import ExportError
 from s2ft_compile.plan import Slice
-from s2ft_compile.stored import save_tensors
 
 from .card import CARD, SHIRA, card
 from .files import new_directory

@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from .explanation import Explanation, explain
     from .exporters.patches import Patch, patches
     from .layers import compile_layers
-    from .optimizers import optimizer
     from .plan import Plan, Slice
     from .preparation import analyze, permute, prepare
-    from .reference import Reference, base_values
-    from .reselection import load_trained_state, reselect, trained_state
-    from .state import disabled, is_prepared, parameters, release
+    from .reselection import reselect
+    from .slices.optimizers import optimizer
+    from .slices.reference import Reference, base_values
+    from .slices.state import disabled, is_prepared, parameters, release
+    from .slices.units import load_trained_state, trained_state
     from .structure import Analysis, Coupling, Member, Refusal
     from .verification import Verification, verify
 
@@ -60,7 +61,7 @@ __getattr__, __dir__ = attributes(
         "Explanation": "explanation",
         "explain": "explanation",
         "compile_layers": "layers",
-        "optimizer": "optimizers",
+        "optimizer": "slices.optimizers",
         "Patch": "exporters.patches",
         "patches": "exporters.patches",
         "Plan": "plan",
@@ -68,15 +69,15 @@ __getattr__, __dir__ = attributes(
         "analyze": "preparation",
         "permute": "preparation",
         "prepare": "preparation",
-        "Reference": "reference",
-        "base_values": "reference",
-        "load_trained_state": "reselection",
+        "Reference": "slices.reference",
+        "base_values": "slices.reference",
+        "load_trained_state": "slices.units",
         "reselect": "reselection",
-        "trained_state": "reselection",
-        "disabled": "state",
-        "is_prepared": "state",
-        "parameters": "state",
-        "release": "state",
+        "trained_state": "slices.units",
+        "disabled": "slices.state",
+        "is_prepared": "slices.state",
+        "parameters": "slices.state",
+        "release": "slices.state",
         "Analysis": "structure",
         "Coupling": "structure",
         "Member": "structure",

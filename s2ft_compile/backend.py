@@ -23,14 +23,15 @@ from torch._guards import tracing
 from s2ft_compile.passes.backward.attach import ATTACH
 from s2ft_compile.passes.backward.fp8 import E4M3
 
-from .capture import Inputs, unwrap
+from .capture.examples import Inputs
+from .capture.models import unwrap
 from .config import CompileOptions, S2FTConfig, looks_at_data
 from .errors import ConfigError, StateError
 from .pipeline import DYNAMO, JOINT, Pipeline
 from .preparation import prepare
 from .quantized import parts_of
-from .sliced import Beside, block_of, blocks_in, refresh, trains_slices
-from .state import live_states
+from .slices.blocks import Beside, block_of, blocks_in, refresh, trains_slices
+from .slices.state import live_states
 
 log = logging.getLogger(__name__)
 _numbers = count()

@@ -14,7 +14,7 @@ from .config import looks_at_data
 from .errors import ConfigError
 from .passes.select.calibrate import Loss
 from .reselection import reselect
-from .state import state_of
+from .slices.state import state_of
 
 PLAN = "s2ft_plan.json"  # in each checkpoint
 BATCHES = 4

@@ -18,13 +18,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from .backend import s2ft
-from .capture import Inputs, arguments
+from .capture.examples import Inputs, arguments
 from .config import OPTIMIZERS, CompileOptions, S2FTConfig, check_choice
 from .errors import ConfigError
-from .optimizers import state_bytes
 from .preparation import prepare
-from .sliced import InPlace
-from .state import parameters, state_of
+from .slices.blocks import InPlace
+from .slices.optimizers import state_bytes
+from .slices.state import parameters, state_of
 
 aten = torch.ops.aten
 # Beside the elementwise operators: what Inductor computes where it is read, and what reads its operands that way.

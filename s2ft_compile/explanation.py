@@ -11,16 +11,17 @@ from torch._dynamo.exc import BackendCompilerFailed
 from s2ft_compile.passes.backward.trainable import refused_gradients
 from s2ft_compile.passes.editor import Mismatch
 from s2ft_compile.passes.select.select import bands
+from s2ft_compile.passes.tracing import Step, recorded
 
-from .capture import Inputs, arguments, unwrap
+from .capture.examples import Inputs, arguments
+from .capture.models import unwrap
 from .config import CompileOptions, S2FTConfig
 from .errors import ConfigError, S2FTError, StateError
 from .estimation import graphs_of_step
 from .pipeline import Pipeline
 from .preparation import analyze, prepare
-from .state import find_state
+from .slices.state import find_state
 from .structure import Refusal
-from .tracing import Step, recorded
 
 
 @dataclass(frozen=True)

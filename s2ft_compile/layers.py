@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from .capture import unwrap
+from .capture.models import unwrap
 from .errors import ConfigError
 
 

@@ -19,15 +19,15 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from s2ft_compile.passes import tracing
 from s2ft_compile.passes.backward import chunk_loss, fp8, lower, pushdown
 from s2ft_compile.passes.couple import recheck
 
-from . import tracing
 from .config import CompileOptions
 from .errors import CompileError, ConfigError, S2FTError
 from .rules import rules_key
-from .sliced import trains_slices
-from .state import live_states
+from .slices.blocks import trains_slices
+from .slices.state import live_states
 
 log = logging.getLogger(__name__)
 DYNAMO, JOINT, INDUCTOR = "dynamo", "joint", "Inductor"

@@ -20,16 +20,17 @@ from s2ft_compile.passes.select.calibrate import Loss, calibrate
 from s2ft_compile.passes.select.calibrate import check as check_calibration
 from s2ft_compile.passes.select.select import WHOLE, Selection, Taken, default_targets, raised, select, targeted_bands
 
-from .capture import captures, tensors_of, unwrap
+from .adapters.fingerprint import fingerprint
+from .capture.examples import several
+from .capture.models import tensors_of, unwrap
+from .capture.traces import captures
 from .config import S2FTConfig, looks_at_data
 from .errors import ConfigError, StateError, VerificationError
-from .examples import several
-from .fingerprint import fingerprint
 from .plan import Plan, Slice
-from .processes import check_not_sharded
 from .quantized import Values, settle
-from .sliced import Beside, Block, InPlace, beside_of, blocks_in, free_key, places_of
-from .state import State, find_state, live_states, watch_optimizers
+from .slices.blocks import Beside, Block, InPlace, beside_of, blocks_in, free_key, places_of
+from .slices.processes import check_not_sharded
+from .slices.state import State, find_state, live_states, watch_optimizers
 from .structure import Analysis, Coupling
 from .verification import verify as verify_couplings
 

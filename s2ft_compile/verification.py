@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from s2ft_compile.passes.permute import moves_for
 
-from .capture import inference_mode_of, unwrap
+from .capture.examples import Inputs, resized, several
+from .capture.models import inference_mode_of, unwrap
 from .errors import ConfigError, StateError, VerificationError
-from .examples import Inputs, resized, several
 from .quantized import Quantized, stand_ins
-from .state import find_state
+from .slices.state import find_state
 from .structure import Analysis, Coupling
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 import s2ft_compile as s2ft
 from s2ft_compile.backend import s2ft as backend
 from s2ft_compile.errors import ConfigError
+from s2ft_compile.slices.state import state_of
 
 TARGETS = {"ffn.out": 0.5, "attention.out": 1}
 
@@ -105,7 +106,7 @@ def test_the_first_call_prepares(in_place):
     case.loss(net).backward()
     twin = case.make()
     expected = s2ft.prepare(twin, case.inputs, s2ft.S2FTConfig(TARGETS, seed=3))
-    plan = s2ft.state.state_of(net).plan
+    plan = state_of(net).plan
     assert plan.to_dict() == expected.to_dict()
     assert_gradients(plan, full_gradients(case.make(), case.loss), NOISE64)
     assert graphs_and_breaks() == (1, 0)
@@ -149,7 +150,7 @@ def test_training_through_graph_breaks(inner, first_call):
     for _ in range(2):
         case.loss(net).backward()
         optimizer = optimizer or torch.optim.SGD(s2ft.parameters(net), lr=0.0)
-        plan = s2ft.state.state_of(net).plan
+        plan = state_of(net).plan
         assert len(plan.slices) == 4, "both structures of both blocks"
         assert_gradients(plan, full_gradients(case.make(), case.loss), NOISE64)
         optimizer.step()
@@ -171,7 +172,7 @@ def test_lengths_and_accumulation_recompile_once():
         loss = lambda m: m(x).square().mean()  # noqa: B023, E731
         optimizer.zero_grad()
         loss(net).backward()
-        assert_gradients(s2ft.state.state_of(model).plan, full_gradients(full, loss), NOISE64)
+        assert_gradients(state_of(model).plan, full_gradients(full, loss), NOISE64)
         loss(net).backward()  # accumulates
         optimizer.step()
         seen.append(counters["stats"]["unique_graphs"])

@@ -16,6 +16,7 @@ from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.select.calibrate import calibrate
 from s2ft_compile.passes.select.scores import squares
 from s2ft_compile.passes.select.selections import SCORES
+from s2ft_compile.slices.state import state_of
 from s2ft_compile.testing import Promoted
 
 CLOSE = dict(rtol=1e-9, atol=1e-12)  # sums of at most some thousand squares in float64
@@ -416,7 +417,7 @@ def test_a_model_prepared_at_its_first_call_is_calibrated_on_that_call(selection
         base(input_ids=ids, labels=ids).loss.backward()
     else:
         compiled(base, **options)(input_ids=ids, labels=ids).loss.backward()
-    plan = s2ft.state.state_of(base).plan
+    plan = state_of(base).plan
     assert [s.indices.tolist() for s in plan.slices] == [s.indices.tolist() for s in expected.slices]
 
 

@@ -18,13 +18,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import s2ft_compile as s2ft
-from s2ft_compile import stored as safetensors_files
+from s2ft_compile.adapters import stored as safetensors_files
+from s2ft_compile.adapters.fingerprint import fingerprint, samples_of
 from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.cli.app import app
 from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.exporters import extract, load_adapter, merge_checkpoint, save_adapter, save_merged
-from s2ft_compile.fingerprint import fingerprint, samples_of
-from s2ft_compile.state import merged, state_of
+from s2ft_compile.slices.state import merged, state_of
 
 ROLES = {"ffn.out": 3, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

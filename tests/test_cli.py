@@ -329,8 +329,8 @@ def test_the_merged_folder_has_the_tokenizer_and_the_measured_loss(run, text):
     from transformers import AutoTokenizer
 
     from s2ft_compile.cli.data import split, tokenize
+    from s2ft_compile.cli.fit import loss
     from s2ft_compile.cli.records import read_records
-    from s2ft_compile.cli.train import loss
 
     output, _ = run
     tokenizer = AutoTokenizer.from_pretrained(output / "merged")

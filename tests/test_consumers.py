@@ -37,7 +37,7 @@ from s2ft_compile.exporters import (
     save_onnx_adapter,
     save_shira,
 )
-from s2ft_compile.state import merged
+from s2ft_compile.slices.state import merged
 
 ROOT = Path(__file__).parent.parent
 PROMPT, NEW = [5, 7, 9], 9

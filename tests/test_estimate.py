@@ -17,6 +17,7 @@ from s2ft_compile.cli.data import checkpoint_layers
 from s2ft_compile.cli.estimate import table
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.estimation import Estimate
+from s2ft_compile.slices.state import state_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from methods import QUICK_SIZE, build  # noqa: E402
@@ -67,7 +68,7 @@ def test_what_is_predicted_is_what_a_step_takes(setting, options, tolerance):
         return output
 
     step(), step()
-    held = [*model.parameters(), *model.buffers(), *(b.backup for b in s2ft.state.state_of(model).blocks)]
+    held = [*model.parameters(), *model.buffers(), *(b.backup for b in state_of(model).blocks)]
     held += [d.grad for d in deltas] + [t for s in optimizer.state.values() for t in s.values() if t.ndim]
     fixed = sum(t.numel() * t.itemsize for t in held)
     assert estimated.weights + estimated.slices + estimated.optimizer == fixed
@@ -145,26 +146,17 @@ def folder(tmp_path):
     return tmp_path
 
 
+def estimated(folder) -> dict:
+    """What `s2ft estimate` prints of a model of two layers: 2 of each's channels, 2 sequences of 8 tokens."""
+    options = "--batch 2 --seq 8 --targets ffn.out=2 --dtype bfloat16 --json".split()
+    done = CliRunner().invoke(app, ["estimate", str(folder), *options])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_command_needs_a_configuration_only(folder, name):
-    done = CliRunner().invoke(
-        app,
-        [
-            "estimate",
-            str(folder / name),
-            "--batch",
-            "2",
-            "--seq",
-            "8",
-            "--targets",
-            "ffn.out=2",
-            "--dtype",
-            "bfloat16",
-            "--json",
-        ],
-    )
-    assert done.exit_code == 0, done.output
-    printed = json.loads(done.stdout)
+    printed = estimated(folder / name)
     assert printed["trainable"] == 2 * 2 * 16 and printed["tokens"] == 16
     assert printed["total"] == sum(printed[k] for k in ("weights", "slices", "optimizer", "activations", "working"))
 
@@ -187,24 +179,7 @@ def test_the_command_makes_inputs_and_labels_that_the_model_takes(tmp_path, name
 
     config = getattr(transformers, name).config_class(**SMALL, **changes, architectures=[name])
     config.save_pretrained(tmp_path)
-    done = CliRunner().invoke(
-        app,
-        [
-            "estimate",
-            str(tmp_path),
-            "--batch",
-            "2",
-            "--seq",
-            "8",
-            "--targets",
-            "ffn.out=2",
-            "--dtype",
-            "bfloat16",
-            "--json",
-        ],
-    )
-    assert done.exit_code == 0, done.output
-    sizes = json.loads(done.stdout)
+    sizes = estimated(tmp_path)
     assert (sizes["trainable"], sizes["batch"], sizes["tokens"]) == (2 * 2 * 16, 2, tokens)
     del sizes["total"]
     assert any(f"({caption})" in cell for cell in table(Estimate(**sizes)).columns[0].cells)

@@ -14,7 +14,7 @@ from small import hf, tokens
 from test_data import TEXT, tiny_tokenizer
 
 import s2ft_compile as s2ft
-from s2ft_compile.state import state_of
+from s2ft_compile.slices.state import state_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 

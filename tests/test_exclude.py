@@ -16,7 +16,7 @@ from s2ft_compile.config import BUDGETS, CALIBRATED, SELECTIONS
 from s2ft_compile.errors import AdapterError, ConfigError
 from s2ft_compile.exporters import save_adapter
 from s2ft_compile.passes.select.select import select
-from s2ft_compile.state import state_of
+from s2ft_compile.slices.state import state_of
 
 INPUTS = {"input_ids": tokens(), "labels": tokens()}
 MIXED = {"ffn.out": 0.25, "ffn.in": 5, "attention.out": 1, "attention.value": 0.5}

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import s2ft_compile as s2ft
 from s2ft_compile.adapters import format
+from s2ft_compile.adapters.fingerprint import SAMPLES, fingerprint, samples_of
 from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.errors import AdapterError, ExportError, S2FTError, StateError
 from s2ft_compile.exporters import (
@@ -40,9 +41,8 @@ from s2ft_compile.exporters import (
     sharded,
 )
 from s2ft_compile.exporters.files import new_directory, new_files
-from s2ft_compile.fingerprint import SAMPLES, fingerprint, samples_of
-from s2ft_compile.state import merged as merged_weights
-from s2ft_compile.state import state_of
+from s2ft_compile.slices.state import merged as merged_weights
+from s2ft_compile.slices.state import state_of
 
 WEIGHTS, CONFIG = format.WEIGHTS, format.CONFIG
 
@@ -468,7 +468,7 @@ def test_what_was_written_wrong_does_not_appear(tmp_path, monkeypatch, save, how
             del tensors[name]
         write(tensors, path, metadata=metadata)
 
-    for place in ("s2ft_compile.stored.save_file", "transformers.modeling_utils.safe_save_file"):
+    for place in ("s2ft_compile.adapters.stored.save_file", "transformers.modeling_utils.safe_save_file"):
         monkeypatch.setattr(place, wrong)
     monkeypatch.setattr(merged, "save_model", lambda module, path: wrong(dict(module.named_parameters()), path))
     base = Toy() if save is not save_merged else HF["gpt2"]()

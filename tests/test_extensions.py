@@ -16,6 +16,7 @@ from s2ft_compile.passes.couple.rules.contraction import axes_mm
 from s2ft_compile.passes.select.selections import SCORES
 from s2ft_compile.rules import Value, axis_rule, pin, slice_rule, unify
 from s2ft_compile.selections import selection
+from s2ft_compile.slices.state import state_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import custom_operator  # noqa: E402
@@ -33,7 +34,7 @@ def gradients(model) -> dict:
     """The gradient of each slice, through the backend."""
     net = torch.compile(model, backend="s2ft", options={"inner": "aot_eager"})
     net(*INPUTS).square().sum().backward()
-    return {s.parameter_name: s for s in s2ft.state.state_of(model).plan.slices}
+    return {s.parameter_name: s for s in state_of(model).plan.slices}
 
 
 def full(model) -> dict:

@@ -22,7 +22,7 @@ from s2ft_compile.errors import CompileError, ConfigError
 from s2ft_compile.estimation import _root
 from s2ft_compile.passes.backward.fp8 import E4M3, check_device, fp8_products
 from s2ft_compile.quantized import quantized_in
-from s2ft_compile.state import state_of
+from s2ft_compile.slices.state import state_of
 
 SCALED = torch.ops.aten._scaled_mm.default
 FP8 = {"fp8": True, "inner": "aot_eager"}

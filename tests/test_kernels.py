@@ -18,10 +18,10 @@ from small import U32, hf, prepared, randomize, same_bits, tokens
 from torch import Tensor
 
 import s2ft_compile as s2ft
-from s2ft_compile import state as state_module
 from s2ft_compile.adapters import batched as rows_module
 from s2ft_compile.exporters import load_adapter, save_adapter
 from s2ft_compile.kernels import adapters, refresh, slice_grad, support
+from s2ft_compile.slices import state as state_module
 
 pytestmark = pytest.mark.interpreted
 

@@ -1,15 +1,25 @@
-"""What may import what: values know nothing of the compiler, and the compiler nothing of exporters or the command line.
-
-values < passes, kernels, core, adapters < exporters < cli < the package itself
-"""
+"""What may import what: a room imports from those before it, and from itself; what is in none of them is a stage."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "s2ft_compile"
 LINKED = ("passes", "kernels", "exporters")
-VALUES = ("config", "errors", "layout", "structure", "plan")
+ROOMS = (
+    ("lazy", "config", "errors", "layout", "structure", "plan"),  # values
+    ("quantized", "planned"),
+    ("capture",),
+    ("passes", "kernels"),
+    ("slices",),
+    ("adapters",),
+    ("stages",),
+    ("exporters", "serve"),
+    ("cli",),
+    ("",),  # the package itself
+)
+RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 
 
 def modules() -> dict[str, Path]:
@@ -39,7 +49,7 @@ def imports(name: str, source: str, is_package: bool, known) -> set[str]:
 
 def rank(module: str) -> int:
     top = module.removeprefix(PACKAGE).lstrip(".").split(".")[0]
-    return {**dict.fromkeys(VALUES, 0), "exporters": 2, "cli": 3, "": 4}.get(top, 1)
+    return RANK.get(top, RANK["stages"])
 
 
 def upwards(files: dict[str, str]) -> list[str]:
@@ -71,7 +81,11 @@ def test_an_arrow_upwards_is_found_however_it_is_written():
     for module, line in {
         "plan": "from .passes import permute",
         "structure": "import s2ft_compile.passes.couple.couple",
-        "state": "def f():\n    from . import exporters",
+        "quantized": "from .capture.capture import unwrap",
+        "capture.pieces": "from s2ft_compile.passes.editor import Editor",
+        "passes.couple.couple": "from s2ft_compile.slices.state import State",
+        "slices.state": "def f():\n    from s2ft_compile.preparation import prepare",
+        "preparation": "def f():\n    from . import exporters",
         "adapters.bank": "from ..exporters.lora import save_lora",
         "passes.permute": "from s2ft_compile.cli.data import load_model",
         "exporters.onnx.export": "from s2ft_compile import cli",
@@ -80,3 +94,13 @@ def test_an_arrow_upwards_is_found_however_it_is_written():
         files = sources()
         files[f"{PACKAGE}.{module}"] += f"\n{line}\n"
         assert [arrow.split(" -> ")[0] for arrow in upwards(files)] == [f"{PACKAGE}.{module}"], line
+
+
+def test_the_table_of_places_names_every_place():
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Where is what")[1].split("##")[0]
+    named = set(re.findall(r"[\w.]+", table))
+    places = {
+        path.stem for path in (ROOT / PACKAGE).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    places |= {path.name for folder in LINKED for path in (ROOT / folder).iterdir() if path.is_dir()}
+    assert places - named - {"__init__", "lazy", "__pycache__", "onnx"} == set()

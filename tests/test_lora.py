@@ -20,7 +20,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.exporters import lora, save_adapter, save_lora, save_shira
-from s2ft_compile.state import merged, state_of
+from s2ft_compile.slices.state import merged, state_of
 
 ROLES = {"ffn.out": 0.3, "attention.out": 1, "ffn.in": 3, "attention.value": 1}
 

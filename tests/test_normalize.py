@@ -10,7 +10,7 @@ from small import QUICK
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.capture import capture
+from s2ft_compile.capture.capture import capture
 from s2ft_compile.passes.couple.normalize import normalize
 from s2ft_compile.testing.models import Drawn, models, rotate
 

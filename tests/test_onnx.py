@@ -21,11 +21,11 @@ from transformers import (
 )
 
 import s2ft_compile as s2ft
-from s2ft_compile.capture import tied_names
+from s2ft_compile.capture.models import tied_names
 from s2ft_compile.errors import CaptureError, ExportError
 from s2ft_compile.exporters import export_onnx
 from s2ft_compile.exporters.onnx import export as exporter
-from s2ft_compile.state import merged, state_of
+from s2ft_compile.slices.state import merged, state_of
 
 SIZES = {"vocab_size": 40, "max_position_embeddings": 32, "hidden_size": 16, "intermediate_size": 24}
 MODELS = {

@@ -20,7 +20,7 @@ from s2ft_compile.exporters.onnx.adapter import places_of
 from s2ft_compile.exporters.onnx.export import OPSETS
 from s2ft_compile.exporters.onnx.places import NAMES, add_places
 from s2ft_compile.exporters.onnx.weights import FORMS
-from s2ft_compile.state import state_of
+from s2ft_compile.slices.state import state_of
 
 TARGETS = {"ffn.out": 5, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
 

@@ -20,7 +20,7 @@ from s2ft_compile.cli.app import app
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.exporters import export_onnx, save_lora, save_onnx_adapter
 from s2ft_compile.exporters.onnx.export import OPSETS
-from s2ft_compile.state import state_of
+from s2ft_compile.slices.state import state_of
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import generate_onnx  # noqa: E402

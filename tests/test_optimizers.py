@@ -9,7 +9,7 @@ from torch import nn, optim
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError, StateError
-from s2ft_compile.optimizers import _width
+from s2ft_compile.slices.optimizers import _width
 
 CHANNELS = {"ffn.in": 3, "ffn.out": 3}
 BIASES = {**CHANNELS, "*.ffn.up.bias": 3}

@@ -8,11 +8,13 @@ from small import U32, assert_gradients, assert_unchanged, compiled, drawn, full
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import s2ft_compile as s2ft
-from s2ft_compile import pipeline, rules, tracing
+from s2ft_compile import pipeline, rules
 from s2ft_compile.config import CompileOptions
 from s2ft_compile.errors import CompileError, ConfigError, StateError
+from s2ft_compile.passes import tracing
 from s2ft_compile.passes.backward.attach import attach
 from s2ft_compile.pipeline import JOINT, PASSES, Pipeline
+from s2ft_compile.slices.state import state_of
 
 W, X = torch.randn(8, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
 DELTA = torch.zeros(2, 6, requires_grad=True)
@@ -94,7 +96,7 @@ def test_a_pass_is_switched_off_from_the_backends_options():
     case, model = prepared({"ffn.out": 2})
     loss = case.loss(compiled(model, off=("slice_pushdown", "recheck")))
     loss.backward()
-    assert_gradients(s2ft.state.state_of(model).plan, full_gradients(case.make(), case.loss), 1e-10)
+    assert_gradients(state_of(model).plan, full_gradients(case.make(), case.loss), 1e-10)
 
 
 def test_existing_options_switch_passes_off():

@@ -25,7 +25,7 @@ from torch import nn
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import CaptureError, ConfigError, StateError
-from s2ft_compile.state import state_of
+from s2ft_compile.slices.state import state_of
 from s2ft_compile.testing import assert_same
 
 FEW = settings(max_examples=max(6, settings.default.max_examples // 3), phases=QUICK)
@@ -108,10 +108,10 @@ def test_prepare_hugging_face_models(family):
 def test_the_selected_block_is_dense():
     """Channels and heads come first, as one range; heads of different groups are a range of whole heads each."""
     _, model = prepared({"ffn.out": 3, "ffn.in": 3, "attention.value": 1})
-    for block in s2ft.state.state_of(model).blocks:
+    for block in state_of(model).blocks:
         assert len(block.ranges) == 1 and block.ranges[0][0] == 0, block.name
     _, model = prepared({"attention.out": 2, "attention.query": 3})
-    for block in s2ft.state.state_of(model).blocks:
+    for block in state_of(model).blocks:
         assert all(start % 4 == 0 and n % 4 == 0 for start, n in block.ranges), block.name
 
 

@@ -17,6 +17,7 @@ from s2ft_compile.errors import CompileError
 from s2ft_compile.passes.backward.attach import ATTACH, TAKE, attach
 from s2ft_compile.passes.backward.pushdown import slice_pushdown
 from s2ft_compile.passes.backward.slice_rules import SLICE_RULES
+from s2ft_compile.slices.state import state_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -445,7 +446,7 @@ def test_norms_train():
     case, model = prepared({"blocks.0.norm1.weight": 2, "ffn.out": 2})
     full = full_gradients(case.make(), case.loss)
     case.loss(compiled(model)).backward()
-    assert_gradients(s2ft.state.state_of(model).plan, full, 1e-10)
+    assert_gradients(state_of(model).plan, full, 1e-10)
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------

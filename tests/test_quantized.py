@@ -21,19 +21,19 @@ from test_lower import Forced
 from torch import nn
 
 import s2ft_compile as s2ft
+from s2ft_compile.adapters.fingerprint import fingerprint
 from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.backend import boxed
 from s2ft_compile.backend import s2ft as backend
-from s2ft_compile.capture import capture
+from s2ft_compile.capture.capture import capture
 from s2ft_compile.cli.data import checkpoint_layers
 from s2ft_compile.errors import AdapterError, ConfigError, ExportError, StateError
 from s2ft_compile.exporters import load_adapter, save_adapter, save_lora, save_merged, unload_adapter
 from s2ft_compile.exporters.onnx.weights import FORMS
-from s2ft_compile.fingerprint import fingerprint
 from s2ft_compile.planned import plan_quantization
 from s2ft_compile.quantized import KINDS, Kind, Values, parts_of, quantized_in, register
-from s2ft_compile.sliced import Beside, InPlace
-from s2ft_compile.state import state_of
+from s2ft_compile.slices.blocks import Beside, InPlace
+from s2ft_compile.slices.state import state_of
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 STEP = {"input_ids": IDS, "labels": IDS}
@@ -430,7 +430,7 @@ def test_state_goes_on_bit_for_bit(kind):
     changed = {f"model.layers.0.mlp.up_proj.{name}": t for name, t in layer.state_dict().items()}
     deltas = [d.clone() for d in s2ft.parameters(again)]
     with pytest.raises(StateError, match=r"not of this prepared model's base: model.layers.0.mlp.up_proj"):
-        again.load_state_dict({**state, **changed, s2ft.state.state_of(model).blocks[0].delta_name: deltas[0] + 1})
+        again.load_state_dict({**state, **changed, state_of(model).blocks[0].delta_name: deltas[0] + 1})
     assert torch.equal(s2ft.parameters(again)[0], deltas[0])
 
 

@@ -11,7 +11,7 @@ from test_traces import Auxiliary, Conditional, Feed, Mask, Memory, Untransposed
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.capture import capture
+from s2ft_compile.capture.capture import capture
 from s2ft_compile.passes.couple.couple import couple
 from s2ft_compile.passes.couple.recheck import Permuted, recheck
 from s2ft_compile.passes.couple.recheck import _quickly as quickly

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile import capture
-from s2ft_compile.recording import NotRecorded, record
+from s2ft_compile.capture import capture
+from s2ft_compile.capture.recording import NotRecorded, record
 from s2ft_compile.testing.models import DECOYS, Drawn, models
 
 

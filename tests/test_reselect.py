@@ -14,7 +14,7 @@ from torch import nn
 import s2ft_compile as s2ft
 from s2ft_compile import exporters
 from s2ft_compile.errors import ConfigError, StateError
-from s2ft_compile.state import merged, state_of
+from s2ft_compile.slices.state import merged, state_of
 
 BATCH = {"input_ids": tokens(), "labels": tokens()}
 INPUTS = {"input_ids": BATCH["input_ids"]}

@@ -14,7 +14,7 @@ from small import hf, same_bits, tokens
 import s2ft_compile as s2ft
 from s2ft_compile.errors import StateError
 from s2ft_compile.exporters.conversion import as_stored
-from s2ft_compile.state import state_of
+from s2ft_compile.slices.state import state_of
 
 CONFIG = s2ft.S2FTConfig(targets={"attention.out": 1, "ffn.in": 3, "ffn.out": 5})
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.capture import capture
+from s2ft_compile.capture.capture import capture
 from s2ft_compile.passes.couple.couple import couple
 from s2ft_compile.passes.select.select import targeted_bands
 

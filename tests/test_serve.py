@@ -21,9 +21,9 @@ from test_data import tiny_tokenizer
 from typer.testing import CliRunner
 
 import s2ft_compile as s2ft
+from s2ft_compile.adapters.fingerprint import combined, samples_of
 from s2ft_compile.adapters.format import Adapter, describe_base, hash_of_block, write_adapter
 from s2ft_compile.exporters import load_adapter
-from s2ft_compile.fingerprint import combined, samples_of
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")

@@ -24,7 +24,7 @@ from torch import nn
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import StateError
-from s2ft_compile.state import live_states, merged, state_of
+from s2ft_compile.slices.state import live_states, merged, state_of
 
 
 def weights(model) -> dict:

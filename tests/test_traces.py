@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.capture import capture, captures
-from s2ft_compile.examples import arguments, resized, several
+from s2ft_compile.capture.capture import capture
+from s2ft_compile.capture.examples import arguments, resized, several
+from s2ft_compile.capture.traces import captures
 from s2ft_compile.passes.couple.couple import couple
 from s2ft_compile.testing import outputs_of
 

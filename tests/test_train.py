@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from test_cli import base, invoke, lines, refused, text  # noqa: F401  (fixtures)
 
+from s2ft_compile.cli import fit
 from s2ft_compile.cli import train as module
 
 STEPS = 6
@@ -84,7 +85,7 @@ SLOW = ("terminated", "out of memory")  # the same roads as the other two
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(whole, base, text, tmp_path, monkeypatch, how):  # noqa: F811
     action, step, message = STOPS[how]
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_memory", at_step(step, action))
+        patched.setattr(fit, "_memory", at_step(step, action))
         said = invoke("train", *options(base, text, tmp_path / "run"))
     assert said.exit_code == 1
     (line,) = [line for line in said.output.splitlines() if line.startswith("error: ")]
@@ -145,7 +146,7 @@ def test_the_card_tells_of_the_run(whole, tmp_path):
 
 
 def test_before_there_is_a_checkpoint_nothing_is_left(base, text, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(module, "_memory", at_step(1, lambda: fail(MemoryError())))
+    monkeypatch.setattr(fit, "_memory", at_step(1, lambda: fail(MemoryError())))
     result = invoke("train", *options(base, text, tmp_path / "deep" / "run"))
     assert "error: out of memory" in result.output and list(tmp_path.iterdir()) == []
 
@@ -238,11 +239,12 @@ def test_early_stopping_ends_with_the_best(base, text, tmp_path, monkeypatch, st
     before = [9.0] * stopped
     losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, *before, 3.0, 1.0, *before, 1.0])  # before, after each step, after all
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "loss", lambda *_, **__: next(losses))
+    for place in (module, fit):
+        monkeypatch.setattr(place, "loss", lambda *_, **__: next(losses))
     given = (*options(base, text, "run", steps=40), "--eval-every", 1, "--patience", 2)
     if stopped:
         with monkeypatch.context() as patched:
-            patched.setattr(module, "_memory", at_step(3, lambda: signal.raise_signal(signal.SIGINT)))
+            patched.setattr(fit, "_memory", at_step(3, lambda: signal.raise_signal(signal.SIGINT)))
             assert "stopped; " in invoke("train", *given).output
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
@@ -286,8 +288,8 @@ def test_refusals(base, text, tmp_path, change, message):  # noqa: F811
 
 def test_a_loss_that_does_not_fall_is_told():
     noisy = [5 + 0.1 * (-1) ** i for i in range(100)]
-    assert "a learning rate of 1e-05 may be too low" in module.hardly_learns(noisy, 1e-5)
-    assert module.hardly_learns([loss - 0.01 * i for i, loss in enumerate(noisy)], 1e-3) is None
+    assert "a learning rate of 1e-05 may be too low" in fit.hardly_learns(noisy, 1e-5)
+    assert fit.hardly_learns([loss - 0.01 * i for i, loss in enumerate(noisy)], 1e-3) is None
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_units_it_had(base, text, tmp_path, monkeypatch):  # noqa: F811
@@ -296,7 +298,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_units_it_had(base, text, tmp_pa
     result = invoke("train", *options(base, text, tmp_path / "whole", **every))
     assert result.exit_code == 0, result.output
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_memory", at_step(4, lambda: signal.raise_signal(signal.SIGINT)))
+        patched.setattr(fit, "_memory", at_step(4, lambda: signal.raise_signal(signal.SIGINT)))
         assert "checkpoint-5 is complete" in invoke("train", *options(base, text, tmp_path / "run", **every)).output
     again = invoke("train", "--resume", "--output", tmp_path / "run")
     assert again.exit_code == 0, again.output

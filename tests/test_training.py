@@ -24,6 +24,7 @@ from small import (
 from torch import nn
 
 import s2ft_compile as s2ft
+from s2ft_compile.slices.state import state_of
 
 # A float32 model: full and sliced gradient sum the same at most 64 products in another order, through some ten layers.
 NOISE32 = 64 * 10 * U32
@@ -83,7 +84,7 @@ def test_gradients_through_inductor():
 def test_gradients_of_tied_weights_add_up(how):
     """Embedding and head are one weight with two uses; both gradients are sliced."""
     case, model = prepared({"head.weight": 2, "blocks.*.attention.v.bias": 1}, tied=True)
-    plan = s2ft.state.state_of(model).plan
+    plan = state_of(model).plan
     assert plan.slices[0].parameter_name == "embed.weight"
     case.loss(run(model, how)).backward()
     assert_gradients(plan, full_gradients(case.make(), case.loss), NOISE64)
@@ -95,7 +96,7 @@ def test_gradients_in_train_mode_with_dropout(how):
     case, model = prepared()
     model.train()
     case.loss(run(model, how)).backward()
-    assert_gradients(s2ft.state.state_of(model).plan, full_gradients(case.make().train(), case.loss), NOISE64)
+    assert_gradients(state_of(model).plan, full_gradients(case.make().train(), case.loss), NOISE64)
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def test_every_optimizer_writes_the_weights_after_its_step(make):
     optimizer = make(s2ft.parameters(model))
     case.loss(model).backward()
     optimizer.step()
-    state = s2ft.state.state_of(model)
+    state = state_of(model)
     assert all(torch.equal(b.read(), b.trained()) and b.delta.abs().sum() > 0 for b in state.blocks)
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
@@ -211,7 +212,7 @@ def test_gradients_accumulate_over_batches():
     (case.loss(net) / 2).backward()
     (case.loss(net) / 4).backward()
     full = full_gradients(case.make(), lambda m: 0.75 * case.loss(m))
-    assert_gradients(s2ft.state.state_of(model).plan, full, NOISE64 + 4 * U32)
+    assert_gradients(state_of(model).plan, full, NOISE64 + 4 * U32)
 
 
 def test_several_forwards_before_one_backward():
@@ -223,7 +224,7 @@ def test_several_forwards_before_one_backward():
         return (first * second).mean() + m(x.flip(1)).square().mean()
 
     loss(net).backward()
-    assert_gradients(s2ft.state.state_of(model).plan, full_gradients(case.make(), loss), NOISE64 + 4 * U32)
+    assert_gradients(state_of(model).plan, full_gradients(case.make(), loss), NOISE64 + 4 * U32)
 
 
 def test_clipping_and_a_scheduler():
@@ -233,7 +234,7 @@ def test_clipping_and_a_scheduler():
     case.loss(net).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     full = full_gradients(case.make(), case.loss)
-    plan = s2ft.state.state_of(model).plan
+    plan = state_of(model).plan
     expected = sum(full[s.parameter_name].index_select(s.dim, s.indices).square().sum() for s in plan.slices).sqrt()
     assert abs(norm - expected) <= 1e-5 * expected
     optimizer.step()
@@ -341,7 +342,7 @@ def test_distributed_data_parallel(one_process, outer):
     assert [id(p) for p in s2ft.parameters(net)] == [id(p) for p in s2ft.parameters(model)]
     optimizer = torch.optim.SGD(s2ft.parameters(net), lr=0.1)
     case.loss(net).backward()
-    plan = s2ft.state.state_of(net).plan
+    plan = state_of(net).plan
     assert_gradients(plan, full_gradients(case.make(), case.loss), NOISE64)
     optimizer.step()
     expected = tuned(case.make(), plan)
@@ -356,7 +357,7 @@ def test_eager_training_of_only_some_layers_is_no_error():
     """A slice that the loss does not reach has no gradient, and that is right."""
     case, model = prepared()
     optimizer = torch.optim.SGD(s2ft.parameters(model), lr=0.1)
-    state = s2ft.state.state_of(model)
+    state = state_of(model)
 
     model.blocks[1].forward = lambda x: (x, x, None)
     case.loss(model).backward()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from small import QUICK, hf, tokens
+from small import LLAMA, QUICK, hf, tokens
 from torch import nn
 from typer.testing import CliRunner
 
@@ -161,15 +161,7 @@ def test_a_decoder_with_a_configuration_of_its_own():
 def test_a_model_on_the_meta_device_has_the_same_structure(where):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
+    config = LlamaConfig(**LLAMA)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     on_device = s2ft.analyze(model, {"input_ids": tokens().to(where)})

@@ -37,8 +37,8 @@ import s2ft_compile as s2ft
 import s2ft_compile.layers
 from s2ft_compile.errors import ConfigError, StateError
 from s2ft_compile.passes.backward import eager
-from s2ft_compile.sliced import blocks_in
-from s2ft_compile.state import state_of
+from s2ft_compile.slices.blocks import blocks_in
+from s2ft_compile.slices.state import merged, state_of
 
 TARGETS = {"ffn.out": 5, "ffn.in": 3, "attention.out": 1}
 DEPTH = 3
@@ -370,7 +370,7 @@ def test_functional_call_with_weights_of_its_own():
         with torch.set_grad_enabled(grad):
             out = functional_call(model, zeros, (tokens(),)).logits
         plain = copy.deepcopy(model)
-        with s2ft.state.merged(plain), torch.no_grad():
+        with merged(plain), torch.no_grad():
             for n in names:
                 plain.get_parameter(n).zero_()
             assert (plain(tokens()).logits - out).abs().max() < 1e-12
@@ -746,7 +746,7 @@ def test_a_model_that_is_wrapped_already_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("where", ["s2ft_compile.sliced.Block.install", "s2ft_compile.preparation.State"])
+@pytest.mark.parametrize("where", ["s2ft_compile.slices.blocks.Block.install", "s2ft_compile.preparation.State"])
 def test_prepare_changes_everything_or_nothing(where, monkeypatch):
     case = drawn()
     model = case.make()

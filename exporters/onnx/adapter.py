@@ -14,7 +14,7 @@ from torch import nn
 from s2ft_compile.adapters.apply import check_fits, summed
 from s2ft_compile.adapters.format import Adapter, read_adapter
 from s2ft_compile.adapters.layers import linear_layers
-from s2ft_compile.capture import unwrap
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.exporters.adapter import untrained
@@ -23,7 +23,7 @@ from s2ft_compile.exporters.lora import adapter_source
 from s2ft_compile.exporters.merged import dtype_of_others
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.quantized import Values
-from s2ft_compile.state import is_prepared, state_of
+from s2ft_compile.slices.state import is_prepared, state_of
 
 from .places import GENAI, NAMES, check_names, lora_names, slice_names
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft_compile.capture import Inputs
+from s2ft_compile.capture.examples import Inputs
 from s2ft_compile.errors import ConfigError
 
 from .check import close, first_line, named_tensors

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from s2ft_compile.capture import Inputs, arguments, configs_of, inference_mode_of, tied_names, unwrap
+from s2ft_compile.capture.examples import Inputs, arguments
+from s2ft_compile.capture.models import configs_of, inference_mode_of, tied_names, unwrap
 from s2ft_compile.config import check_choice
 from s2ft_compile.errors import CaptureError, ConfigError, ExportError
 from s2ft_compile.exporters.adapter import untrained
 from s2ft_compile.exporters.files import new_files
 from s2ft_compile.exporters.merged import dense, plain
-from s2ft_compile.sliced import blocks_in
-from s2ft_compile.state import is_prepared
+from s2ft_compile.slices.blocks import blocks_in
+from s2ft_compile.slices.state import is_prepared
 
 from .adapter import places_of, probe
 from .cache import stepping

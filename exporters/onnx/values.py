@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, TensorArgument
 
-from s2ft_compile.capture import Inputs
+from s2ft_compile.capture.examples import Inputs
 from s2ft_compile.errors import ExportError
 
 from .check import named_tensors, tensors

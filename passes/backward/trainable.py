@@ -16,13 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
-from s2ft_compile.capture import arguments, inference_mode_of, tensors_of, tied_names
+from s2ft_compile.capture.examples import arguments
+from s2ft_compile.capture.models import inference_mode_of, tensors_of, tied_names
+from s2ft_compile.capture.recording import Recorder, as_before, exporting
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.editor import Mismatch
 from s2ft_compile.passes.select.select import Selection
 from s2ft_compile.quantized import stand_ins
-from s2ft_compile.recording import Recorder, as_before, exporting
 
 from .attach import ATTACH, TAKE, attach
 from .pushdown import Slicer

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from s2ft_compile.capture import Captured
+from s2ft_compile.capture.capture import Captured
 from s2ft_compile.layout import Layout, Leaf, Product, Sum, end_roles, leaf_roles, leaves
 from s2ft_compile.structure import Analysis, Coupling, Member, Refusal
 

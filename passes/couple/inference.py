@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from s2ft_compile import capture, quantized, recording
-from s2ft_compile.capture import Captured, uniform_dims
+from s2ft_compile import quantized
+from s2ft_compile.capture import capture, models, recording
+from s2ft_compile.capture.capture import Captured, uniform_dims
 from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown, shapes
 
 from .axes import Axis, Pin, atoms, pin, unify
 from .rules import rule_for
 
-OURS = {recording.__file__, capture.__file__, quantized.__file__}  # frames below the model
+OURS = {module.__file__ for module in (recording, capture, models, quantized)}  # frames below the model
 log = logging.getLogger(__name__)
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph")
 

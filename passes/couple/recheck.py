@@ -25,10 +25,10 @@ from torch._dynamo.utils import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2ft_compile.capture import is_small_index
+from s2ft_compile.capture.capture import is_small_index
+from s2ft_compile.capture.recording import Recording
 from s2ft_compile.errors import CompileError
 from s2ft_compile.layout import Layout, Leaf, Product, leaves
-from s2ft_compile.recording import Recording
 from s2ft_compile.structure import Analysis
 
 from .axes import ATOM, PRODUCT, SUM, Axis, Pin, atoms, find, unify

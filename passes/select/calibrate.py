@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from s2ft_compile.capture import arguments, inference_mode_of
+from s2ft_compile.capture.examples import arguments
+from s2ft_compile.capture.models import inference_mode_of
 from s2ft_compile.config import SELECTIONS, looks_at_data
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.quantized import Quantized, quantized_in

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from s2ft_compile.errors import AdapterError
-from s2ft_compile.fingerprint import samples_of
 from s2ft_compile.plan import Slice
 from s2ft_compile.quantized import Values, quantized_in
-from s2ft_compile.sliced import base_parameters
+from s2ft_compile.slices.blocks import base_parameters
 
+from .fingerprint import samples_of
 from .format import Adapter, check_base, check_slice
 
 

@@ -17,12 +17,12 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from s2ft_compile.capture import unwrap
+from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import AdapterError, StateError
 from s2ft_compile.plan import Slice
 from s2ft_compile.quantized import Values, settle
-from s2ft_compile.sliced import Beside, beside_of, blocks_in
-from s2ft_compile.state import is_prepared
+from s2ft_compile.slices.blocks import Beside, beside_of, blocks_in
+from s2ft_compile.slices.state import is_prepared
 
 from .apply import check_fits, summed
 from .batched import Packed, Picked, Stack, places

@@ -26,9 +26,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from s2ft_compile.errors import AdapterError, ConfigError
-from s2ft_compile.fingerprint import combined
 from s2ft_compile.plan import Plan, Slice
-from s2ft_compile.stored import save_tensors
+
+from .fingerprint import combined
+from .stored import save_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMAT, FORMAT_VERSION = "s2ft", 1

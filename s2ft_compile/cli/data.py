@@ -311,7 +311,9 @@ def quantization(quantize: str, dtype: torch.dtype | None) -> dict[str, Any]:
 def check_fp8(fp8: bool, quantize: str) -> None:
     """Raises `ConfigError` for products in fp8 with weights that are not."""
     if fp8 and quantize != "fp8":
-        raise ConfigError(f"--fp8 multiplies by weights that are stored in fp8: it needs --quantize fp8, got {quantize}")
+        raise ConfigError(
+            f"--fp8 multiplies by weights that are stored in fp8: it needs --quantize fp8, got {quantize}"
+        )
 
 
 def load_structure(model: str | Path, dtype: str = "auto") -> nn.Module:

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from s2ft_compile import exporters
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ExportError
-from s2ft_compile.optimizers import optimizer
 from s2ft_compile.preparation import prepare
 from s2ft_compile.reselection import reselect
+from s2ft_compile.slices.optimizers import optimizer
 
 from .corpus import Text, corpus
 from .data import example_inputs
+from .fit import loss
 from .terminal import progress, versions, write_json
-from .train import loss
 
 SEED = 0
 BATCH, LENGTH = 4, 128

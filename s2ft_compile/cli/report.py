@@ -18,8 +18,8 @@ from s2ft_compile.adapters.format import Adapter, read_adapter
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.plan import Slice
 
+from .fit import LOG
 from .inspect import LAYER
-from .train import LOG
 
 BINS = 96  # of a weight's units, in the map of what moved
 SMOOTHED = 20  # of a curve: how many points are left, at least

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from s2ft_compile.errors import ConfigError
 
+from .arguments import adapter_folder
 from .data import load_model, load_tokenizer
 
 
@@ -68,8 +69,6 @@ def loaded(
 
 def named(adapters: Sequence[str]) -> dict[str, Path]:
     """NAME=FOLDER of each. Raises `ConfigError`, or `AdapterError` for what is no folder."""
-    from .app import adapter_folder
-
     folders: dict[str, Path] = {}
     for text in adapters:
         name, equals, folder = text.partition("=")

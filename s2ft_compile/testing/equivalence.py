@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from s2ft_compile.capture import arguments, tensors_of, unwrap
+from s2ft_compile.capture.examples import arguments
+from s2ft_compile.capture.models import tensors_of, unwrap
 from s2ft_compile.layout import gather_index, leaves
 from s2ft_compile.preparation import analyze
 from s2ft_compile.structure import Analysis, Coupling

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from s2ft_compile.capture import arguments, tensors_of, unwrap
+from s2ft_compile.capture.examples import arguments
+from s2ft_compile.capture.models import tensors_of, unwrap
+from s2ft_compile.capture.recording import exporting
 from s2ft_compile.config import ROLES, CompileOptions, S2FTConfig
 from s2ft_compile.errors import ConfigError, StateError
 from s2ft_compile.passes.backward.attach import runs
 from s2ft_compile.passes.backward.trainable import Taken, sliced_gradients
 from s2ft_compile.passes.select.select import Band, select, targeted_bands
+from s2ft_compile.passes.tracing import recorded
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.preparation import analyze, prepare
-from s2ft_compile.recording import exporting
-from s2ft_compile.state import find_state, release, state_of
+from s2ft_compile.slices.state import find_state, release, state_of
 from s2ft_compile.structure import Analysis
-from s2ft_compile.tracing import recorded
 
 from .equivalence import AMPLIFIED, Promoted, noisy, outputs_of, wide
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture import in_mode, unwrap
-from .errors import StateError
-from .sliced import refresh
+from s2ft_compile.capture.models import in_mode, unwrap
+from s2ft_compile.errors import StateError
+
+from .blocks import refresh
 from .state import State, state_of
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .capture import unwrap
-from .quantized import quantized_in, sampled
-from .sliced import base_parameters
+from s2ft_compile.capture.models import unwrap
+from s2ft_compile.quantized import quantized_in, sampled
+from s2ft_compile.slices.blocks import base_parameters
 
 SAMPLES = 4096  # elements read of each parameter: 300 parameters of an 8B model are 2.4 MB, milliseconds
 

@@ -1,4 +1,4 @@
-"""Models of other libraries (the optional extra `zoo`), small and at random: `benchmarks/sweep.py --mapping zoo`.
+"""Models of other libraries (the optional extra `zoo`), small and at random: `benchmarks/sweep/run.py --mapping zoo`.
 
 Each entry makes (model, example inputs). Libraries that cannot be imported are left out, with a line.
 """

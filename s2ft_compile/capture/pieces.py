@@ -19,9 +19,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .capture import Captured, capture, mode_of, one_draw, overlapping_names, tied_names
-from .errors import CaptureError
+from s2ft_compile.errors import CaptureError
+
+from .capture import Captured, capture
 from .examples import Inputs, resized
+from .models import mode_of, one_draw, overlapping_names, tied_names
 from .recording import as_before
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import AdapterError, ExportError
+from s2ft_compile.errors import AdapterError, ExportError
+
 from .fingerprint import sample
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

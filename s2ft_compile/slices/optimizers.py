@@ -12,9 +12,10 @@ from statistics import median
 
 from torch import Tensor, nn, optim
 
-from .config import OPTIMIZERS, check_choice
-from .errors import ConfigError
-from .plan import Slice
+from s2ft_compile.config import OPTIMIZERS, check_choice
+from s2ft_compile.errors import ConfigError
+from s2ft_compile.plan import Slice
+
 from .state import parameters, state_of
 
 log = logging.getLogger(__name__)

@@ -1,10 +1,10 @@
 """Every model type of transformers, tiny and at random: does it trace, are its structures found, are they right?
 
-    python benchmarks/sweep.py                                    the causal-LM mapping; writes results/sweep.json
-    python benchmarks/sweep.py --mapping masked-lm --only bert    others, or some types of them
-    python benchmarks/sweep.py --mapping zoo                      other libraries (the extra `zoo`); results/zoo.json
-    python benchmarks/sweep.py --mapping all --resume             all, without what the results hold already
-    python benchmarks/sweep.py --layers 2,8,32,128                seconds by number of layers instead
+    python benchmarks/sweep/run.py                                 the causal-LM mapping; writes results/sweep.json
+    python benchmarks/sweep/run.py --mapping masked-lm --only bert others, or some types of them
+    python benchmarks/sweep/run.py --mapping zoo                   other libraries (the extra `zoo`); results/zoo.json
+    python benchmarks/sweep/run.py --mapping all --resume          all, without what the results hold already
+    python benchmarks/sweep/run.py --layers 2,8,32,128             seconds by number of layers instead
 
 What a type should have is counted from its modules by name, which the compiler never looks at: an FFN or attention
 module that holds weights, or a layer that holds its projections itself, should have a coupling of that role.
@@ -18,6 +18,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
 import warnings
 from collections import Counter
@@ -30,10 +31,13 @@ from rich.table import Table
 from tiny import build
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from turns import RESULTS, versions
 
-from s2ft_compile.capture import capture, captures
+from s2ft_compile.capture.capture import capture
+from s2ft_compile.capture.traces import captures
 from s2ft_compile.passes.couple.couple import couple
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from turns import RESULTS, versions  # noqa: E402
 
 MAPPINGS = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",

@@ -26,6 +26,16 @@ STEP, KEPT = torch.tensor([3, 7]), torch.ones(2, 5, dtype=torch.bool)
 HEADS = dict(num_attention_heads=2, attention_head_dim=8, num_layers=2)
 JOINT = {**HEADS, "joint_attention_dim": 12}
 PACKED = dict(in_channels=4, axes_dims_rope=(4, 2, 2), num_single_layers=2, **JOINT)
+COGVIEW = dict(
+    in_channels=4,
+    out_channels=4,
+    text_embed_dim=12,
+    time_embed_dim=8,
+    condition_dim=4,
+    pos_embed_max_size=8,
+    sample_size=8,
+    **HEADS,
+)
 BLOCKS = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
 ACROSS = dict(cross_attention_dim=12, **BLOCKS)
 LATENT = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
@@ -339,30 +349,11 @@ DIFFUSERS: dict[str, tuple[dict, tuple | dict]] = {
         (x(2, 2, 4, 8, 8), text(), STEP),
     ),
     "CogView3PlusTransformer2DModel": (
-        dict(
-            in_channels=4,
-            out_channels=4,
-            text_embed_dim=12,
-            time_embed_dim=8,
-            condition_dim=4,
-            pos_embed_max_size=8,
-            sample_size=8,
-            **HEADS,
-        ),
+        COGVIEW,
         dict(hidden_states=x(2, 4, 8, 8), encoder_hidden_states=text(), timestep=STEP, **SIZES_OF_IMAGES),
     ),
     "CogView4Transformer2DModel": (
-        dict(
-            in_channels=4,
-            out_channels=4,
-            text_embed_dim=12,
-            time_embed_dim=8,
-            condition_dim=4,
-            pos_embed_max_size=8,
-            sample_size=8,
-            rope_axes_dim=(16, 16),
-            **HEADS,
-        ),
+        dict(rope_axes_dim=(16, 16), **COGVIEW),
         dict(hidden_states=x(2, 4, 8, 8), encoder_hidden_states=text(), timestep=STEP, **SIZES_OF_IMAGES),
     ),
     "MochiTransformer3DModel": (

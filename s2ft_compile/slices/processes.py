@@ -6,8 +6,8 @@ import json
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import StateError
-from .plan import Plan
+from s2ft_compile.errors import StateError
+from s2ft_compile.plan import Plan
 
 
 def check_not_sharded(model: nn.Module) -> None:

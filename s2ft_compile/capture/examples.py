@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .errors import ConfigError
+from s2ft_compile.errors import ConfigError
 
 PRIMES = (
     3,

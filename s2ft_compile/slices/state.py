@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from s2ft_compile.capture.models import tensors_of, unwrap
+from s2ft_compile.errors import StateError
 from s2ft_compile.passes.couple.recheck import Crossing, Permuted
 from s2ft_compile.passes.permute import move
+from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.quantized import quantized_in
+from s2ft_compile.structure import Analysis
 
-from .capture import tensors_of, unwrap
-from .errors import StateError
-from .plan import Plan, Slice
+from .blocks import Beside, Block, check_extra, check_same, refresh
 from .processes import check_processes
-from .quantized import quantized_in
-from .sliced import Beside, Block, check_extra, check_same, refresh
-from .structure import Analysis
 
 NAME = "_s2ft_state"
 ANEW = "units were chosen anew; those that trained before keep what they learned"  # a note of a plan
@@ -218,7 +218,7 @@ class State:
 
 def _add_units(model: nn.Module, state_dict, prefix, _) -> None:
     """Where units were chosen anew, which ones train, and what the others learned, is a part of the state, too."""
-    from .reselection import units_of
+    from .units import units_of
 
     if (state := find_state(model)) is not None and state.reselected:
         state_dict.update({prefix + name: t for name, t in units_of(model).items()})
@@ -227,7 +227,7 @@ def _add_units(model: nn.Module, state_dict, prefix, _) -> None:
 def _check_loaded(model: nn.Module, state_dict, prefix, *_) -> None:
     """Refuses weights of another order or base before the first of them is loaded. Those of another selection of the
     same base's units are in another order: the model takes it."""
-    from .reselection import follow_units
+    from .units import follow_units
 
     state = find_state(model)
     if state is None:

@@ -1,0 +1,1 @@
+"""What a prepared model holds: its slices, the state of them, and what trains them."""
