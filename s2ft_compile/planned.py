@@ -12,14 +12,6 @@ from torch import Tensor, nn
 
 from .quantized import Kind, register
 
-# Bytes of a weight of n numbers in rows of k. nf4: half a byte, and a byte of scale for 64 numbers, which share 4 bytes
-# for 256 of them. The others: a byte, and a float32 scale for each row (int8 also has a byte for its zero).
-BYTES = {
-    "nf4": lambda n, k: n / 2 + n / 64 + 4 * n / (64 * 256),
-    "int8": lambda n, k: n + 5 * n / k,
-    "fp8": lambda n, k: n + 4 * n / k,
-}
-
 
 @torch.library.custom_op("s2ft::dequantized", mutates_args=())
 def _dequantized(weight: Tensor, out: int, dtype: torch.dtype, backward: bool) -> Tensor:
@@ -73,25 +65,33 @@ class PlannedFP8(Planned):
         return F.linear(x, (self.weight.to(torch.float32) * self.scale).to(x.dtype), self.bias)
 
 
+PLANS = {  # what a layer becomes, and the type of its weight; the scales of int8 and fp8 are float32, one for each row
+    "nf4": (PlannedNF4, torch.uint8),
+    "int8": (PlannedInt8, torch.int8),
+    "fp8": (PlannedFP8, torch.float8_e4m3fn),
+}
+
+
 def plan_quantization(model: nn.Module, to: str) -> None:
     """Has the linear layers of a model on the meta device but its output embedding planned as quantized, in place. to:
-    one of `BYTES`."""
+    one of `PLANS`."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for layer in model.modules():
         if type(layer) is nn.Linear and layer is not head:
             out, k = layer.weight.shape
             layer.values_dtype = layer.weight.dtype
-            layer.__class__, dtype = {
-                "nf4": (PlannedNF4, torch.uint8),
-                "int8": (PlannedInt8, torch.int8),
-                "fp8": (PlannedFP8, torch.float8_e4m3fn),
-            }[to]
-            rows = ceil(BYTES[to](out * k, k) / k) if to == "nf4" else out
+            layer.__class__, dtype = PLANS[to]
+            rows = ceil(nf4_bytes(out * k) / k) if to == "nf4" else out
             layer.weight = nn.Parameter(torch.empty(rows, k, dtype=dtype, device="meta"), requires_grad=False)
             if to != "nf4":
                 layer.register_buffer("scale", torch.empty(out, 1, device="meta"))
             if to == "int8":
                 layer.register_buffer("zero", torch.empty(out, dtype=torch.int8, device="meta"))
+
+
+def nf4_bytes(n: int) -> float:
+    """Of n numbers: half a byte each, and a byte of scale for 64 of them, which share 4 bytes for 256 scales."""
+    return n / 2 + n / 64 + 4 * n / (64 * 256)
 
 
 def _is_planned(layer: nn.Module, key: str) -> bool:
