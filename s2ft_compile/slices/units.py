@@ -35,13 +35,19 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     the same of what trained before. _s2ft_reselected: how often units were chosen anew, int64 (1,).
     Raises `StateError` for a model that is not prepared or is sharded.
     """
+    blocks = state_of(model).blocks
+    if any(block.follow_shards() for block in blocks):
+        raise StateError("this model is sharded (fully_shard): torch.distributed.checkpoint saves its state_dict()")
+    return {**units_of(model), **{block.delta_name: block.delta.detach() for block in blocks}}
+
+
+def units_of(model: nn.Module) -> dict[str, Tensor]:
+    """What `trained_state` has beside the deltas."""
     state = state_of(model)
     values = {COUNT: torch.tensor([state.reselected])}
     earlier = {left.name: left for left in state.left_behind}
     for s, block in zip(state.plan.slices, state.blocks):
-        if hasattr(block.delta, "placements"):
-            raise StateError("this model is sharded (fully_shard): torch.distributed.checkpoint saves its state_dict()")
-        values |= {block.delta_name: block.delta.detach(), f"{block.delta_name}.units": s.indices}
+        values[f"{block.delta_name}.units"] = s.indices
         if left := earlier.get(block.name):
             values |= {f"{block.delta_name}.earlier": left.delta, f"{block.delta_name}.earlier_units": left.indices}
     return values
@@ -80,12 +86,6 @@ def load_trained_state(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 # --- a part of state_dict() --------------------------------------------------------------------------------------
 
 
-def units_of(model: nn.Module) -> dict[str, Tensor]:
-    """What `trained_state` has beside the deltas."""
-    deltas = {block.delta_name for block in state_of(model).blocks}
-    return {name: t for name, t in trained_state(model).items() if name not in deltas}
-
-
 def follow_units(model: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str) -> Callable[[], None]:
     """Has the units train that did where a state dict was taken, of which it takes out what says so, before all else is
     loaded. Returns what undoes it. Raises `StateError` where that is not all there."""
@@ -97,6 +97,9 @@ def follow_units(model: nn.Module, state_dict: MutableMapping[str, Tensor], pref
         if not state.reselected or any(prefix + name not in state_dict for name in deltas):
             return lambda: None
         values = {_names(block)[1]: units for block, units in zip(state.blocks, state.first)}
+    now = units_of(model)
+    if values.keys() == now.keys() and all(torch.equal(t.cpu(), now[name].cpu()) for name, t in values.items()):
+        return lambda: None
     before = {name: t.clone() for name, t in trained_state(model).items()}
     given = {name: state_dict[prefix + name] for name in deltas if prefix + name in state_dict}
     load_trained_state(model, {**values, **given})
