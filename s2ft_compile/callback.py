@@ -15,6 +15,7 @@ from .errors import ConfigError
 from .passes.select.calibrate import Loss
 from .reselection import reselect
 from .slices.state import state_of
+from .slices.units import check_can_change
 
 PLAN = "s2ft_plan.json"  # in each checkpoint
 BATCHES = 4
@@ -29,7 +30,7 @@ class S2FTCallback(TrainerCallback):
 
     reselect_every: optimizer steps; None keeps the units. calibration: batches for a selection that looks at data, or a
     function that makes them; by default four batches of the training data, spread evenly. loss: as for `prepare`.
-    Raises `ConfigError` for no whole number of steps, `TrainerCallback.on_step_begin` what `reselect` raises.
+    Raises `ConfigError` for no whole number of steps; when training begins, and at those steps, what `reselect` raises.
     """
 
     def __init__(
@@ -41,6 +42,10 @@ class S2FTCallback(TrainerCallback):
         if reselect_every is not None and (type(reselect_every) is not int or reselect_every < 1):
             raise ConfigError(f"reselect_every is a whole number of steps from 1, or None, got {reselect_every!r}")
         self.reselect_every, self.calibration, self.loss = reselect_every, calibration, loss
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.reselect_every:
+            check_can_change(state_of(model))
 
     def on_step_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         step = state.global_step

@@ -293,3 +293,5 @@ def test_what_the_callback_does_not_take():
     for every in (0, 0.1, True):
         with pytest.raises(ConfigError, match="whole number of steps"):
             s2ft.S2FTCallback(every)
+    with pytest.raises(StateError, match="not prepared"):
+        s2ft.S2FTCallback(5).on_train_begin(None, None, None, model=hf("llama"))
