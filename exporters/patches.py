@@ -85,8 +85,9 @@ def _trained(block: Block | Left, quantized: Mapping[str, Quantized], others: to
 
 def _places_of(state: State, module: nn.Module) -> Iterator[_Place]:
     shapes = {s.parameter_name: s.shape for s in state.plan.slices}
-    earlier = [(Slice(b.name, b.dim, b.indices, shapes[b.name], ()), b) for b in state.left_behind]
-    for s, block in [*zip(state.plan.slices, state.blocks), *earlier]:
+    pairs: list[tuple[Slice, Block | Left]] = [*zip(state.plan.slices, state.blocks)]
+    pairs += [(Slice(b.name, b.dim, b.indices, shapes[b.name], ()), b) for b in state.left_behind]
+    for s, block in pairs:
         if prod(s.shape) >= 1 << 31:
             raise ExportError(f"{s.parameter_name} has {prod(s.shape):,} numbers, and positions are int32")
         flat = _flat(s.shape, s.dim, s.indices)

@@ -39,7 +39,7 @@ def exporter(write: Callable[..., Any]) -> Callable[..., Path]:
         raise ConfigError(f"s2ft_compile.exporters has a {name} already; name the function otherwise")
 
     @wraps(write)
-    def save(model: nn.Module, directory: str | os.PathLike, **options: Any) -> Path:
+    def save(model: nn.Module, directory: str | os.PathLike[str], **options: Any) -> Path:
         with new_directory(directory) as folder, plain(model):
             write(unwrap(model), folder, **options)
         return Path(directory)

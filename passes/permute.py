@@ -6,7 +6,7 @@ Inverse of `move(p, dim, index)`: `move(p, dim, argsort(index))`.
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from s2ft_compile.layout import coordinates, gather_index, leaves
 from s2ft_compile.passes.select.select import Selection
@@ -14,7 +14,7 @@ from s2ft_compile.structure import Analysis
 
 
 @torch.no_grad()
-def move(parameter: nn.Parameter, dim: int, index: Tensor) -> None:
+def move(parameter: Tensor, dim: int, index: Tensor) -> None:
     """parameter[..., i, ...] = old parameter[..., index[i], ...] along `dim`, in place."""
     parameter.copy_(parameter.index_select(dim, index.to(parameter.device)))
 

@@ -1,5 +1,6 @@
 """What a pass does to a graph, as text: for logs, for the option `trace`, for `s2ft explain`."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ def is_recording() -> bool:
     return bool(_lists)
 
 
-def record(step: Step, folder: str | None) -> None:
+def record(step: Step, folder: str | os.PathLike[str] | None) -> None:
     """Adds a step to the lists of `recorded`, and where there is a folder to its files, one for each graph's state."""
     for steps in _lists:
         steps.append(step)

@@ -223,6 +223,7 @@ def is_glob(target: str) -> bool:
 
 
 def matches(target: str, parameter_name: str) -> bool:
+    """Whether a glob names a parameter."""
     return fnmatchcase(parameter_name, target)
 
 
@@ -273,5 +274,6 @@ def _folders(values: Any) -> tuple[str, ...]:
 
 
 def check_choice(name: str, value: object, valid: Sequence[str]) -> None:
+    """Raises `ConfigError` for a value that is not valid. name: what it is of, in words."""
     if value not in valid:
         raise ConfigError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")

@@ -62,6 +62,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """Bytes at the peak of a step."""
         return self.weights + self.slices + self.optimizer + self.activations + self.working
 
 

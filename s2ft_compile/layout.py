@@ -14,6 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Leaf:
+    """One axis. size: its units. role: what its positions are for, such as "ffn.in"."""
+
     axis: int
     size: int
     role: str | None = None
@@ -21,6 +23,8 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Product:
+    """Heads × channels: the row-major flattening of its factors."""
+
     factors: tuple["Layout", ...]
 
     @property
@@ -30,6 +34,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Sum:
+    """Query | key | value: its terms, one after another."""
+
     terms: tuple["Layout", ...]
 
     @property

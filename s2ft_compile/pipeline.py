@@ -24,7 +24,7 @@ from s2ft_compile.passes.backward import chunk_loss, fp8, lower, pushdown
 from s2ft_compile.passes.couple import recheck
 
 from .config import CompileOptions
-from .errors import CompileError, ConfigError, S2FTError
+from .errors import CompileError, ConfigError, S2FTError, of_memory, of_the_system
 from .rules import rules_key
 from .slices.blocks import trains_slices
 from .slices.state import live_states
@@ -57,6 +57,7 @@ def _prove(graph: fx.Graph, inputs: Sequence[Any]) -> None:
     given = dict(zip(map(id, inputs), graph.find_nodes(op="placeholder")))
     for state in live_states():
         if state.active and state.permuted.axes:
+            assert graph.owning_module is not None
             weights = {given[id(t)]: (name, state.permuted) for name, t in state.tensors().items() if id(t) in given}
             if weights:
                 try:
@@ -125,8 +126,10 @@ class Pipeline(CustomGraphPass):
         except S2FTError as error:
             raise type(error)(f"{error} ({where})") from error
         except Exception as error:
-            error.add_note(f"s2ft_compile: {where}")
-            raise
+            if of_memory(error) or of_the_system(error):
+                raise
+            named = CompileError(f"{type(error).__name__}: {error} ({where})")
+            raise named.with_traceback(error.__traceback__) from error
         if wrong:
             raise CompileError(f"{wrong} ({where})")
         after, changed = tracing.text(graph) if written else "", tracing.changes(operators, tracing.operators(graph))

@@ -43,6 +43,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, without deltas, that `from_dict` reads."""
         return {
             "version": PLAN_VERSION,
             "config": self.config.to_dict(),
@@ -80,6 +81,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
+        """What `to_json` wrote. Raises `ConfigError`."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:

@@ -168,6 +168,7 @@ def _check_not_shared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) 
 
 
 def taken(model: nn.Module, config: S2FTConfig) -> Taken:
+    """What the adapters in `config.exclude` change: parameter -> (dim, indices) of each."""
     units: dict[str, list[tuple[int, Tensor]]] = {}
     for folder in config.exclude:
         adapter = read_adapter(folder)
@@ -177,9 +178,13 @@ def taken(model: nn.Module, config: S2FTConfig) -> Taken:
     return units
 
 
-def measured(model: nn.Module, analysis: Analysis, config: S2FTConfig, calibration, loss) -> dict:
+def measured(
+    model: nn.Module, analysis: Analysis, config: S2FTConfig, calibration: Any, loss: Loss | None
+) -> dict[tuple[str, int], Tensor]:
+    """What `select` wants of a selection that looks at data: (parameter, dim) -> float64 (size of dim,)."""
     if not looks_at_data(config.selection):
         return {}
+    assert isinstance(config.selection, str)
     bands = [b for bands in targeted_bands(analysis, config).values() for b in bands if b.role != WHOLE]
     places = [(b.parameter_name, b.dim) for b in bands]
     return calibrate(model, places, config.selection, calibration, loss)
@@ -215,18 +220,20 @@ def _left_out(wanted: Sequence[Selection], selections: Sequence[Selection]) -> l
     return [f"left out, since their gradients have no slice rule: {', '.join(names)}"] if names else []
 
 
-def _block(model: nn.Module, parameters: Values, selection: Selection, index) -> tuple[Block, Slice]:
+def _block(
+    model: nn.Module, parameters: Values, selection: Selection, index: Mapping[tuple[str, int], Tensor]
+) -> tuple[Block, Slice]:
     """The block of a selection in the permuted weight, or beside it. Its order along `dim` is that of `indices`."""
     name, dim = selection.parameter_name, selection.dim
     shape = parameters.shape(name)
     moved = index.get((name, dim), torch.arange(shape[dim]))
     mask = torch.isin(moved, selection.indices)
     if name in parameters.quantized:
-        block = beside_of(model, parameters.quantized[name], dim, moved[mask])
+        block: Block = beside_of(model, parameters.quantized[name], dim, moved[mask])
     else:
         weight = parameters.own[name]
         delta_shape = [*shape[:dim], len(selection.indices), *shape[dim + 1 :]]
-        block = InPlace(
+        block = in_place = InPlace(
             name=name,
             weight=weight,
             dim=dim,
@@ -235,5 +242,5 @@ def _block(model: nn.Module, parameters: Values, selection: Selection, index) ->
             delta_key=free_key(places),
             ranges=ranges(mask),
         )
-        block.backup = block.read()
+        in_place.backup = in_place.read()
     return block, Slice(name, dim, moved[mask], shape, selection.roles, block.delta)

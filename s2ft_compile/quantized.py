@@ -1,7 +1,7 @@
 """What a quantized weight is: how its shape, type and values are had. A row of `KINDS` for each way to quantize one.
 
 A quantized weight is never written, and only its own layer can read it. So everything here that wants a weight's values
-asks for them one at a time (`values_of`), and what only wants its shape, such as a trace, sees an ordinary linear layer
+asks for them one at a time (`Values`), and what only wants its shape, such as a trace, sees an ordinary linear layer
 with an ordinary weight of no size (`stand_ins`).
 """
 
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConfigError
+
+__all__ = ["Kind", "not_quantized", "register"]
 
 
 @dataclass(frozen=True)

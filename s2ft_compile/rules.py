@@ -76,7 +76,7 @@ def slice_rule(operator: str, *, like: str | None = None) -> Callable[[SliceRule
     return lambda rule: _put(slices.NAMED_SLICE_RULES, operator, rule)
 
 
-def _put(table: dict[str, Callable], operator: str, rule: Callable) -> Callable:
+def _put(table: dict[str, Any], operator: str, rule: Any) -> Any:
     if not callable(rule):
         raise ConfigError(f"the rule of {operator} is a function, got {rule!r}")
     table[operator] = rule
@@ -100,10 +100,11 @@ def _overloads(like: str) -> list[torch._ops.OpOverload]:
         return [packet]
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         raise ConfigError(f"like={like!r} is no operator; valid for example 'aten.mm'")
-    return [getattr(packet, name) for name in sorted(packet.overloads(), key=lambda name: name != "default")]
+    names: list[str] = packet.overloads()  # type: ignore[no-untyped-call]
+    return [getattr(packet, name) for name in sorted(names, key=lambda name: name != "default")]
 
 
-def _first(known: list, like: str, kind: str) -> Any:
+def _first(known: list[Any], like: str, kind: str) -> Any:
     if not known:
         raise ConfigError(f"like={like!r} has no {kind} rule; valid for example 'aten.mm'")
     return known[0]

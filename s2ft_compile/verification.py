@@ -63,6 +63,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether the outputs stay what they were, up to rounding."""
         return self.difference <= self.tolerance
 
     @property
@@ -266,14 +267,14 @@ class Promoted(TorchFunctionMode):
     def _wider(self, value: Any) -> Any:
         return self.dtype if isinstance(value, torch.dtype) and value in NARROW else value
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
             return args[0].to(self.dtype)
         return func(*map(self._wider, args), **{k: self._wider(v) for k, v in (kwargs or {}).items()})
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype):
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """The type of tensors made without one; afterwards what it was."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

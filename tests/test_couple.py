@@ -131,6 +131,11 @@ def heads(t, n):
     return t.view(*t.shape[:2], n, -1).transpose(1, 2)
 
 
+def of_hidden(formula, act=torch.relu):
+    """A function of the parameters and the hidden units act(x uᵀ), as one of the parameters and x."""
+    return lambda m, x: formula(m, act(x @ m.u.T))
+
+
 ADVERSARIES = {
     "one weight, twice": (
         dict(u=(6, 5), b=(6,), d=(6, 5)),
@@ -189,37 +194,33 @@ ADVERSARIES = {
     ),
     "halves swapped": (
         dict(u=(8, 5), d=(5, 8)),
-        lambda m, x: (lambda h: (h + torch.cat([h[..., 4:], h[..., :4]], -1)) @ m.d.T)((x @ m.u.T).relu()),
+        of_hidden(lambda m, h: (h + torch.cat([h[..., 4:], h[..., :4]], -1)) @ m.d.T),
         [(4, "u0 d1")],
     ),
     "a slice across units": (
         dict(u=(8, 5), d=(5, 8)),
-        lambda m, x: (lambda h: h @ m.d.T + h[..., :3].mean(-1, keepdim=True))((x @ m.u.T).relu()),
+        of_hidden(lambda m, h: h @ m.d.T + h[..., :3].mean(-1, keepdim=True)),
         [(3, "u0 d1"), (5, "u0 d1")],
     ),
     "one unit taken out": (
         dict(u=(8, 5), d=(5, 8)),
-        lambda m, x: (lambda h: h @ m.d.T + h[..., 2:3])((x @ m.u.T).relu()),
+        of_hidden(lambda m, h: h @ m.d.T + h[..., 2:3]),
         [(2, "u0 d1"), (5, "u0 d1")],
     ),
-    "shifted by one": (
-        dict(u=(8, 5), d=(5, 7)),
-        lambda m, x: (lambda h: (h[..., 1:] + h[..., :-1]) @ m.d.T)((x @ m.u.T).relu()),
-        [],
-    ),
+    "shifted by one": (dict(u=(8, 5), d=(5, 7)), of_hidden(lambda m, h: (h[..., 1:] + h[..., :-1]) @ m.d.T), []),
     "shifted by one, long": (
         dict(u=(1200, 5), d=(5, 1199)),
-        lambda m, x: (lambda h: (h[..., 1:] + h[..., :-1]) @ m.d.T)((x @ m.u.T).relu()),
+        of_hidden(lambda m, h: (h[..., 1:] + h[..., :-1]) @ m.d.T),
         [],
     ),
     "written in place": (
         dict(u=(8, 5), d=(5, 8)),
-        lambda m, x: (lambda h: (h[..., :4].mul_(2), h[..., 6].zero_(), h)[2] @ m.d.T)((x @ m.u.T).relu()),
+        of_hidden(lambda m, h: (h[..., :4].mul_(2), h[..., 6].zero_(), h)[2] @ m.d.T),
         [(4, "u0 d1"), (2, "u0 d1")],
     ),
     "every other unit": (
         dict(u=(8, 5), d=(5, 4)),
-        lambda m, x: (lambda h: (h[..., ::2].sigmoid() * h[..., 1::2]) @ m.d.T)(x @ m.u.T),
+        of_hidden(lambda m, h: (h[..., ::2].sigmoid() * h[..., 1::2]) @ m.d.T, act=lambda h: h),
         None,
     ),
     "joined blocks, seen twice": (
@@ -266,7 +267,7 @@ ADVERSARIES = {
     "a linear to one number": (dict(u=(6, 5), w=(6,)), lambda m, x: F.linear(x @ m.u.T, m.w), [(6, "u0 w0")]),
     "an empty piece": (
         dict(u=(6, 5), d=(5, 6)),
-        lambda m, x: (lambda h: torch.cat([h[..., :6], h[..., 6:]], -1) @ m.d.T)((x @ m.u.T).relu()),
+        of_hidden(lambda m, h: torch.cat([h[..., :6], h[..., 6:]], -1) @ m.d.T),
         [(6, "u0 d1")],
     ),
     "grouped convolution": (
@@ -281,12 +282,12 @@ ADVERSARIES = {
     ),
     "largest of the units": (
         dict(u=(6, 5), d=(5, 6)),
-        lambda m, x: (lambda h: (h / h.amax(-1, keepdim=True)) @ m.d.T)((x @ m.u.T).relu() + 1),
+        of_hidden(lambda m, h: (h / h.amax(-1, keepdim=True)) @ m.d.T, act=lambda h: h.relu() + 1),
         [(6, "u0 d1")],
     ),
     "where the largest is": (
         dict(u=(6, 5), d=(5, 6)),
-        lambda m, x: (lambda h: h @ m.d.T + h.argmax(-1, keepdim=True))(x @ m.u.T),
+        of_hidden(lambda m, h: h @ m.d.T + h.argmax(-1, keepdim=True), act=lambda h: h),
         [],
     ),
     "a constant that varies": (dict(u=(6, 5), d=(5, 6)), lambda m, x: (x @ m.u.T + torch.arange(6)) @ m.d.T, []),

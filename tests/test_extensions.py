@@ -130,6 +130,35 @@ def test_what_cannot_be_a_rule_is_refused(tables, operator, like):
         axis_rule("other::op")("not a function")
 
 
+def raises(*args):
+    raise KeyError("surprise")
+
+
+def everything(slicer, node, x, dim):
+    return slicer.call(x.target, *x.args, like=x)
+
+
+@pytest.mark.parametrize("rule", [raises, everything, lambda *args: "no", lambda *args: None])
+def test_a_wrong_slice_rule_refuses_its_operator_before_anything_trains(tables, rule):
+    """Whether it fails, computes all of the gradient, gives no node, or nothing."""
+    slice_rule(NAME)(rule)
+    model = custom_operator.FeedForward().double()
+    with pytest.raises(ConfigError) as refused:
+        s2ft.prepare(model, INPUTS, s2ft.S2FTConfig(targets={"ffn.out": 4}))
+    assert NAME.replace("::", ".") in str(refused.value) and not s2ft.is_prepared(model)
+    reasons = [why.reason for why in s2ft.explain(model, INPUTS).gradients.values()]
+    assert reasons and all("slice rule" in why and ("surprise" in why) == (rule is raises) for why in reasons)
+
+
+@pytest.mark.parametrize("rule", [raises, lambda cx, node, a, b: a.dims[:1], lambda cx, node, a: a, lambda *args: None])
+def test_a_wrong_axis_rule_refuses_its_axes_and_is_named(tables, rule):
+    axis_rule(NAME)(rule)
+    analysis = s2ft.analyze(custom_operator.FeedForward().double(), INPUTS)
+    assert not any(c.role == "ffn" for c in analysis.couplings)
+    assert all(r.reason.startswith("the rule for example.product failed") for r in analysis.refusals)
+    assert analysis.refusals
+
+
 # --- selections and exporters -----------------------------------------------------------------------------------------
 
 
@@ -162,6 +191,22 @@ def test_what_cannot_be_a_selection_is_refused(name, needs):
     with pytest.raises(ConfigError, match="function of scores"):
         selection("mine::last", needs="weight")("no function")
     assert before == SELECTIONS
+
+
+@pytest.mark.parametrize(
+    "score",
+    [lambda x, dim: None, lambda x, dim: x.new_zeros(3), lambda x, dim: x.new_full((x.shape[dim],), float("nan"))],
+    ids=["none", "three", "nan"],
+)
+@pytest.mark.parametrize("needs", ["weight", "gradients"])
+def test_what_are_no_scores_selects_nothing(fresh_compiler, needs, score):
+    selection("mine::wrong", needs=needs)(score)
+    model = custom_operator.FeedForward().double()
+    config = s2ft.S2FTConfig(targets={"ffn.out": 4}, selection="mine::wrong")
+    batches = [INPUTS] if needs == "gradients" else None
+    with pytest.raises(ConfigError, match="it has to return 64 scores|not finite"):
+        s2ft.prepare(model, INPUTS, config, batches, loss=lambda output, batch: output.square().sum())
+    assert not s2ft.is_prepared(model)
 
 
 @pytest.fixture

@@ -54,6 +54,29 @@ def test_every_public_name_is_there_for_python_and_for_editors(package):
         assert getattr(package, name) is not None
 
 
+def of_the_package(member) -> bool:
+    function = getattr(member, "fget", getattr(member, "func", getattr(member, "__func__", member)))
+    return getattr(function, "__module__", "").startswith("s2ft_compile") and callable(function)
+
+
+PUBLIC = [s2ft, s2ft.exporters, s2ft.rules, s2ft.selections, s2ft.testing, s2ft.config, s2ft.errors, s2ft.quantized]
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda m: m.__name__)
+def test_every_public_name_says_what_it_is(module):
+    """Classes and functions, and what a class has besides its fields."""
+    names = getattr(module, "__all__", [n for n, value in vars(module).items() if of_the_package(value)])
+    silent = []
+    for name in (n for n in names if not n.startswith("_")):
+        value = getattr(module, name)
+        hidden = ("_", *getattr(value, "__dataclass_fields__", ()))
+        own = vars(value) if isinstance(value, type) else {}
+        checked = {name: value, **{f"{name}.{m}": v for m, v in own.items() if not m.startswith(hidden)}}
+        docs = {m: v.__doc__ or "" for m, v in checked.items() if of_the_package(v)}
+        silent += [m for m, doc in docs.items() if not doc or doc.startswith(f"{name}(")]  # that of `dataclass`
+    assert silent == []
+
+
 def test_an_unknown_name_is_no_attribute():
     for package in (s2ft, s2ft.exporters):
         with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):

@@ -74,6 +74,10 @@ def pair(r):
     return (r.t(*shape), r.t(*other)) if r.of(True, False) else (r.t(*other), r.t(*shape))
 
 
+def of_pair(case):
+    return lambda r: case(*pair(r))
+
+
 def with_dim(op, *extra, **kwargs):
     def case(r):
         x = r.x()
@@ -311,13 +315,13 @@ CASES["clamp"] = [plain(aten.clamp.default, 0.3, 0.6), lambda r: (aten.clamp.Ten
 for _name in ("bitwise_and", "bitwise_or"):
     CASES[_name] = [lambda r, op=only(_name): (op, tuple((t > 0.5) for t in pair(r)), {})]
 CASES["where"] = [
-    lambda r: (lambda a, b: (aten.where.self, (a > 0.5, a, b), {}))(*pair(r)),
-    lambda r: (lambda a, b: (aten.where.ScalarOther, (a > b, b, 0.0), {}))(*pair(r)),
+    of_pair(lambda a, b: (aten.where.self, (a > 0.5, a, b), {})),
+    of_pair(lambda a, b: (aten.where.ScalarOther, (a > b, b, 0.0), {})),
 ]
-CASES["masked_fill"] = [lambda r: (lambda a, b: (aten.masked_fill.Scalar, (a, b > 0.5, -1.0), {}))(*pair(r))]
-CASES["lerp"] = [binary(aten.lerp.Scalar, 0.3), lambda r: (lambda a, b: (aten.lerp.Tensor, (a, b, a), {}))(*pair(r))]
+CASES["masked_fill"] = [of_pair(lambda a, b: (aten.masked_fill.Scalar, (a, b > 0.5, -1.0), {}))]
+CASES["lerp"] = [binary(aten.lerp.Scalar, 0.3), of_pair(lambda a, b: (aten.lerp.Tensor, (a, b, a), {}))]
 for _name in ("addcmul", "addcdiv"):
-    CASES[_name] = [lambda r, op=only(_name): (lambda a, b: (op, (a, b, b), {}))(*pair(r))]
+    CASES[_name] = [of_pair(lambda a, b, op=only(_name): (op, (a, b, b), {}))]
 for _name in (
     "clone",
     "alias",

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from s2ft_compile.passes.editor import Mismatch
+
 from .attach import positions, runs
 
 aten = torch.ops.aten
@@ -26,7 +28,7 @@ def acts_along(*positions: int, last: int = 0) -> Callable:
         given = [a for p in positions if len(x.args) > p for a in _listed(x.args[p])]
         acted = {d % rank for d in given} | set(range(rank - last, rank))
         if dim in acted or not acted:
-            return None
+            return Mismatch("it acts along the slice's dimension")
         return editor.call(x.target, editor.sliced(x.args[0], dim, node), *x.args[1:], like=x, **x.kwargs)
 
     return rule
@@ -49,7 +51,7 @@ def push_reduced(editor, node, x, dim):
     """mean, amax, var, ... of (x, dims, keepdim): what is reduced is not sliced."""
     kept = kept_dim(x, dim)
     if kept is None:
-        return None
+        return Mismatch("it reduces the slice's dimension")
     return editor.call(x.target, editor.sliced(x.args[0], kept, node), *x.args[1:], like=x, **x.kwargs)
 
 
@@ -61,7 +63,9 @@ def push_slice(editor, node, x, dim):
     size = source.meta["val"].shape[dim]
     start = min(max(0, (start or 0) + (size if (start or 0) < 0 else 0)), size)
     starts, lengths = node.args[2:]
-    return editor.push_ranges(source, dim, [start + s for s in starts], lengths) if step == 1 else None
+    if step != 1:
+        return Mismatch(f"it takes every {step}th position of the slice's dimension")
+    return editor.push_ranges(source, dim, [start + s for s in starts], lengths)
 
 
 def push_select(editor, node, x, dim):
@@ -75,7 +79,7 @@ def push_index(editor, node, x, dim):
     source, indices = x.args
     used = [d for d, index in enumerate(indices) if index is not None]
     if len(used) != 1 or dim == used[0] or indices[used[0]].meta["val"].ndim != 1:
-        return None
+        return Mismatch("it looks up along the slice's dimension, or along several")
     return editor.call(x.target, editor.sliced(source, dim, node), indices, like=x)
 
 
@@ -89,7 +93,7 @@ def push_pad(editor, node, x, dim):
     size, taken = source.meta["val"].shape[dim], positions(node)
     inside = [p - before for p in taken if before <= p < before + size]
     if not inside:
-        return None
+        return Mismatch("the slice lies in its padding")
     sliced = editor.push_ranges(source, dim, *runs(inside))
     around = [sum(p < before for p in taken), sum(p >= before + size for p in taken)]
     return editor.call(x.target, sliced, [*pad[:place], *around, *pad[place + 2 :]], *value, like=x)
@@ -99,7 +103,7 @@ def push_scatter_add(editor, node, x, dim):
     base, at, index, values = x.args
     sizes = {n.meta["val"].shape[dim] for n in (base, index, values)}
     if at % x.meta["val"].ndim == dim or len(sizes) > 1:
-        return None
+        return Mismatch("it scatters along the slice's dimension, or a part of that")
     base, values = editor.sliced(base, dim, node), editor.sliced(values, dim, node)
     return editor.call(x.target, base, at, editor.take(index, dim, node), values, like=x)
 
@@ -109,7 +113,7 @@ def push_weight_norm(editor, node, x, dim):
     maker, index = x.args
     dW, v, g, norms, at = maker.args
     if at != dim:
-        return None
+        return Mismatch("its norms are taken along the slice's dimension")
     operands = [editor.sliced(dW, dim, node), *(editor.take(t, dim, node) for t in (v, g, norms))]
     return editor.call(operator.getitem, editor.call(WEIGHT_NORM, *operands, at, like=maker), index, like=x)
 

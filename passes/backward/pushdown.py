@@ -8,7 +8,7 @@ Ensures: every gradient of a delta is computed at the delta's own size.
 
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -37,6 +37,7 @@ class Slicer(Editor):
         return self.take_ranges(x, dim, *like.args[2:])
 
     def take_ranges(self, x: fx.Node, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> fx.Node:
+        """`take` of other ranges."""
         return self.call(TAKE, x, dim % x.meta["val"].ndim, list(starts), list(lengths))
 
     def push(self, x: fx.Node, dim: int, like: fx.Node) -> fx.Node | Mismatch:
@@ -50,6 +51,7 @@ class Slicer(Editor):
         return self.take(x, dim, like) if there else self.push(x, dim, like)
 
     def push_ranges(self, x: fx.Node, dim: int, starts: Sequence[int], lengths: Sequence[int]) -> fx.Node | Mismatch:
+        """`push` of other ranges."""
         here = self.at
         sliced = self.pushed(self.take_ranges(x, dim, starts, lengths))
         self.at = here
@@ -63,14 +65,29 @@ class Slicer(Editor):
             log.warning("the gradient of a frozen weight is computed at its full size %s", list(x.meta["val"].shape))
             return node
         rule = rule_for(x.target) if x.op == "call_function" else None
-        sliced = rule(self, node, x, dim) if rule else None
-        if sliced is None:
-            sliced = Mismatch(f"it has no slice rule for dimension {dim}")
+        sliced = self._by_rule(rule, node, x, dim) if rule else Mismatch("it has no slice rule")
         if isinstance(sliced, Mismatch) and sum(node.args[3]) == x.meta["val"].shape[dim]:  # all of it is wanted
             return x
         if isinstance(sliced, Mismatch) and not sliced.operator:
             maker = x.args[0] if x.target is operator.getitem else x
             return replace(sliced, operator=f"{maker.target} ({maker.name})", size=tuple(x.meta["val"].shape))
+        return sliced
+
+    def _by_rule(self, rule: Callable, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | Mismatch:
+        """What a rule gives, or why it gives no slice: rules of others may be wrong."""
+        try:
+            sliced = rule(self, node, x, dim)
+        except Exception as error:
+            log.warning("the slice rule of %s failed", x.target, exc_info=True)
+            return Mismatch(f"its slice rule failed ({type(error).__name__}: {error})")
+        if sliced is None:
+            return Mismatch(f"it has no slice rule for dimension {dim}")
+        if not isinstance(sliced, fx.Node | Mismatch):
+            return Mismatch(f"its slice rule gave {sliced!r}, which is neither a node of the graph nor a Mismatch")
+        if isinstance(sliced, fx.Node) and "val" in sliced.meta:
+            sizes, wanted = list(sliced.meta["val"].shape), sum(node.args[3])
+            if len(sizes) != x.meta["val"].ndim or sizes[dim] != wanted:
+                return Mismatch(f"its slice rule gave {sizes}, where dimension {dim} of the slice has {wanted}")
         return sliced
 
 

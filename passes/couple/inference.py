@@ -12,7 +12,8 @@ from torch import fx
 from s2ft_compile import quantized
 from s2ft_compile.capture import capture, models, recording
 from s2ft_compile.capture.capture import Captured, uniform_dims
-from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown, shapes
+from s2ft_compile.passes.couple.rules.context import Context, Value, axes_pinned, shapes
+from s2ft_compile.passes.couple.rules.context import name as operator_name
 
 from .axes import Axis, Pin, atoms, pin, unify
 from .rules import rule_for
@@ -125,12 +126,13 @@ class Inference:
             several = result if isinstance(node.meta["val"], (list, tuple)) else [result]
             sizes = [[d.size for d in (m.dims if isinstance(m, Value) else m)] for m in several]
             if sizes[: len(shapes(node))] != shapes(node):
-                raise ValueError(f"rule for {node.target} made {sizes} where the graph has {shapes(node)}")
+                raise ValueError(f"it gives sizes {sizes} where the graph has {shapes(node)}")
             return result
         except Exception as error:
             if not any(n.meta.get("made up") for n in (node, *node.all_input_nodes)):
                 log.warning("the rule for %s failed, so its axes are refused: %r", node.target, error)
-            return axes_unknown(self.cx, node, *args, **kwargs)
+            why = f"the rule for {operator_name(node)} failed ({type(error).__name__}: {error})"
+            return axes_pinned(node, why, (args, kwargs))
 
 
 def _inlines(node: fx.Node) -> bool:

@@ -370,6 +370,10 @@ def _added(group: Sequence[Band], measure: Callable[[str, int], Tensor | None]) 
         values = measure(band.parameter_name, band.dim)
         if values is not None:
             total += values.cpu()[band.positions].sum(1)
+    if not total.isfinite().all():
+        raise ConfigError(
+            f"scores of {group[0].parameter_name} are not finite: its weights, or those coupled to it, are not"
+        )
     return total
 
 

@@ -85,6 +85,7 @@ class AdapterBank:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of the adapters, in the order in which they came."""
         return tuple(self._adapters)
 
     # --- which adapters there are ---

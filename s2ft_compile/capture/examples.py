@@ -37,8 +37,8 @@ PRIMES = (
 class Inputs(NamedTuple):
     """A call's arguments."""
 
-    args: tuple
-    kwargs: dict
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def arguments(example_inputs: Any) -> Inputs:

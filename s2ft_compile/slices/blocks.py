@@ -117,6 +117,26 @@ class Block:
             self.delta.register_hook(torch.clone)
             self.owns_gradient = True
 
+    # --- what there is to do where the weight holds the slice (`InPlace`), and nothing where it holds the base's values
+
+    def edited(self) -> bool:
+        return False
+
+    def put(self, trained: bool) -> None:
+        pass
+
+    def refresh(self) -> None:
+        pass
+
+    def refresh_shards(self) -> None:
+        pass
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        pass
+
+    def loaded(self, weight: bool, delta: bool) -> None:
+        pass
+
 
 @dataclass(eq=False, kw_only=True)
 class InPlace(Block):
@@ -374,26 +394,6 @@ class Beside(Block):
         if held is not None and held is not self.delta:
             self.adopt()
         return hasattr(self.delta, "placements")
-
-    # The weight holds the base's values, whatever is trained.
-
-    def edited(self) -> bool:
-        return False
-
-    def put(self, trained: bool) -> None:
-        pass
-
-    def refresh(self) -> None:
-        pass
-
-    def refresh_shards(self) -> None:
-        pass
-
-    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        pass
-
-    def loaded(self, weight: bool, delta: bool) -> None:
-        pass
 
     def check_loaded(self, name: str, weight: Tensor, delta: Tensor | None = None) -> None:
         """Raises `StateError` for another weight than this one: it is compared, never loaded."""

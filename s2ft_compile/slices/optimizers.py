@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable
 from math import prod, sqrt
 from statistics import median
+from typing import Any
 
 from torch import Tensor, nn, optim
 
@@ -81,7 +82,7 @@ class Together(optim.Optimizer):
         self.parts = parts
         self._share()
 
-    def __setstate__(self, state: dict) -> None:  # load_state_dict ends here
+    def __setstate__(self, state: dict[str, Any]) -> None:  # load_state_dict ends here
         super().__setstate__(state)
         self._share()
 
@@ -89,7 +90,7 @@ class Together(optim.Optimizer):
         for part, group in zip(self.parts, self.param_groups):
             part.param_groups, part.state = [group], self.state
 
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         loss = None
         for number, part in enumerate(self.parts):
             loss = part.step(closure) if number == 0 else (part.step(), loss)[1]

@@ -265,10 +265,12 @@ def _check_same_base(model: nn.Module, state: State, state_dict, prefix: str) ->
 
 
 def find_state(model: nn.Module) -> State | None:
+    """The model's state, None of a model that is not prepared."""
     return unwrap(model).__dict__.get(NAME)
 
 
 def is_prepared(model: nn.Module) -> bool:
+    """Whether `prepare` or `load_adapter` has changed this model, and `release` has not given it back."""
     return find_state(model) is not None
 
 
@@ -282,6 +284,7 @@ def state_of(model: nn.Module) -> State:
 
 
 def live_states() -> list[State]:
+    """The states of all prepared models of this process that still exist."""
     return list(_live)
 
 

@@ -62,6 +62,7 @@ def outputs_of(output) -> list[Tensor]:
 
 
 def assert_same(model: nn.Module, before, after) -> None:
+    """The outputs of a forward are equal up to the rounding of the model's type (`tolerance`)."""
     for a, b in zip(outputs_of(before), outputs_of(after), strict=True):
         difference = (a - b).abs().max().item() if a.numel() else 0.0
         assert difference <= tolerance(model, a), (
@@ -83,6 +84,7 @@ def pairs(analysis: Analysis) -> set:
 
 
 def signature(coupling: Coupling) -> tuple:
+    """A coupling as a comparable (role, units, {(name, dim)})."""
     return coupling.role, coupling.units, frozenset((m.parameter_name, m.dim) for m in coupling.members)
 
 

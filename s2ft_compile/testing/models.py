@@ -72,6 +72,7 @@ class Spec:
 
     @property
     def heads(self) -> int:
+        """Of queries."""
         return self.kv_heads * self.groups
 
 
@@ -389,13 +390,16 @@ class Drawn:
 
     @cached_property
     def model(self) -> Model:
+        """One such model, made at the first use."""
         return self.make()
 
     def make(self) -> Model:
+        """A new model, with the same weights each time."""
         return build(self.spec, self.dtype, self.seed)
 
     @cached_property
     def inputs(self) -> tuple[Tensor, ...]:
+        """Its forward's arguments: tokens (batch, length), or hidden values (batch, length, 5)."""
         random = torch.Generator().manual_seed(self.seed + 1)
         shape = (self.spec.batch, self.spec.length)
         if self.spec.tokens:
@@ -403,6 +407,7 @@ class Drawn:
         return (torch.randn(*shape, 5, generator=random, dtype=torch.float64).to(self.dtype),)
 
     def outputs(self, model: nn.Module | None = None) -> tuple[Tensor, ...]:
+        """What a model gives for the inputs; by default this one."""
         output = (self.model if model is None else model)(*self.inputs)
         return output if isinstance(output, tuple) else (output,)
 

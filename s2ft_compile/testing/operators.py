@@ -25,6 +25,7 @@ class Solution:
             self.orders[self.ids.setdefault(atom, len(self.ids))] = torch.randperm(atom.size, generator=random)
 
     def index(self, axis: Axis) -> Tensor:
+        """int64 (size of axis,): where each position takes its value from."""
         return gather_index(frozen(axis, self.ids), self.orders)
 
     def flat(self, dims: Iterable[Axis]) -> Tensor:
@@ -35,6 +36,7 @@ class Solution:
         return index
 
     def move(self, x: Tensor, dims: Iterable[Axis]) -> Tensor:
+        """x, whose dimensions are these axes, in the random orders."""
         for d, axis in enumerate(dims):
             assert axis.size == x.shape[d], f"the rule says size {axis.size} for dim {d} of {list(x.shape)}"
             x = x.index_select(d, self.index(axis))
@@ -42,6 +44,7 @@ class Solution:
 
 
 def frozen(axis: Axis, ids: dict[Axis, int]) -> Layout:
+    """An axis as a layout. ids: of the atoms; new ones are added."""
     root = find(axis)
     if root.kind == PRODUCT:
         return Product(tuple(frozen(p, ids) for p in root.parts))

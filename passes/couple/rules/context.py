@@ -27,6 +27,7 @@ class Value:
 
     @property
     def sizes(self) -> list[int]:
+        """The tensor's shape."""
         return [d.size for d in self.dims]
 
 
@@ -102,8 +103,13 @@ def broadcast(cx, node, *values: Value) -> list[Axis]:
 
 def axes_unknown(cx, node, *args, **kwargs):
     """No rule: the order of everything it touches matters."""
-    why = Pin(f"there is no rule for {name(node)}", node)
-    for value in tensors((args, kwargs)):
+    return axes_pinned(node, f"there is no rule for {name(node)}", (args, kwargs))
+
+
+def axes_pinned(node, reason: str, operands: Any):
+    """The axes of the results, where the order of everything that an operator touches matters."""
+    why = Pin(reason, node)
+    for value in tensors(operands):
         for axis in value.dims:
             pin(axis, why)
     outputs = [[Axis(size, pin=why) for size in out] for out in shapes(node)]
