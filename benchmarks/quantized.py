@@ -9,7 +9,6 @@ benchmarks/results/quantized.json, a size at a time.
 
 import tempfile
 from dataclasses import asdict
-from functools import cache
 
 import torch
 import transformers
@@ -17,7 +16,6 @@ from turns import facts, parser, save
 
 from s2ft_compile.cli.estimate import estimate_folder
 from s2ft_compile.config import CompileOptions, S2FTConfig
-from s2ft_compile.planned import BYTES
 
 COMMON = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 16384, "dtype": "bfloat16"}
 SIZES = {  # Llama 3.2 and 3.1, and Qwen 3's 32B
@@ -36,14 +34,8 @@ PARTS = ("weights", "slices", "optimizer", "activations", "working")
 FEW, MORE = 3, 4  # layers: with two, the first one's backward, which ends early, is half of all
 
 
-@cache
 def parts(size: str, way: str, length: int, checkpointing: bool) -> dict[str, float]:
-    """Bytes of a step, by part. All that int8 changes against NF4 is the weights."""
-    if way == "int8":
-        numbers = numbers_quantized(size)
-        more = BYTES["int8"](numbers, SIZES[size]["hidden_size"]) - BYTES["nf4"](numbers, 1)
-        nf4 = parts(size, "NF4", length, checkpointing)
-        return {**nf4, "weights": nf4["weights"] + more}
+    """Bytes of a step, by part."""
     shape = {**COMMON, **SIZES[size]}
     layers, tied = shape.pop("layers"), shape.pop("tied", False)
     few, more = (
@@ -51,14 +43,6 @@ def parts(size: str, way: str, length: int, checkpointing: bool) -> dict[str, fl
         for n in (FEW, MORE)
     )
     return {p: few[p] + (layers - FEW) * (more[p] - few[p]) / (MORE - FEW) for p in PARTS}
-
-
-def numbers_quantized(size: str) -> int:
-    """How many weights the linear layers but the head have."""
-    s = SIZES[size]
-    heads, kv = s["num_attention_heads"], COMMON["num_key_value_heads"]
-    width = s.get("head_dim", s["hidden_size"] // heads)
-    return s["layers"] * s["hidden_size"] * (width * 2 * (heads + kv) + 3 * s["intermediate_size"])
 
 
 def _estimate(shape: dict, way: str, length: int, checkpointing: bool) -> dict[str, int]:

@@ -13,6 +13,7 @@ from .lazy import attributes  # noqa: E402
 if TYPE_CHECKING:
     from . import exporters
     from .adapters.bank import AdapterBank
+    from .callback import S2FTCallback
     from .config import CompileOptions, S2FTConfig
     from .errors import (
         AdapterError,
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
     from .layers import compile_layers
     from .plan import Plan, Slice
     from .preparation import analyze, permute, prepare
-    from .reselection import load_trained_state, reselect, trained_state
+    from .reselection import reselect
     from .slices.optimizers import optimizer
     from .slices.reference import Reference, base_values
     from .slices.state import disabled, is_prepared, parameters, release
+    from .slices.units import load_trained_state, trained_state
     from .structure import Analysis, Coupling, Member, Refusal
     from .verification import Verification, verify
 
@@ -43,6 +45,7 @@ __getattr__, __dir__ = attributes(
     __name__,
     {
         "AdapterBank": "adapters.bank",
+        "S2FTCallback": "callback",
         "CompileOptions": "config",
         "S2FTConfig": "config",
         "AdapterError": "errors",
@@ -68,9 +71,9 @@ __getattr__, __dir__ = attributes(
         "prepare": "preparation",
         "Reference": "slices.reference",
         "base_values": "slices.reference",
-        "load_trained_state": "reselection",
+        "load_trained_state": "slices.units",
         "reselect": "reselection",
-        "trained_state": "reselection",
+        "trained_state": "slices.units",
         "disabled": "slices.state",
         "is_prepared": "slices.state",
         "parameters": "slices.state",
@@ -98,6 +101,7 @@ __all__ = [
     "prepare",
     "load_trained_state",
     "reselect",
+    "S2FTCallback",
     "trained_state",
     "parameters",
     "optimizer",

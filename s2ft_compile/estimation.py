@@ -130,7 +130,7 @@ def graphs_of_step(
         graphs.append(gm)
         return make_boxed_func(partial(_returned, gm.graph, mode))
 
-    how = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("inner", "mode", "fp8")}
+    how = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("inner", "mode")}
     net = torch.compile(model, backend=partial(s2ft, inner_compile=keep), options=how)
     with mode:
         output = net(*args, **kwargs)

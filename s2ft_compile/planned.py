@@ -1,24 +1,16 @@
 """Quantized weights that are only planned: what an estimate has in their place, on the `meta` device.
 
-They have the size of the real ones, and what training does with them: dequantized for each product, forward and
-backward, and gone after it.
+They have the size of the real ones, and training does with them what it does with those: they are dequantized for each
+product, forward and backward, and gone after it, in the arithmetic of the library that quantizes them.
 """
 
-from math import ceil, prod
+from math import ceil
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .quantized import Kind, register
-
-# Bytes of a weight of n numbers in rows of k. nf4: half a byte, and a byte of scale for 64 numbers, which share 4 bytes
-# for 256 of them. The others: a byte, and a float32 scale for each row (int8 also has a byte for its zero).
-BYTES = {
-    "nf4": lambda n, k: n / 2 + n / 64 + 4 * n / (64 * 256),
-    "int8": lambda n, k: n + 5 * n / k,
-    "fp8": lambda n, k: n + 4 * n / k,
-}
 
 
 @torch.library.custom_op("s2ft::dequantized", mutates_args=())
@@ -45,6 +37,10 @@ class _Product(torch.autograd.Function):
 
 
 class Planned(nn.Linear):
+    """values_dtype: of the weight's values."""
+
+
+class PlannedNF4(Planned):
     """weight: uint8, of as many bytes as the quantized one has, for each column as many."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,17 +48,50 @@ class Planned(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+class PlannedInt8(Planned):
+    """weight: int8 (out, in), multiplied by without its scales, which are those of y, and of dY where dX is made. So
+    dY is there twice while a slice's gradient is made: as it is, and scaled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(0, -2) @ self.weight.t().to(x.dtype) * self.scale.to(x.dtype).flatten()
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+class PlannedFP8(Planned):
+    """weight: float8_e4m3fn (out, in)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, (self.weight.to(torch.float32) * self.scale).to(x.dtype), self.bias)
+
+
+PLANS = {  # what a layer becomes, and the type of its weight; the scales of int8 and fp8 are float32, one for each row
+    "nf4": (PlannedNF4, torch.uint8),
+    "int8": (PlannedInt8, torch.int8),
+    "fp8": (PlannedFP8, torch.float8_e4m3fn),
+}
+
+
 def plan_quantization(model: nn.Module, to: str) -> None:
     """Has the linear layers of a model on the meta device but its output embedding planned as quantized, in place. to:
-    one of `BYTES`."""
+    one of `PLANS`."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for layer in model.modules():
         if type(layer) is nn.Linear and layer is not head:
-            n, k = prod(layer.weight.shape), layer.in_features
+            out, k = layer.weight.shape
             layer.values_dtype = layer.weight.dtype
-            packed = torch.empty((ceil(BYTES[to](n, k) / k), k), dtype=torch.uint8, device="meta")
-            layer.weight = nn.Parameter(packed, requires_grad=False)
-            layer.__class__ = Planned
+            layer.__class__, dtype = PLANS[to]
+            rows = ceil(nf4_bytes(out * k) / k) if to == "nf4" else out
+            layer.weight = nn.Parameter(torch.empty(rows, k, dtype=dtype, device="meta"), requires_grad=False)
+            if to != "nf4":
+                layer.register_buffer("scale", torch.empty(out, 1, device="meta"))
+            if to == "int8":
+                layer.register_buffer("zero", torch.empty(out, dtype=torch.int8, device="meta"))
+
+
+def nf4_bytes(n: int) -> float:
+    """Of n numbers: half a byte each, and a byte of scale for 64 of them, which share 4 bytes for 256 scales."""
+    return n / 2 + n / 64 + 4 * n / (64 * 256)
 
 
 def _is_planned(layer: nn.Module, key: str) -> bool:

@@ -1,37 +1,26 @@
-"""`reselect`: other units train from here on, and what the earlier ones learned stays. `trained_state`: both, to save.
-
-The new units take the places of the old ones: the blocks lie where they lay and are as large, so the same deltas, the
-same graphs and the same optimizer go on, with the memory of one selection. A unit that trained before goes on from its
-own delta. What gave way is kept as a `Left` on the CPU: `disabled` takes it off, and an adapter is the union of all
-that moved, exact as ever:
-
-    W[unit] == cast(W0 + D)         for every unit that trains or ever did
-"""
+"""`reselect`: other units train from here on, and what the earlier ones learned stays (`slices.units`)."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from s2ft_compile.passes.couple.recheck import Permuted
-from s2ft_compile.passes.permute import dense_orders, moves_for, ranges
 from s2ft_compile.passes.select.calibrate import Loss
 from s2ft_compile.passes.select.calibrate import check as check_calibration
 from s2ft_compile.passes.select.select import Selection, select
 
 from .capture.models import unwrap
-from .errors import ConfigError, StateError
-from .plan import Plan, Slice
+from .errors import ConfigError
+from .plan import Plan
 from .preparation import measured, taken
 from .quantized import Values
-from .slices.blocks import Block, InPlace
-from .slices.state import Left, State, disabled, merged, state_of, to_base_order
+from .slices.state import State, disabled, merged, state_of
+from .slices.units import arrange, check_can_change, learned_by
 
 log = logging.getLogger(__name__)
-Learned = tuple[Tensor, Tensor]  # positions in the base's order, int64 (n,), and their delta
 
 
 def reselect(
@@ -48,7 +37,7 @@ def reselect(
     """
     state, module = state_of(model), unwrap(model)
     config = state.plan.config
-    _check(state)
+    check_can_change(state)
     check_calibration(config.selection, calibration)
     config = replace(config, seed=config.seed + state.reselected + 1 if seed is None else seed)
     if config.exclude:
@@ -59,151 +48,11 @@ def reselect(
     with merged(model), torch.compiler.set_stance("force_eager"):
         scores = measured(module, state.analysis, config, calibration, loss)
         selections = select(state.analysis, config, Values(module), scores, of_others)
-    _arrange(state, _in_order(selections, state), _learned(state))
+    arrange(state, _in_order(selections, state), learned_by(state))
     state.reselected += 1
     state.compared = False
     log.info("chosen anew: %d slices train, %d keep what they learned", len(state.blocks), len(state.left_behind))
     return state.plan
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training has changed, as tensors for a checkpoint: less than `state_dict`, and enough where units were
-    chosen anew. NAME being a delta's in `state_dict`:
-
-    NAME: the delta, float32. NAME.units: int64, its positions in the base's order. NAME.earlier, NAME.earlier_units:
-    the same of what trained before. reselected: how often units were chosen anew, int64 ().
-    Raises `StateError` for a model that is not prepared or is sharded.
-    """
-    state = state_of(model)
-    values = {"reselected": torch.tensor(state.reselected)}
-    earlier = {left.name: left for left in state.left_behind}
-    for s, block in zip(state.plan.slices, state.blocks):
-        if hasattr(block.delta, "placements"):
-            raise StateError("this model is sharded (fully_shard): torch.distributed.checkpoint saves its state_dict()")
-        values |= {block.delta_name: block.delta.detach(), f"{block.delta_name}.units": s.indices}
-        if left := earlier.get(block.name):
-            values |= {f"{block.delta_name}.earlier": left.delta, f"{block.delta_name}.earlier_units": left.indices}
-    return values
-
-
-@torch.no_grad()
-def load_trained_state(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Puts what `trained_state` returned into the model it was taken from, or into one that was prepared alike; the
-    units are then those of `values`, and nothing is compiled again.
-
-    An optimizer of the deltas is loaded by itself. Raises `StateError` for values of other slices; the model is then
-    unchanged.
-    """
-    state = state_of(model)
-    given = [_given(values, s, block) for s, block in zip(state.plan.slices, state.blocks)]
-    names = {name for block in state.blocks for name in _names(block)} | {"reselected"}
-    if strange := sorted(values.keys() - names):
-        raise StateError(f"{strange[0]} is none of this model's slices, which are {_some_names(state)}")
-    moved = any(not torch.equal(one.units, s.indices.cpu()) for one, s in zip(given, state.plan.slices))
-    if moved or state.left_behind or any(one.earlier is not None for one in given):
-        _check(state)
-        selections = [
-            Selection(s.parameter_name, s.dim, s.roles, one.units.sort().values)
-            for one, s in zip(given, state.plan.slices)
-        ]
-        _arrange(state, selections, {s.parameter_name: one.all() for one, s in zip(given, state.plan.slices)})
-        for block in state.blocks:
-            block.reselected = False  # an optimizer's state comes from the same checkpoint
-    else:
-        for one, block in zip(given, state.blocks):
-            block.delta.copy_(one.delta)
-        state.refresh()
-    state.reselected = int(values.get("reselected", torch.tensor(0)))
-
-
-@dataclass(frozen=True)
-class _Given:
-    """Of one slice: what trains and what trained before, each a delta and its positions; on the CPU."""
-
-    dim: int
-    delta: Tensor
-    units: Tensor
-    earlier: Tensor | None
-    earlier_units: Tensor | None
-
-    def all(self) -> Learned:
-        if self.earlier is None:
-            return self.units, self.delta
-        return torch.cat([self.units, self.earlier_units]), torch.cat([self.delta, self.earlier], self.dim)
-
-
-def _names(block: Block) -> list[str]:
-    return [block.delta_name, *(f"{block.delta_name}.{part}" for part in ("units", "earlier", "earlier_units"))]
-
-
-def _given(values: Mapping[str, Tensor], s: Slice, block: Block) -> _Given:
-    """The part of a trained state that is a slice's. Raises `StateError` where it is none of this slice's size."""
-    delta, units, earlier, earlier_units = (values.get(name) for name in _names(block))
-    if delta is None:
-        raise StateError(f"{block.delta_name} is missing, the delta of {s.parameter_name}")
-    if (earlier is None) != (earlier_units is None):
-        raise StateError(f"{block.delta_name} has earlier units without their deltas, or deltas without their units")
-    one = _Given(s.dim, delta, s.indices if units is None else units, earlier, earlier_units)
-    for tensor, places in ((delta, one.units), (earlier, earlier_units))[: 1 if earlier is None else 2]:
-        n = len(s.indices) if tensor is delta else len(places)
-        shape = (*s.shape[: s.dim], n, *s.shape[s.dim + 1 :])
-        if tensor.dtype != torch.float32 or tensor.shape != shape or not _positions(places, n, s.shape[s.dim]):
-            raise StateError(
-                f"{block.delta_name} is {tuple(tensor.shape)} of {tensor.dtype}, and this model's slice of "
-                f"{s.parameter_name} has a float32 delta of {shape}, at {n} positions below {s.shape[s.dim]}"
-            )
-    if not _positions(one.all()[0], len(one.all()[0]), s.shape[s.dim]):
-        raise StateError(f"{block.delta_name} has a position twice")
-    return one
-
-
-def _positions(places: Tensor, n: int, size: int) -> bool:
-    """Whether these are n positions below `size`, each once."""
-    fits = places.dtype == torch.int64 and places.shape == (n,) and bool(((0 <= places) & (places < size)).all())
-    return fits and len(places.unique()) == n
-
-
-def _some_names(state: State) -> str:
-    names = [block.delta_name for block in state.blocks]
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-# --- other units in the same places ----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _arrange(state: State, selections: Sequence[Selection], learned: Mapping[str, Learned]) -> None:
-    """The selections train from here on; of all units of a parameter that have learned something, those keep it that
-    do not train."""
-    orders = dense_orders(state.analysis, selections)
-    index = moves_for(orders, state.analysis.layouts)
-    to_base_order(state, trained=False)
-    now, before = state.tensors(), {}
-    for block in state.blocks:
-        indices, delta = (t.detach().cpu() for t in learned[block.name])
-        backup = now[block.name].detach().index_select(block.dim, indices.to(block.weight.device)).cpu()
-        before[block.name] = Left(block.name, block.dim, indices, delta, backup)
-        before[block.name].put(now[block.name], None, trained=True)
-    state.moves = [(name, dim, order) for (name, dim), order in index.items()]
-    state.permuted = Permuted.of(state.analysis, orders)
-    state.move(back=False)
-    pairs = [_replaced(b, s, index, before[b.name]) for b, s in zip(state.blocks, selections)]
-    state.left_behind = [left for _, left in pairs if left is not None]
-    state.replan(tuple(piece for piece, _ in pairs))
-    state.set_active(True)
-    state.refresh()
-
-
-def _check(state: State) -> None:
-    if not state.active:
-        raise StateError("the model is inside disabled() or merged()")
-    for block in state.blocks:
-        if not isinstance(block, InPlace):
-            raise StateError(
-                f"{block.name} is quantized: the units of a slice beside a weight cannot be chosen anew yet"
-            )
-        if block.follow_shards():
-            raise StateError("this model is sharded (fully_shard): choose units anew before that")
 
 
 def _in_order(selections: tuple[Selection, ...], state: State) -> list[Selection]:
@@ -218,25 +67,3 @@ def _in_order(selections: tuple[Selection, ...], state: State) -> list[Selection
                 f"keeps its size"
             )
     return [by_place[block.name, block.dim] for block in state.blocks]
-
-
-def _learned(state: State) -> dict[str, Learned]:
-    """Of each parameter all that ever trained."""
-    return {s.parameter_name: (s.indices, s.delta.detach().clone()) for s in state.all_trained.slices}
-
-
-def _replaced(
-    block: InPlace, selection: Selection, index: Mapping[tuple[str, int], Tensor], before: Left
-) -> tuple[Slice, Left | None]:
-    """Gives a block other units, in the weight's new order. Returns its slice, and what gave way in the weight."""
-    shape = tuple(block.weight.shape)
-    order = index.get((block.name, block.dim), torch.arange(shape[block.dim]))
-    mask = torch.isin(order, selection.indices)
-    indices = order[mask]
-    where = torch.full((shape[block.dim],), -1)
-    where[before.indices] = torch.arange(len(before.indices))
-    again = where[indices] >= 0
-    block.choose(ranges(mask), again.nonzero().squeeze(1), before.take(where[indices][again]))
-    gone = ~torch.isin(before.indices, indices)
-    left = before.take(gone.nonzero().squeeze(1)).moved()
-    return Slice(block.name, block.dim, indices, shape, selection.roles, block.delta), left

@@ -224,7 +224,7 @@ def test_commands_in_sentences_exist():
             words = re.sub(r"^--import \S+ ", "", line).split()
             named = [n for n in (" ".join(words[:2]), words[0]) if n in known or n == "export"]
             assert named, f"{name}: s2ft {line}"
-            typed = set(re.findall(r"--[a-z-]+", line)) - {"--help", "--import"}
+            typed = set(re.findall(r"--[a-z0-9-]+", line)) - {"--help", "--import"}
             assert typed <= options.get(named[0], typed), f"{name}: s2ft {line}"
 
 
@@ -235,7 +235,7 @@ def test_the_page_of_commands_has_all_of_them():
     assert written.keys() == known.keys()
     for name, command in known.items():
         asked = {o for p in command.params for o in p.opts if o.startswith("--")} - {"--debug", "--help"}
-        assert asked == set(re.findall(r"^\| `(--[a-z-]+)`", written[name], re.MULTILINE)), name
+        assert asked == set(re.findall(r"^\| `(--[a-z0-9-]+)`", written[name], re.MULTILINE)), name
 
 
 # --- links, names and messages --------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """fp8 products: what runs is the algebra of `passes/backward/fp8.py` in float64, and no weight is dequantized."""
 
+import json
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cli import base, invoke, text  # noqa: F401  (fixtures)
 from test_quantized import DEEPER, IDS, LLAMA, STEP, TARGETS, dense, oracle, prepared, quantized
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -271,6 +273,26 @@ def test_inductor_compiles_it():
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     for a, b in zip(*grads):
         assert (a - b).norm() <= 0.02 * a.norm()
+
+
+def test_the_command_trains_in_fp8_and_says_what_that_takes(base, text, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    how = {"model": base, "data": text, "output": run, "targets": "ffn.out=3,ffn.in=3", "steps": 2, "batch-size": 2}
+    how |= {"seq-len": 16, "inner": "aot_eager", "quantize": "fp8"}
+    result = invoke("train", *(piece for name, value in how.items() for piece in (f"--{name}", value)), "--fp8")
+    assert result.exit_code == 0, result.output
+    assert json.loads((run / "metrics.json").read_text())["options"]["fp8"] is True
+    taken = []
+    for more in ([], ["--fp8"]):
+        size = ["--batch", 1, "--seq", 64, "--quantize", "fp8", "--targets", "ffn.out=3"]
+        result = invoke("estimate", base, *size, "--json", *more)
+        assert result.exit_code == 0, result.output
+        taken.append(json.loads(result.stdout))
+    assert taken[1]["weights"] == taken[0]["weights"] and taken[1]["working"] < taken[0]["working"]
+    for command in (["estimate", base], ["train", *(x for n in ("model", "data") for x in (f"--{n}", how[n]))]):
+        more = ["--output", tmp_path / "other"] * (command[0] == "train")
+        result = invoke(*command, *more, "--quantize", "nf4", "--fp8")
+        assert result.exit_code == 1 and "needs --quantize fp8, got nf4" in " ".join(result.output.split())
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -233,10 +233,9 @@ def bytes_of(model: nn.Module) -> int:
     return sum(t.nbytes for t in {(t.data_ptr(), t.numel()): t for t in held}.values())
 
 
-@pytest.mark.parametrize("kind, room", [("nf4", 0.1), ("int8", 0.2)])
-def test_what_is_predicted_is_what_a_step_takes(kind, room):
-    """The weights, and the peak of a step as the allocator sees it, to 10%; of int8, which takes 16% more than it
-    should for a reason not found, to 20%."""
+@pytest.mark.parametrize("kind", ["nf4", "int8", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_what_is_predicted_is_what_a_step_takes(kind):
+    """The weights, and the peak of a step as the allocator sees it, to 10%."""
     ids = torch.randint(0, 2048, (2, 512))
     step_of, config = {"input_ids": ids, "labels": ids}, s2ft.S2FTConfig({"ffn.in": 0.02, "ffn.out": 0.02})
     with torch.device("meta"):
@@ -249,7 +248,7 @@ def test_what_is_predicted_is_what_a_step_takes(kind, room):
     predicted = s2ft.estimate(planned, step_of, config, options, "muon")
     numbers = sum(math.prod(w.shape) for w in quantized_in(model).values())
     assert bytes_of(model) == pytest.approx(predicted.weights, rel=0.02)
-    assert kind == "int8" or bytes_of(model) - 4 * 2 * 2048 * 256 <= 0.6 * numbers
+    assert kind != "nf4" or bytes_of(model) - 4 * 2 * 2048 * 256 <= 0.6 * numbers
     s2ft.prepare(model, {"input_ids": ids}, config)
     optimizer = s2ft.optimizer(model)
     model.compile(backend="s2ft", options={"logits": False})
@@ -261,7 +260,7 @@ def test_what_is_predicted_is_what_a_step_takes(kind, room):
 
     step()
     fixed = bytes_of(model) + sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
-    assert fixed + peak_of(step) == pytest.approx(predicted.total, rel=room)
+    assert fixed + peak_of(step) == pytest.approx(predicted.total, rel=0.1)
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from small import assert_weights, cases, full_gradients, hf, same_bits, tokens
+from test_resume import trainer
 from torch import nn
 
 import s2ft_compile as s2ft
@@ -222,3 +224,74 @@ def test_a_trained_state_of_something_else_is_refused():
             s2ft.load_trained_state(model, given_values)
     assert all(same_bits(p, before[n]) for n, p in model.named_parameters())
     assert len(plan.slices) == len(state_of(model).blocks)
+
+
+def test_a_trainer_that_chooses_units_anew_resumes_bit_for_bit(tmp_path):
+    """With checkpoints between two choices and at one, and the best model, which is one from before the first."""
+    config = s2ft.S2FTConfig({"ffn.in": 6, "ffn.out": 6}, selection="gradient")
+    base = hf("llama").bfloat16().train()
+
+    def run(**changes):
+        model = copy.deepcopy(base)
+        s2ft.prepare(model, INPUTS, config, calibration=[BATCH], train=False)
+        one = trainer(model, tmp_path, learning_rate=1e-2, save_steps=1, **changes)
+        one.add_callback(s2ft.S2FTCallback(reselect_every=2))
+        return model, one
+
+    whole, first = run()
+    first.train()
+    assert state_of(whole).reselected == 2 and state_of(whole).left_behind
+    for step in (2, 3):
+        again, second = run()
+        second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert again.state_dict().keys() == whole.state_dict().keys()
+        assert all(same_bits(t, again.state_dict()[n]) for n, t in whole.state_dict().items())
+        losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (first, second)]
+        assert losses[0] == losses[1] and len(losses[0]) == 6
+    plan = s2ft.Plan.from_json((tmp_path / "checkpoint-3" / "s2ft_plan.json").read_text())
+    held = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert all(torch.equal(s.indices, held[f"{s.parameter_name}_delta.units"]) for s in plan.slices)
+    best = dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, greater_is_better=True)
+    model, third = run(**best, metric_for_best_model="eval_loss")  # so that the first is the best
+    third.train()
+    held = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert third.state.best_model_checkpoint.endswith("checkpoint-1") and state_of(model).reselected == 0
+    assert all(same_bits(t, held[n]) for n, t in model.state_dict().items())
+    with s2ft.disabled(model):
+        assert_weights(model, {**dict(model.named_parameters()), **dict(base.named_parameters())})
+
+
+def test_a_state_dict_has_the_units_that_were_chosen_anew():
+    """It is loaded where other units train; one that does not belong changes nothing."""
+    base, config = hf("llama"), s2ft.S2FTConfig({"ffn.in": 6, "ffn.out": 6})
+    model, fresh = copy.deepcopy(base), copy.deepcopy(base)
+    for one in (model, fresh):
+        name = s2ft.prepare(one, INPUTS, config).slices[0].parameter_name
+    optimizer, states = s2ft.optimizer(model, lr=3e-2), []
+    for _ in range(3):
+        steps(model, optimizer, number=1)
+        states.append({n: t.clone() for n, t in model.state_dict().items()})
+        s2ft.reselect(model)
+    for state in (states[1], states[0], states[2]):
+        for one in (model, fresh):
+            assert str(one.load_state_dict(state)) == "<All keys matched successfully>"
+            assert one.state_dict().keys() == state.keys()
+            assert all(same_bits(t, state[n]) for n, t in one.state_dict().items())
+        assert same_bits(model(**INPUTS).logits, fresh(**INPUTS).logits)
+    before = {n: t.clone() for n, t in fresh.state_dict().items()}
+    for wrong in (
+        {**states[1], "model.layers.0.mlp.up_proj.weight": states[1]["model.layers.0.mlp.up_proj.weight"] * 2},
+        {n: t for n, t in states[1].items() if n != f"{name}_delta"},
+        {**states[1], f"{name}_delta.units": torch.arange(6) + 100},
+    ):
+        with pytest.raises(StateError):
+            fresh.load_state_dict(wrong)
+        assert all(same_bits(t, before[n]) for n, t in fresh.state_dict().items())
+
+
+def test_what_the_callback_does_not_take():
+    for every in (0, 0.1, True):
+        with pytest.raises(ConfigError, match="whole number of steps"):
+            s2ft.S2FTCallback(every)
+    with pytest.raises(StateError, match="not prepared"):
+        s2ft.S2FTCallback(5).on_train_begin(None, None, None, model=hf("llama"))

@@ -39,6 +39,7 @@ def main(
 
 
 CHECKPOINTING = "Keep the input of each layer alone, and compute it again in the backward: by default if quantized."
+FP8 = "Multiply in fp8 too, forward and for dX: a base with --quantize fp8, a GPU of capability 8.9 or more."
 BUDGET = "Share of the activations kept for the backward; what is not kept is computed again."
 
 
@@ -83,6 +84,7 @@ def estimate(
         str, typer.Option(help="Type of the weights: auto (the configuration's), or float32, bfloat16, float16.")
     ] = "auto",
     quantize: Annotated[str, typer.Option(help="As for `s2ft train`: nf4, int8 or fp8.")] = "none",
+    fp8: Annotated[bool, typer.Option("--fp8", help=FP8)] = False,
     optimizer: Annotated[str, typer.Option(help="As for `s2ft train`: muon or adamw.")] = "muon",
     activation_budget: Annotated[float, typer.Option(help=BUDGET)] = 1.0,
     gradient_checkpointing: Annotated[bool | None, typer.Option(help=CHECKPOINTING, show_default=False)] = None,
@@ -95,7 +97,7 @@ def estimate(
         from .estimate import estimate_folder, table
         from .options import parse_targets
 
-        how = CompileOptions(activation_budget=activation_budget, logits=logits)
+        how = CompileOptions(activation_budget=activation_budget, logits=logits, fp8=fp8)
         with err.status(f"compiling {model} without weights"):
             what = S2FTConfig(parse_targets(targets))
             saving = quantize, optimizer, gradient_checkpointing, grad_accum
@@ -238,6 +240,7 @@ def train(
     quantize: Annotated[
         str, typer.Option(help="Quantize the frozen linear layers while they are loaded: nf4, int8 or fp8.")
     ] = "none",
+    fp8: Annotated[bool, typer.Option("--fp8", help=FP8)] = False,
     inner: Annotated[
         str, typer.Option(help="What compiles the rewritten graph: inductor, aot_eager or eager.")
     ] = "inductor",

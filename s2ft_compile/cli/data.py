@@ -308,6 +308,14 @@ def quantization(quantize: str, dtype: torch.dtype | None) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}}
 
 
+def check_fp8(fp8: bool, quantize: str) -> None:
+    """Raises `ConfigError` for products in fp8 with weights that are not."""
+    if fp8 and quantize != "fp8":
+        raise ConfigError(
+            f"--fp8 multiplies by weights that are stored in fp8: it needs --quantize fp8, got {quantize}"
+        )
+
+
 def load_structure(model: str | Path, dtype: str = "auto") -> nn.Module:
     """A model without its weights, on the `meta` device: all that `analyze` needs, whatever the model's size."""
     config = load_config(model)

@@ -11,7 +11,7 @@ from s2ft_compile.errors import ConfigError
 from s2ft_compile.estimation import Estimate, estimate
 from s2ft_compile.planned import plan_quantization
 
-from .data import DTYPES, QUANTIZE, checkpoint_if, example_inputs, load_structure, takes_labels
+from .data import DTYPES, QUANTIZE, check_fp8, checkpoint_if, example_inputs, load_structure, takes_labels
 
 
 def estimate_folder(
@@ -30,6 +30,7 @@ def estimate_folder(
     linear layers but the head, to one of `QUANTIZE`. checkpointing: whether layers are computed again in the
     backward; None as in `s2ft train`, with a quantized base. grad_accum: forwards in a step."""
     check_choice("quantize", quantize, QUANTIZE)
+    check_fp8(options.fp8, quantize)
     if grad_accum < 1:
         raise ConfigError(f"grad_accum is at least 1, got {grad_accum}")
     loaded, inputs = structure_and_step(model, batch, length, dtype)

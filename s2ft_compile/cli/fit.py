@@ -23,8 +23,8 @@ from torch import nn
 from s2ft_compile.errors import ConfigError, StateError, TrainingError
 from s2ft_compile.layers import compile_layers
 from s2ft_compile.quantized import not_quantized
-from s2ft_compile.reselection import load_trained_state, reselect, trained_state
 from s2ft_compile.slices.optimizers import optimizer
+from s2ft_compile.slices.units import load_trained_state, trained_state
 
 from .data import Blocks
 from .options import TrainOptions
@@ -54,7 +54,7 @@ def fit(
             load_deltas(model, end)
             return _state(start)["global_step"], []
         watch = _watch(bars, steps, options, work, tokens_of_step(blocks, options))
-        callbacks = [watch, _reselection(model, blocks, options)]
+        callbacks = [watch, _reselection(model, blocks, options, steps)]
         trainer = _trainer(model, blocks, held_out, options, work, steps, callbacks)
         watch.trim(start)
         with watch.interruptible():
@@ -100,7 +100,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def _compiled(model: nn.Module, options: TrainOptions) -> Iterator[None]:
-    how = {"inner": options.inner, "activation_budget": options.activation_budget}
+    how = {"inner": options.inner, "activation_budget": options.activation_budget, "fp8": options.fp8}
     with _without_cache(model):
         compiled = compile_layers(model, **how) if options.by_layer else [model]
         if not options.by_layer:
@@ -224,17 +224,12 @@ def tokens_of_step(blocks: Blocks, options: TrainOptions) -> int:
     return options.batch_size * options.grad_accum * blocks.input_ids.shape[1]
 
 
-def _reselection(model: nn.Module, blocks: Blocks, options: TrainOptions):
+def _reselection(model: nn.Module, blocks: Blocks, options: TrainOptions, steps: int):
     """A Trainer callback by which other units train from some steps on."""
-    from transformers import TrainerCallback
+    from s2ft_compile.callback import S2FTCallback
 
-    class Reselection(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            step, period = state.global_step, options.reselection_steps(state.max_steps)
-            if step and step % period == 0:
-                reselect(model, calibration(model, blocks, options))
-
-    return Reselection()
+    every = options.reselection_steps(steps)
+    return S2FTCallback(every if every < steps else None, lambda: calibration(model, blocks, options))
 
 
 def _watch(bars: Progress, steps: int, options: TrainOptions, work: Path, tokens: int):

@@ -13,8 +13,9 @@ import torch
 from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.config import DEFAULT, OPTIMIZERS, ROLES, SHARE, CompileOptions, S2FTConfig, check_choice, is_glob
 from s2ft_compile.errors import ConfigError, ExportError
+from s2ft_compile.passes.backward.fp8 import check_device
 
-from .data import DTYPES, QUANTIZE, load_config, model_class
+from .data import DTYPES, QUANTIZE, check_fp8, load_config, model_class
 from .records import Records, read_records
 
 COUNTS = ("batch_size", "grad_accum", "seq_len", "calibration_batches", "save_every", "keep")
@@ -30,7 +31,7 @@ class TrainOptions:
     calibration_batches: how many batches of the training blocks a selection looks at, if it looks at data.
     reselect_every: after how many steps, or below 1 what share of them, other units train (`s2ft.reselect`); 0: never.
     None: a tenth of the run, at least 20 steps; never for a quantized base, or a budget of the whole model.
-    quantize: the linear layers but the head, while they are loaded (docs/quantized.md). activation_budget: see
+    quantize: the linear layers but the head, while they are loaded (docs/quantized.md). fp8, activation_budget: see
     `CompileOptions`. gradient_checkpointing: see `checkpoint_if`. by_layer: see `compile_layers`. warmup: steps, or
     below 1 a share of them; None for a tenth, at most 10. clip: the largest norm of a step's gradients, 0 for none.
     save_every, eval_every: in steps. keep: how many checkpoints. patience: evaluations without an improvement, after
@@ -52,6 +53,7 @@ class TrainOptions:
     seed: int = 0
     dtype: str = "auto"
     quantize: str = "none"
+    fp8: bool = False
     inner: str = "inductor"
     held_out: float = 0.05
     calibration_batches: int = 4
@@ -98,7 +100,8 @@ class TrainOptions:
             raise ConfigError("eval_every needs data that is held out, and held_out is 0")
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("quantize", self.quantize, QUANTIZE)
-        CompileOptions(self.inner, self.activation_budget)
+        check_fp8(self.fp8, self.quantize)
+        CompileOptions(self.inner, self.activation_budget, fp8=self.fp8)
 
     def _check_reselection(self) -> None:
         if not 0 <= self.reselect_every < 1e9:
@@ -220,6 +223,8 @@ def check(options: TrainOptions) -> Records:
     _check_output(options.output, options.resume)
     if options.report_to != "none" and find_spec(options.report_to) is None:
         raise ConfigError(f"--report-to {options.report_to} needs the package: pip install {options.report_to}")
+    if options.fp8:
+        check_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     config = load_config(options.model)
     _check_causal(options.model, config)
     _check_globs(config, options.s2ft)

@@ -81,6 +81,7 @@ class State:
         self.blocks = blocks
         self.left_behind: list[Left] = []
         self.reselected = 0  # how often
+        self.first = [s.indices for s in plan.slices]  # what trained before the first time
         self.arranged = 0  # how often blocks became other units
         self.moves = moves
         self.frozen = frozen
@@ -89,7 +90,7 @@ class State:
         self.compared = False  # with what other processes selected
         self.active = True
         self.warned = False  # of slices without a gradient
-        self._hook = None  # of loading
+        self._hooks: list = []  # of saving and loading
         self._conversions: list | None = None  # of names in files, by transformers
         _live.add(self)
 
@@ -172,14 +173,15 @@ class State:
         setattr(model, NAME, self)
         for block in self.blocks:
             block.install()
-        self._hook = model.register_load_state_dict_pre_hook(_check_loaded)
+        loads, saves = model.register_load_state_dict_pre_hook, model.register_state_dict_post_hook
+        self._hooks = [loads(_check_loaded), saves(_add_units)]
         self._keep_names(model)
 
     def uninstall(self, model: nn.Module, trained: bool = False) -> None:
         """The inverse: no delta is among the model's parameters, and its modules have the classes they had. trained:
         but for the slices beside weights that cannot take them, which stay where they are, and count."""
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for block in self.blocks:
             if trained and isinstance(block, Beside):
                 block.active = True
@@ -214,11 +216,31 @@ class State:
             block.active = active
 
 
+def _add_units(model: nn.Module, state_dict, prefix, _) -> None:
+    """Where units were chosen anew, which ones train, and what the others learned, is a part of the state, too."""
+    from .units import units_of
+
+    if (state := find_state(model)) is not None and state.reselected:
+        state_dict.update({prefix + name: t for name, t in units_of(model).items()})
+
+
 def _check_loaded(model: nn.Module, state_dict, prefix, *_) -> None:
-    """Refuses weights of another order or base before the first of them is loaded."""
+    """Refuses weights of another order or base before the first of them is loaded. Those of another selection of the
+    same base's units are in another order: the model takes it."""
+    from .units import follow_units
+
     state = find_state(model)
     if state is None:
         return
+    go_back = follow_units(model, state_dict, prefix)
+    try:
+        _check_same_base(model, state, state_dict, prefix)
+    except StateError:
+        go_back()
+        raise
+
+
+def _check_same_base(model: nn.Module, state: State, state_dict, prefix: str) -> None:
     for weight in quantized_in(model).values():
         check_extra(weight, state_dict, prefix)
     blocks, now = {b.name: b for b in state.blocks}, dict(model.named_parameters())
