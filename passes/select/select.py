@@ -15,15 +15,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from s2ft_compile.config import (
-    ROLES,
-    SELECTIONS,
-    S2FTConfig,
-    is_glob,
-    matches,
-    qualified_name,
-    units_for,
-)
+from s2ft_compile.config import ROLES, SELECTIONS, S2FTConfig, is_glob, matches, qualified_name, units_for
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.layout import Layout, coordinates, end_roles, leaves, role_mask
 from s2ft_compile.structure import Analysis

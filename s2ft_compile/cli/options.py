@@ -135,8 +135,9 @@ class TrainOptions:
 
 
 def parse_targets(text: str | None) -> dict[str, int | float] | None:
-    """`ffn.out=0.03,attention.out=4` as {role or glob: ratio or units}; without a point it is units. `default` alone has
-    its own ratio."""
+    """`ffn.out=0.03,attention.out=4` as {role or glob: ratio or units}; without a point it is units. `default` alone is
+    at its own ratio.
+    """
     if text is None:
         return None
     targets: dict[str, int | float] = {}

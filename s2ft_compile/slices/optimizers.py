@@ -12,7 +12,7 @@ from math import prod, sqrt
 from statistics import median
 from typing import Any
 
-from torch import Tensor, nn, optim
+from torch import nn, optim
 
 from s2ft_compile.config import OPTIMIZERS, check_choice
 from s2ft_compile.errors import ConfigError
@@ -54,12 +54,17 @@ def optimizer(
 def state_bytes(model: nn.Module, name: str) -> int:
     """What an optimizer of this name keeps of the deltas: Muon one number for each of theirs, AdamW two."""
     matrices, *rest = _apart(zip(parameters(model), state_of(model).plan.slices), name)
-    return sum(p.numel() * p.itemsize for p in matrices) + sum(2 * p.numel() * p.itemsize for g in rest for p in g)
+    numbers: int = sum(p.numel() for p in matrices) + 2 * sum(p.numel() for group in rest for p in group)
+    return 4 * numbers
 
 
-def _apart(deltas: Iterable[tuple[nn.Parameter, Slice]], name: str) -> tuple[list, list, list]:
+def _apart(
+    deltas: Iterable[tuple[nn.Parameter, Slice]], name: str
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Those of Muon, the heads beside them, and all others."""
-    matrices, heads, others = [], [], []
+    matrices: list[nn.Parameter] = []
+    heads: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for delta, s in deltas:
         of_heads = any(role.startswith("attention.") for role in s.roles)
         (others if name != "muon" or delta.ndim != 2 else heads if of_heads else matrices).append(delta)
