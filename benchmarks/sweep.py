@@ -165,7 +165,7 @@ def examine_zoo(name: str) -> dict:
 
 def trains(model: nn.Module, inputs, analysis, whole: bool) -> dict:
     """Whether every role that it offers trains, with exact gradients: role -> [weights that train, weights that are
-    left out]. What does not trace in whole is compiled."""
+    left out]. What does not trace in whole is trained in eager mode, role by role."""
     from s2ft_compile.testing import assert_sliced, assert_trains
 
     try:
@@ -174,7 +174,7 @@ def trains(model: nn.Module, inputs, analysis, whole: bool) -> dict:
                 return {"trains": assert_sliced(model, inputs, analysis=analysis)}
             except (DataDependentOutputException, DynamicOutputShapeException):  # what it does depends on values
                 pass
-        return {"compiled": True, "trains": {role: (n, 0) for role, n in assert_trains(model, inputs).items()}}
+        return {"eager": True, "trains": {role: (n, 0) for role, n in assert_trains(model, inputs, None).items()}}
     except AssertionError as error:  # the finding: what is offered and does not train
         return {"not trained": str(error)[:600]}
     except Exception as error:

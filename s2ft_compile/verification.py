@@ -28,6 +28,7 @@ from .capture import inference_mode_of, unwrap
 from .errors import ConfigError, StateError, VerificationError
 from .examples import Inputs, resized, several
 from .quantized import Quantized, stand_ins
+from .recording import as_before
 from .state import find_state
 from .structure import Analysis, Coupling
 
@@ -158,7 +159,8 @@ class _Trial:
 
     def outputs(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
         buffers = {name: b.clone() for name, b in self.buffers.items()}
-        with torch.random.fork_rng(devices=[]), default_dtype(self.dtype), Promoted(self.dtype):
+        apart = as_before(self.model)  # what a module keeps of a forward is of its weights: nothing for the next
+        with apart, torch.random.fork_rng(devices=[]), default_dtype(self.dtype), Promoted(self.dtype):
             torch.manual_seed(self.seed)
             output = functional_call(self.model, {**buffers, **weights}, self.args, self.kwargs)
         return [

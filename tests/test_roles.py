@@ -166,6 +166,24 @@ class Picked(nn.Module):
         return x + y.view(x.shape)
 
 
+class Twice(nn.Module):
+    """Attention whose result is a sum over two sets of keys, with one softmax over both; no stream around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.q, self.k, self.v, self.o = (nn.Linear(*s) for s in ((8, 10), (10, 8), (10, 8), (10, 6), (6, 8)))
+
+    def forward(self, x):
+        x = self.a(x)
+        near, far = x, x[:, :2]
+        q = self.q(x).unflatten(-1, (2, 4))
+        (k, v), (m, w) = ((self.k(y).unflatten(-1, (2, 4)), self.v(y).unflatten(-1, (2, 3))) for y in (near, far))
+        scores = [torch.einsum("bthd,bshd->bhts", q, keys) for keys in (k, m)]
+        near, far = torch.cat(scores, -1).softmax(-1).split([x.shape[1], 2], -1)
+        y = torch.einsum("bhts,bshd->bthd", near, v) + torch.einsum("bhts,bshd->bthd", far, w)
+        return self.o(y.flatten(2))
+
+
 ROLES = {  # model -> (parameter, dim, what it is, units), each of which one coupling has
     Packed: [
         ("m.in_proj_weight", 0, "attention.query", 2),
@@ -194,6 +212,11 @@ ROLES = {  # model -> (parameter, dim, what it is, units), each of which one cou
         ("a.weight", 0, "ffn.in", 12),
         ("b.weight", 1, "ffn.out", 12),
         ("c.weight", 1, "other.out", 6),
+    ],
+    Twice: [
+        ("q.weight", 0, "attention.query", 2),
+        ("v.weight", 0, "attention.value", 3),
+        ("o.weight", 1, "attention.out", 2),
     ],
     Picked: [("up", 1, "moe.in", 12), ("down", 2, "moe.out", 12)],
 }
