@@ -111,7 +111,8 @@ def _recorded(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], trace: s
     except Exception as error:  # higher-order operators, sizes that depend on data, or no model that traces at all
         log.debug("%s was not recorded (%s: %s)", type(model).__name__, type(error).__name__, error)
     try:
-        program = torch.export.export(model, args, dict(kwargs), strict=False).run_decompositions({})
+        with _frozen(model):  # attention's operators have no derivative on every device
+            program = torch.export.export(model, args, dict(kwargs), strict=False).run_decompositions({})
     except Exception as error:  # export raises many unrelated types
         raise CaptureError(_explain(model, error, trace)) from error
     signature, constants = program.graph_signature, program.constants
@@ -123,6 +124,18 @@ def _recorded(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], trace: s
         {place: constants[key] for place, key in lifted if isinstance(constants.get(key), torch.Tensor)},
         dict(signature.buffers_to_mutate),
     )
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, trained in before:
+            p.requires_grad_(trained)
 
 
 def _read_elsewhere(graph: torch.fx.Graph, quantized: Mapping[str, str]) -> frozenset[str]:
@@ -250,17 +263,20 @@ def overlapping_names(model: nn.Module, constants: Mapping[str, Any] | None = No
     where its own elements share memory.
 
     The other may be a parameter, a buffer, an attribute of a module (or held by a list, tuple or dict that is one), or
-    one of `constants`, tensors that a trace met anywhere else.
+    one of `constants`, tensors that a trace met anywhere else. An attribute that is the parameter itself is another
+    name for it (nn.LSTM has such a list); where a forward reads that, it is among the constants.
     """
     parameters = dict(model.named_parameters())
     spans: dict[int, list[tuple[int, int, str]]] = {}
-    for name, t in [*parameters.items(), *_held(model), *(constants or {}).items()]:
+    itself = {id(p) for p in parameters.values()}
+    held = [(name, t) for name, t in _held(model) if id(t) not in itself]
+    for name, t in [*parameters.items(), *held, *(constants or {}).items()]:
         if isinstance(t, torch.Tensor) and (span := _span(t)) is not None:
             spans.setdefault(span[0], []).append((*span[1:], name))
     overlaps = {n: n for n, p in parameters.items() if any(s > 1 and not d for s, d in zip(p.shape, p.stride()))}
-    for held in spans.values():
+    for spanned in spans.values():
         last_end, last_name = 0, ""
-        for start, end, name in sorted(set(held)):
+        for start, end, name in sorted(set(spanned)):
             if start < last_end:
                 overlaps[name] = last_name
                 overlaps.setdefault(last_name, name)
@@ -293,6 +309,12 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Any]]:
             for name, t in [(key, value), *((f"{key}[{k!r}]", v) for k, v in below)]:
                 if isinstance(t, torch.Tensor):
                     yield f"{path}.{name}" if path else name, t
+
+
+def held_again(model: nn.Module) -> dict[str, str]:
+    """A parameter -> the attribute that it is, too, of those that are one."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(t)]: name for name, t in _held(model) if id(t) in names}
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:

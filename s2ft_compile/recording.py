@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._traceback import CapturedTraceback
 
-from .repeats import repeated
+from .repeats import now, repeated
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
@@ -150,11 +150,6 @@ class Recorder(Recording, ProxyTorchDispatchMode):
         """The graph, which returns these."""
         self.graph.output(self.arguments(pytree.tree_map(now, tree)))
         return self.graph
-
-
-def now(t: Any) -> Any:
-    """The value of a tensor of a recording; anything else as it is."""
-    return t.from_functional() if isinstance(t, FunctionalTensor) else t
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import torch
 from torch import fx, nn
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     from .recording import Recorder
@@ -139,8 +138,8 @@ class _Layers:
         args, kwargs = pytree.tree_unflatten(inputs, spec)
         graph, tensors = self.recorder.graph, [t for t in inputs if isinstance(t, torch.Tensor)]
         last, drawn = next(reversed(graph.nodes), None), random.getstate()
-        before = [_value(t) for t in inputs]
-        held = [_value(t) for t, _ in self.recorder.given.values()]
+        before = [now(t) for t in inputs]
+        held = [now(t) for t, _ in self.recorder.given.values()]
         kept = [(held, held.copy()) for m in layer.modules() for held in (vars(m), *_collections(m))]
         with self._watched(layer) as reads:
             result = type(layer).forward(layer, *args, **kwargs)
@@ -153,8 +152,8 @@ class _Layers:
             plain
             and self._is_closed(layer, nodes, before)
             and drawn == random.getstate()
-            and all(a is _value(t) for a, t in zip(before, inputs))
-            and all(a is _value(t) for a, (t, _) in zip(held, self.recorder.given.values()))
+            and all(a is now(t) for a, t in zip(before, inputs))
+            and all(a is now(t) for a, (t, _) in zip(held, self.recorder.given.values()))
             and all(_is_as(held, was) for held, was in kept)
             and len({*storages, *map(_storage, tensors)}) == len(storages) + len({*map(_storage, tensors)})
         ):
@@ -167,7 +166,7 @@ class _Layers:
     def _is_closed(self, layer: nn.Module, nodes: list[fx.Node], before: list[Any]) -> bool:
         """Whether a call computed all from what it was given and its own weights."""
         own = [t for m in layer.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        given = [_value(t) for t in (*own, *before) if isinstance(t, torch.Tensor)]
+        given = [now(t) for t in (*own, *before) if isinstance(t, torch.Tensor)]
         known = {*nodes, *map(self.recorder.node_of, given)}
         return all(n in known for node in nodes for n in node.all_input_nodes)
 
@@ -195,11 +194,11 @@ class _Layers:
         if not all(_fits(a, was, b) for a, was, b in pairs):
             return None
         nodes: dict[fx.Node, fx.Node] = {}
-        mapped = [(was, _value(b)) for a, was, b in pairs if isinstance(a, torch.Tensor)]
+        mapped = [(was, now(b)) for a, was, b in pairs if isinstance(a, torch.Tensor)]
         for a, b in zip(self.modules[id(template.layer)].values(), self.modules[id(layer)].values()):
             for own in ("_parameters", "_buffers"):
                 x, y = getattr(a, own), getattr(b, own)
-                mapped += [(_value(x[name]), _value(y[name])) for name in x if x[name] is not None]
+                mapped += [(now(x[name]), now(y[name])) for name in x if x[name] is not None]
         for x, y in mapped:
             try:
                 ours, theirs = self.recorder.node_of(x), self.recorder.node_of(y)
@@ -220,17 +219,18 @@ class _Layers:
             if given is not None or not isinstance(output, torch.Tensor):
                 outputs.append(output if given is None else given)
                 continue
-            outputs.append(self.recorder.again(nodes[self.recorder.node_of(_value(output))]))
+            outputs.append(self.recorder.again(nodes[self.recorder.node_of(now(output))]))
         return pytree.tree_unflatten(outputs, template.out_spec)
 
 
 def _fits(a: Any, was: Any, b: Any) -> bool:
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return _same(a, b)
-    return isinstance(b, FunctionalTensor) and _type(was) == _type(_value(b))
+    return isinstance(b, FunctionalTensor) and _type(was) == _type(now(b))
 
 
-def _value(t: Any) -> Any:
+def now(t: Any) -> Any:
+    """The value of a tensor of a recording; anything else as it is."""
     return t.from_functional() if isinstance(t, FunctionalTensor) else t
 
 
@@ -242,10 +242,10 @@ def _collections(module: nn.Module) -> list[Any]:
     return [value for value in vars(module).values() if type(value) in (list, dict)]
 
 
-def _is_as(now: Any, was: Any) -> bool:
-    if isinstance(now, dict):
-        return list(now) == list(was) and all(now[key] is was[key] for key in now)
-    return len(now) == len(was) and all(x is y for x, y in zip(now, was))
+def _is_as(held: Any, was: Any) -> bool:
+    if isinstance(held, dict):
+        return list(held) == list(was) and all(held[key] is was[key] for key in held)
+    return len(held) == len(was) and all(x is y for x, y in zip(held, was))
 
 
 def _after(graph: fx.Graph, last: fx.Node | None) -> list[fx.Node]:

@@ -233,7 +233,7 @@ def unify(a: Axis, b: Axis, why: Pin = Pin("two axes that cannot be aligned")) -
     a, b = find(a), find(b)
     if a is b:
         return
-    if a.kind == ATOM:
+    if a.kind == ATOM:  # of two atoms the second stays, with what it is divided into later
         return _bind(a, b, why)
     if b.kind == ATOM:
         return _bind(b, a, why)
