@@ -19,6 +19,7 @@ import re
 import resource
 import signal
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -175,10 +176,15 @@ def trains(model: nn.Module, inputs, analysis, whole: bool) -> dict:
             except (DataDependentOutputException, DynamicOutputShapeException):  # what it does depends on values
                 pass
         return {"eager": True, "trains": {role: (n, 0) for role, n in assert_trains(model, inputs, None).items()}}
-    except AssertionError as error:  # the finding: what is offered and does not train
-        return {"not trained": str(error)[:600]}
     except Exception as error:
+        if isinstance(error, AssertionError) and "s2ft_compile" in _raised_in(error):  # offered, and does not train
+            return {"not trained": str(error)[:600]}
         return {"not comparable": f"{type(error).__name__}: {str(error)[:600]}"}
+
+
+def _raised_in(error: Exception) -> str:
+    """The file whose code raised it; a model has assertions, too."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename
 
 
 def examine_made(model: nn.Module, inputs) -> dict:
@@ -245,8 +251,6 @@ def _child(connection, function, arguments):
         result = function(*arguments)
         connection.send({**result, "seconds": round(time.process_time(), 1)})
     except BaseException as error:  # a crash of the compiler itself is a finding, too
-        import traceback
-
         reason = f"{error!r}: {traceback.format_exc()[-1500:]}"
         connection.send({"status": "crashed", "reason": reason, "seconds": round(time.process_time(), 1)})
     connection.close()

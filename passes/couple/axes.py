@@ -48,7 +48,6 @@ class Axis:
 
 
 ONE = Axis(1)
-CROSSING = Pin("a view makes units of it that cross the parts it was put together from")
 
 
 def find(axis: Axis) -> Axis:
@@ -141,23 +140,10 @@ def _runs(parts: Sequence[Axis], minor: int) -> Iterator[list[Axis]]:
 
 
 def _split_run(run: Sequence[Axis], minor: int) -> tuple[Axis, Axis] | None:
-    """A run as (size // minor, minor). Where units cross its terms, as in (q + k + v) read as heads × 3 × head_dim, the
-    units themselves are in order, and what they are made of is alike in all of them."""
-    count, rest = divmod(sum(p.size for p in run), minor)
-    if rest or count > MAX_TERMS:
-        return None
-    if len(run) == 1:
-        return split_product(run[0], count)
-    units, left = [], list(run)
-    for _ in range(count):
-        sides = split_terms(left, minor)
-        if sides is None:
-            return None
-        units.append(concat(sides[0]))
-        left = sides[1]
-    for unit in units[1:]:
-        unify(units[0], unit)
-    return Axis(count, pin=CROSSING) if count > 1 else ONE, units[0]
+    size = sum(p.size for p in run)
+    if len(run) == 1 and size % minor == 0:
+        return split_product(run[0], size // minor)
+    return (ONE, concat(run)) if size == minor else None
 
 
 def split_factors(parts: Sequence[Axis], major: int) -> tuple[list[Axis], list[Axis]] | None:
