@@ -122,7 +122,7 @@ def _recorded(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], trace: s
         signature.inputs_to_parameters,
         signature.inputs_to_buffers,
         {place: constants[key] for place, key in lifted if isinstance(constants.get(key), torch.Tensor)},
-        dict(signature.buffers_to_mutate),
+        {**signature.buffers_to_mutate, **signature.parameters_to_mutate},
     )
 
 

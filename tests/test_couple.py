@@ -510,3 +510,23 @@ def test_a_weight_that_is_read_from_a_list_is_no_weight_to_train(caplog):
         s2ft.prepare(model, inputs, s2ft.S2FTConfig({"rnn.bias_hh_l0": 2}))
     plan = s2ft.prepare(model, inputs, s2ft.S2FTConfig({"ffn.in": 2}))
     assert [s.parameter_name for s in plan.slices] == ["up.weight"] and "rnn.weight_ih_l0 is left out" in caplog.text
+
+
+class Rescaling(nn.Module):
+    """A weight that a forward in eval mode divides, once."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.rescaled = nn.Linear(6, 8), nn.Linear(8, 4), False
+
+    def forward(self, x):
+        if not self.training and not self.rescaled:
+            with torch.no_grad():
+                self.down.weight.div_(2)
+            self.rescaled = True
+        return self.down(self.up(x).relu())
+
+
+def test_a_weight_that_a_forward_scales_has_the_axes_of_before():
+    analysis = s2ft.analyze(Rescaling(), (torch.randn(2, 6),))
+    assert [c.units for c in analysis.couplings] == [8]

@@ -113,6 +113,8 @@ def split_product(axis: Axis, major: int) -> tuple[Axis, Axis] | None:
     if root.size % major:
         return None
     minor = root.size // major
+    if minor == 1 or major == 1:  # nothing is divided
+        return (axis, ONE) if minor == 1 else (ONE, axis)
     if root.kind == ATOM:
         root.kind, root.parts = PRODUCT, [Axis(major, pin=root.pin), Axis(minor, pin=root.pin)]
         return root.parts[0], root.parts[1]
