@@ -86,7 +86,8 @@ def _statistics(traces: Sequence[Captured]) -> dict[str, tuple[int, ...]]:
     for captured in traces:
         for place in captured.graph_module.graph.find_nodes(op="placeholder"):
             of_norm = any(AXIS_RULES.get(n.target) is axes_batch_norm for n in place.users)
-            if place.name in captured.buffers and (of_norm or captured.buffers[place.name] in written):
+            of_state = of_norm or captured.buffers.get(place.name) in written
+            if place.name in captured.buffers and of_state and place.meta["val"].dim():
                 shapes[captured.buffers[place.name]] = tuple(place.meta["val"].shape)
     return shapes
 
