@@ -26,6 +26,7 @@ from s2ft_compile.passes.permute import moves_for
 
 from .capture.examples import Inputs, resized, several
 from .capture.models import inference_mode_of, unwrap
+from .capture.recording import as_before
 from .errors import ConfigError, StateError, VerificationError
 from .quantized import Quantized, stand_ins
 from .slices.state import find_state
@@ -159,7 +160,8 @@ class _Trial:
 
     def outputs(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
         buffers = {name: b.clone() for name, b in self.buffers.items()}
-        with torch.random.fork_rng(devices=[]), default_dtype(self.dtype), Promoted(self.dtype):
+        apart = as_before(self.model)  # what a module keeps of a forward is of its weights: nothing for the next
+        with apart, torch.random.fork_rng(devices=[]), default_dtype(self.dtype), Promoted(self.dtype):
             torch.manual_seed(self.seed)
             output = functional_call(self.model, {**buffers, **weights}, self.args, self.kwargs)
         return [

@@ -23,6 +23,7 @@ from s2ft_compile.passes.couple.axes import (
     pin,
     product,
     reshape,
+    split_product,
     terms,
     unify,
 )
@@ -124,6 +125,12 @@ def test_an_atom_is_refined_into_a_product():
     channels, heads, width = Axis(12), Axis(3), Axis(4)
     unify(channels, product([heads, width]))
     assert find(channels).kind == PRODUCT and factors(channels) == [heads, width]
+
+
+def test_a_sum_of_single_units_is_not_divided_into_them():
+    a = concat([Axis(1), Axis(2)])
+    high, low = split_product(a, 3)
+    assert (high.size, low.size) == (3, 1) and find(a.parts[1]).kind == "atom"
 
 
 def test_products_refine_each_other_from_the_major_factor_on():

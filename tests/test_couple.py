@@ -466,3 +466,68 @@ def test_a_constant_that_varies_is_not_free(value):
     model, x = ConstantBias(False), torch.randn(2, 5, 16, dtype=torch.float64)
     model.k.copy_(value)
     assert not any(m.parameter_name == "q" for c in s2ft.analyze(model, (x,)).couplings for m in c.members)
+
+
+class Recurrent(nn.Module):
+    """A module that keeps a list of its own weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.rnn, self.down = nn.Linear(6, 8), nn.GRU(8, 10, batch_first=True), nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.down(self.rnn(self.up(x).relu())[0])
+
+
+class Spectral(nn.Module):
+    """A weight over its largest singular value, whose vectors are state: each forward in train mode moves them."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 4))
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (Recurrent, {8: {"up.weight", "rnn.weight_ih_l0"}, 10: {"rnn.weight_hh_l0", "rnn.bias_hh_l0", "down.weight"}}),
+        (Spectral, {8: {"up.weight", "down.parametrizations.weight.original", "down.parametrizations.weight.0._v"}}),
+    ],
+)
+def test_weights_that_a_module_lists_again_and_state_that_it_moves(make, found):
+    torch.manual_seed(0)
+    model, inputs = make(), (torch.randn(2, 5, 6),)
+    analysis = s2ft.analyze(model, inputs, verify=True)
+    members = {c.units: {m.parameter_name for m in c.members} for c in analysis.couplings}
+    assert members.keys() == found.keys() and all(members[units] >= names for units, names in found.items()), members
+
+
+def test_a_weight_that_is_read_from_a_list_is_no_weight_to_train(caplog):
+    model, inputs = Recurrent(), (torch.randn(2, 5, 6),)
+    with pytest.raises(s2ft.ConfigError, match="_flat_weights"):
+        s2ft.prepare(model, inputs, s2ft.S2FTConfig({"rnn.bias_hh_l0": 2}))
+    plan = s2ft.prepare(model, inputs, s2ft.S2FTConfig({"ffn.in": 2}))
+    assert [s.parameter_name for s in plan.slices] == ["up.weight"] and "rnn.weight_ih_l0 is left out" in caplog.text
+
+
+class Rescaling(nn.Module):
+    """A weight that a forward in eval mode divides, once."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.rescaled = nn.Linear(6, 8), nn.Linear(8, 4), False
+
+    def forward(self, x):
+        if not self.training and not self.rescaled:
+            with torch.no_grad():
+                self.down.weight.div_(2)
+            self.rescaled = True
+        return self.down(self.up(x).relu())
+
+
+def test_a_weight_that_a_forward_scales_has_the_axes_of_before():
+    analysis = s2ft.analyze(Rescaling(), (torch.randn(2, 6),))
+    assert [c.units for c in analysis.couplings] == [8]

@@ -1,6 +1,8 @@
 """Recording: the same couplings, refusals and depths as `torch.export` gives; what is not recorded is exported."""
 
+import contextlib
 import dataclasses
+import random
 from collections import Counter
 
 import pytest
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.capture import capture
+from s2ft_compile.capture import examples, recording, repeats
+from s2ft_compile.capture.capture import capture
 from s2ft_compile.capture.recording import NotRecorded, record
+from s2ft_compile.passes import tracing
 from s2ft_compile.testing.models import DECOYS, Drawn, models
 
 
@@ -41,7 +45,7 @@ def _plain(item):
 @given(st.one_of(models(max_blocks=2), st.sampled_from(DECOYS).flatmap(lambda d: models(max_blocks=2, decoys=(d,)))))
 @settings(max_examples=max(3, settings.default.max_examples // 12), suppress_health_check=list(HealthCheck))
 def test_drawn_models(drawn: Drawn):
-    record(drawn.model.eval(), *capture.arguments(drawn.inputs), {})
+    record(drawn.model.eval(), *examples.arguments(drawn.inputs), {})
     with pytest.MonkeyPatch.context() as patch:
         assert_equal(s2ft.analyze(drawn.model, drawn.inputs), exported(patch, drawn.model, drawn.inputs))
 
@@ -137,6 +141,65 @@ def test_found_as_by_export(case: str, monkeypatch):
     if case != "mapped":  # torch.vmap is exported
         record(model, inputs, {}, {})
     assert_equal(s2ft.analyze(model, inputs), exported(monkeypatch, model, inputs))
+
+
+class Block(nn.Module):
+    """One residual FFN that is given nothing but its input. how: what makes it unlike the others of a list."""
+
+    def __init__(self, how="", number=0):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)
+        self.how, self.number, self.kept = how, number, {}
+        self.table = torch.arange(8.0) + number
+
+    def forward(self, x, cache=None):
+        if cache is not None:  # nothing else asks for its number
+            cache[self.number] = x
+        h = self.up(x).relu_()
+        h[..., :2].mul_(0.5)
+        if self.how == "its number":
+            h = h * self.number
+        if self.how == "a tensor of its own":
+            h = h * self.table
+        if self.how == "what it keeps":
+            self.kept["h"] = h
+        if self.how == "a draw":
+            h = h * random.random()
+        if self.how == "the input is written to":
+            x.add_(1.0)
+        h = self.norm(h)
+        return x if self.how == "its input comes back" else x + self.down(h) if self.how != "a view of it" else x[:]
+
+
+class Blocks(nn.Module):
+    def __init__(self, *hows):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(how, i) for i, how in enumerate(hows))
+
+    def forward(self, x):
+        x = x.clone()
+        for i, block in enumerate(self.blocks):
+            x = block(x, {} if self.blocks[0].how == "another argument" and i == 2 else None) * (i + 1)
+        return x
+
+
+UNLIKE = ["its number", "a tensor of its own", "what it keeps", "a draw", "the input is written to", "a view of it"]
+
+
+@pytest.mark.parametrize("how", ["", "its input comes back", "another argument", "one other", *UNLIKE])
+def test_a_copy_of_an_equal_layer_is_what_recording_it_gives(how, monkeypatch):
+    """Node by node; what cannot be known to be equal is recorded."""
+    torch.manual_seed(0)
+    model, copied = Blocks(*(["", "", "its number", ""] if how == "one other" else [how] * 4)), []
+    made = repeats._Layers._copied
+    monkeypatch.setattr(repeats._Layers, "_copied", lambda *given: copied.append(0) or made(*given))
+    random.seed(0)
+    with_copies = record(model, (torch.randn(3, 6),), {}, {})
+    monkeypatch.setattr(recording, "repeated", lambda *_: contextlib.nullcontext())
+    random.seed(0)
+    without = record(model, (torch.randn(3, 6),), {}, {})
+    assert tracing.text(with_copies.graph_module.graph) == tracing.text(without.graph_module.graph)
+    assert len(copied) == {"": 3, "its input comes back": 3, "another argument": 2, "one other": 2}.get(how, 0)
 
 
 def test_a_model_is_as_before():

@@ -166,6 +166,53 @@ class Picked(nn.Module):
         return x + y.view(x.shape)
 
 
+class Twice(nn.Module):
+    """Attention whose result is a sum over two sets of keys, with one softmax over both; no stream around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.q, self.k, self.v, self.o = (nn.Linear(*s) for s in ((8, 10), (10, 8), (10, 8), (10, 6), (6, 8)))
+
+    def forward(self, x):
+        x = self.a(x)
+        near, far = x, x[:, :2]
+        q = self.q(x).unflatten(-1, (2, 4))
+        (k, v), (m, w) = ((self.k(y).unflatten(-1, (2, 4)), self.v(y).unflatten(-1, (2, 3))) for y in (near, far))
+        scores = [torch.einsum("bthd,bshd->bhts", q, keys) for keys in (k, m)]
+        near, far = torch.cat(scores, -1).softmax(-1).split([x.shape[1], 2], -1)
+        y = torch.einsum("bhts,bshd->bthd", near, v) + torch.einsum("bhts,bshd->bthd", far, w)
+        return self.o(y.flatten(2))
+
+
+class Kept(nn.Module):
+    """nn.MultiheadAttention with a key and a value of its own, and one of zeros, which are put behind the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.m = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True)
+
+    def forward(self, x):
+        return x + self.m(x, x, x, need_weights=False)[0]
+
+
+class Splines(nn.Module):
+    """Layers of functions (KAN): a product of an activation with two weights, which have their outputs in common."""
+
+    def __init__(self, sizes=(8, 12, 8), knots=3):
+        super().__init__()
+        pairs = list(zip(sizes, sizes[1:]))
+        self.base = nn.ModuleList([nn.Linear(i, o, bias=False) for i, o in pairs])
+        self.by_knot = nn.ParameterList([torch.randn(o, i, knots) for i, o in pairs])
+        self.scale = nn.ParameterList([torch.randn(o, i) for i, o in pairs])
+        self.register_buffer("knots", torch.linspace(-1, 1, knots))
+
+    def forward(self, x):
+        for base, by_knot, scale in zip(self.base, self.by_knot, self.scale):
+            near = torch.exp(-((x.unsqueeze(-1) - self.knots) ** 2))
+            x = base(F.silu(x)) + torch.einsum("...ik,oik,oi->...o", near, by_knot, scale)
+        return x
+
+
 ROLES = {  # model -> (parameter, dim, what it is, units), each of which one coupling has
     Packed: [
         ("m.in_proj_weight", 0, "attention.query", 2),
@@ -173,6 +220,13 @@ ROLES = {  # model -> (parameter, dim, what it is, units), each of which one cou
         ("m.in_proj_weight", 0, "attention.value", 2),
         ("m.out_proj.weight", 1, "attention.out", 2),
     ],
+    Kept: [
+        ("m.in_proj_weight", 0, "attention.query", 2),
+        ("m.in_proj_weight", 0, "attention.key", 2),
+        ("m.in_proj_weight", 0, "attention.value", 2),
+        ("m.bias_k", 2, "attention.in", 2),
+    ],
+    Splines: [("base.0.weight", 0, "ffn.in", 12), ("by_knot.0", 0, "ffn.in", 12), ("scale.1", 1, "ffn.out", 12)],
     Absorbed: [
         ("a.weight", 0, "attention.query", 2),
         ("d.weight", 1, "attention.out", 2),
@@ -194,6 +248,11 @@ ROLES = {  # model -> (parameter, dim, what it is, units), each of which one cou
         ("a.weight", 0, "ffn.in", 12),
         ("b.weight", 1, "ffn.out", 12),
         ("c.weight", 1, "other.out", 6),
+    ],
+    Twice: [
+        ("q.weight", 0, "attention.query", 2),
+        ("v.weight", 0, "attention.value", 3),
+        ("o.weight", 1, "attention.out", 2),
     ],
     Picked: [("up", 1, "moe.in", 12), ("down", 2, "moe.out", 12)],
 }

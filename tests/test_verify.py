@@ -110,6 +110,26 @@ def test_a_model_that_runs_in_float32_only():
     assert verification.ok and verification.dtype == "float32" and verification.tolerance < 0.1, str(verification)
 
 
+class Keeping(nn.Module):
+    """In eval mode it keeps what it made of a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.scale, self.kept = nn.Linear(4, 6), nn.Linear(6, 4), nn.Parameter(torch.randn(6)), {}
+
+    def forward(self, x):
+        if "scale" not in self.kept:
+            self.kept["scale"] = self.scale.exp()
+        return self.down(self.up(x).relu() * self.kept["scale"])
+
+
+def test_what_a_model_keeps_of_a_forward_is_not_in_the_next():
+    model, inputs = Keeping(), (torch.randn(2, 4),)
+    analysis = s2ft.analyze(model, inputs)
+    verification = s2ft.verify(model, inputs, analysis)
+    assert [c.units for c in analysis.couplings] == [6] and verification.ok and not model.kept, str(verification)
+
+
 def test_weights_that_cannot_tell():
     model, inputs = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), (torch.randn(2, 4),)
     with torch.no_grad():

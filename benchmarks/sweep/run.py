@@ -5,6 +5,7 @@
     python benchmarks/sweep/run.py --mapping zoo                   other libraries (the extra `zoo`); results/zoo.json
     python benchmarks/sweep/run.py --mapping all --resume          all, without what the results hold already
     python benchmarks/sweep/run.py --layers 2,8,32,128             seconds by number of layers instead
+    python benchmarks/sweep/run.py --report                        the results' counts, into docs/speed.md
 
 What a type should have is counted from its modules by name, which the compiler never looks at: an FFN or attention
 module that holds weights, or a layer that holds its projections itself, should have a coupling of that role.
@@ -20,6 +21,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -116,8 +118,8 @@ def coverage(model: nn.Module, traces, analysis) -> dict:
             m
             for c in analysis.couplings
             if c.role in roles[kind]
+            and (kind == "ffn" or any(m.role in ("attention.out", "ssm.out") for m in c.members))
             for m in c.members
-            if kind == "ffn" or m.role in ("attention.out", "ssm.out")
         ]
         names = {m.parameter_name for m in members}
         aliases = names | {other for other, first in analysis.tied.items() if first in names}
@@ -169,7 +171,7 @@ def examine_zoo(name: str) -> dict:
 
 def trains(model: nn.Module, inputs, analysis, whole: bool) -> dict:
     """Whether every role that it offers trains, with exact gradients: role -> [weights that train, weights that are
-    left out]. What does not trace in whole is compiled."""
+    left out]. What does not trace in whole is trained in eager mode, role by role."""
     from s2ft_compile.testing import assert_sliced, assert_trains
 
     try:
@@ -178,11 +180,16 @@ def trains(model: nn.Module, inputs, analysis, whole: bool) -> dict:
                 return {"trains": assert_sliced(model, inputs, analysis=analysis)}
             except (DataDependentOutputException, DynamicOutputShapeException):  # what it does depends on values
                 pass
-        return {"compiled": True, "trains": {role: (n, 0) for role, n in assert_trains(model, inputs).items()}}
-    except AssertionError as error:  # the finding: what is offered and does not train
-        return {"not trained": str(error)[:600]}
+        return {"eager": True, "trains": {role: (n, 0) for role, n in assert_trains(model, inputs, None).items()}}
     except Exception as error:
+        if isinstance(error, AssertionError) and "s2ft_compile" in _raised_in(error):  # offered, and does not train
+            return {"not trained": str(error)[:600]}
         return {"not comparable": f"{type(error).__name__}: {str(error)[:600]}"}
+
+
+def _raised_in(error: Exception) -> str:
+    """The file whose code raised it; a model has assertions, too."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename
 
 
 def examine_made(model: nn.Module, inputs) -> dict:
@@ -249,8 +256,6 @@ def _child(connection, function, arguments):
         result = function(*arguments)
         connection.send({**result, "seconds": round(time.process_time(), 1)})
     except BaseException as error:  # a crash of the compiler itself is a finding, too
-        import traceback
-
         reason = f"{error!r}: {traceback.format_exc()[-1500:]}"
         connection.send({"status": "crashed", "reason": reason, "seconds": round(time.process_time(), 1)})
     connection.close()
@@ -451,8 +456,43 @@ def save(path: Path, stored: dict) -> None:
     unfinished.replace(path)
 
 
+# --- the counts, for the documentation -------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+MARKS = "<!-- counts of the sweep -->", "<!-- end of the counts -->"
+COLUMNS = "mapping, types, tried, traced, all FFN couplings, all attention couplings, verified, blunt, wrong, train all"
+
+
+def counts(name: str, of: int | str, rows: list[dict]) -> str:
+    """A row of the page's table."""
+    a, trained = aggregate(rows), [r for r in rows if "trains" in r or "not trained" in r]
+    found = [a[f"all {kind} couplings"].partition(" (")[0] for kind in ("FFN", "attention")]
+    trains = f"{sum('trains' in r for r in trained)} of {len(trained)}"
+    cells = name, of, a["types"], a["traced"], *found, a["verified"], a["blunt"], a["wrong"], trains
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def report(folder: Path) -> None:
+    """Writes the counts of what the results hold into the page, between its marks."""
+    lines = [f"| {' | '.join(COLUMNS.split(', '))} |", "|---" * len(COLUMNS.split(", ")) + "|"]
+    everything: list[dict] = []
+    for mapping, part in stored_in(folder / "sweep.json").items():
+        if mapping in MAPPINGS:
+            everything += part["types"]
+            lines.append(counts(mapping, len(listed(mapping)), part["types"]))
+    lines.append(counts("**transformers**", sum(len(listed(m)) for m in MAPPINGS), everything))
+    others = stored_in(folder / "zoo.json")["zoo"]["types"]
+    libraries = dict.fromkeys(r["type"].split()[0] for r in others)
+    lines += [counts(name, "", [r for r in others if r["type"].split()[0] == name]) for name in libraries]
+    lines.append(counts("**other libraries**", "", others))
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    PAGE.write_text("\n".join([before + MARKS[0], *lines, MARKS[1]]) + rest.partition(MARKS[1])[2])
+
+
 def main() -> None:
     arguments = _arguments()
+    if arguments.report:
+        return report(arguments.folder)
     torch.set_num_threads(1)
     import transformers
     from transformers.models.auto import modeling_auto  # noqa: F401, imported once, before any fork
@@ -488,6 +528,7 @@ def _arguments() -> argparse.Namespace:
     options.add_argument("--only", nargs="+", default=[], metavar="TYPE", help="model types")
     options.add_argument("--resume", action="store_true", help="go on with what the results hold")
     options.add_argument("--layers", default="", help="measure the cost for these numbers of layers, by commas")
+    options.add_argument("--report", action="store_true", help="write the counts into docs/speed.md instead")
     options.add_argument("--folder", type=Path, default=RESULTS, help="of sweep.json and zoo.json")
     return options.parse_args()
 

@@ -275,9 +275,9 @@ LIBRARIES: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Made]]]]] = {
     "litgpt": litgpt_models,
     "torchtune": torchtune_models,
     "open_clip": open_clip_models,
-    "diffusers": diffusers_models,
     "torchvision": torchvision_models,
     "timm": timm_models,
+    "diffusers": diffusers_models,
 }
 
 

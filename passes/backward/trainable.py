@@ -17,7 +17,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from s2ft_compile.capture.examples import arguments
-from s2ft_compile.capture.models import inference_mode_of, tensors_of, tied_names
+from s2ft_compile.capture.models import held_again, inference_mode_of, tensors_of, tied_names
 from s2ft_compile.capture.recording import Recorder, as_before, exporting
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError
@@ -42,6 +42,8 @@ def trainable(
     with stand_ins(model) as quantized:
         places = [(s.parameter_name, s.dim) for s in parts if s.parameter_name not in quantized]
         refused = refused_gradients(model, example_inputs, places)
+    for name, other in held_again(model).items():  # what reads that does not read the delta
+        refused |= {place: Mismatch(f"lost where {other} is read in its place") for place in places if place[0] == name}
     left = tuple(s for s in selections if (s.parameter_name, s.dim) not in refused)
     for s in selections:
         why = refused.get((s.parameter_name, s.dim))

@@ -113,6 +113,8 @@ def split_product(axis: Axis, major: int) -> tuple[Axis, Axis] | None:
     if root.size % major:
         return None
     minor = root.size // major
+    if minor == 1 or major == 1:  # nothing is divided
+        return (axis, ONE) if minor == 1 else (ONE, axis)
     if root.kind == ATOM:
         root.kind, root.parts = PRODUCT, [Axis(major, pin=root.pin), Axis(minor, pin=root.pin)]
         return root.parts[0], root.parts[1]
@@ -219,7 +221,7 @@ def unify(a: Axis, b: Axis, why: Pin = Pin("two axes that cannot be aligned")) -
     a, b = find(a), find(b)
     if a is b:
         return
-    if a.kind == ATOM:
+    if a.kind == ATOM:  # of two atoms the second stays, with what it is divided into later
         return _bind(a, b, why)
     if b.kind == ATOM:
         return _bind(b, a, why)

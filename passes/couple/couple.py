@@ -79,11 +79,15 @@ def _depths(captured: Captured) -> dict[str, int]:
 
 
 def _statistics(traces: Sequence[Captured]) -> dict[str, tuple[int, ...]]:
-    """The buffers that batch norms keep running statistics in, with their shapes: state with an entry per channel."""
+    """The buffers that hold state with an entry per channel, with their shapes: what a forward writes the next value
+    of, and what a batch norm reads."""
     shapes = {}
+    written = {name for captured in traces for name in captured.written.values()}
     for captured in traces:
         for place in captured.graph_module.graph.find_nodes(op="placeholder"):
-            if place.name in captured.buffers and any(AXIS_RULES.get(n.target) is axes_batch_norm for n in place.users):
+            of_norm = any(AXIS_RULES.get(n.target) is axes_batch_norm for n in place.users)
+            of_state = of_norm or captured.buffers.get(place.name) in written
+            if place.name in captured.buffers and of_state and place.meta["val"].dim():
                 shapes[captured.buffers[place.name]] = tuple(place.meta["val"].shape)
     return shapes
 

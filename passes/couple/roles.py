@@ -188,9 +188,18 @@ def _carried(skip: fx.Node, env, wanted: set[Axis], projections, one: bool = Fal
         if node.op == "call_function" and node.target is not aten.add.Tensor:
             inputs = [n for n in node.all_input_nodes if isinstance(env.get(n), Value)]
             held = [n for n in inputs if wanted & atoms_of(env[n].dims)]
-            if not any(env[n].weight for n in held) and (len(held) == 1 or node.target in MIXES):
+            if node.target in MIXES:  # what both operands have, neither mixes the other along (attention's heads)
+                held = [n for n in held if wanted & _alone(n, inputs, env)]
+            elif len(held) > 1:
+                continue
+            if not any(env[n].weight for n in held):
                 stack += held
     return carried
+
+
+def _alone(node: fx.Node, operands: Sequence[fx.Node], env) -> set[Axis]:
+    """The axes that it has, and no other operand."""
+    return atoms_of(env[node].dims) - {a for n in operands if n is not node for a in atoms_of(env[n].dims)}
 
 
 def _branch_projections(sources: set[fx.Node], branch, order, projections) -> list[Axis]:

@@ -6,7 +6,7 @@ of it, in any of these bands, is changed by an adapter that is excluded.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from math import fsum, inf, prod
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from s2ft_compile.config import ROLES, SELECTIONS, S2FTConfig, is_glob, matches, qualified_name, units_for
 from s2ft_compile.errors import ConfigError
-from s2ft_compile.layout import Layout, coordinates, end_roles, leaves, role_mask
+from s2ft_compile.layout import Layout, Leaf, Product, Sum, coordinates, end_roles, leaves, role_mask
 from s2ft_compile.structure import Analysis
 
 from .selections import SCORES
@@ -134,37 +134,66 @@ def _top(target: str, bands: Sequence[Band], layers: int, depths: Mapping[str, i
     return [b for b in bands if first[b.group] >= layer_depths[-layers]]
 
 
-def bands(analysis: Analysis, names: Sequence[str] | None = None) -> list[Band]:
-    """Every part of every parameter that can be selected from, in the order of the model's parameters."""
+def bands(analysis: Analysis, names: Collection[str] | None = None, role: str | None = None) -> list[Band]:
+    """Every part of every parameter that can be selected from, in the order of the model's parameters. Layers whose
+    layouts are alike share their positions."""
+    alike: dict[tuple, list[tuple[list[int], Tensor]]] = {}
     parts = []
     for (name, dim), layout in analysis.layouts.items():
         if (names is not None and name not in names) or name in analysis.statistics:
             continue
-        for role in end_roles(layout):
-            if role is not None:
-                parts += _bands_of_part(analysis, name, dim, layout, role)
+        numbers: dict[int, int] = {}
+        layout = _numbered(layout, numbers)
+        held = [tuple(axis in kind for kind in (analysis.heads, analysis.free, analysis.ordered)) for axis in numbers]
+        for of in end_roles(layout):
+            if of is not None and role in (None, of):
+                key = (layout, of, *held)
+                if key not in alike:
+                    alike[key] = list(_units_of_part(layout, of, held))
+                axes = list(numbers)
+                for chosen, positions in alike[key]:
+                    parts.append(Band(name, dim, of, tuple(axes[i] for i in chosen) or (name, dim), positions))
     return parts
 
 
-def _bands_of_part(analysis: Analysis, name: str, dim: int, layout: Layout, role: str) -> list[Band]:
-    """The bands of the positions that have a role: one for each set of axes that positions lie in, where those are
-    free, or heads that train where they lie. A unit is a head in attention; elsewhere it is what an axis may permute,
-    whole along axes in a fixed order."""
+def offered(analysis: Analysis) -> dict[str, list[Band]]:
+    """Role -> the bands that it may train a part of, for each role that the model has."""
+    found = bands(analysis, _matrices(analysis))
+    of_roles = {role: [b for b in found if b.role == role] for role in ROLES}
+    return {role: _one_dim_each(listed) for role, listed in of_roles.items() if listed}
+
+
+def _matrices(analysis: Analysis) -> set[str]:
+    return {name for name, dim in analysis.layouts if dim > 0}  # a bias follows its weight, it is not a target
+
+
+def _numbered(layout: Layout, numbers: dict[int, int]) -> Layout:
+    """A layout with its axes numbered as they come; numbers: gets axis -> number."""
+    if isinstance(layout, Leaf):
+        return replace(layout, axis=numbers.setdefault(layout.axis, len(numbers)))
+    if isinstance(layout, Product):
+        return Product(tuple(_numbered(part, numbers) for part in layout.factors))
+    return Sum(tuple(_numbered(part, numbers) for part in layout.terms))
+
+
+def _units_of_part(
+    layout: Layout, role: str, held: Sequence[tuple[bool, bool, bool]]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """(axes, positions) of each set of axes that positions of a role lie in, where those are free, or heads that train
+    where they lie. A unit is a head in attention; elsewhere it is what an axis may permute, whole along axes in a fixed
+    order. held: for each axis whether it is of heads, free, ordered."""
     mask, attention = role_mask(layout, role), role.startswith("attention.")
-    selectable = analysis.free | analysis.ordered if attention else analysis.free
     axes = [a for a in dict.fromkeys(leaf.axis for leaf in leaves(layout) if leaf.size > 1)]
-    axes = [a for a in axes if a in (analysis.heads if attention else analysis.free)]
+    axes = [a for a in axes if held[a][0 if attention else 1]]
     inside = [coordinates(layout, a) >= 0 for a in axes]
     pattern = sum((lies.long() << i for i, lies in enumerate(inside)), torch.zeros(layout.size, dtype=torch.int64))
-    parts = []
     for bits in dict.fromkeys(pattern[mask].tolist()):
         chosen = [a for i, a in enumerate(axes) if bits >> i & 1]
         part = mask & (pattern == bits)
         units = prod(int(coordinates(layout, a).max()) + 1 for a in chosen)
-        if (chosen or attention) and all(a in selectable for a in chosen) and int(part.sum()) % units == 0:
-            group = tuple(chosen) or (name, dim)
-            parts.append(Band(name, dim, role, group, _unit_positions(layout, part, chosen)))
-    return parts
+        selectable = all(held[a][1] or attention and held[a][2] for a in chosen)
+        if (chosen or attention) and selectable and int(part.sum()) % units == 0:
+            yield chosen, _unit_positions(layout, part, chosen)
 
 
 def _unit_positions(layout, mask: Tensor, axes: Sequence[int]) -> Tensor:
@@ -197,12 +226,11 @@ def _whole(name: str, analysis: Analysis) -> Band:
 
 
 def _bands_of_role(role: str, analysis: Analysis) -> list[Band]:
-    matrices = {name for name, dim in analysis.layouts if dim > 0}  # a bias follows its weight, it is not a target
     names = [m.parameter_name for c in analysis.couplings for m in c.members if m.role == role]
     names += [name for (name, _), layout in analysis.layouts.items() if role in end_roles(layout)]
-    of_role = [b for b in bands(analysis, set(names) & matrices) if b.role == role]
+    of_role = bands(analysis, set(names) & _matrices(analysis), role)
     if not of_role:
-        valid = sorted({b.role for b in bands(analysis, matrices)} & set(ROLES))
+        valid = sorted(offered(analysis))
         raise ConfigError(
             f"no parameter of this model has the role {role!r}; roles found: {', '.join(valid) or 'none'}"
         )

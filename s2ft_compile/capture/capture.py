@@ -3,7 +3,8 @@
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +98,8 @@ def _recorded(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], trace: s
     except Exception as error:  # higher-order operators, sizes that depend on data, or no model that traces at all
         log.debug("%s was not recorded (%s: %s)", type(model).__name__, type(error).__name__, error)
     try:
-        program = torch.export.export(model, args, dict(kwargs), strict=False).run_decompositions({})
+        with _frozen(model):  # attention's operators have no derivative on every device
+            program = torch.export.export(model, args, dict(kwargs), strict=False).run_decompositions({})
     except Exception as error:  # export raises many unrelated types
         raise CaptureError(_explain(model, error, trace)) from error
     signature, constants = program.graph_signature, program.constants
@@ -107,8 +109,20 @@ def _recorded(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], trace: s
         signature.inputs_to_parameters,
         signature.inputs_to_buffers,
         {place: constants[key] for place, key in lifted if isinstance(constants.get(key), torch.Tensor)},
-        dict(signature.buffers_to_mutate),
+        {**signature.buffers_to_mutate, **signature.parameters_to_mutate},
     )
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, trained in before:
+            p.requires_grad_(trained)
 
 
 def _read_elsewhere(graph: torch.fx.Graph, quantized: Mapping[str, str]) -> frozenset[str]:

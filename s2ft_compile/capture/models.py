@@ -37,17 +37,20 @@ def overlapping_names(model: nn.Module, constants: Mapping[str, Any] | None = No
     where its own elements share memory.
 
     The other may be a parameter, a buffer, an attribute of a module (or held by a list, tuple or dict that is one), or
-    one of `constants`, tensors that a trace met anywhere else.
+    one of `constants`, tensors that a trace met anywhere else. An attribute that is the parameter itself is another
+    name for it (nn.LSTM has such a list); where a forward reads that, it is among the constants.
     """
     parameters = dict(model.named_parameters())
     spans: dict[int, list[tuple[int, int, str]]] = {}
-    for name, t in [*parameters.items(), *held_tensors(model), *(constants or {}).items()]:
+    itself = {id(p) for p in parameters.values()}
+    held = [(name, t) for name, t in held_tensors(model) if id(t) not in itself]
+    for name, t in [*parameters.items(), *held, *(constants or {}).items()]:
         if isinstance(t, torch.Tensor) and (span := memory_span(t)) is not None:
             spans.setdefault(span[0], []).append((*span[1:], name))
     overlaps = {n: n for n, p in parameters.items() if any(s > 1 and not d for s, d in zip(p.shape, p.stride()))}
-    for held in spans.values():
+    for spanned in spans.values():
         last_end, last_name = 0, ""
-        for start, end, name in sorted(set(held)):
+        for start, end, name in sorted(set(spanned)):
             if start < last_end:
                 overlaps[name] = last_name
                 overlaps.setdefault(last_name, name)
@@ -80,6 +83,12 @@ def held_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
             for name, t in [(key, value), *((f"{key}[{k!r}]", v) for k, v in below)]:
                 if isinstance(t, torch.Tensor):
                     yield f"{path}.{name}" if path else name, t
+
+
+def held_again(model: nn.Module) -> dict[str, str]:
+    """A parameter -> the attribute that it is, too, of those that are one."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(t)]: name for name, t in held_tensors(model) if id(t) in names}
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:

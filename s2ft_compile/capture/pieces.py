@@ -79,7 +79,7 @@ def pieces(model: nn.Module, inputs: Inputs, train: bool, error: CaptureError) -
                     buffers={place: local[n] for place, n in captured.buffers.items()},
                     written={place: local[n] for place, n in captured.written.items()},
                     shapes=shapes,
-                    overlapping=overlapping,
+                    overlapping=overlapping | {local[n]: other for n, other in captured.overlapping.items()},
                     tied=tied,
                     refused=refused,
                     border=f"{path}, which is traced by itself",

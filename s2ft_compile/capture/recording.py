@@ -19,8 +19,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._traceback import CapturedTraceback
+
+from .repeats import now, repeated
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
@@ -131,6 +133,15 @@ class Recorder(Recording, ProxyTorchDispatchMode):
         self.given[id(result)] = result, shaped
         return result, place
 
+    def again(self, node: fx.Node) -> FunctionalTensor:
+        """A tensor like a node's, which that node now stands for."""
+        val = node.meta["val"]
+        with _disable_current_modes(), self.fake:
+            value = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+        self._hold(value, node)
+        with _disable_current_modes(), self.functional:
+            return FunctionalTensor.to_functional(value)
+
     def is_written(self, t: torch.Tensor) -> bool:
         """Whether it is an input that was written to, or none."""
         return id(t) not in self.given or now(t) is not self.given[id(t)][1]
@@ -139,11 +150,6 @@ class Recorder(Recording, ProxyTorchDispatchMode):
         """The graph, which returns these."""
         self.graph.output(self.arguments(pytree.tree_map(now, tree)))
         return self.graph
-
-
-def now(t: Any) -> Any:
-    """The value of a tensor of a recording; anything else as it is."""
-    return t.from_functional() if isinstance(t, FunctionalTensor) else t
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,7 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], names: Mapp
             places[kind][place] = name
     given = [recorder.input(t, f"input_{i}")[0] if isinstance(t, torch.Tensor) else t for i, t in enumerate(given)]
     args, kwargs = pytree.tree_unflatten(given, spec)
-    with as_before(model), recorder.on():
+    with as_before(model), recorder.on(), repeated(model, recorder):
         for module in model.modules():
             vars(module).pop("_compiled_call_impl", None)  # of `model.compile`: what is recorded is its own code
         result = torch.func.functional_call(model, state, args, kwargs)

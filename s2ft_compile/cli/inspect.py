@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from itertools import takewhile
 from string import Template
@@ -11,9 +11,8 @@ from typing import Any
 from rich.table import Column, Table
 from torch import nn
 
-from s2ft_compile.config import ROLES, SHARE, S2FTConfig, units_for
-from s2ft_compile.errors import ConfigError
-from s2ft_compile.passes.select.select import targeted_bands
+from s2ft_compile.config import ROLES, SHARE, units_for
+from s2ft_compile.passes.select.select import Band, offered
 from s2ft_compile.structure import Analysis, Coupling
 
 LAYER = re.compile(r"\.(\d+)\.")
@@ -22,11 +21,12 @@ LAYER = re.compile(r"\.(\d+)\.")
 def describe(model: nn.Module, analysis: Analysis) -> dict[str, Any]:
     """Everything that analysis found, as plain values for JSON."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    of_roles = offered(analysis)
     return {
         "model": type(model).__name__,
         "parameters": sum(sizes.values()),
         "couplings": [_coupling(c, analysis, sizes) for c in analysis.couplings],
-        "targets": {role: _target(role, analysis, sizes) for role in ROLES},
+        "targets": {role: _target(role, of_roles.get(role, []), sizes) for role in ROLES},
         "refusals": [
             {
                 "layer": _layer(m.parameter_name for m in r.members),
@@ -66,13 +66,9 @@ def _coupling(coupling: Coupling, analysis: Analysis, sizes: Mapping[str, int]) 
     }
 
 
-def _target(role: str, analysis: Analysis, sizes: Mapping[str, int]) -> dict[str, Any]:
+def _target(role: str, bands: Sequence[Band], sizes: Mapping[str, int]) -> dict[str, Any]:
     """What a role may train of: its weights, and how many units its layers have, fewest and most. default: what the
     default share of them is."""
-    try:
-        bands = targeted_bands(analysis, S2FTConfig({role: 1}))[role]
-    except ConfigError:  # no weight has it
-        bands = []
     names = dict.fromkeys(b.parameter_name for b in bands)
     units = sorted({len(b.positions) for b in bands})
     trained = sum(sizes[n] for n in names)

@@ -21,6 +21,7 @@ from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.preparation import analyze, prepare
 from s2ft_compile.slices.state import find_state, release, state_of
 from s2ft_compile.structure import Analysis
+from s2ft_compile.verification import default_dtype
 
 from .equivalence import AMPLIFIED, Promoted, noisy, outputs_of, wide
 
@@ -173,13 +174,14 @@ def assert_sliced(
     slices = list(dict.fromkeys(taken for listed in of_roles.values() for taken in listed))
     if not slices:
         return {}
-    joint = sliced_gradients(model, inputs, slices, _weighted)
+    with Promoted(), default_dtype(torch.float64):
+        joint = sliced_gradients(model, inputs, slices, _weighted)
     args, kwargs = arguments(inputs)
     given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     deltas = [_taken(parameters[s.parameter_name], s) for s in slices]
     with torch.no_grad():
         gradients = joint.graph_module(*tensors_of(model).values(), *given, *deltas)[1:]
-    with exporting():  # code that asks takes the same way as in the graph
+    with exporting(), Promoted(), default_dtype(torch.float64):  # code that asks takes the same way as in the graph
         full = full_gradients(model.requires_grad_(True), lambda base: _summed(base, inputs))
     rounding = _rounding(full)
     for s, gradient in zip(slices, gradients, strict=True):

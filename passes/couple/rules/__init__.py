@@ -279,7 +279,7 @@ AXIS_RULES: dict[Any, Callable] = {
     **family(axes_grouped_mm, "_grouped_mm"),
     aten.matmul.default: axes_matmul,
     aten.mv.default: axes_mv,
-    aten.dot.default: axes_dot,
+    **family(axes_dot, "dot", "vdot"),
     aten.inner.default: axes_inner,
     **family(axes_outer, "outer", "ger"),
     aten.tensordot.default: axes_tensordot,

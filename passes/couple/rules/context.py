@@ -96,7 +96,7 @@ def broadcast(cx, node, *values: Value) -> list[Axis]:
         axes = [v.dims[d] for v in values if len(v.dims) >= -d]
         axes = [a for a in axes if a.size != 1] or [ONE]
         for other in axes[1:]:
-            unify(axes[0], other, why)
+            unify(other, axes[0], why)
         dims.append(axes[0])
     return dims
 

@@ -177,7 +177,7 @@ def einsum_of_any(cx, node, inputs: Sequence[str], output: str, operands: Sequen
     for letters, value in zip(inputs, operands):
         if value.weight and activations:
             kept = {c for c in letters if c in output or c in met}
-            shared = {c for other in inputs if other is not letters for c in other}
+            shared = set("".join(of_activations))  # what another weight has besides is no batch of products
             produced, gone = ([d for d, c in enumerate(letters) if (c in kept) == result] for result in (True, False))
             cx.project(node, value, [d for d in produced if letters[d] not in shared], gone)
             cx.experts += [value.dims[d] for d in produced if letters[d] in shared]
