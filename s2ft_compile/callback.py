@@ -44,10 +44,12 @@ class S2FTCallback(TrainerCallback):
         self.reselect_every, self.calibration, self.loss = reselect_every, calibration, loss
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Refuses a model whose units cannot change."""
         if self.reselect_every:
             check_can_change(state_of(model))
 
     def on_step_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        """Chooses other units, every so many steps."""
         step = state.global_step
         if not self.reselect_every or not step or step % self.reselect_every:
             return
@@ -60,6 +62,7 @@ class S2FTCallback(TrainerCallback):
         reselect(model, batches, self.loss)
 
     def on_save(self, args, state, control, model=None, **kwargs):
+        """Writes the plan into the checkpoint."""
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if state.is_world_process_zero and folder.is_dir():
             partial = folder / f".{PLAN}"

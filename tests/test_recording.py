@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.capture import examples, recording, repeats
-from s2ft_compile.capture.capture import capture
+from s2ft_compile.capture import capture, examples, recording, repeats
 from s2ft_compile.capture.recording import NotRecorded, record
 from s2ft_compile.passes import tracing
 from s2ft_compile.testing.models import DECOYS, Drawn, models
