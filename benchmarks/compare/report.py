@@ -132,7 +132,7 @@ def equally(runs: Runs, methods: Sequence[str], margin: float = 0.01) -> str:
         cells = []
         for task in TASKS:
             least, base = runs.best(task, "lora")[:1], runs.best(task, "base")[:1]
-            if not least or not base:
+            if not least or not base or not runs.curve(task, method):
                 cells.append("")
                 continue
             limit = least[0]["test_loss"] + margin * (base[0]["test_loss"] - least[0]["test_loss"])
@@ -219,12 +219,13 @@ def figure(runs: Runs, methods: Sequence[str], path: Path) -> None:
 
 
 def text(runs: Runs) -> str:
-    methods = list(MAIN)
-    tried = [*methods, *(m for m in VARIANTS if any((t, m) in runs.all for t in TASKS))]
+    tried = [m for m in (*MAIN, *VARIANTS) if any((t, m) in runs.all for t in TASKS)]
+    methods = [m for m in tried if m in MAIN]
+    whole = [m for m in methods if all((t, m) in runs.all for t in TASKS)]  # whose means over the tasks compare
     parts = {
         "Learned: the task's test rows": learned(runs, methods, "test"),
         "Far: the same ability in another form, never tuned on": learned(runs, methods, "far"),
-        "Kept": kept(runs, methods),
+        "Kept": kept(runs, whole),
         "Kept at equal learning": equally(runs, tried),
         "Costs": costs(runs, methods),
         "Variants": variants(runs),
@@ -247,7 +248,7 @@ def main() -> None:
     else:
         print(tables)
     if given.figure:
-        figure(runs, list(MAIN), given.figure)
+        figure(runs, [m for m in MAIN if any((t, m) in runs.all for t in TASKS)], given.figure)
 
 
 if __name__ == "__main__":
