@@ -41,7 +41,7 @@ def looks_at_data(selection: object) -> bool:
     return isinstance(selection, str) and SELECTIONS.get(selection) in ("activations", "gradients")
 
 
-DEFAULT, SHARE = "default", 0.02  # the target that stands for every role of a model, and its ratio where none is given
+DEFAULT, SHARE = "default", 0.015  # the target that stands for every role of a model, and its ratio where none is given
 BUDGETS = ("layer", "model", "score")
 OPTIMIZERS = ("muon", "adamw")
 INNER = ("inductor", "aot_eager", "eager")

@@ -69,7 +69,7 @@ def test_the_default_leaves_targets_and_selection_open():
 @pytest.mark.parametrize(
     "targets, settled",
     [
-        (None, {"ffn.in": 0.02, "attention.key": 0.02}),
+        (None, {"ffn.in": 0.015, "attention.key": 0.015}),
         ({"default": 0.5}, {"ffn.in": 0.5, "attention.key": 0.5}),
         ({"default": 0.5, "ffn.in": 4, "*norm*": 1.0}, {"ffn.in": 4, "attention.key": 0.5, "*norm*": 1.0}),
         ({"ffn.in": 0.1}, {"ffn.in": 0.1}),

@@ -145,7 +145,7 @@ def test_the_default_is_what_a_model_has(make, roles):
     """By gradient where there is data, else at random; one unit at least."""
     model = make()
     plan = s2ft.prepare(model, {"input_ids": tokens()})
-    assert plan.config == s2ft.S2FTConfig(dict.fromkeys(roles, 0.02), selection="random", budget="layer", seed=0)
+    assert plan.config == s2ft.S2FTConfig(dict.fromkeys(roles, 0.015), selection="random", budget="layer", seed=0)
     assert {role for s in plan.slices for role in s.roles} == set(roles)
     s2ft.release(model)
     batch = {"input_ids": tokens(), "labels": tokens()}
