@@ -109,7 +109,11 @@ def _tensors(source: nn.Module | str | os.PathLike[str], described: Path | None,
     parameters = dict(module.named_parameters())
     tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - parameters.keys()
     kept = {name: tensor for name, tensor in module.state_dict().items() if name not in tied}
-    return {name: partial(nullcontext, tensor) for name, tensor in kept.items()}
+    return {name: partial(_opened, tensor) for name, tensor in kept.items()}
+
+
+def _opened(tensor: Tensor) -> AbstractContextManager[Tensor]:
+    return nullcontext(tensor)
 
 
 def _class_of(source: nn.Module | str | os.PathLike[str]) -> str:

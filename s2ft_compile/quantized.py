@@ -260,8 +260,8 @@ class StandIn(nn.Linear):
     """A linear layer that takes its input in any type, as quantized ones do."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        bias = self.bias
+        weight = self.weight
+        bias: Tensor | None = self.bias
         if weight.dtype != x.dtype:
             weight = weight.to(x.dtype)
         if bias is not None and bias.dtype != x.dtype:
