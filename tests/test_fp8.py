@@ -236,6 +236,7 @@ def test_forwards_without_gradients_are_in_fp8_too():
     assert not torch.equal(exact, trained) and (exact - trained).norm() <= 0.1 * exact.norm()
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down_as_in_bf16():
     """The same steps with and without: curves apart by a twentieth of the way down at most."""
     losses = {}
@@ -275,6 +276,7 @@ def test_inductor_compiles_it():
         assert (a - b).norm() <= 0.02 * a.norm()
 
 
+@pytest.mark.slow
 def test_the_command_trains_in_fp8_and_says_what_that_takes(base, text, tmp_path):  # noqa: F811
     run = tmp_path / "run"
     how = {"model": base, "data": text, "output": run, "targets": "ffn.out=3,ffn.in=3", "steps": 2, "batch-size": 2}

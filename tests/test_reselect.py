@@ -42,9 +42,14 @@ def deltas(plan: s2ft.Plan) -> dict:
     return {s.parameter_name: (s.dim, s.indices.clone(), s.delta.detach().clone()) for s in plan.slices}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "family, targets", [("llama", {"ffn.in": 8, "ffn.out": 8}), ("gpt2", {"attention.out": 1, "ffn.out": 6})]
+    "family, targets, dtype",
+    [
+        ("llama", {"ffn.in": 8, "ffn.out": 8}, torch.float32),
+        ("gpt2", {"attention.out": 1, "ffn.out": 6}, torch.bfloat16),
+        pytest.param("llama", {"ffn.in": 8, "ffn.out": 8}, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("gpt2", {"attention.out": 1, "ffn.out": 6}, torch.float32, marks=pytest.mark.slow),
+    ],
 )
 def test_three_rounds_in_one_graph(family, targets, dtype, tmp_path):
     """Of 24 (64) channels 8 (6) train at a time; some are chosen twice. One graph, and each way of reading the result
@@ -157,7 +162,7 @@ def test_what_cannot_be_chosen_anew_is_refused_and_nothing_changes():
         s2ft.reselect(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @settings(max_examples=6)
 @given(data=st.data())
 def test_a_trained_state_goes_back_and_on(dtype, data):

@@ -663,6 +663,7 @@ for _name, _gates, _states in (("lstm", 4, 2), ("gru", 3, 1), ("rnn_tanh", 1, 1)
 CASES["tensordot"] = [tensordot_case]
 CASES["mv"] = [lambda r: (aten.mv.default, (r.t(r.n(), (n := r.n())), r.t(n)), {})]
 CASES["dot"] = [lambda r: (aten.dot.default, (r.t(n := r.n()), r.t(n)), {})]
+CASES["vdot"] = [lambda r: (aten.vdot.default, (r.t(n := r.n()), r.t(n)), {})]
 CASES["inner"] = [
     lambda r: (aten.inner.default, (r.t(r.n(), (n := r.n())), r.t(*r.shape(r.of(0, 2)), n)), {}),
     lambda r: (aten.inner.default, (r.t(), r.t(r.n(), r.n())), {}),
