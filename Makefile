@@ -30,7 +30,7 @@ lint: $(STAMP)  ## rules and format of the source (ruff)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-types: $(STAMP)  ## types of the values, the stages and the doors (mypy)
+types: $(STAMP)  ## types of the public API and the values (mypy)
 	$(VENV)/bin/mypy
 
 # The site's own packages come with its first build, and not with `make setup`.

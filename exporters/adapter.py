@@ -7,8 +7,9 @@ Saving and loading are inverse of each other, bit for bit:
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,9 +28,10 @@ from s2ft_compile.adapters.format import (
 )
 from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import AdapterError, ExportError, StateError
-from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.plan import Plan, Slice, delta_of
 from s2ft_compile.quantized import Values, settle
 from s2ft_compile.slices.blocks import beside_of, blocks_in
+from s2ft_compile.slices.processes import first_does
 from s2ft_compile.slices.state import State, disabled, is_prepared, state_of
 
 from . import sharded
@@ -39,7 +41,7 @@ from .files import new_directory
 log = logging.getLogger(__name__)
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Writes what a prepared model has trained into a new folder, and returns its path.
 
     Of a model sharded by FSDP2, every process calls this, and process 0 writes. Raises `StateError` for a model that is
@@ -48,16 +50,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     _check_all_in_slices(model)
     if sharded.is_sharded(model):
         gathered = sharded.adapter_of(model, _check_trained, named_base(*named_in(unwrap(model))))
-        sharded.first_does(lambda: _write(gathered, directory))
-        return Path(directory)
-    _write(None, directory, model)
+        first_does(lambda: _write(lambda: gathered, directory))
+    else:
+        _write(partial(adapter_of, model), directory)
     return Path(directory)
 
 
-def _write(adapter: Adapter | None, directory: str | os.PathLike, model: nn.Module | None = None) -> None:
+def _write(made: Callable[[], Adapter], directory: str | os.PathLike[str]) -> None:
+    """made: called once the folder can be written."""
     with new_directory(directory) as folder:
-        adapter = adapter or adapter_of(model)
-        write_all(folder, adapter)
+        write_all(folder, adapter := made())
     log.info("adapter written to %s: %d slices", directory, len(adapter.slices))
 
 
@@ -73,7 +75,8 @@ def adapter_of(model: nn.Module) -> Adapter:
     _check_all_in_slices(model)
     plan, module = ascending(state_of(model).all_trained), unwrap(model)
     with untrained(model):
-        values, samples, blocks = Values(module), samples_of(module), {}
+        values, samples = Values(module), samples_of(module)
+        blocks: dict[str, str] = {}
         for s in plan.slices:
             W = values[s.parameter_name]
             _check_trained(W, s)
@@ -117,7 +120,7 @@ def untrained(model: nn.Module) -> Iterator[None]:
             state.install(module)
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike) -> Plan:
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Plan:
     """Puts an adapter on the model it was trained from, and returns its plan.
 
     A plain model's weights become the trained ones, bit for bit those of `save_merged`. Quantized weights are not
@@ -140,7 +143,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> Plan:
 
 
 def _check_trained(W: Tensor, s: Slice) -> None:
-    if not s.delta.isfinite().all():
+    if not delta_of(s).isfinite().all():
         raise ExportError(
             f"the delta of {s.parameter_name} has NaN or infinite entries: training diverged; "
             f"a lower learning rate may help"
@@ -175,8 +178,8 @@ def _into_weights(module: nn.Module, plan: Plan) -> None:
             undo.callback(block.uninstall)
             block.install()
         undo.pop_all()
-    for W, dim, indices, block in sums:
-        W.index_copy_(dim, indices, block)
+    for W, dim, indices, total in sums:
+        W.index_copy_(dim, indices, total)
 
 
 def unload_adapter(model: nn.Module) -> None:
@@ -192,7 +195,7 @@ def unload_adapter(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _into_deltas(state: State, plan: Plan) -> None:
-    if wide := [s.parameter_name for s in plan.slices if s.delta.dtype != torch.float32]:
+    if wide := [s.parameter_name for s in plan.slices if delta_of(s).dtype != torch.float32]:
         raise AdapterError(
             f"the deltas of {', '.join(wide[:3])} are float64, which the float32 deltas of a prepared "
             f"model cannot hold; load the adapter into a model that is not prepared"
@@ -213,8 +216,8 @@ def _into_deltas(state: State, plan: Plan) -> None:
             f"({plan.config}), or load the adapter into a model that is not prepared"
         )
     for name, s in mine.items():
-        delta = theirs[name].delta.to(s.delta.device)
-        s.delta.index_copy_(s.dim, s.indices.argsort().to(s.delta.device), delta)
+        own, given = delta_of(s), delta_of(theirs[name])
+        own.index_copy_(s.dim, s.indices.argsort().to(own.device), given.to(own.device))
     state.refresh()
 
 

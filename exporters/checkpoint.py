@@ -20,7 +20,7 @@ from s2ft_compile.adapters.apply import check_finite, summed
 from s2ft_compile.adapters.format import Adapter, check_base, check_slice, read_adapter
 from s2ft_compile.adapters.stored import Stored, same_bits, sampled, stored_tensors
 from s2ft_compile.errors import AdapterError, ExportError
-from s2ft_compile.plan import Slice
+from s2ft_compile.plan import Slice, delta_of
 
 from .conversion import Assembled, by_model_names
 from .files import new_directory
@@ -31,9 +31,9 @@ Part = tuple[Adapter, Slice, float]  # a slice, of which adapter, and with which
 
 
 def merge_checkpoint(
-    base: str | os.PathLike,
-    adapters: Sequence[str | os.PathLike],
-    out: str | os.PathLike,
+    base: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
     weights: Sequence[float] | None = None,
 ) -> Path:
     """Writes a copy of a checkpoint with adapters added to its weights into a new folder, and returns its path.
@@ -79,7 +79,7 @@ def _refuse_equal(adapters: Sequence[Adapter]) -> None:
         if theirs.keys() == {s.parameter_name for s in a.slices} and all(
             s.dim == theirs[s.parameter_name].dim
             and torch.equal(s.indices, theirs[s.parameter_name].indices)
-            and torch.equal(s.delta, theirs[s.parameter_name].delta)
+            and torch.equal(delta_of(s), delta_of(theirs[s.parameter_name]))
             for s in a.slices
         ):
             raise ExportError(
@@ -122,7 +122,8 @@ def _patch(stored: Stored | Assembled, parts: Sequence[Part]) -> None:
 
 def _other_files(folder: Path) -> list[Path]:
     """What belongs to a checkpoint besides its weights; another format's weights would be those of the base."""
-    copied, left = [], []
+    copied: list[Path] = []
+    left: list[Path] = []
     for path in sorted(folder.iterdir()):
         foreign = not path.is_file() or path.name.endswith(OTHER_WEIGHTS)
         (left if foreign else copied).append(path)

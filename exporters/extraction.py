@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,9 +37,9 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def extract(
-    base: nn.Module | str | os.PathLike,
-    tuned: nn.Module | str | os.PathLike,
-    out: str | os.PathLike,
+    base: nn.Module | str | os.PathLike[str],
+    tuned: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
     limit: float = 0.5,
 ) -> Path:
     """Writes the adapter that turns `base` into `tuned`, bit for bit, into a new folder, and returns its path.
@@ -48,7 +49,8 @@ def extract(
     naming the tensor, where they have other tensors, shapes or types, where the changes are no slice, and where nothing
     changed.
     """
-    described = next((Path(s) for s in (base, tuned) if _has_config(s)), None)
+    folders = [Path(source) for source in (base, tuned) if not isinstance(source, nn.Module)]
+    described = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     refused: dict[str, str] = {}
     before, after = (_tensors(source, described, refused) for source in (base, tuned))
     odd = sorted(before.keys() ^ after.keys())
@@ -57,7 +59,10 @@ def extract(
             f"only one of the two has {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}; an adapter "
             f"changes weights, and adds or removes none"
         )
-    samples, blocks, slices, dtypes = {}, {}, [], set()
+    samples: dict[str, str] = {}
+    blocks: dict[str, str] = {}
+    slices: list[Slice] = []
+    dtypes: set[str] = set()
     with new_directory(out) as folder:
         for name in before:
             with before[name]() as W, after[name]() as T:
@@ -85,11 +90,7 @@ def extract(
     return Path(out)
 
 
-def _has_config(source: nn.Module | str | os.PathLike) -> bool:
-    return not isinstance(source, nn.Module) and (Path(source) / "config.json").is_file()
-
-
-def _tensors(source: nn.Module | str | os.PathLike, described: Path | None, refused: dict[str, str]) -> Tensors:
+def _tensors(source: nn.Module | str | os.PathLike[str], described: Path | None, refused: dict[str, str]) -> Tensors:
     """Name -> what opens the tensor of this name. Tied parameters count once, under their first name.
 
     described: a folder whose configuration says how the model has what a checkpoint holds. refused: gets the names of
@@ -108,10 +109,14 @@ def _tensors(source: nn.Module | str | os.PathLike, described: Path | None, refu
     parameters = dict(module.named_parameters())
     tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - parameters.keys()
     kept = {name: tensor for name, tensor in module.state_dict().items() if name not in tied}
-    return {name: lambda tensor=tensor: nullcontext(tensor) for name, tensor in kept.items()}
+    return {name: partial(_opened, tensor) for name, tensor in kept.items()}
 
 
-def _class_of(source: nn.Module | str | os.PathLike) -> str:
+def _opened(tensor: Tensor) -> AbstractContextManager[Tensor]:
+    return nullcontext(tensor)
+
+
+def _class_of(source: nn.Module | str | os.PathLike[str]) -> str:
     if isinstance(source, nn.Module):
         return type(unwrap(source)).__name__
     try:

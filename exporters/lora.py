@@ -44,7 +44,7 @@ from s2ft_compile.adapters.layers import held_as, is_conv1d, linear_layers
 from s2ft_compile.adapters.stored import save_tensors
 from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import ConfigError, ExportError
-from s2ft_compile.plan import Slice
+from s2ft_compile.plan import Slice, delta_of
 from s2ft_compile.slices.state import is_prepared
 
 from .adapter import adapter_of, named_in
@@ -86,11 +86,11 @@ class Factors:
 
 def save_lora(
     model: nn.Module,
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     layout: str = LAYOUTS[0],
     ranks: int | str = "exact",
     *,
-    adapter: str | os.PathLike | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     truncate: bool = False,
 ) -> Path:
     """Writes an adapter into a new folder in the format of PEFT, and returns its path.
@@ -131,7 +131,7 @@ def _check_options(layout: str, ranks: int | str) -> None:
         raise ConfigError(f"ranks must be 'exact', 'vllm' or a positive number, got {ranks!r}")
 
 
-def adapter_source(model: nn.Module, adapter: str | os.PathLike | None) -> Adapter:
+def adapter_source(model: nn.Module, adapter: str | os.PathLike[str] | None) -> Adapter:
     """What a prepared model has trained, or an adapter folder of this plain model."""
     if adapter is None:
         return adapter_of(model)
@@ -179,9 +179,10 @@ def _all_factors(module: nn.Module, source: Adapter) -> list[Factors]:
 
 def _factors(s: Slice, target: str, stored: str, transposed: bool) -> Factors:
     """transposed: the matrices are stored (in, out)."""
-    if s.delta.dtype != torch.float32:
-        raise ExportError(f"the delta of {s.parameter_name} is {s.delta.dtype}; a LoRA in float32 would not be exact")
-    delta = s.delta.transpose(-1, -2) if transposed else s.delta
+    delta = delta_of(s)
+    if delta.dtype != torch.float32:
+        raise ExportError(f"the delta of {s.parameter_name} is {delta.dtype}; a LoRA in float32 would not be exact")
+    delta = delta.transpose(-1, -2) if transposed else delta
     one_hot = torch.zeros(*delta.shape[:-2], len(s.indices), s.shape[s.dim])
     one_hot[..., torch.arange(len(s.indices)), s.indices] = 1
     columns = (s.dim == len(s.shape) - 1) != transposed
@@ -213,7 +214,7 @@ def _for_llama_cpp(config: Mapping[str, Any]) -> str:
 
 def _fitted(f: Factors, ranks: int | str, truncate: bool) -> Factors:
     """The factors with a rank within the limit. Raises `ExportError` where that needs a truncation not asked for."""
-    limit = {"exact": f.rank, "vllm": VLLM_RANKS[-1]}.get(ranks, ranks)
+    limit = ranks if isinstance(ranks, int) else f.rank if ranks == "exact" else VLLM_RANKS[-1]
     if f.rank <= limit:
         return f
     if not truncate:
@@ -237,7 +238,7 @@ def _padded(f: Factors, rank: int) -> Factors:
 
 def _size(source: Adapter, tensors: Mapping[str, Tensor]) -> str:
     """What it costs to write slices as a LoRA, for a person."""
-    trained = sum(s.delta.numel() for s in source.slices)
+    trained = sum(delta_of(s).numel() for s in source.slices)
     stored = sum(tensor.numel() for tensor in tensors.values())
     return (
         f"{4 * stored / 1e6:,.1f} MB for {4 * trained / 1e6:,.1f} MB of trained numbers ({stored / trained:.1f} times)"

@@ -5,9 +5,9 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import save_model
@@ -53,7 +53,7 @@ def plain(model: nn.Module) -> Iterator[None]:
 
 
 def save_merged(
-    model: nn.Module, directory: str | os.PathLike, dequantize: bool = False, requantize: bool = False
+    model: nn.Module, directory: str | os.PathLike[str], dequantize: bool = False, requantize: bool = False
 ) -> Path:
     """Writes the model into a new folder, and returns its path.
 
@@ -78,7 +78,10 @@ def save_merged(
         sharded.save_merged(model, directory)
     else:
         with new_directory(directory) as folder:
-            (write_requantized if requantize else partial(write_merged, dequantize=dequantize))(model, folder)
+            if requantize:
+                write_requantized(model, folder)
+            else:
+                write_merged(model, folder, dequantize)
     log.info("merged model written to %s", directory)
     return Path(directory)
 
@@ -90,8 +93,8 @@ def write_merged(model: nn.Module, folder: Path, dequantize: bool = False) -> No
         _write_quantized(model, folder)
         return
     with plain(model), dense(module):
-        if hasattr(module, "save_pretrained"):
-            module.save_pretrained(folder)
+        if save := getattr(module, "save_pretrained", None):
+            save(folder)
         else:
             _save(module, folder / WEIGHTS)
         _read_back(module, sorted(folder.glob("*.safetensors")))
@@ -99,7 +102,7 @@ def write_merged(model: nn.Module, folder: Path, dequantize: bool = False) -> No
 
 def _write_quantized(model: nn.Module, folder: Path) -> None:
     """The base as it is, and the adapter in a folder inside."""
-    module = unwrap(model)
+    module: Any = unwrap(model)
     other = "save_merged(model, directory, dequantize=True) writes an ordinary model, save_adapter the slices alone"
     if getattr(module, "hf_quantizer", None) is None:
         raise ExportError(
@@ -124,7 +127,7 @@ def _write_quantized(model: nn.Module, folder: Path) -> None:
 def write_requantized(model: nn.Module, folder: Path) -> None:
     """Writes the merged model, quantized once more, and `requantized.json`: for each weight that trained beside it, how
     far the trained entries are from the sums (`largest_change`), and the largest delta. Raises `ExportError`."""
-    module = unwrap(model)
+    module: Any = unwrap(model)
     config = getattr(getattr(module, "config", None), "quantization_config", None)
     if getattr(module, "hf_quantizer", None) is None or config is None:
         raise ExportError(
@@ -150,7 +153,8 @@ def write_requantized(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def _changes(module: nn.Module, again: nn.Module) -> dict[str, dict[str, float]]:
-    ours, theirs, changes = Values(module), Values(again), {}
+    ours, theirs = Values(module), Values(again)
+    changes: dict[str, dict[str, float]] = {}
     for block in blocks_in(module):
         if isinstance(block, Beside):
             part = (block.dim, block.index)
@@ -225,5 +229,5 @@ def _read_back(module: nn.Module, files: list[Path]) -> None:
         raise ExportError(f"{type(module).__name__} was not written whole: {', '.join(lost[:3])} is in no file")
 
 
-def _place(tensor: Tensor) -> tuple:
+def _place(tensor: Tensor) -> tuple[object, ...]:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()

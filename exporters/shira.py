@@ -21,7 +21,7 @@ from s2ft_compile.adapters.layers import linear_layers
 from s2ft_compile.adapters.stored import save_tensors
 from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import ExportError
-from s2ft_compile.plan import Slice
+from s2ft_compile.plan import Slice, delta_of
 
 from .card import CARD, SHIRA, card
 from .files import new_directory
@@ -30,7 +30,9 @@ from .lora import adapter_source, peft_config
 log = logging.getLogger(__name__)
 
 
-def save_shira(model: nn.Module, directory: str | os.PathLike, *, adapter: str | os.PathLike | None = None) -> Path:
+def save_shira(
+    model: nn.Module, directory: str | os.PathLike[str], *, adapter: str | os.PathLike[str] | None = None
+) -> Path:
     """Writes an adapter into a new folder as a SHiRA of PEFT, and returns its path.
 
     model: prepared; or, with `adapter`, the plain base model of that adapter folder. Raises `ExportError` for slices
@@ -61,23 +63,24 @@ def _check_layers(module: nn.Module, layers: Mapping[str, Slice]) -> None:
         if not isinstance(module.get_submodule(layer), nn.Linear):
             kind = type(module.get_submodule(layer)).__name__
             raise ExportError(f"{layer} is a {kind}; PEFT's SHiRA takes nn.Linear only. `save_lora` takes it")
-        if s.delta.dtype != torch.float32:
+        if delta_of(s).dtype != torch.float32:
             raise ExportError(
-                f"the delta of {s.parameter_name} is {s.delta.dtype}; PEFT keeps a SHiRA in float32, "
+                f"the delta of {s.parameter_name} is {delta_of(s).dtype}; PEFT keeps a SHiRA in float32, "
                 f"which would not be exact"
             )
 
 
 def common_r(layers: Mapping[str, Slice]) -> int:
     """The r with which every layer holds its slice. Raises `ExportError` where a layer has no room for it."""
-    needs = {layer: ceil(s.delta.numel() / sum(s.shape)) for layer, s in layers.items()}
+    needs = {layer: ceil(delta_of(s).numel() / sum(s.shape)) for layer, s in layers.items()}
     widest = max(needs, key=needs.__getitem__)
     for layer, s in layers.items():
         (rows, columns), most = s.shape, s.shape[0] * s.shape[1] // sum(s.shape)
         if needs[widest] > most:
+            trained = delta_of(layers[widest]).numel()
             raise ExportError(
                 f"a SHiRA changes r * (in + out) numbers of every layer, with one r for all. {widest} changes "
-                f"{layers[widest].delta.numel():,} and needs r = {needs[widest]}, but {layer} ({rows} x {columns}) has "
+                f"{trained:,} and needs r = {needs[widest]}, but {layer} ({rows} x {columns}) has "
                 f"room for r = {most} at most, which is {most * (rows + columns):,} numbers. Train fewer units of "
                 f"{widest}, or use `save_lora`"
             )
@@ -93,8 +96,8 @@ def numbers(s: Slice, count: int) -> tuple[Tensor, Tensor]:
     across = s.shape[1 - s.dim]
     k = torch.arange(count)
     along = torch.cat([s.indices, others])[k // across]
-    values = torch.zeros(count)
-    values[: s.delta.numel()] = s.delta.movedim(s.dim, 0).flatten()
+    values, delta = torch.zeros(count), delta_of(s)
+    values[: delta.numel()] = delta.movedim(s.dim, 0).flatten()
     rows, columns = (along, k % across) if s.dim == 0 else (k % across, along)
     order = (rows * s.shape[1] + columns).argsort()
     return values[order], torch.stack([rows, columns])[:, order].to(torch.int32)

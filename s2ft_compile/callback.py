@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
 
 from .config import looks_at_data
 from .errors import ConfigError
@@ -43,12 +44,22 @@ class S2FTCallback(TrainerCallback):
             raise ConfigError(f"reselect_every is a whole number of steps from 1, or None, got {reselect_every!r}")
         self.reselect_every, self.calibration, self.loss = reselect_every, calibration, loss
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         """Refuses a model whose units cannot change."""
         if self.reselect_every:
             check_can_change(state_of(model))
 
-    def on_step_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Chooses other units, every so many steps."""
         step = state.global_step
         if not self.reselect_every or not step or step % self.reselect_every:
@@ -61,8 +72,11 @@ class S2FTCallback(TrainerCallback):
                 batches = self.calibration() if callable(self.calibration) else self.calibration
         reselect(model, batches, self.loss)
 
-    def on_save(self, args, state, control, model=None, **kwargs):
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         """Writes the plan into the checkpoint."""
+        assert args.output_dir is not None  # transformers names a folder where nobody does
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if state.is_world_process_zero and folder.is_dir():
             partial = folder / f".{PLAN}"
@@ -70,7 +84,7 @@ class S2FTCallback(TrainerCallback):
             os.replace(partial, folder / PLAN)
 
 
-def _spread(loader, size: int, device: torch.device) -> Iterator[Any]:
+def _spread(loader: Any, size: int, device: torch.device) -> Iterator[Any]:
     """Batches of a loader's data set, spread evenly over it: the same in every process, and at any time."""
     try:
         rows = len(loader.dataset)

@@ -126,15 +126,16 @@ def graphs_of_step(
 
     graphs: list[fx.GraphModule] = []
 
-    def keep(gm: fx.GraphModule, inputs, **_) -> Callable:
+    def keep(gm: fx.GraphModule, inputs: Any, **_: Any) -> Callable[..., Any]:
         graphs.append(gm)
-        return make_boxed_func(partial(_returned, gm.graph, mode))
+        boxed: Callable[..., Any] = make_boxed_func(partial(_returned, gm.graph, mode))
+        return boxed
 
     how = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("inner", "mode")}
     net = torch.compile(model, backend=partial(s2ft, inner_compile=keep), options=how)
     with mode:
         output = net(*args, **kwargs)
-        loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else None
+        loss: Any = output["loss"] if isinstance(output, Mapping) and "loss" in output else None
         if loss is None:
             loss = sum(t.float().sum() for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
         loss.backward()
@@ -151,7 +152,7 @@ def _returned(graph: fx.Graph, mode: FakeTensorMode, *_: Any) -> list[Any]:
 # --- from graphs to bytes ----------------------------------------------------------------------------------------
 
 
-def _summed(model: nn.Module, graphs: list[fx.GraphModule], inputs, optimizer: str, accumulates: bool) -> Estimate:
+def _summed(model: nn.Module, graphs: list[fx.GraphModule], inputs: Any, optimizer: str, accumulates: bool) -> Estimate:
     deltas = parameters(model)
     numbers = sum(d.numel() for d in deltas)
     fixed = [t for t in (*model.parameters(), *model.buffers()) if not any(t is d for d in deltas)]
@@ -230,7 +231,7 @@ def _root(node: fx.Node) -> fx.Node:
         returns = node.target._schema.returns
         if len(returns) != 1 or returns[0].alias_info is None or returns[0].alias_info.is_write:
             break
-        node = node.args[0]
+        node = node.all_input_nodes[0]
     return node
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import S2FTConfig
 from .errors import ConfigError
@@ -29,7 +29,13 @@ class Slice:
     indices: Tensor
     shape: tuple[int, ...]
     roles: tuple[str, ...]
-    delta: nn.Parameter | None = field(default=None, repr=False)
+    delta: Tensor | None = field(default=None, repr=False)
+
+
+def delta_of(s: Slice) -> Tensor:
+    """A slice's delta, where there is one: everywhere but in a plan that was read from JSON."""
+    assert s.delta is not None
+    return s.delta
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,9 +40,14 @@ def _made_by(layer: nn.Module, library: str, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.split(".")[0] == library for c in type(layer).__mro__)
 
 
+def _weight(layer: nn.Module, key: str) -> Any:
+    """A layer's weight, which may be of a library's own type."""
+    return layer._parameters[key]
+
+
 def _dequantizes_itself(layer: nn.Module, key: str) -> bool:
     """Whether it is a tensor of a class that is made of others and knows its values, such as those of torchao."""
-    classes = type(layer._parameters[key]).__mro__
+    classes = type(_weight(layer, key)).__mro__
     own = [vars(c) for c in classes[: classes.index(Tensor)]]
     return any("dequantize" in c for c in own) and any("__tensor_flatten__" in c for c in own)
 
@@ -51,31 +56,32 @@ def _values_4bit(layer: nn.Module, key: str) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     _settle_4bit(layer)
-    weight = layer._parameters[key]
-    return dequantize_4bit(weight.data, weight.quant_state)
+    weight = _weight(layer, key)
+    values: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+    return values
 
 
-def _settle_4bit(layer: nn.Module) -> None:
+def _settle_4bit(layer: Any) -> None:
     """On some CPUs a forward in eval mode rounds the scales, and the layer does not train afterwards."""
     if getattr(layer._parameters["weight"].quant_state, "packing_format_for_cpu", False):
         layer.state_dict()  # which turns it back
     layer.support_avx512bf16_for_cpu = False
 
 
-def _values_8bit(layer: nn.Module, key: str) -> Tensor:
+def _values_8bit(layer: Any, key: str) -> Tensor:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
-    weight = layer._parameters[key]
-    scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-    return int8_vectorwise_dequant(weight.data, scales)
+    weight = _weight(layer, key)
+    values: Tensor = int8_vectorwise_dequant(weight.data, layer.state.SCB if weight.SCB is None else weight.SCB)
+    return values
 
 
 KINDS: list[Kind] = [
     Kind(
         "a tensor that dequantizes itself",
         _dequantizes_itself,
-        lambda layer, key: layer._parameters[key].dtype,
-        lambda layer, key: layer._parameters[key].dequantize(),
+        lambda layer, key: _weight(layer, key).dtype,
+        lambda layer, key: _weight(layer, key).dequantize(),
         lambda layer: layer.__dict__.pop("extra_repr", None),  # torchao's, a method of a `partial`, cannot be pickled
     ),
     Kind(
@@ -83,9 +89,9 @@ KINDS: list[Kind] = [
         lambda layer, key: (
             key == "weight"
             and _made_by(layer, "bitsandbytes", "Linear4bit")
-            and getattr(layer._parameters[key], "quant_state", None) is not None
+            and getattr(_weight(layer, key), "quant_state", None) is not None
         ),
-        lambda layer, key: layer._parameters[key].quant_state.dtype,
+        lambda layer, key: _weight(layer, key).quant_state.dtype,
         _values_4bit,
         _settle_4bit,
     ),
@@ -94,7 +100,7 @@ KINDS: list[Kind] = [
         lambda layer, key: (
             key == "weight"
             and _made_by(layer, "bitsandbytes", "Linear8bitLt")
-            and layer._parameters[key].dtype == torch.int8
+            and _weight(layer, key).dtype == torch.int8
         ),
         lambda layer, key: torch.float32,
         _values_8bit,
@@ -119,12 +125,13 @@ class Quantized:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the values."""
-        linear = isinstance(self.layer, nn.Linear)
-        return (self.layer.out_features, self.layer.in_features) if linear else tuple(self.held.shape)
+        layer = self.layer
+        return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(self.held.shape)
 
     @property
     def held(self) -> nn.Parameter:
-        return self.layer._parameters[self.key]
+        held: nn.Parameter = _weight(self.layer, self.key)
+        return held
 
     @property
     def dtype(self) -> torch.dtype:
@@ -240,7 +247,7 @@ MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit
 def not_quantized(model: nn.Module) -> Iterator[None]:
     """Context in which transformers takes a model for one that is not quantized: one that its Trainer trains, and that
     is saved as an ordinary one."""
-    marked = [(model, name) for name in MARKS] + [(getattr(model, "config", None), "quantization_config")]
+    marked = [*((model, name) for name in MARKS), (getattr(model, "config", None), "quantization_config")]
     kept = [(owner, name, vars(owner).pop(name)) for owner, name in marked if owner is not None and name in vars(owner)]
     try:
         yield
@@ -253,7 +260,8 @@ class StandIn(nn.Linear):
     """A linear layer that takes its input in any type, as quantized ones do."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight = self.weight
+        bias: Tensor | None = self.bias
         if weight.dtype != x.dtype:
             weight = weight.to(x.dtype)
         if bias is not None and bias.dtype != x.dtype:
@@ -269,7 +277,8 @@ def stand_ins(
 
     Gives the weights that are replaced, by name.
     """
-    weights, values, undo = quantized_in(model), {}, []
+    weights, undo = quantized_in(model), []
+    values: dict[str, nn.Parameter] = {}
     named = {id(weight.held): weight for weight in weights.values()}
     try:
         for layer in model.modules():

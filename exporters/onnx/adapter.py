@@ -21,7 +21,7 @@ from s2ft_compile.exporters.adapter import untrained
 from s2ft_compile.exporters.files import new_files
 from s2ft_compile.exporters.lora import adapter_source
 from s2ft_compile.exporters.merged import dtype_of_others
-from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.plan import Plan, Slice, delta_of
 from s2ft_compile.quantized import Values
 from s2ft_compile.slices.state import is_prepared, state_of
 
@@ -33,7 +33,11 @@ PROBED = 16  # indices of each weight that a graph is checked with
 
 
 def save_onnx_adapter(
-    model: nn.Module, file: str | os.PathLike, *, adapter: str | os.PathLike | None = None, names: str = NAMES[0]
+    model: nn.Module,
+    file: str | os.PathLike[str],
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    names: str = NAMES[0],
 ) -> Path:
     """Writes an adapter for graphs of `export_onnx(..., adapters="separate")`, and returns the file's path.
 
@@ -100,25 +104,25 @@ class Part(NamedTuple):
 
 
 def _oriented(module: nn.Module, source: Adapter) -> list[Part]:
-    layers, arrays = linear_layers(module, source, "an adapter beside an ONNX graph"), []
+    layers, parts = linear_layers(module, source, "an adapter beside an ONNX graph"), []
     values, others = Values(module), dtype_of_others(module)
     for s in source.slices:
         transposed, dtype = layers[s.parameter_name][1], values.dtype(s.parameter_name)
         if s.parameter_name in values.quantized:
             dtype = others or dtype
-        delta = (s.delta if transposed else s.delta.T).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+        delta = (delta_of(s) if transposed else delta_of(s).T).to(torch.float32 if dtype == torch.bfloat16 else dtype)
         if not delta.isfinite().all():
             raise ExportError(
                 f"the delta of {s.parameter_name} exceeds the largest {delta.dtype}, in which the graph adds it; "
                 f"`save_merged` takes it, since the sum does not"
             )
         columns = (s.dim == 1) != transposed
-        arrays.append(Part(s.parameter_name, columns, s.indices.numpy(), delta.numpy(), s.shape[s.dim]))
-    return arrays
+        parts.append(Part(s.parameter_name, columns, s.indices.numpy(), delta.numpy(), s.shape[s.dim]))
+    return parts
 
 
 def _slices(parts: Sequence[Part]) -> dict[str, np.ndarray]:
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for part in parts:
         indices, delta = slice_names(part.weight, part.columns)
         arrays |= {indices: part.indices, delta: part.delta}
@@ -193,7 +197,7 @@ def added(module: nn.Module, adapter: Adapter) -> Iterator[None]:
 # --- the graph ---------------------------------------------------------------------------------------------
 
 
-def places_of(model: nn.Module, adapters: str | Sequence[str | os.PathLike]) -> list[tuple[str, int]]:
+def places_of(model: nn.Module, adapters: str | Sequence[str | os.PathLike[str]]) -> list[tuple[str, int]]:
     """(weight, dim) of everything that the adapters change: those of a prepared model, or of adapter folders.
 
     Raises `ConfigError` where there are none, `AdapterError` for an adapter of another base model.

@@ -7,7 +7,7 @@ and the file is checked before it appears: by onnx.checker, and by ONNX Runtime 
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -44,9 +44,9 @@ INLINE_BYTES = 1 << 20  # weights up to this size lie in the .onnx file itself, 
 
 def export_onnx(
     model: nn.Module,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     example_inputs: Any,
-    adapters: str | Sequence[str | os.PathLike] = "merged",
+    adapters: str | Sequence[str | os.PathLike[str]] = "merged",
     *,
     cache: bool = False,
     names: str = NAMES[0],
@@ -139,7 +139,7 @@ def _traced(module: nn.Module, call: Call) -> torch.export.ExportedProgram:
     """The module's graph: dynamic where it can be; of the example's sizes if it is not traced otherwise, but for a
     call that names what has to be dynamic."""
     inputs, dynamic = (call.inputs, call.dynamic()) if call.axes else _without_ones(call)
-    dims = torch.export.ShapesCollection()
+    dims = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for tensor, names in dynamic:
         dims[tensor] = dict.fromkeys(names, torch.export.Dim.AUTO)
     try:
@@ -147,7 +147,7 @@ def _traced(module: nn.Module, call: Call) -> torch.export.ExportedProgram:
     except CaptureError as error:
         if call.axes:
             raise
-        refused = first_line(error.__cause__)
+        refused = first_line(error.__cause__ or error)
     program = _exported(module, call.inputs, None)
     log.warning("the ONNX file takes inputs of the example's sizes only: %s", refused)
     return program
@@ -163,7 +163,7 @@ def _exported(module: nn.Module, inputs: Inputs, dims: Any) -> torch.export.Expo
         ) from error
 
 
-def _without_ones(call: Call) -> tuple[Inputs, list]:
+def _without_ones(call: Call) -> tuple[Inputs, list[tuple[Tensor, Mapping[int, str]]]]:
     """The inputs, doubled along a dimension that is 1 in all of them: the tracer takes a 1 for a constant."""
     inputs = call.inputs
     rows = [t for t in tensors(inputs) if t.dim() > 0]
@@ -188,7 +188,9 @@ def _translated(module: nn.Module, program: torch.export.ExportedProgram, opset:
 
     try:
         onnx_program = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
-        graph, tied = onnx_program.model.graph, tied_names(module)
+        assert onnx_program is not None  # with dynamo
+        graph: Any = onnx_program.model.graph
+        tied = tied_names(module)
         weights = {value: value.const_value for name, value in graph.initializers.items() if name in program.state_dict}
         for value in weights:
             del graph.initializers[value.name]
@@ -233,7 +235,7 @@ def _replace_constant(graph: Any, old: Any, content: np.ndarray, name: str, user
     import onnx_ir as ir
 
     if name not in graph.initializers:
-        tensor = ir.tensor(content, name=name)
+        tensor: Any = ir.tensor(content, name=name)
         graph.initializers.add(
             ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
         )

@@ -8,18 +8,19 @@ active, as `load_adapter` puts them. A batch leaves the weights alone, and adds 
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import AdapterError, StateError
-from s2ft_compile.plan import Slice
+from s2ft_compile.plan import Slice, delta_of
 from s2ft_compile.quantized import Values, settle
 from s2ft_compile.slices.blocks import Beside, beside_of, blocks_in
 from s2ft_compile.slices.state import is_prepared
@@ -29,7 +30,10 @@ from .batched import Packed, Picked, Stack, places
 from .format import Adapter, read_adapter
 from .layers import linear_layers
 
-Written = tuple[nn.Parameter, int, Tensor, Tensor]  # weight, dim, indices, values
+Written = tuple[Tensor, int, Tensor, Tensor]  # weight, dim, indices, values
+Stacks = Mapping[str, tuple[Stack, ...]]  # of every layer
+Picks = Mapping[str, tuple[Picked | Packed, ...]]  # what a batch takes from them
+Asked = tuple[tuple[int, ...], tuple[int, ...]]  # of packed requests: their adapters and their lengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +48,10 @@ class Blocks:
 class _Now(threading.local):
     """What the batch of this thread uses: how many rows it has, and what they take from every layer's stacks."""
 
-    def __init__(self):  # once in every thread
+    def __init__(self) -> None:  # once in every thread
         self.rows: int | None = None
         self.packed = False  # whether the rows are tokens, in one row of the model
-        self.picked: Mapping[str, tuple[Picked | Packed, ...]] = {}
+        self.picked: Picks = {}
 
 
 class AdapterBank:
@@ -76,8 +80,8 @@ class AdapterBank:
         self._adapters: dict[str, Adapter] = {}  # on the model's device
         self._blocks: dict[str, Blocks] = {}  # of those that were activated
         self._written = Blocks()  # of those that are active; what they wrote is in the weights
-        self._stacks: Mapping[str, tuple[Stack, ...]] | None = None
-        self._last: tuple | None = None  # what packed requests picked; steps of decoding repeat it
+        self._stacks: Stacks | None = None
+        self._last: tuple[Stacks, Asked, Picks] | None = None  # of packed requests; steps of decoding repeat it
         self._hooked: set[str] = set()
         self._batches = 0
         self._free = threading.Condition(threading.RLock())
@@ -90,7 +94,7 @@ class AdapterBank:
 
     # --- which adapters there are ---
 
-    def add(self, name: str, adapter: Adapter | str | os.PathLike) -> None:
+    def add(self, name: str, adapter: Adapter | str | os.PathLike[str]) -> None:
         """adapter: a folder of `save_adapter`. Raises `AdapterError` for a name in use, or another base's adapter."""
         read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
         if not isinstance(name, str) or not name:
@@ -209,8 +213,11 @@ class AdapterBank:
                 raise StateError(f"{', '.join(self.active)} is active; call activate(None) before a batch")
             if self._now.rows is not None:
                 raise StateError("a batch inside another one")
+            for name in ids:
+                if name is not None:
+                    self._adapter(name)
             chosen = {name: k for k, name in enumerate(self._adapters, 1)}
-            rows = [0 if name is None else chosen[name] if name in chosen else self._adapter(name) for name in ids]
+            rows = [0 if name is None else chosen[name] for name in ids]
             stacks = self._prepared_stacks()
             self._batches += 1
         try:
@@ -223,10 +230,9 @@ class AdapterBank:
                 self._batches -= 1
                 self._free.notify_all()
 
-    def _pick(
-        self, stacks: Mapping[str, tuple[Stack, ...]], rows: Sequence[int], lengths: Sequence[int] | None
-    ) -> Mapping[str, tuple[Picked | Packed, ...]]:
-        device, terms = next(self.model.parameters()).device, {}
+    def _pick(self, stacks: Stacks, rows: Sequence[int], lengths: Sequence[int] | None) -> Picks:
+        device = next(self.model.parameters()).device
+        terms: dict[tuple[Any, ...], Tensor] = {}
         ids = torch.tensor(rows, device=device)
         if lengths is None:
             return {name: tuple(s.picked(ids, terms) for s in several) for name, several in stacks.items()}
@@ -238,7 +244,7 @@ class AdapterBank:
             self._last = last = stacks, asked, picked
         return last[2]
 
-    def _prepared_stacks(self) -> Mapping[str, tuple[Stack, ...]]:
+    def _prepared_stacks(self) -> Stacks:
         """Every layer's stacks, and a hook on each; a batch that runs keeps the ones it began with."""
         if self._stacks is None:
             self._stacks = _stacks(self.model, list(self._adapters.values()))
@@ -257,15 +263,15 @@ class AdapterBank:
             yield
 
 
-def _finite(weight: object) -> bool:
+def _finite(weight: Any) -> bool:
     try:
         return math.isfinite(weight)
     except (TypeError, OverflowError):
         return False
 
 
-def _hook(now: _Now, name: str):
-    def add_deltas(module, args, kwargs, y):
+def _hook(now: _Now, name: str) -> Callable[..., Tensor | None]:
+    def add_deltas(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
         if now.rows is None:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
@@ -287,7 +293,7 @@ def _write(blocks: Sequence[Written]) -> None:
 
 def _placed(model: nn.Module, adapter: Adapter) -> Adapter:
     held = dict(model.named_parameters())
-    slices = [replace(s, delta=s.delta.to(held[s.parameter_name].device)) for s in adapter.slices]
+    slices = [replace(s, delta=delta_of(s).to(held[s.parameter_name].device)) for s in adapter.slices]
     return replace(adapter, plan=replace(adapter.plan, slices=tuple(slices)))
 
 
@@ -298,7 +304,8 @@ def _blocks(model: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> Bloc
     for adapter, weight in adapters:
         for s in adapter.slices:
             parts.setdefault(s.parameter_name, []).append((s, weight))
-    values, tuned, beside, sums = Values(model), [], [], {}
+    values, tuned, beside = Values(model), [], []
+    sums: dict[str, Tensor] = {}
     for name, several in parts.items():
         if name in values.quantized:
             dim, indices, sums[name] = _delta(name, several)
@@ -321,8 +328,8 @@ def _delta(name: str, parts: Sequence[tuple[Slice, float]]) -> tuple[int, Tensor
             f"beside it; a batch runs both, and the base model without quantization holds their sum"
         )
     (first, _), *_ = parts
-    dtype = reduce(torch.promote_types, (s.delta.dtype for s, _ in parts))
-    return summed(torch.zeros((), dtype=dtype, device=first.delta.device).expand(first.shape), parts)
+    dtype = reduce(torch.promote_types, (delta_of(s).dtype for s, _ in parts))
+    return summed(torch.zeros((), dtype=dtype, device=delta_of(first).device).expand(first.shape), parts)
 
 
 def _shared(a: Adapter, b: Adapter) -> int:
@@ -346,7 +353,7 @@ def _stacks(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, tuple[St
         layers = linear_layers(model, adapter, "in a batch")
         for s in adapter.slices:
             layer, transposed = layers[s.parameter_name]
-            delta = s.delta if transposed else s.delta.T
+            delta = delta_of(s) if transposed else delta_of(s).T
             by_layer.setdefault((layer, (s.dim == 1) != transposed), []).append((k, s, delta))
     stacks: dict[str, tuple[Stack, ...]] = {}
     for (layer, contracts), parts in by_layer.items():

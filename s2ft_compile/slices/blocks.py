@@ -117,6 +117,14 @@ class Block:
             self.delta.register_hook(torch.clone)
             self.owns_gradient = True
 
+    def follow_shards(self) -> bool:
+        """Whether FSDP has replaced the tensors by shards, which are the block's from then on."""
+        raise NotImplementedError
+
+    def check_loaded(self, name: str, weight: Tensor, delta: Tensor | None = None) -> None:
+        """Raises `StateError` for a weight, called `name`, that is not of this block's base."""
+        raise NotImplementedError
+
     # --- what there is to do where the weight holds the slice (`InPlace`), and nothing where it holds the base's values
 
     def edited(self) -> bool:

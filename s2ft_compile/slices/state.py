@@ -8,18 +8,20 @@ W[block] == cast(W0 + delta) for every block.
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from s2ft_compile.capture.models import tensors_of, unwrap
 from s2ft_compile.errors import StateError
 from s2ft_compile.passes.couple.recheck import Crossing, Permuted
 from s2ft_compile.passes.permute import move
-from s2ft_compile.plan import Plan, Slice
+from s2ft_compile.plan import Plan, Slice, delta_of
 from s2ft_compile.quantized import quantized_in
 from s2ft_compile.structure import Analysis
 
@@ -74,7 +76,13 @@ class State:
     order."""
 
     def __init__(
-        self, plan: Plan, blocks: list[Block], moves: list, frozen: list[str], permuted: Permuted, analysis: Analysis
+        self,
+        plan: Plan,
+        blocks: list[Block],
+        moves: list[tuple[str, int, Tensor]],
+        frozen: list[str],
+        permuted: Permuted,
+        analysis: Analysis,
     ):
         self._plan = plan
         self.analysis = analysis
@@ -90,11 +98,11 @@ class State:
         self.compared = False  # with what other processes selected
         self.active = True
         self.warned = False  # of slices without a gradient
-        self._hooks: list = []  # of saving and loading
-        self._conversions: list | None = None  # of names in files, by transformers
+        self._hooks: list[RemovableHandle] = []  # of saving and loading
+        self._conversions: list[Any] | None = None  # of names in files, by transformers
         _live.add(self)
 
-    def __setstate__(self, values):  # copy.deepcopy and pickle arrive here
+    def __setstate__(self, values: dict[str, Any]) -> None:  # copy.deepcopy and pickle arrive here
         self.__dict__.update(values)
         _live.add(self)
 
@@ -116,7 +124,7 @@ class State:
         slices = []
         for s in self.plan.slices:
             if left := earlier.get(s.parameter_name):
-                delta = torch.cat([s.delta.detach().cpu(), left.delta], s.dim)
+                delta = torch.cat([delta_of(s).detach().cpu(), left.delta], s.dim)
                 s = replace(s, indices=torch.cat([s.indices, left.indices]), delta=nn.Parameter(delta, False))
             slices.append(s)
         return replace(self.plan, slices=tuple(slices))
@@ -161,7 +169,7 @@ class State:
         for name, dim, index in reversed(self.moves) if back else self.moves:
             move(now[name], dim, torch.argsort(index) if back else index)
 
-    @torch._dynamo.disable
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
         """Writes every delta into its weight."""
         if self.active:
@@ -173,7 +181,8 @@ class State:
         setattr(model, NAME, self)
         for block in self.blocks:
             block.install()
-        loads, saves = model.register_load_state_dict_pre_hook, model.register_state_dict_post_hook
+        loads: Callable[..., RemovableHandle] = model.register_load_state_dict_pre_hook
+        saves: Callable[..., RemovableHandle] = model.register_state_dict_post_hook
         self._hooks = [loads(_check_loaded), saves(_add_units)]
         self._keep_names(model)
 
@@ -194,12 +203,12 @@ class State:
         """transformers stores experts under other names, which its Trainer does not turn back when it resumes."""
         if hasattr(model, "save_pretrained"):
             self._conversions = model.__dict__.get("_weight_conversions")
-            model._weight_conversions = []
+            model.__dict__["_weight_conversions"] = []
 
     def _restore_names(self, model: nn.Module) -> None:
         model.__dict__.pop("_weight_conversions", None)
         if self._conversions is not None:
-            model._weight_conversions = self._conversions
+            model.__dict__["_weight_conversions"] = self._conversions
 
     @contextmanager
     def names_as_stored(self, model: nn.Module) -> Iterator[None]:
@@ -216,7 +225,7 @@ class State:
             block.active = active
 
 
-def _add_units(model: nn.Module, state_dict, prefix, _) -> None:
+def _add_units(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: Any) -> None:
     """Where units were chosen anew, which ones train, and what the others learned, is a part of the state, too."""
     from .units import units_of
 
@@ -224,7 +233,7 @@ def _add_units(model: nn.Module, state_dict, prefix, _) -> None:
         state_dict.update({prefix + name: t for name, t in units_of(model).items()})
 
 
-def _check_loaded(model: nn.Module, state_dict, prefix, *_) -> None:
+def _check_loaded(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Refuses weights of another order or base before the first of them is loaded. Those of another selection of the
     same base's units are in another order: the model takes it."""
     from .units import follow_units
@@ -240,7 +249,7 @@ def _check_loaded(model: nn.Module, state_dict, prefix, *_) -> None:
         raise
 
 
-def _check_same_base(model: nn.Module, state: State, state_dict, prefix: str) -> None:
+def _check_same_base(model: nn.Module, state: State, state_dict: dict[str, Tensor], prefix: str) -> None:
     for weight in quantized_in(model).values():
         check_extra(weight, state_dict, prefix)
     blocks, now = {b.name: b for b in state.blocks}, dict(model.named_parameters())
@@ -336,7 +345,7 @@ def to_base_order(state: State, trained: bool) -> None:
         state.put_left_behind(trained=False, base_order=True)
 
 
-def disabled(model: nn.Module):
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Context in which the model has the base model's weights, bit for bit, in the base model's order."""
     return _arranged(model, trained=False)
 
@@ -374,7 +383,7 @@ def release(model: nn.Module) -> None:
 # --- optimizers ------------------------------------------------------------------------------------------------------
 
 
-def _before_step(optimizer, args, kwargs) -> None:
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     _check_not_stale(optimizer)
     for state, blocks in _blocks_in(optimizer):
         for block in blocks:
@@ -388,7 +397,7 @@ def _before_step(optimizer, args, kwargs) -> None:
         _check_gradients(optimizer)
 
 
-def _after_step(optimizer, args, kwargs) -> None:
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if _closure(args, kwargs):
         _check_gradients(optimizer)
     for state, blocks in _blocks_in(optimizer):
@@ -399,11 +408,11 @@ def _after_step(optimizer, args, kwargs) -> None:
                     block.refresh_shards()
 
 
-def _closure(args, kwargs) -> Callable | None:
+def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
     return kwargs.get("closure", next((a for a in args if callable(a)), None))
 
 
-def _check_not_stale(optimizer) -> None:
+def _check_not_stale(optimizer: Optimizer) -> None:
     """An optimizer that was made before its model was prepared holds what is frozen now, and would train nothing."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     ids, frozen = {id(p) for p in held}, [p for p in held if not p.requires_grad]
@@ -416,7 +425,7 @@ def _check_not_stale(optimizer) -> None:
             )
 
 
-def _check_gradients(optimizer) -> None:
+def _check_gradients(optimizer: Optimizer) -> None:
     for state, blocks in _blocks_in(optimizer):
         without = [b for b in blocks if b.delta.grad is None]
         lost = [b for b in without if not b.attached]
@@ -438,7 +447,7 @@ def _named(which: list[Block], blocks: list[Block]) -> str:
     return f"{len(which)} of {len(blocks)} slices ({', '.join(b.name for b in which[:3])})"
 
 
-def _blocks_in(optimizer) -> list[tuple[State, list[Block]]]:
+def _blocks_in(optimizer: Optimizer) -> list[tuple[State, list[Block]]]:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for block in (b for state in _live for b in state.blocks):
         block.follow_shards()
@@ -446,7 +455,7 @@ def _blocks_in(optimizer) -> list[tuple[State, list[Block]]]:
     return [(state, blocks) for state, blocks in pairs if blocks]
 
 
-_optimizer_hooks: list = []
+_optimizer_hooks: list[RemovableHandle] = []
 
 
 def watch_optimizers() -> None:

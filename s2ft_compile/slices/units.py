@@ -18,7 +18,7 @@ from s2ft_compile.errors import StateError
 from s2ft_compile.passes.couple.recheck import Permuted
 from s2ft_compile.passes.permute import dense_orders, moves_for, ranges
 from s2ft_compile.passes.select.select import Selection
-from s2ft_compile.plan import Slice
+from s2ft_compile.plan import Slice, delta_of
 
 from .blocks import Block, InPlace
 from .state import Left, State, state_of, to_base_order
@@ -117,7 +117,7 @@ class _Given:
     earlier_units: Tensor | None
 
     def all(self) -> Learned:
-        if self.earlier is None:
+        if self.earlier is None or self.earlier_units is None:
             return self.units, self.delta
         return torch.cat([self.units, self.earlier_units]), torch.cat([self.delta, self.earlier], self.dim)
 
@@ -134,7 +134,10 @@ def _given(values: Mapping[str, Tensor], s: Slice, block: Block) -> _Given:
     if (earlier is None) != (earlier_units is None):
         raise StateError(f"{block.delta_name} has earlier units without their deltas, or deltas without their units")
     one = _Given(s.dim, delta, s.indices if units is None else units, earlier, earlier_units)
-    for tensor, places in ((delta, one.units), (earlier, earlier_units))[: 1 if earlier is None else 2]:
+    pairs = [(delta, one.units)]
+    if earlier is not None and earlier_units is not None:
+        pairs.append((earlier, earlier_units))
+    for tensor, places in pairs:
         n = len(s.indices) if tensor is delta else len(places)
         shape = (*s.shape[: s.dim], n, *s.shape[s.dim + 1 :])
         if tensor.dtype != torch.float32 or tensor.shape != shape or not _positions(places, n, s.shape[s.dim]):
@@ -150,7 +153,7 @@ def _given(values: Mapping[str, Tensor], s: Slice, block: Block) -> _Given:
 def _positions(places: Tensor, n: int, size: int) -> bool:
     """Whether these are n positions below `size`, each once."""
     fits = places.dtype == torch.int64 and places.shape == (n,) and bool(((0 <= places) & (places < size)).all())
-    return fits and len(places.unique()) == n
+    return fits and len(set(places.tolist())) == n
 
 
 def _some_names(state: State) -> str:
@@ -168,7 +171,8 @@ def arrange(state: State, selections: Sequence[Selection], learned: Mapping[str,
     orders = dense_orders(state.analysis, selections)
     index = moves_for(orders, state.analysis.layouts)
     to_base_order(state, trained=False)
-    now, before = state.tensors(), {}
+    now = state.tensors()
+    before: dict[str, Left] = {}
     for block in state.blocks:
         indices, delta = (t.detach().cpu() for t in learned[block.name])
         backup = now[block.name].detach().index_select(block.dim, indices.to(block.weight.device)).cpu()
@@ -198,13 +202,14 @@ def check_can_change(state: State) -> None:
 
 def learned_by(state: State) -> dict[str, Learned]:
     """Of each parameter all that ever trained."""
-    return {s.parameter_name: (s.indices, s.delta.detach().clone()) for s in state.all_trained.slices}
+    return {s.parameter_name: (s.indices, delta_of(s).detach().clone()) for s in state.all_trained.slices}
 
 
 def _replaced(
-    block: InPlace, selection: Selection, index: Mapping[tuple[str, int], Tensor], before: Left
+    block: Block, selection: Selection, index: Mapping[tuple[str, int], Tensor], before: Left
 ) -> tuple[Slice, Left | None]:
     """Gives a block other units, in the weight's new order. Returns its slice, and what gave way in the weight."""
+    assert isinstance(block, InPlace)  # `check_can_change`
     shape = tuple(block.weight.shape)
     order = index.get((block.name, block.dim), torch.arange(shape[block.dim]))
     mask = torch.isin(order, selection.indices)
