@@ -185,7 +185,7 @@ def figure(runs: Runs, methods: Sequence[str], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg" if path.suffix == ".svg" else "agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     pyplot.rcParams.update({"svg.hashsalt": "compare", "font.size": 8})
     tasks = [t for t in TASKS if any(runs.best(t, m) for m in methods)]
@@ -209,6 +209,9 @@ def figure(runs: Runs, methods: Sequence[str], path: Path) -> None:
                 best = runs.best(task, method)[0]
                 panel.plot(best["kl"], best["test_loss"], "o", ms=6, color=f"C{number}", zorder=4)
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+        panel.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.set_title(TITLES[task], fontsize=9)
         panel.set_xlabel("KL to the base on old text")
     (panels if len(tasks) == 1 else panels[0]).set_ylabel("test loss of the task")
