@@ -989,7 +989,7 @@ def test_the_adapter_of_a_sharded_run_is_what_any_other_run_writes(tmp_path, mon
     randomize(model)
     s2ft.exporters.save_adapter(model, tmp_path / "plain")
     monkeypatch.setattr(sharded, "is_sharded", lambda model: True)
-    monkeypatch.setattr(sharded, "first_does", lambda action: action())
+    monkeypatch.setattr("s2ft_compile.exporters.adapter.first_does", lambda action: action())
     s2ft.exporters.save_adapter(model, tmp_path / "gathered")
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "gathered" / name).read_bytes(), name
