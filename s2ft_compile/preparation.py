@@ -24,7 +24,7 @@ from .adapters.fingerprint import fingerprint
 from .capture.examples import several
 from .capture.models import tensors_of, unwrap
 from .capture.traces import captures
-from .config import S2FTConfig, looks_at_data
+from .config import DEFAULT, S2FTConfig, looks_at_data
 from .errors import ConfigError, StateError, VerificationError
 from .plan import Plan, Slice
 from .quantized import Values, settle
@@ -119,7 +119,8 @@ def prepare(
         settle(weight.layer, weight.key)
     analysis, base = analyze(model, example_inputs, train=train), fingerprint(model)
     if given is None:
-        config = replace(config, targets=config.targets_of(roles_of(analysis)))
+        if config.targets is None or DEFAULT in config.targets:
+            config = replace(config, targets=config.targets_of(roles_of(analysis)))
         selections = select(
             analysis, config, parameters, measured(model, analysis, config, calibration, loss), of_others
         )

@@ -189,13 +189,9 @@ def _prepare(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) ->
 
 
 def optimizer(contender: Contender, trial: Tuned, lr: float) -> torch.optim.Optimizer:
-    """With each group's part of `lr` in its "peak"."""
+    """S²FT's are the package's, but for "muon of all", which has no other rate for heads."""
     if contender.kind == "s2ft" and contender.optimizer != "muon of all":
-        opt = s2ft.optimizer(trial.model, contender.optimizer, lr)
-    elif contender.optimizer == "adamw":
-        opt = torch.optim.AdamW(trial.leaves, lr=lr, weight_decay=0.0, fused=True)
-    else:
-        opt = torch.optim.Muon(trial.leaves, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    for group in opt.param_groups:
-        group["peak"] = group["lr"]
-    return opt
+        return s2ft.optimizer(trial.model, contender.optimizer, lr)
+    if contender.optimizer == "adamw":
+        return torch.optim.AdamW(trial.leaves, lr=lr, weight_decay=0.0, fused=True)
+    return torch.optim.Muon(trial.leaves, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")

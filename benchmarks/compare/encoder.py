@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from base import DEVICE
 from run import Row, append, job, read, schedule
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModel, AutoTokenizer
 
 import s2ft_compile as s2ft
@@ -141,18 +142,18 @@ class Bench:
         leaves, head, again = tuned(model, method, dict(options), seed, calibration)
         numbers, spent = sum(p.numel() for p in leaves), []
         opts = optimizers(model, name, leaves, head, rate)
+        rates = [LambdaLR(opt, partial(schedule, steps=STEPS)) for opt in opts]
         period = math.ceil(STEPS / options.get("again", 1))
         model.train()
         for step in range(STEPS):
             if step and step % period == 0:
                 again(seed=seed + 1000 * step)
             began = time.process_time()
-            for group in (group for opt in opts for group in opt.param_groups):
-                group["lr"] = group["peak"] * schedule(step, STEPS)
             loss = model(**next(batches))
             loss.backward()
-            for opt in opts:
+            for opt, scheduler in zip(opts, rates):
                 opt.step()
+                scheduler.step()
                 opt.zero_grad()
             spent.append(time.process_time() - began)
             if not math.isfinite(loss.item()):
@@ -207,14 +208,11 @@ def tuned(model: Encoder, method: str, options: dict, seed: int, batches: list[B
 
 
 def optimizers(model: Encoder, name: str, leaves: list[nn.Parameter], head: list[nn.Parameter], rate: float):
-    """The method's own, and of a new head AdamW at the rate that suits it; each group's rate is its "peak"."""
+    """The method's own, and of a new head AdamW at the rate that suits it."""
     opts = [s2ft.optimizer(model, name, rate) if s2ft.is_prepared(model) else torch.optim.AdamW(leaves, lr=rate)]
     for group in opts[0].param_groups:
         group["params"] = [p for p in group["params"] if all(p is not of_head for of_head in head)]
-    opts += [torch.optim.AdamW(head, lr=1e-2)] * bool(head)
-    for group in (group for opt in opts for group in opt.param_groups):
-        group["peak"] = group["lr"]
-    return opts
+    return opts + [torch.optim.AdamW(head, lr=1e-2)] * bool(head)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from contenders import CONTENDERS, MAIN, optimizer, tuned
 from material import IGNORED, Material, Rows, Task
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
+from torch.optim.lr_scheduler import LambdaLR
 
 HERE = Path(__file__).resolve().parent
 STEP = 0.5  # of the exponent of ten, between two learning rates
@@ -61,16 +62,16 @@ class Bench:
         trial.model.train()
         numbers, spent = trial.numbers, []
         opt = optimizer(contender, trial, rate)
+        rates = LambdaLR(opt, partial(schedule, steps=setting.steps))
         period = math.ceil(setting.steps / contender.again)
         for step in range(setting.steps):
             if step and step % period == 0:
                 trial.again(seed + 1000 * step)
             began = time.process_time()
-            for group in opt.param_groups:
-                group["lr"] = group["peak"] * schedule(step, setting.steps)
             loss = trial.net(**next(batches)).loss
             loss.backward()
             opt.step()
+            rates.step()
             opt.zero_grad()
             spent.append(time.process_time() - began)
             if not math.isfinite(loss.item()):

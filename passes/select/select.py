@@ -99,8 +99,7 @@ def raised(analysis: Analysis, config: S2FTConfig) -> tuple[str, ...]:
 def roles_of(analysis: Analysis) -> list[str]:
     """Those of `ROLES` that the model has, in their order. Raises `ConfigError` where it has no structures."""
     _check_structures(analysis)
-    found = {band.role for band in bands(analysis)}
-    return [role for role in ROLES if role in found]
+    return list(offered(analysis))
 
 
 def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:

@@ -91,6 +91,19 @@ def held_again(model: nn.Module) -> dict[str, str]:
     return {names[id(t)]: name for name, t in held_tensors(model) if id(t) in names}
 
 
+def holdings(model: nn.Module) -> list[tuple[Any, Any]]:
+    """The attributes of every module, and each list or dict among them, with a copy of what it holds now."""
+    held = [h for m in model.modules() for h in (vars(m), *(v for v in vars(m).values() if type(v) in (list, dict)))]
+    return [(h, h.copy()) for h in held]
+
+
+def holds_still(held: Any, was: Any) -> bool:
+    """Whether a list or dict holds the very things of before, in their order."""
+    if isinstance(held, dict):
+        return list(held) == list(was) and all(held[key] is was[key] for key in held)
+    return len(held) == len(was) and all(x is y for x, y in zip(held, was))
+
+
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers, by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}

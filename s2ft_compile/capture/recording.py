@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._traceback import CapturedTraceback
 
+from .models import holdings, holds_still
 from .repeats import now, repeated
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -216,18 +217,11 @@ def exporting() -> Iterator[None]:
 def as_before(model: nn.Module) -> Iterator[None]:
     """Every module has the attributes of before afterwards, and every list or dict among them its items: a forward may
     keep what it computed."""
-    attributes = [(m, dict(vars(m))) for m in model.modules()]
-    items = [(v, v.copy()) for _, held in attributes for v in held.values() if type(v) in (dict, list)]
+    before = holdings(model)
     try:
         yield
     finally:
-        for now, was in (*((vars(m), held) for m, held in attributes), *items):
-            if not _same(now, was):
-                now.clear()
-                now.update(was) if isinstance(now, dict) else now.extend(was)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(a[key] is b[key] for key in a)
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b))
+        for held, was in before:
+            if not holds_still(held, was):
+                held.clear()
+                held.update(was) if isinstance(held, dict) else held.extend(was)

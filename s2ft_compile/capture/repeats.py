@@ -20,6 +20,8 @@ from torch import fx, nn
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 
+from .models import holdings, holds_still
+
 if TYPE_CHECKING:
     from .recording import Recorder
 
@@ -140,7 +142,7 @@ class _Layers:
         last, drawn = next(reversed(graph.nodes), None), random.getstate()
         before = [now(t) for t in inputs]
         held = [now(t) for t, _ in self.recorder.given.values()]
-        kept = [(held, held.copy()) for m in layer.modules() for held in (vars(m), *_collections(m))]
+        kept = holdings(layer)
         with self._watched(layer) as reads:
             result = type(layer).forward(layer, *args, **kwargs)
         outputs, out_spec = pytree.tree_flatten(result)
@@ -154,7 +156,7 @@ class _Layers:
             and drawn == random.getstate()
             and all(a is now(t) for a, t in zip(before, inputs))
             and all(a is now(t) for a, (t, _) in zip(held, self.recorder.given.values()))
-            and all(_is_as(held, was) for held, was in kept)
+            and all(holds_still(held, was) for held, was in kept)
             and len({*storages, *map(_storage, tensors)}) == len(storages) + len({*map(_storage, tensors)})
         ):
             template = _Template(layer, frozenset(reads), inputs, spec, before, nodes, outputs, out_spec)
@@ -236,16 +238,6 @@ def now(t: Any) -> Any:
 
 def _storage(t: FunctionalTensor) -> int:
     return t.elem.untyped_storage()._cdata if isinstance(t, FunctionalTensor) else id(t)
-
-
-def _collections(module: nn.Module) -> list[Any]:
-    return [value for value in vars(module).values() if type(value) in (list, dict)]
-
-
-def _is_as(held: Any, was: Any) -> bool:
-    if isinstance(held, dict):
-        return list(held) == list(was) and all(held[key] is was[key] for key in held)
-    return len(held) == len(was) and all(x is y for x, y in zip(held, was))
 
 
 def _after(graph: fx.Graph, last: fx.Node | None) -> list[fx.Node]:
