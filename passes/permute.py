@@ -57,11 +57,3 @@ def dense_orders(
                 if not hit.all():  # an axis inside the unit is taken whole
                     counts[axis] = counts.get(axis, 0) + hit
     return {axis: torch.argsort(-count, stable=True) for axis, count in counts.items()}
-
-
-def ranges(mask: Tensor) -> tuple[tuple[int, int], ...]:
-    """The runs of True as (start, length)."""
-    zero = torch.zeros(1, dtype=torch.int8)
-    edges = torch.diff(mask.to(torch.int8), prepend=zero, append=zero)
-    starts, ends = (edges == 1).nonzero().squeeze(1), (edges == -1).nonzero().squeeze(1)
-    return tuple((int(s), int(e - s)) for s, e in zip(starts, ends))

@@ -9,11 +9,11 @@ from typing import Any
 
 from .errors import ConfigError
 
+HEADS = ("attention.out", "attention.value", "attention.query", "attention.key")  # of which a unit is a whole head
+CHANNELS = ".channels"  # behind one of these: a unit is a channel of a head, the same one of every head
 ROLES = (
-    "attention.out",
-    "attention.value",
-    "attention.query",
-    "attention.key",
+    *HEADS,
+    *(f"{role}{CHANNELS}" for role in HEADS),
     "ffn.out",
     "ffn.in",
     "moe.out",
@@ -42,6 +42,7 @@ def looks_at_data(selection: object) -> bool:
 
 
 DEFAULT, SHARE = "default", 0.015  # the target that stands for every role of a model, and its ratio where none is given
+WIDER = 4  # times that ratio: of the channels of heads, whose weights are the smaller ones (docs/targets.md says why)
 BUDGETS = ("layer", "model", "score")
 OPTIMIZERS = ("muon", "adamw")
 INNER = ("inductor", "aot_eager", "eager")
@@ -69,9 +70,11 @@ class S2FTConfig:
 
     targets: role (see `ROLES`) or glob on parameter names -> ratio in (0, 1] (a float; at least one unit) or number
         of units (an int). A unit is a query head for `attention.out` and `attention.query`, a kv head for
-        `attention.key` and `attention.value`, a channel for `ffn.*`, a channel of every expert for `moe.*`. A glob with
-        1.0 trains all of what it matches, whatever its axes are: a new head, norms, biases. "default" stands for every
-        role that the model has and `targets` does not name. None: {"default": `SHARE`} (docs/targets.md says why).
+        `attention.key` and `attention.value`, for `attention.*.channels` a channel of a head, the same one of every
+        head; a channel for `ffn.*`, a channel of every expert for `moe.*`. A glob with 1.0 trains all of what it
+        matches, whatever its axes are: a new head, norms, biases. "default" stands for every role that the model has
+        and `targets` does not name: of heads for their channels where it has those, at `WIDER` times the ratio. None:
+        {"default": `SHARE`} (docs/targets.md says why).
     selection: how units are ranked. None: "gradient" where `prepare` is given batches of data, else "random".
         One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and "gradient" are the paper's R, W,
         A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see `passes/select/scores.py` and
@@ -136,12 +139,15 @@ class S2FTConfig:
         return mine.to_dict() == settled.to_dict()
 
     def targets_of(self, roles: Sequence[str]) -> dict[str, int | float]:
-        """The targets of a model that has these roles: with each of them in place of "default"."""
+        """The targets of a model that has these roles: with each of them in place of "default", the channels of heads
+        rather than whole heads."""
         targets = {DEFAULT: SHARE} if self.targets is None else dict(self.targets)
         if DEFAULT not in targets:
             return targets
         amount = targets.pop(DEFAULT)
-        return {**{role: amount for role in roles if role not in targets}, **targets}
+        named = {target.removesuffix(CHANNELS) for target in targets}
+        finest = [role for role in roles if role + CHANNELS not in roles and role.removesuffix(CHANNELS) not in named]
+        return {**{role: _of_default(role, amount) for role in finest}, **targets}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values. A function is recorded by its name, "module:function"."""
@@ -225,6 +231,11 @@ def qualified_name(selection: str | Callable[..., Any]) -> str:
 def is_glob(target: str) -> bool:
     """Whether a target names parameters (with or without wildcards) rather than a role."""
     return target not in (*ROLES, DEFAULT)
+
+
+def _of_default(role: str, amount: int | float) -> int | float:
+    wider = role.endswith(CHANNELS) and not isinstance(amount, Integral)
+    return min(1.0, WIDER * amount) if wider else amount
 
 
 def matches(target: str, parameter_name: str) -> bool:

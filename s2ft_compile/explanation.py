@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from s2ft_compile.passes.backward.trainable import refused_gradients
+from s2ft_compile.passes.backward.trainable import Taken, refused_gradients
 from s2ft_compile.passes.editor import Mismatch
 from s2ft_compile.passes.select.select import bands
 from s2ft_compile.passes.tracing import Step, recorded
@@ -78,7 +78,7 @@ def explain(
     inputs = Inputs(args, {name: value for name, value in kwargs.items() if "label" not in name})
     analysis = analyze(model, inputs)
     places = list(dict.fromkeys((b.parameter_name, b.dim) for b in bands(analysis)))
-    gradients = refused_gradients(model, inputs, places)
+    gradients = refused_gradients(model, inputs, [Taken(*place) for place in places])
     bare, refused = _without_storage(model), ""
     with recorded() as steps:
         try:

@@ -15,7 +15,8 @@ from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.passes.backward.trainable import trainable
 from s2ft_compile.passes.couple.couple import couple
 from s2ft_compile.passes.couple.recheck import Permuted
-from s2ft_compile.passes.permute import dense_orders, move, moves_for, ranges
+from s2ft_compile.passes.permute import dense_orders, move, moves_for
+from s2ft_compile.passes.ranges import ranges
 from s2ft_compile.passes.select.calibrate import Loss, calibrate
 from s2ft_compile.passes.select.calibrate import check as check_calibration
 from s2ft_compile.passes.select.select import WHOLE, Selection, Taken, raised, roles_of, select, targeted_bands

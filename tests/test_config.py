@@ -73,6 +73,7 @@ def test_the_default_leaves_targets_and_selection_open():
         ({"default": 0.5}, {"ffn.in": 0.5, "attention.key": 0.5}),
         ({"default": 0.5, "ffn.in": 4, "*norm*": 1.0}, {"ffn.in": 4, "attention.key": 0.5, "*norm*": 1.0}),
         ({"ffn.in": 0.1}, {"ffn.in": 0.1}),
+        ({"default": 3}, {"ffn.in": 3, "attention.key": 3}),
     ],
 )
 def test_default_stands_for_the_roles_of_the_model(targets, settled):
@@ -82,6 +83,18 @@ def test_default_stands_for_the_roles_of_the_model(targets, settled):
     plan = S2FTConfig(settled, "random")
     assert config.is_that_of(plan)
     assert not S2FTConfig({"default": 0.3}).is_that_of(plan)
+
+
+def test_the_default_is_of_channels_rather_than_heads():
+    """But for heads that are asked for."""
+    has = ["attention.out", "attention.value", "attention.out.channels", "attention.value.channels", "ffn.in"]
+    assert S2FTConfig().targets_of(has) == {
+        "attention.out.channels": 0.06,
+        "attention.value.channels": 0.06,
+        "ffn.in": 0.015,
+    }
+    some = {"default": 0.5, "attention.value": 1}
+    assert S2FTConfig(some).targets_of(has) == {"attention.out.channels": 1.0, "ffn.in": 0.5, "attention.value": 1}
 
 
 def test_the_targets_are_a_copy():

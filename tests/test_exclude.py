@@ -61,7 +61,10 @@ def test_chains_of_drawn_selections_share_no_entry(case, chain):
 
 
 ATTENTION = ("attention.out", "attention.query", "attention.key", "attention.value")
-ROLES = {"gpt2": (*ATTENTION, "ffn.in", "ffn.out"), "mixtral": (*ATTENTION, "moe.in", "moe.out")}
+ROLES = {
+    "gpt2": (*ATTENTION, *(f"{role}.channels" for role in ATTENTION), "ffn.in", "ffn.out"),
+    "mixtral": (*ATTENTION, "attention.out.channels", "attention.value.channels", "moe.in", "moe.out"),
+}
 
 
 @cache

@@ -128,16 +128,22 @@ def mamba() -> nn.Module:
     return MambaForCausalLM(MambaConfig(**sizes)).eval()
 
 
-HEADS = ("attention.out", "attention.value", "attention.query", "attention.key")
+# positions keep the channels of queries and keys where they are, so whole heads of those train
+ROTATED = {
+    "attention.query": 0.015,
+    "attention.key": 0.015,
+    "attention.out.channels": 0.06,
+    "attention.value.channels": 0.06,
+}
 
 
 @pytest.mark.parametrize(
     "make, roles",
     [
-        (lambda: hf("llama"), ("ffn.in", "ffn.out", *HEADS)),
-        (lambda: hf("gpt2"), ("ffn.in", "ffn.out", *HEADS)),
-        (mixtral, ("moe.in", "moe.out", *HEADS)),
-        (mamba, ("ssm.in", "ssm.out")),
+        (lambda: hf("llama"), {**dict.fromkeys(("ffn.in", "ffn.out"), 0.015), **ROTATED}),
+        (lambda: hf("gpt2"), {**dict.fromkeys(("ffn.in", "ffn.out"), 0.015), **{f"{r}.channels": 0.06 for r in s2ft.config.HEADS}}),
+        (mixtral, {**dict.fromkeys(("moe.in", "moe.out"), 0.015), **ROTATED}),
+        (mamba, dict.fromkeys(("ssm.in", "ssm.out"), 0.015)),
     ],
     ids=["llama", "gpt2", "mixtral", "mamba"],
 )
@@ -145,7 +151,7 @@ def test_the_default_is_what_a_model_has(make, roles):
     """By gradient where there is data, else at random; one unit at least."""
     model = make()
     plan = s2ft.prepare(model, {"input_ids": tokens()})
-    assert plan.config == s2ft.S2FTConfig(dict.fromkeys(roles, 0.015), selection="random", budget="layer", seed=0)
+    assert plan.config == s2ft.S2FTConfig(roles, selection="random", budget="layer", seed=0)
     assert {role for s in plan.slices for role in s.roles} == set(roles)
     s2ft.release(model)
     batch = {"input_ids": tokens(), "labels": tokens()}
@@ -155,7 +161,12 @@ def test_the_default_is_what_a_model_has(make, roles):
 def test_default_stands_for_the_roles_that_are_not_named():
     model = hf("llama")
     plan = s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig({"default": 0.1, "ffn.out": 3, "*norm*": 1.0}))
-    assert plan.config.targets == {**dict.fromkeys(("ffn.in", *HEADS), 0.1), "ffn.out": 3, "*norm*": 1.0}
+    assert plan.config.targets == {
+        **dict.fromkeys(("ffn.in", "attention.query", "attention.key"), 0.1),
+        **dict.fromkeys(("attention.out.channels", "attention.value.channels"), 0.4),
+        "ffn.out": 3,
+        "*norm*": 1.0,
+    }
     assert {s.indices.numel() for s in plan.slices if "ffn.out" in s.roles} == {3}
     assert {s.parameter_name for s in plan.slices if len(s.shape) == 1} == {
         name for name, p in hf("llama").named_parameters() if p.ndim == 1

@@ -14,6 +14,7 @@ from torch import nn
 import s2ft_compile as s2ft
 from s2ft_compile import exporters
 from s2ft_compile.errors import ConfigError, StateError
+from s2ft_compile.passes.select.select import offered
 from s2ft_compile.slices.state import merged, state_of
 
 BATCH = {"input_ids": tokens(), "labels": tokens()}
@@ -102,8 +103,7 @@ def test_three_rounds_in_one_graph(family, targets, dtype, tmp_path):
 def test_gradients_of_the_new_units_are_those_of_the_whole_weights(case, data):
     """Of any model and role, after a step of the first selection."""
     analysis = s2ft.analyze(case.make(), case.inputs)
-    roles = sorted({m.role for c in analysis.couplings for m in c.members} & set(s2ft.config.ROLES))
-    role = data.draw(st.sampled_from(roles))
+    role = data.draw(st.sampled_from(sorted(offered(analysis))))
     model = case.make()
     s2ft.prepare(model, case.inputs, s2ft.S2FTConfig({role: 1}))
     optimizer = torch.optim.SGD(s2ft.parameters(model), lr=0.1)

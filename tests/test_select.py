@@ -9,11 +9,11 @@ from small import QUICK, cases, configs, hf, tokens
 from torch import nn
 
 import s2ft_compile as s2ft
-from s2ft_compile.config import SELECTIONS, S2FTConfig, units_for
+from s2ft_compile.config import CHANNELS, HEADS, SELECTIONS, S2FTConfig, units_for
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.select import scores
 from s2ft_compile.passes.select.scores import low_rank_squares
-from s2ft_compile.passes.select.select import raised, select
+from s2ft_compile.passes.select.select import offered, raised, select
 from s2ft_compile.passes.select.selections import SCORES
 from s2ft_compile.testing.models import Drawn, Spec
 
@@ -57,6 +57,36 @@ ROLE_UNITS = [
     ("attention.value", "self_attn.v_proj.weight", 0, 2, 4),
     ("ffn.out", "mlp.down_proj.weight", 1, 24, 1),
 ]
+
+
+@pytest.mark.parametrize(
+    "role, name, dim, heads", [("out", "self_attn.o_proj.weight", 1, 4), ("value", "self_attn.v_proj.weight", 0, 2)]
+)
+@pytest.mark.parametrize("amount", [1, 3, 0.5])
+def test_a_channel_of_heads_is_the_same_of_every_head(analyzed, role, name, dim, heads, amount):
+    selected = chosen(analyzed("llama"), targets={f"attention.{role}.channels": amount})
+    assert list(selected) == [f"model.layers.{i}.{name}" for i in (0, 1)]
+    for s in selected.values():
+        rows = s.indices.view(heads, -1)
+        assert s.dim == dim and rows.shape[1] == (2 if amount == 0.5 else amount)
+        assert torch.equal(rows, rows[:1] + 4 * torch.arange(heads)[:, None])
+
+
+def test_values_and_what_reads_them_share_the_ranking_of_their_channels(analyzed):
+    both = {"attention.out.channels": 1, "attention.value.channels": 3}
+    selected = chosen(analyzed("llama"), targets=both, selection="weight")
+    for i in (0, 1):
+        out, value = (selected[f"model.layers.{i}.self_attn.{p}_proj.weight"].indices % 4 for p in "ov")
+        assert set(out.tolist()) < set(value.tolist())
+
+
+def test_positions_keep_channels_of_queries_and_keys(analyzed):
+    """Rotary positions turn pairs of them; learned ones do not."""
+    assert {r for r in offered(analyzed("llama")[1]) if r.endswith(CHANNELS)} == {
+        "attention.out.channels",
+        "attention.value.channels",
+    }
+    assert {r for r in offered(analyzed("gpt2")[1]) if r.endswith(CHANNELS)} == {f"{r}{CHANNELS}" for r in HEADS}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -266,17 +296,20 @@ def test_selections_of_drawn_models(case, config):
         "attention.query": spec.heads,
         "attention.key": spec.kv_heads,
         "attention.value": spec.kv_heads,
+        "attention.out.channels": spec.head_dim,
+        "attention.value.channels": spec.head_dim,
         "ffn.out": spec.ffn,
         "ffn.in": spec.ffn,
     }
     selected = select(analysis, config, dict(case.model.named_parameters()))
     for role, amount in config.targets.items():
-        width = spec.head_dim if role.startswith("attention") else 1
+        width = spec.head_dim if role in s2ft.config.HEADS else 1
         mine = [s for s in selected if s.roles == (role,)]
         if any(role in s.roles for s in selected if len(s.roles) > 1):
             continue  # a fused projection: its parts are counted by the tests above
         fused = 2 if role == "ffn.in" and spec.gate != "none" else 1  # gate and up
-        per_layer = units_for(amount, units[role], role) * fused * width
+        heads = units[role.removesuffix(CHANNELS)] if role.endswith(CHANNELS) else 1
+        per_layer = units_for(amount, units[role], role) * fused * width * heads
         if config.budget == "layer":
             assert sum(len(s.indices) for s in mine) == per_layer * spec.blocks
     for s in selected:

@@ -22,8 +22,7 @@ from torch.overrides import resolve_name
 from torch.utils import _pytree as pytree
 
 from s2ft_compile.errors import StateError
-
-Ranges = Sequence[tuple[int, int]]
+from s2ft_compile.passes.ranges import Ranges, take
 
 
 class Where(NamedTuple):
@@ -34,11 +33,6 @@ class Where(NamedTuple):
     ranges: Ranges
     name: str
     whole: list[Callable]
-
-
-def take(x: Tensor, dim: int, ranges: Ranges) -> Tensor:
-    parts = [x.narrow(dim, start, length) for start, length in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def composed(weight: Tensor, backup: Tensor, delta: Tensor, dim: int, ranges: Ranges) -> Tensor:

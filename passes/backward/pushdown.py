@@ -16,6 +16,7 @@ from torch import fx
 
 from s2ft_compile.errors import CompileError
 from s2ft_compile.passes.editor import Editor, Mismatch
+from s2ft_compile.passes.ranges import spaced
 
 from . import convolution, grouped
 from .attach import ATTACH, TAKE
@@ -152,7 +153,14 @@ def _lower(slicer: Slicer, node: fx.Node) -> None:
     """A copy of the slice, so that saving it for the backward does not keep the whole activation alive."""
     slicer.at = node
     x, dim, starts, lengths = node.args
-    pieces = [slicer.call(aten.slice.Tensor, x, dim, s, s + n) for s, n in zip(starts, lengths)]
+    shape = list(x.meta["val"].shape)
+    if part := spaced(list(zip(starts, lengths)), shape[dim]):
+        split = slicer.call(aten.reshape.default, x, [*shape[:dim], len(starts), part, *shape[dim + 1 :]])
+        each = slicer.call(aten.slice.Tensor, split, dim + 1, starts[0], starts[0] + lengths[0])
+        shape[dim] = sum(lengths)
+        pieces = [slicer.call(aten.reshape.default, each, shape)]
+    else:
+        pieces = [slicer.call(aten.slice.Tensor, x, dim, s, s + n) for s, n in zip(starts, lengths)]
     if len(pieces) == 1:
         sliced = slicer.call(aten.clone.default, pieces[0], memory_format=torch.contiguous_format)
     else:

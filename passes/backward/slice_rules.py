@@ -83,7 +83,11 @@ def _merging_view(editor, node, x, dim):
     taken = positions(node)
     touched = sorted({p // inner for p in taken})
     if len(touched) == old[source]:
-        return Mismatch("its view joins dimensions, and the slice touches every index of the first of them")
+        inside = [p for p in taken if p < inner]
+        if taken != [i * inner + p for i in touched for p in inside] or fits[0][1] - source > 2:
+            return Mismatch("its view joins dimensions, and the slice touches every index of the first of them")
+        sliced = editor.push_ranges(x.args[0], source + 1, *runs(inside))  # the same of each
+        return editor.call(aten.reshape.default, sliced, [*new[:dim], len(taken), *new[dim + 1 :]], like=x)
     sliced = editor.push_ranges(x.args[0], source, *runs(touched))
     sliced = editor.call(aten.reshape.default, sliced, [*new[:dim], len(touched) * inner, *new[dim + 1 :]], like=x)
     if len(taken) == len(touched) * inner:

@@ -19,13 +19,13 @@ from torch.utils import _pytree as pytree
 from s2ft_compile.capture.examples import arguments
 from s2ft_compile.capture.models import held_again, inference_mode_of, tensors_of, tied_names
 from s2ft_compile.capture.recording import Recorder, as_before, exporting
-from s2ft_compile.config import S2FTConfig
+from s2ft_compile.config import CHANNELS, S2FTConfig
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.editor import Mismatch
 from s2ft_compile.passes.select.select import Selection
 from s2ft_compile.quantized import stand_ins
 
-from .attach import ATTACH, TAKE, attach
+from .attach import ATTACH, TAKE, attach, runs
 from .pushdown import Slicer
 
 log = logging.getLogger(__name__)
@@ -40,10 +40,11 @@ def trainable(
     tensors = tensors_of(model)
     parts = [s for s in selections if len(s.indices) < tensors[s.parameter_name].shape[s.dim]]  # others need no rule
     with stand_ins(model) as quantized:
-        places = [(s.parameter_name, s.dim) for s in parts if s.parameter_name not in quantized]
-        refused = refused_gradients(model, example_inputs, places)
+        taken = [_taken(s) for s in parts if s.parameter_name not in quantized]
+        refused = refused_gradients(model, example_inputs, taken)
     for name, other in held_again(model).items():  # what reads that does not read the delta
-        refused |= {place: Mismatch(f"lost where {other} is read in its place") for place in places if place[0] == name}
+        lost = Mismatch(f"lost where {other} is read in its place")
+        refused |= {(t.parameter_name, t.dim): lost for t in taken if t.parameter_name == name}
     left = tuple(s for s in selections if (s.parameter_name, s.dim) not in refused)
     for s in selections:
         why = refused.get((s.parameter_name, s.dim))
@@ -54,12 +55,20 @@ def trainable(
     return left
 
 
-def refused_gradients(model: nn.Module, example_inputs: Any, places: Sequence[Place]) -> dict[Place, Mismatch]:
-    """The places (parameter, dim) whose gradient has no slice rule -> why."""
-    if not places:
+def _taken(selection: Selection) -> "Taken":
+    """What stands for a selection: any one of its units, but of channels of heads what each of the heads has."""
+    if any(role.endswith(CHANNELS) for role in selection.roles):
+        starts, lengths = runs(selection.indices.tolist())
+        return Taken(selection.parameter_name, selection.dim, tuple(starts), tuple(lengths))
+    return Taken(selection.parameter_name, selection.dim)
+
+
+def refused_gradients(model: nn.Module, example_inputs: Any, slices: Sequence["Taken"]) -> dict[Place, Mismatch]:
+    """The places (parameter, dim) of slices whose gradient has no slice rule -> why."""
+    if not slices:
         return {}
     try:
-        joint = sliced_gradients(model, example_inputs, [Taken(*place) for place in places])
+        joint = sliced_gradients(model, example_inputs, slices)
     except Exception as error:  # tracing raises many unrelated types
         log.info("gradients could not be looked at before the first step: %s: %s", type(error).__name__, error)
         return {}

@@ -15,7 +15,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from s2ft_compile.config import ROLES, SELECTIONS, S2FTConfig, is_glob, matches, qualified_name, units_for
+from s2ft_compile.config import CHANNELS, HEADS, ROLES, SELECTIONS, S2FTConfig, is_glob, matches, qualified_name, units_for
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.layout import Layout, Leaf, Product, Sum, coordinates, end_roles, leaves, role_mask
 from s2ft_compile.structure import Analysis
@@ -134,8 +134,10 @@ def _top(target: str, bands: Sequence[Band], layers: int, depths: Mapping[str, i
 
 
 def bands(analysis: Analysis, names: Collection[str] | None = None, role: str | None = None) -> list[Band]:
-    """Every part of every parameter that can be selected from, in the order of the model's parameters. Layers whose
-    layouts are alike share their positions."""
+    """Every part of every parameter that can be selected from, in the order of the model's parameters, or those of one
+    role: heads are whole but where a role says that it is of their channels. Layers whose layouts are alike share their
+    positions."""
+    base = role and role.removesuffix(CHANNELS)
     alike: dict[tuple, list[tuple[list[int], Tensor]]] = {}
     parts = []
     for (name, dim), layout in analysis.layouts.items():
@@ -145,20 +147,22 @@ def bands(analysis: Analysis, names: Collection[str] | None = None, role: str | 
         layout = _numbered(layout, numbers)
         held = [tuple(axis in kind for kind in (analysis.heads, analysis.free, analysis.ordered)) for axis in numbers]
         for of in end_roles(layout):
-            if of is not None and role in (None, of):
+            if of is not None and base in (None, of):
                 key = (layout, of, *held)
                 if key not in alike:
-                    alike[key] = list(_units_of_part(layout, of, held))
+                    alike[key] = list(_units_of_part(layout, of, held, inside=base != role))
                 axes = list(numbers)
                 for chosen, positions in alike[key]:
-                    parts.append(Band(name, dim, of, tuple(axes[i] for i in chosen) or (name, dim), positions))
+                    parts.append(Band(name, dim, role or of, tuple(axes[i] for i in chosen) or (name, dim), positions))
     return parts
 
 
 def offered(analysis: Analysis) -> dict[str, list[Band]]:
     """Role -> the bands that it may train a part of, for each role that the model has."""
-    found = bands(analysis, _matrices(analysis))
+    matrices = _matrices(analysis)
+    found = bands(analysis, matrices)
     of_roles = {role: [b for b in found if b.role == role] for role in ROLES}
+    of_roles |= {f"{role}{CHANNELS}": bands(analysis, matrices, f"{role}{CHANNELS}") for role in HEADS}
     return {role: _one_dim_each(listed) for role, listed in of_roles.items() if listed}
 
 
@@ -176,16 +180,16 @@ def _numbered(layout: Layout, numbers: dict[int, int]) -> Layout:
 
 
 def _units_of_part(
-    layout: Layout, role: str, held: Sequence[tuple[bool, bool, bool]]
+    layout: Layout, role: str, held: Sequence[tuple[bool, bool, bool]], inside: bool = False
 ) -> Iterator[tuple[list[int], Tensor]]:
     """(axes, positions) of each set of axes that positions of a role lie in, where those are free, or heads that train
-    where they lie. A unit is a head in attention; elsewhere it is what an axis may permute, whole along axes in a fixed
-    order. held: for each axis whether it is of heads, free, ordered."""
-    mask, attention = role_mask(layout, role), role.startswith("attention.")
+    where they lie. A unit is a head in attention; elsewhere, and inside heads, it is what an axis may permute, whole
+    along axes in a fixed order. held: for each axis whether it is of heads, free, ordered. inside: of heads."""
+    mask, attention = role_mask(layout, role), role in HEADS and not inside
     axes = [a for a in dict.fromkeys(leaf.axis for leaf in leaves(layout) if leaf.size > 1)]
-    axes = [a for a in axes if held[a][0 if attention else 1]]
-    inside = [coordinates(layout, a) >= 0 for a in axes]
-    pattern = sum((lies.long() << i for i, lies in enumerate(inside)), torch.zeros(layout.size, dtype=torch.int64))
+    axes = [a for a in axes if held[a][0 if attention else 1] and not (inside and held[a][0])]
+    where = [coordinates(layout, a) >= 0 for a in axes]
+    pattern = sum((lies.long() << i for i, lies in enumerate(where)), torch.zeros(layout.size, dtype=torch.int64))
     for bits in dict.fromkeys(pattern[mask].tolist()):
         chosen = [a for i, a in enumerate(axes) if bits >> i & 1]
         part = mask & (pattern == bits)
@@ -225,8 +229,9 @@ def _whole(name: str, analysis: Analysis) -> Band:
 
 
 def _bands_of_role(role: str, analysis: Analysis) -> list[Band]:
-    names = [m.parameter_name for c in analysis.couplings for m in c.members if m.role == role]
-    names += [name for (name, _), layout in analysis.layouts.items() if role in end_roles(layout)]
+    base = role.removesuffix(CHANNELS)
+    names = [m.parameter_name for c in analysis.couplings for m in c.members if m.role == base]
+    names += [name for (name, _), layout in analysis.layouts.items() if base in end_roles(layout)]
     of_role = bands(analysis, set(names) & _matrices(analysis), role)
     if not of_role:
         valid = sorted(offered(analysis))

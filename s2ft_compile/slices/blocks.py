@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from s2ft_compile.errors import StateError
 from s2ft_compile.kernels import refresh as kernel
 from s2ft_compile.passes.backward.beside import added, inverse_of
+from s2ft_compile.passes.ranges import put, take
 from s2ft_compile.quantized import Quantized, same_parts, settle
 
 from .processes import check_not_partitioned, other_process
@@ -204,17 +205,14 @@ class InPlace(Block):
 
     def write_to(self, weight: Tensor, values: Tensor) -> None:
         """The same into another tensor of the weight's shape."""
-        offset = 0
-        for start, length in self.ranges:
-            weight.narrow(self.dim, start, length).copy_(values.narrow(self.dim, offset, length))
-            offset += length
+        put(weight, self.dim, self.ranges, values)
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        return self.part_of(self.weight)
+        return self.part_of(self.weight).clone()
 
     def part_of(self, weight: Tensor) -> Tensor:
-        return torch.cat([weight.narrow(self.dim, s, n) for s, n in self.ranges], self.dim)
+        return take(weight, self.dim, self.ranges)
 
     @torch.no_grad()
     def trained(self, delta: Tensor | None = None) -> Tensor:

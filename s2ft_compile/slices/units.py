@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from s2ft_compile.errors import StateError
 from s2ft_compile.passes.couple.recheck import Permuted
-from s2ft_compile.passes.permute import dense_orders, moves_for, ranges
+from s2ft_compile.passes.permute import dense_orders, moves_for
+from s2ft_compile.passes.ranges import ranges
 from s2ft_compile.passes.select.select import Selection
 from s2ft_compile.plan import Slice, delta_of
 

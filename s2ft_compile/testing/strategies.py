@@ -6,8 +6,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s2ft_compile.config import BUDGETS, ROLES, S2FTConfig
-from s2ft_compile.passes.select.select import bands
+from s2ft_compile.config import BUDGETS, S2FTConfig
+from s2ft_compile.passes.select.select import offered
 from s2ft_compile.structure import Analysis
 
 
@@ -28,11 +28,7 @@ def permutations(analysis: Analysis) -> st.SearchStrategy[dict[int, Tensor]]:
 @st.composite
 def configurations(draw: Any, analysis: Analysis) -> S2FTConfig:
     """What may train of a model: any of the roles it has, with amounts that every layer has; it shrinks to one unit."""
-    matrices = {name for name, dim in analysis.layouts if dim > 0}
-    units: dict[str, int] = {}
-    for band in bands(analysis, matrices):
-        if band.role in ROLES:
-            units[band.role] = min(len(band.positions), units.get(band.role, len(band.positions)))
+    units = {role: min(len(band.positions) for band in bands) for role, bands in offered(analysis).items()}
     roles = draw(st.lists(st.sampled_from(sorted(units)), min_size=1, unique=True))
     amounts = {role: draw(st.integers(1, units[role])) for role in roles}
     targets = {role: n / units[role] if draw(st.booleans()) else n for role, n in amounts.items()}
