@@ -82,10 +82,12 @@ def test_an_answer_is_right_if_all_of_its_tokens_are():
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_slices_have_as_many_numbers_as_the_lora(setting):
     wanted = contenders.lora_numbers(setting) / setting.layers
-    for parts in (("channels", 0), ("columns", 0)):
+    head = setting.hidden // setting.heads // 2 * 2
+    width = {"attention.out.channels": setting.heads, "attention.value.channels": setting.heads // 3, "ffn.in": 2}
+    for parts in (("channels", {}), ("columns", {}), ("channels", contenders.HEADS), ("channels", contenders.INSIDE)):
         amounts = contenders.targets(setting, *parts)
-        numbers = sum(amounts.get("ffn.in", 0) * 2 * setting.hidden + amounts["ffn.out"] * setting.hidden for _ in [0])
-        assert abs(numbers - wanted) <= 1.5 * setting.hidden
+        rows = sum(n * width.get(role, 1 if role == "ffn.out" else head) for role, n in amounts.items())
+        assert abs(rows * setting.hidden - wanted) <= 1.5 * setting.hidden
 
 
 def test_a_line_that_was_cut_short_is_run_again(tmp_path):

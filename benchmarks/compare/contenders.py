@@ -39,7 +39,13 @@ class Contender:
     again: int = 1
 
 
-def _s2ft(title: str, parts=("channels", 1, 1, 1, 1), selection="gradient", optimizer="muon", again=10, **options):
+# of attention, in each layer; channels of the FFN make up the rest
+LOOKS = {"attention.query": 1, "attention.key": 1}
+HEADS = {"attention.out": 1, "attention.value": 1, **LOOKS}
+INSIDE = {"attention.out.channels": 2, "attention.value.channels": 2, **LOOKS}
+
+
+def _s2ft(title: str, parts=("channels", INSIDE), selection="gradient", optimizer="muon", again=10, **options):
     return Contender(title, "s2ft", optimizer, -2.0, {"parts": parts, "selection": selection, **options}, again)
 
 
@@ -55,9 +61,9 @@ MAIN = {
     "shira": _peft("SHiRA", "ShiraConfig", rate=-2.0),
     "s2ft": _s2ft("S²FT, the default: chosen anew ten times"),
     "s2ft_once": _s2ft("S²FT, chosen once", again=1),
-    "s2ft_norms": _s2ft("S²FT, the default and the norms", ("channels", 1, 1, 1, 1, True)),
+    "s2ft_norms": _s2ft("S²FT, the default and the norms", ("channels", INSIDE, True)),
     "s2ft_paper": _s2ft(
-        "S²FT as published: columns and a head, at random, AdamW", ("columns", 1), "random", "adamw", 1
+        "S²FT as published: columns and a head, at random, AdamW", ("columns", {"attention.out": 1}), "random", "adamw", 1
     ),
 }
 VARIANTS = {
@@ -65,11 +71,12 @@ VARIANTS = {
     "s2ft_again4": _s2ft("chosen anew four times", again=4),
     "s2ft_random": _s2ft("drawn anew ten times", selection="random"),
     "s2ft_adamw": _s2ft("AdamW", optimizer="adamw"),
-    "s2ft_looks": _s2ft("of the heads queries and keys alone", ("channels", 0, 0, 1, 1)),
+    "s2ft_looks": _s2ft("of attention heads of queries and keys alone", ("channels", LOOKS)),
+    "s2ft_heads": _s2ft("whole heads, of values and of the output too", ("channels", HEADS)),
     "s2ft_muon": _s2ft("Muon for the heads too", optimizer="muon of all"),
-    "s2ft_channels": _s2ft("channels alone", ("channels", 0)),
-    "s2ft_channels_once": _s2ft("channels alone, chosen once", ("channels", 0), again=1),
-    "s2ft_columns_once": _s2ft("columns of down alone, chosen once", ("columns", 0), again=1),
+    "s2ft_channels": _s2ft("channels alone", ("channels", {})),
+    "s2ft_channels_once": _s2ft("channels alone, chosen once", ("channels", {}), again=1),
+    "s2ft_columns_once": _s2ft("columns of down alone, chosen once", ("columns", {}), again=1),
     "s2ft_random_once": _s2ft("drawn once", selection="random", again=1),
     "s2ft_weight": _s2ft("units with the largest weights", selection="weight"),
     "s2ft_least": _s2ft("channels that do least", selection="weight_activation", largest=False),
@@ -150,24 +157,17 @@ def lora_numbers(setting: Setting) -> int:
 
 
 def targets(
-    setting: Setting, what: str, heads: int, values: int = 0, queries: int = 0, keys: int = 0, norms: bool = False
+    setting: Setting, what: str, attention: Mapping[str, int], norms: bool = False
 ) -> dict[str, int | float]:
-    """Units of each layer: heads of the output, value, query and key projection; norms; columns of down, or whole
-    channels, for the rest.
-    """
-    head = setting.hidden * (setting.hidden // setting.heads // 2 * 2)
-    left = lora_numbers(setting) // setting.layers - (heads + values + queries + keys) * head
+    """Units of each layer: those of attention; norms; "columns" of down, or whole "channels", for the rest."""
+    head = setting.hidden // setting.heads // 2 * 2
+    wide = {"attention.out.channels": setting.heads, "attention.value.channels": setting.heads // 3}
+    rows = sum(units * wide.get(role, head) for role, units in attention.items())
+    left = lora_numbers(setting) // setting.layers - rows * setting.hidden
     left -= norms * (2 * setting.layers + 1) * setting.hidden // setting.layers
     roles = ("ffn.out",) if what == "columns" else ("ffn.in", "ffn.out")
     units = round(left / setting.hidden / (1 if what == "columns" else 3))
-    asked = {
-        **dict.fromkeys(roles, units),
-        "attention.out": heads,
-        "attention.value": values,
-        "attention.query": queries,
-        "attention.key": keys,
-    }
-    return {role: units for role, units in asked.items() if units} | ({"*norm*": 1.0} if norms else {})
+    return {**dict.fromkeys(roles, units), **attention} | ({"*norm*": 1.0} if norms else {})
 
 
 NEED_DATA = {"gradient", "activation", "weight_activation"}
