@@ -22,7 +22,9 @@ ROLES = (
     "ssm.in",
     "conv.out",
     "conv.in",
+    "norm",
 )
+NORM = "norm"  # which trains whole
 # What ranks units -> what it needs: nothing, the weight alone, or of batches of data activations or gradients. Its
 # function is in `passes/select/selections.py`. `s2ft_compile.selections` adds others, "namespace::name".
 SELECTIONS: dict[str, str] = {
@@ -71,10 +73,11 @@ class S2FTConfig:
     targets: role (see `ROLES`) or glob on parameter names -> ratio in (0, 1] (a float; at least one unit) or number
         of units (an int). A unit is a query head for `attention.out` and `attention.query`, a kv head for
         `attention.key` and `attention.value`, for `attention.*.channels` a channel of a head, the same one of every
-        head; a channel for `ffn.*`, a channel of every expert for `moe.*`. A glob with 1.0 trains all of what it
-        matches, whatever its axes are: a new head, norms, biases. "default" stands for every role that the model has
-        and `targets` does not name: of heads for their channels where it has those, at `WIDER` times the ratio. None:
-        {"default": `SHARE`} (docs/targets.md says why).
+        head; a channel for `ffn.*`, a channel of every expert for `moe.*`. "norm" is 1.0: gains and biases of norms
+        train whole. A glob with 1.0 trains all of what it matches, whatever its axes are: a new head, biases. "default"
+        stands for every role that the model has and `targets` does not name: of heads for their channels where it has
+        those, at `WIDER` times the ratio. Beside it, 0 leaves a role out. None: {"default": `SHARE`} (docs/targets.md
+        says why).
     selection: how units are ranked. None: "gradient" where `prepare` is given batches of data, else "random".
         One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and "gradient" are the paper's R, W,
         A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see `passes/select/scores.py` and
@@ -147,7 +150,7 @@ class S2FTConfig:
         amount = targets.pop(DEFAULT)
         named = {target.removesuffix(CHANNELS) for target in targets}
         finest = [role for role in roles if role + CHANNELS not in roles and role.removesuffix(CHANNELS) not in named]
-        return {**{role: _of_default(role, amount) for role in finest}, **targets}
+        return {**{role: _of_default(role, amount) for role in finest}, **{t: a for t, a in targets.items() if a}}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values. A function is recorded by its name, "module:function"."""
@@ -234,6 +237,8 @@ def is_glob(target: str) -> bool:
 
 
 def _of_default(role: str, amount: int | float) -> int | float:
+    if role == NORM:
+        return 1.0
     wider = role.endswith(CHANNELS) and not isinstance(amount, Integral)
     return min(1.0, WIDER * amount) if wider else amount
 
@@ -251,7 +256,7 @@ def _checked(targets: Any) -> dict[str, int | float]:
         )
     for target, amount in targets.items():
         _check_target(target)
-        _check_amount(target, amount)
+        _check_amount(target, amount, may_be_none=target != DEFAULT and DEFAULT in targets)
     return dict(targets)
 
 
@@ -260,9 +265,13 @@ def _check_target(target: object) -> None:
         raise ConfigError(f"a target is a role ({', '.join(ROLES)}) or a glob on parameter names, got {target!r}")
 
 
-def _check_amount(target: str, amount: object) -> None:
+def _check_amount(target: str, amount: object, may_be_none: bool) -> None:
     if isinstance(amount, bool) or not isinstance(amount, Real):
         raise ConfigError(f"target {target!r}: expected a ratio in (0, 1] or a number of units, got {amount!r}")
+    if amount == 0 and may_be_none:
+        return
+    if target == NORM and float(amount) != 1.0:
+        raise ConfigError(f"target {target!r}: norms train whole, so the ratio is 1.0, got {amount}")
     if isinstance(amount, Integral):
         if amount < 1:
             raise ConfigError(f"target {target!r}: a number of units is at least 1, got {amount}")

@@ -121,7 +121,7 @@ def prepare(
     analysis, base = analyze(model, example_inputs, train=train), fingerprint(model)
     if given is None:
         if config.targets is None or DEFAULT in config.targets:
-            config = replace(config, targets=config.targets_of(roles_of(analysis)))
+            config = replace(config, targets=config.targets_of(roles_of(analysis, of_others)))
         selections = select(
             analysis, config, parameters, measured(model, analysis, config, calibration, loss), of_others
         )

@@ -15,7 +15,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from s2ft_compile.config import CHANNELS, HEADS, ROLES, SELECTIONS, S2FTConfig, is_glob, matches, qualified_name, units_for
+from s2ft_compile.config import CHANNELS, HEADS, NORM, ROLES, SELECTIONS, S2FTConfig, is_glob, matches, qualified_name, units_for
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.layout import Layout, Leaf, Product, Sum, coordinates, end_roles, leaves, role_mask
 from s2ft_compile.structure import Analysis
@@ -96,10 +96,12 @@ def raised(analysis: Analysis, config: S2FTConfig) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def roles_of(analysis: Analysis) -> list[str]:
-    """Those of `ROLES` that the model has, in their order. Raises `ConfigError` where it has no structures."""
+def roles_of(analysis: Analysis, taken: Taken | None = None) -> list[str]:
+    """Those of `ROLES` that the model has, in their order; without norms where an excluded adapter trains those. Raises
+    `ConfigError` where it has no structures."""
     _check_structures(analysis)
-    return list(offered(analysis))
+    of_norms = set(_norms(analysis)) & set(taken or ())
+    return [role for role in offered(analysis) if role != NORM or not of_norms]
 
 
 def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:
@@ -108,7 +110,12 @@ def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Ban
     by_target = {target: _bands_of(target, amount, analysis) for target, amount in config.targets.items()}
     if config.top_layers is None:
         return by_target
-    return {target: _top(target, bands, config.top_layers, analysis.depths) for target, bands in by_target.items()}
+    top = {target: _top(target, bands, config.top_layers, analysis.depths) for target, bands in by_target.items()}
+    if NORM in top:  # those that are not below what else trains
+        depth = {b.parameter_name: analysis.depths.get(b.parameter_name, 0) for bands in top.values() for b in bands}
+        lowest = min((depth[b.parameter_name] for bands in top.values() for b in bands if b.role != WHOLE), default=0)
+        top[NORM] = [b for b in top[NORM] if depth[b.parameter_name] >= lowest]
+    return top
 
 
 def _check_structures(analysis: Analysis) -> None:
@@ -163,11 +170,22 @@ def offered(analysis: Analysis) -> dict[str, list[Band]]:
     found = bands(analysis, matrices)
     of_roles = {role: [b for b in found if b.role == role] for role in ROLES}
     of_roles |= {f"{role}{CHANNELS}": bands(analysis, matrices, f"{role}{CHANNELS}") for role in HEADS}
+    of_roles[NORM] = [_whole(name, analysis) for name in _norms(analysis)]
     return {role: _one_dim_each(listed) for role, listed in of_roles.items() if listed}
 
 
 def _matrices(analysis: Analysis) -> set[str]:
     return {name for name, dim in analysis.layouts if dim > 0}  # a bias follows its weight, it is not a target
+
+
+def _norms(analysis: Analysis) -> list[str]:
+    """The gains and biases of norms: of modules that hold vectors alone, and no statistics of batches."""
+    names = list(dict.fromkeys(name for name, _ in analysis.layouts))
+    modules = {name.rpartition(".")[0] for name in names}
+    around = {module[:i] for module in modules for i, letter in enumerate(module) if letter == "."}
+    matrices = {*_matrices(analysis), *analysis.statistics}
+    others = {name.rpartition(".")[0] for name in matrices} | around | {""}
+    return [name for name in names if name.rpartition(".")[0] not in others]
 
 
 def _numbered(layout: Layout, numbers: dict[int, int]) -> Layout:
@@ -229,6 +247,8 @@ def _whole(name: str, analysis: Analysis) -> Band:
 
 
 def _bands_of_role(role: str, analysis: Analysis) -> list[Band]:
+    if role == NORM and (names := _norms(analysis)):
+        return [_whole(name, analysis) for name in names]
     base = role.removesuffix(CHANNELS)
     names = [m.parameter_name for c in analysis.couplings for m in c.members if m.role == base]
     names += [name for (name, _), layout in analysis.layouts.items() if base in end_roles(layout)]

@@ -183,7 +183,7 @@ def train(
         str | None,
         typer.Option(
             help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs; or "
-            f"`default`, {SHARE:g} of every role. [default: default]"
+            f"`default`, {SHARE:g} of every role, more of channels of heads. [default: default]"
         ),
     ] = None,
     selection: Annotated[

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from s2ft_compile.capture.examples import arguments
 from s2ft_compile.capture.models import tensors_of, unwrap
 from s2ft_compile.capture.recording import exporting
-from s2ft_compile.config import ROLES, CompileOptions, S2FTConfig
+from s2ft_compile.config import NORM, ROLES, CompileOptions, S2FTConfig
 from s2ft_compile.errors import ConfigError, StateError
 from s2ft_compile.passes.backward.attach import runs
 from s2ft_compile.passes.backward.trainable import Taken, sliced_gradients
@@ -131,11 +131,11 @@ def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager"
     analysis = analyze(copy.deepcopy(base), inputs)
     for role in ROLES:
         try:
-            targeted_bands(analysis, S2FTConfig({role: ratio}))
+            targeted_bands(analysis, S2FTConfig({role: 1.0 if role == NORM else ratio}))
         except ConfigError:  # it has no such role
             continue
         prepared = noisy(model, 0)
-        plan = prepare(prepared, inputs, S2FTConfig({role: ratio}))
+        plan = prepare(prepared, inputs, S2FTConfig({role: 1.0 if role == NORM else ratio}))
         torch._dynamo.reset()
         net = torch.compile(prepared, backend="s2ft", options={"inner": inner}) if inner else prepared
         try:
@@ -166,7 +166,7 @@ def assert_sliced(
     of_roles: dict[str, list[Taken]] = {}
     for role in ROLES:
         try:
-            chosen = select(analysis, S2FTConfig({role: ratio}, selection=_first_units), parameters)
+            chosen = select(analysis, S2FTConfig({role: 1.0 if role == NORM else ratio}, selection=_first_units), parameters)
         except ConfigError:  # it has no such role
             continue
         ranges = [runs(s.indices.tolist()) for s in chosen]

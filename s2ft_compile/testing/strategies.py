@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s2ft_compile.config import BUDGETS, S2FTConfig
+from s2ft_compile.config import BUDGETS, NORM, S2FTConfig
 from s2ft_compile.passes.select.select import offered
 from s2ft_compile.structure import Analysis
 
@@ -32,6 +32,7 @@ def configurations(draw: Any, analysis: Analysis) -> S2FTConfig:
     roles = draw(st.lists(st.sampled_from(sorted(units)), min_size=1, unique=True))
     amounts = {role: draw(st.integers(1, units[role])) for role in roles}
     targets = {role: n / units[role] if draw(st.booleans()) else n for role, n in amounts.items()}
+    targets |= {NORM: 1.0} if NORM in targets else {}
     selection = draw(st.sampled_from(("random", "weight", "lowrank")))
     return S2FTConfig(
         targets=targets,
