@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft_compile.adapters.bank import AdapterBank
+from s2ft_compile.adapters.bank import AdapterBank, check_batched
 from s2ft_compile.adapters.format import Adapter, read_adapter
-from s2ft_compile.adapters.layers import linear_layers
 from s2ft_compile.errors import AdapterError, ConfigError, S2FTError
 
 log = logging.getLogger(__name__)
@@ -104,6 +103,7 @@ class Engine:
         self._sampling: list[Request | None] = []
         self._batch: AbstractContextManager | None = None
         self._manager = _manager(model, limits, self.ends)
+        self.bank.learn_token_axes(lambda n: model(torch.zeros(1, n, dtype=torch.long, device=model.device)))
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self._manager.logit_processor = _sampler(self)
         self._hooks = [
@@ -158,7 +158,7 @@ class Engine:
         here = dict(model.named_parameters())
         if absent := [s.parameter_name for s in adapter.slices if s.parameter_name not in here]:
             raise AdapterError(f"adapter {name!r} is of another model: this one has no {absent[0]}")
-        linear_layers(model, adapter, "in a batch")
+        check_batched(model, adapter.slices)
         head = model.get_output_embeddings()
         for s in adapter.slices:
             if head is not None and here[s.parameter_name] is head.weight:
