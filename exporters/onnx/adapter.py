@@ -104,7 +104,7 @@ class Part(NamedTuple):
 
 
 def _oriented(module: nn.Module, source: Adapter) -> list[Part]:
-    layers, parts = linear_layers(module, source, "an adapter beside an ONNX graph"), []
+    layers, parts = linear_layers(module, source.slices, "an adapter beside an ONNX graph"), []
     values, others = Values(module), dtype_of_others(module)
     for s in source.slices:
         transposed, dtype = layers[s.parameter_name][1], values.dtype(s.parameter_name)
