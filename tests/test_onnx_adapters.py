@@ -110,7 +110,7 @@ CACHED = {f"past_key_values.0.{part}": np.zeros((3, 2, 0, 16), np.float32) for p
 def test_norms_and_biases_are_switched_in_one_session(tmp_path, kind, globs, options):
     """All of a vector and a part of it, beside slices and alone; and the graph is the base again without."""
     layers = {"n_layer" if kind == "gpt2" else "num_hidden_layers": 1} | (QUANTIZABLE if kind == "llama" else {})
-    several = {"all": {**dict.fromkeys(globs, 1.0), "ffn.out": 3}, "part": dict.fromkeys(globs, 3)}
+    several = {"all": {**dict.fromkeys(globs, 1.0), "ffn.out": 3}, "part": {globs[0]: 3}}
     base, example, folders = hf(kind, **layers), {"input_ids": tokens()}, {}
     models = {name: tuned(kind, seed, targets, **layers) for seed, (name, targets) in enumerate(several.items())}
     for name, model in models.items():
@@ -131,7 +131,7 @@ def test_norms_and_biases_are_switched_in_one_session(tmp_path, kind, globs, opt
             save_onnx_adapter(base, file, adapter=folders[name], **named)
         got = run(session, feeds, *([file] if name else []))
         error, apart = ((got - outputs[n]).norm() / got.norm() for n in (name, "all" if name != "all" else None))
-        assert error < limit < apart, (name, error, apart)
+        assert error < limit and 2 * error < apart, (name, error, apart)
     held = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "part.onnx_adapter")).get_parameters()
     for s in state_of(models["part"]).plan.slices:
         want = torch.zeros(s.shape).index_copy_(0, s.indices, s.delta.detach())
