@@ -94,7 +94,7 @@ def card(
         lines += [
             "## Left out",
             "",
-            "These trained too, and a LoRA of linear layers has no place for them: what is here is not what was trained.",
+            "These trained too, and a LoRA of linear layers has no place for them, so this is not what was trained.",
             "How far each had moved, as a share of its norm:",
             "",
             *(f"- `{name}`: {share:.3g}" for name, share in left_out.items()),

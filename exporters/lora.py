@@ -19,9 +19,9 @@ A parameter of three dimensions (experts, each a matrix) is one such pair for ea
 parameters by name (`target_parameters`), and stores the pairs of E experts as one: A (E r, in), B (out, r E), where
 column k E + e of B is column k of expert e's.
 
-A bias of a linear layer is its `lora_B.bias` (`lora_bias`), where every layer of the LoRA has one. Everything else, such as
-a norm, is stored whole, with its module (`modules_to_save`): for PEFT only. vLLM refuses that; llama.cpp's converter
-takes norms, and its runtime leaves them out without a word.
+A bias of a linear layer is its `lora_B.bias` (`lora_bias`), where every layer of the LoRA has one. Everything else,
+such as a norm, is stored whole, with its module (`modules_to_save`). Both are for PEFT only: vLLM refuses them;
+llama.cpp's converter takes norms, and its runtime leaves them out without a word.
 
 PEFT's `merge_and_unload` gives the bits of `save_merged` (but for the sign of a weight that is -0.0), in bfloat16 and
 float16 too: it keeps A and B in float32 and rounds the sum once. With `safe_merge=True`, or loaded with
@@ -109,12 +109,13 @@ def save_lora(
     next of `VLLM_RANKS`; or an int, a limit that "padded" pads to. A module that needs more is refused, or with
     `truncate` cut to the limit by SVD, and the error is logged.
 
-    Batched experts (parameters of three dimensions) are for PEFT alone, by its `target_parameters`, and so is what no LoRA
-    has: norms, embeddings and other modules are stored whole, by `modules_to_save`, biases by `lora_bias`. linear_only:
-    leave that out, for vLLM and llama.cpp, which is not what was trained; how far each of it had moved is logged.
+    Batched experts (parameters of three dimensions) are for PEFT alone, by its `target_parameters`, and so is what no
+    LoRA has: norms, embeddings and other modules are stored whole, by `modules_to_save`, biases by `lora_bias`.
+    linear_only: leave that out, for vLLM and llama.cpp, which is not what was trained; how far each of it had moved is
+    logged, and in the folder's card.
 
-    Raises `ExportError` for tied weights, parameters of the model itself, norms and biases with ranks="vllm", a rank above
-    the limit, or a folder that exists; `ConfigError` for an option that is unknown.
+    Raises `ExportError` for tied weights, parameters of the model itself, norms and biases with ranks="vllm", a rank
+    above the limit, or a folder that exists; `ConfigError` for an option that is unknown.
     """
     _check_options(layout, ranks)
     module, source = unwrap(model), adapter_source(model, adapter)
@@ -182,8 +183,8 @@ def _check_consumer(ranks: int | str, factors: Sequence[Factors], whole: Sequenc
     named = f"{others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}"
     if ranks == "vllm":
         raise ExportError(
-            f"vLLM takes no LoRA that changes {named}: merge the adapter instead (save_merged), or pass linear_only=True "
-            f"to leave them out, which is not what was trained"
+            f"vLLM takes no LoRA that changes {named}: merge the adapter instead (save_merged), or pass "
+            f"linear_only=True to leave them out, which is not what was trained"
         )
     log.warning(
         "for PEFT only, since it changes %s: vLLM refuses that, and llama.cpp leaves norms out without a word; "
@@ -233,18 +234,22 @@ def _all_factors(module: nn.Module, source: Adapter) -> tuple[list[Factors], lis
 
 
 def _is_expert(module: nn.Module, s: Slice) -> bool:
-    """Whether PEFT would take it for the matrices of experts, and not for a convolution's kernel, whose module it copies."""
+    """Whether PEFT takes it for the matrices of experts: any parameter of three dimensions but a convolution's."""
     return not isinstance(module.get_submodule(layer_of(s)), nn.modules.conv._ConvNd)
 
 
 def _nothing(module: nn.Module, layer: str | None, whole: Sequence[str]) -> Factors:
     """Zeros of rank 1: PEFT's LoRA has to have a linear layer. layer: which. Raises `ExportError`."""
-    free = (n for n, m in module.named_modules() if is_linear(m) and not any(f"{n}.".startswith(f"{w}.") for w in whole))
+    free = (
+        n for n, m in module.named_modules() if is_linear(m) and not any(f"{n}.".startswith(f"{w}.") for w in whole)
+    )
     if (name := layer or next(free, None)) is None:
-        raise ExportError("PEFT's LoRA changes a linear layer at least, and this model has none; `save_merged` takes it")
-    weight = module.get_submodule(name).weight
-    size = weight.shape[::-1] if is_conv1d(module.get_submodule(name)) else weight.shape
-    return Factors(name, name, torch.zeros(1, size[1]), torch.zeros(size[0], 1))
+        raise ExportError(
+            "PEFT's LoRA changes a linear layer at least, and this model has none; `save_merged` takes it"
+        )
+    rows, columns = module.get_parameter(f"{name}.weight").shape
+    size_out, size_in = (columns, rows) if is_conv1d(module.get_submodule(name)) else (rows, columns)
+    return Factors(name, name, torch.zeros(1, size_in), torch.zeros(size_out, 1))
 
 
 def _with_biases(module: nn.Module, factors: Sequence[Factors], biases: Sequence[Slice]) -> list[Factors]:

@@ -1,9 +1,10 @@
 """The adapter as a SHiRA (sparse high rank adapter, arXiv 2406.13175) of PEFT's format.
 
 A SHiRA adds single numbers to a weight (out, in): r (in + out) of them in each layer, one r for all layers, and its
-files hold their positions. Norms and biases are stored whole, with their modules (`modules_to_save`). A slice is n * out (columns) or n * in (rows) numbers: r is what the layer with the most
-of them needs, and the others get zeros at positions that nothing changes. PEFT's `merge_and_unload` gives the bits of
-`save_merged` (but for the sign of a weight that is -0.0), in bfloat16 and float16 too.
+files hold their positions. A slice is n * out (columns) or n * in (rows) numbers: r is what the layer with the most
+of them needs, and the others get zeros at positions that nothing changes. Norms, and layers whose bias trains, are
+stored whole (`modules_to_save`). PEFT's `merge_and_unload` gives the bits of `save_merged` (but for the sign of a
+weight that is -0.0), in bfloat16 and float16 too.
 """
 
 import json
@@ -36,10 +37,10 @@ def save_shira(
 ) -> Path:
     """Writes an adapter into a new folder as a SHiRA of PEFT, and returns its path.
 
-    model: prepared; or, with `adapter`, the plain base model of that adapter folder. What is no weight of a linear layer
-    (norms, embeddings), and linear layers whose bias trains, are stored whole. Raises `ExportError` for weights that are
-    tied or stored (in, out), an adapter without a weight of an `nn.Linear`, a layer that has no room for as many numbers
-    as the largest slice asks of all layers, or a folder that exists.
+    model: prepared; or, with `adapter`, the plain base model of that adapter folder. What is no weight of a linear
+    layer (norms, embeddings), and linear layers whose bias trains, are stored whole. Raises `ExportError` for weights
+    that are tied or stored (in, out), an adapter that changes no `nn.Linear` by its weight alone, a layer that has no
+    room for as many numbers as the largest slice asks of all layers, or a folder that exists.
     """
     module, source = unwrap(model), adapter_source(model, adapter)
     linear, biases, others = partition(module, source.slices)
@@ -48,7 +49,9 @@ def save_shira(
     held = linear_layers(module, [s for s in linear if layer_of(s) not in apart], "a SHiRA")
     layers = {held[s.parameter_name][0]: s for s in linear if layer_of(s) not in apart}
     if not layers:
-        raise ExportError("a SHiRA changes the weight of a linear layer, and this adapter none alone; `save_lora` takes it")
+        raise ExportError(
+            "a SHiRA changes the weight of a linear layer, and this adapter none alone; `save_lora` takes it"
+        )
     whole = whole_modules(module, others, layers.keys(), "a SHiRA")
     _check_layers(module, layers)
     r = common_r(layers)

@@ -1,7 +1,7 @@
 """Modules that PEFT's files hold whole, its `modules_to_save`: what no LoRA and no SHiRA has a place for.
 
-Norms, embeddings, convolutions: the module's parameters and buffers as they are with the adapter, in the base's type, so
-that PEFT puts a copy of the module in the place of the base's, and takes it away again.
+Norms, embeddings, convolutions: the module's parameters and buffers as they are with the adapter, in the base's type,
+so that PEFT puts a copy of the module in the place of the base's, and takes it away again.
 """
 
 import re
@@ -73,8 +73,8 @@ def whole_modules(module: nn.Module, slices: Sequence[Slice], targets: Collectio
         wrapped = next((t for t in targets if re.match(rf"(^|.*\.){a}($|\..*)", t)), None)
         if nested or wrapped:
             raise ExportError(
-                f"{a} cannot be stored whole beside {form}: PEFT would take {nested or wrapped} for it too, by its name. "
-                f"{ELSEWHERE}"
+                f"{a} cannot be stored whole beside {form}: PEFT would take {nested or wrapped} for it too, by its "
+                f"name. {ELSEWHERE}"
             )
     return found
 

@@ -406,10 +406,7 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize(
     "target, tied, match",
-    [
-        ("embed.weight", True, "held as embed.weight and head.weight"),
-        ("mix", False, "the model itself holds it"),
-    ],
+    [("embed.weight", True, "held as embed.weight and head.weight"), ("mix", False, "the model itself holds it")],
 )
 def test_what_peft_has_no_place_for_is_refused(target, tied, match):
     with pytest.raises(ExportError, match=f"{target} cannot be a LoRA: .*{match}"):

@@ -61,7 +61,7 @@ def made(kind: str) -> nn.Module:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.3)
-        for name, b in model.named_buffers():
+        for _, b in model.named_buffers():
             if b.is_floating_point():
                 b.copy_(torch.rand_like(b) + 0.5)
     return model
@@ -144,7 +144,9 @@ def test_a_norm_of_elementary_operators_gives_the_bits_of_each_row_alone(ids):
 
 
 @settings(max_examples=30)
-@given(st.lists(st.tuples(st.sampled_from(["all", "half", None]), st.integers(1, 4)), min_size=1, max_size=5), st.data())
+@given(
+    st.lists(st.tuples(st.sampled_from(["all", "half", None]), st.integers(1, 4)), min_size=1, max_size=5), st.data()
+)
 def test_packed_tokens_have_the_vectors_of_their_request(requests, data):
     """Wherever the tokens are in the input: second, third behind the heads, or first."""
     kind, place = data.draw(st.sampled_from(["plain", "layer", "rms"])), data.draw(st.sampled_from([0, 1, 2]))
@@ -231,11 +233,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-TARGETS = {
-    "a": lambda globs: {"ffn.out": 3, **globs},
-    "b": lambda globs: globs,
-    "c": lambda globs: {"ffn.in": 2},
-}
+TARGETS = {"a": lambda globs: {"ffn.out": 3, **globs}, "b": lambda globs: globs, "c": lambda globs: {"ffn.in": 2}}
 GLOBS = {"llama": {"*norm*": 1.0}, "gpt2": {"*ln_*": 1.0, "*.bias": 1.0}, "qwen2": {"*norm*": 1.0, "*.bias": 1.0}}
 
 
@@ -330,7 +328,10 @@ def test_inputs_that_are_no_batch_of_the_rows_are_refused():
                 model(torch.randn(shape))
     model = made("gated")
     bank = bank_of(model, {"a": adapter_for(model, ["0.weight"], 0)})
-    with bank.batch(["a", None]), pytest.raises(StateError, match=r"has 2 rows .* and not in what else .*: \(1, 4, 6\)"):
+    with (
+        bank.batch(["a", None]),
+        pytest.raises(StateError, match=r"has 2 rows .* and not in what else .*: \(1, 4, 6\)"),
+    ):
         model[0](torch.randn(2, 4, 6), torch.randn(1, 4, 6))
     with bank.batch(["a", None]), pytest.raises(StateError, match="0, a Plain .* takes no tensors"):
         bank._now.picked["0"][0].instead(((), {}), None)

@@ -14,9 +14,9 @@ A vector, such as a norm's gain or a bias, is the sum of what it is and of its d
     W + delta                                                                               delta: (d,)
 
 `indices` (int64 (n,)), `delta`, A and B are initializers of size n = r = 0, or zeros, that are inputs too: nothing is
-added unless a run overrides them, by name or with an `.onnx_adapter` file. Their names are `<weight>.columns.indices` and
-`<weight>.columns.delta` (or `.rows.`), or `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, as Olive's; of a vector
-`<weight>.delta`.
+added unless a run overrides them, by name or with an `.onnx_adapter` file. Their names are `<weight>.columns.indices`
+and `<weight>.columns.delta` (or `.rows.`), or `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, as Olive's; of a
+vector `<weight>.delta`.
 """
 
 from collections.abc import Sequence

@@ -250,7 +250,7 @@ class AdapterBank:
 
     @torch.no_grad()
     def learn_token_axes(self, forward: Callable[[int], Any]) -> None:
-        """Finds out where the tokens of packed requests are in what modules with vectors take, which a batch cannot tell
+        """Finds out where the tokens are in what modules with vectors take, which packed requests cannot tell
         where two dimensions are of one size. forward: runs the model on one row of so many tokens."""
         shapes: dict[str, list[torch.Size]] = {}
 
@@ -282,9 +282,7 @@ class AdapterBank:
             self._stacks = _stacks(self.model, list(self._adapters.values()), self._token_axes)
         for name in self._stacks.keys() - self._hooked:
             self._hooked.add(name)
-            layer = self.model.get_submodule(name)
-            hook = _hook(self._now, name) if is_linear(layer) else _hook_of_vectors(self._now, name)
-            layer.register_forward_hook(hook, with_kwargs=True)
+            self.model.get_submodule(name).register_forward_hook(_hook(self._now, name), with_kwargs=True)
         return self._stacks
 
     @contextmanager
@@ -304,29 +302,25 @@ def _finite(weight: Any) -> bool:
         return False
 
 
-def _hook(now: _Now, name: str) -> Callable[..., Tensor | None]:
-    def add_deltas(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        if now.rows is None:
-            return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        rows = x.numel() // x.shape[-1] if now.packed else x.shape[0]
-        if rows != now.rows if now.packed else rows % now.rows:
-            raise StateError(f"a batch of {now.rows} {'tokens' if now.packed else 'adapters'}, and {rows} rows")
+def _hook(now: _Now, name: str) -> Callable[..., Any]:
+    def change(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
         for picked in now.picked.get(name, ()):
-            y = picked.add(x, y)
+            if isinstance(picked, PickedVectors):
+                y = picked.instead((args, kwargs), y)
+            else:
+                y = picked.add(_checked(now, args[0] if args else next(iter(kwargs.values()))), y)
         return y
 
-    return add_deltas
+    return change
 
 
-def _hook_of_vectors(now: _Now, name: str) -> Callable[..., Tensor | None]:
-    def run_again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Tensor | None:
-        if now.rows is None or name not in now.picked:
-            return None
-        (picked,) = now.picked[name]
-        return picked.instead((args, kwargs), y)
-
-    return run_again
+def _checked(now: _Now, x: Tensor) -> Tensor:
+    """The input of a linear layer, which has to be a batch of these rows."""
+    assert now.rows is not None  # nothing is picked otherwise
+    rows = x.numel() // x.shape[-1] if now.packed else x.shape[0]
+    if rows != now.rows if now.packed else rows % now.rows:
+        raise StateError(f"a batch of {now.rows} {'tokens' if now.packed else 'adapters'}, and {rows} rows")
+    return x
 
 
 @torch.no_grad()

@@ -25,9 +25,7 @@ def vectors(slices: Iterable[Slice]) -> list[Slice]:
     return [s for s in slices if is_vector(s)]
 
 
-def linear_layers(
-    module: nn.Module, slices: Iterable[Slice], form: str = "a LoRA"
-) -> dict[str, tuple[str, bool]]:
+def linear_layers(module: nn.Module, slices: Iterable[Slice], form: str = "a LoRA") -> dict[str, tuple[str, bool]]:
     """Parameter -> (the layer that holds it, whether its weight is stored (in, out)). form: what the slices are to
     become. Raises `ExportError` for one of anything else than the weight of a linear layer."""
     names, layers = held_as(module), {}
@@ -40,8 +38,8 @@ def linear_layers(
 
 
 def vector_modules(module: nn.Module, slices: Iterable[Slice], form: str) -> dict[str, str]:
-    """Vector -> the module that holds it. Raises `ExportError` for one that is tied, or that lies in a module that holds
-    others, whose own results a batch does not see."""
+    """Vector -> the module that holds it. Raises `ExportError` for one that is tied, or that lies in a module that
+    holds others, since running that again would run them again."""
     names, layers = held_as(module), {}
     for s in slices:
         layer, _, key = s.parameter_name.rpartition(".")

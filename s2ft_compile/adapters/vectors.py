@@ -5,9 +5,9 @@ each:
 
     y[i] = module(x[i]; W[ids[i]])          W: (adapters + 1, d), whole vectors, and those of id 0 are the base model's
 
-as one call with the vectors broadcast along the rows, (rows, 1, ..., d), if the module multiplies and adds them so, which
-is tried once, on random numbers against each row alone; and by `torch.func.vmap` if not (a fused layer norm), or where
-the model is compiled, which leaves plain products of either. All of a batch's rows go through one call.
+as one call with the vectors broadcast along the rows, (rows, 1, ..., d), if the module multiplies and adds them so,
+which is tried once, on random numbers against each row alone; and by `torch.func.vmap` if not (a fused layer norm), or
+where the model is compiled, which makes plain products of it.
 """
 
 import copy
@@ -53,8 +53,8 @@ class PickedBiases:
 
 @dataclass(frozen=True, eq=False)
 class Vectors:
-    """The vectors of one module, of all adapters. tables: key -> (adapters + 1, d), in the parameter's type. axis: of the
-    module's input, that of the tokens of packed requests, where it is known."""
+    """The vectors of one module, of all adapters. tables: key -> (adapters + 1, d), in the parameter's type. axis: of
+    the module's input, that of the tokens of packed requests, where it is known."""
 
     name: str
     module: nn.Module
@@ -163,8 +163,8 @@ class PickedVectors:
         if any(t.dim() <= axis or t.shape[axis] != rows for t in (*inputs, y)):
             others = ", ".join(str(tuple(t.shape)) for t in (*inputs[1:], y))
             raise StateError(
-                f"{what} has {rows} rows in an input of shape {shape}, and not in what else it takes or gives: {others}; "
-                f"merge or activate that adapter instead"
+                f"{what} has {rows} rows in an input of shape {shape}, and not in what else it takes or gives: "
+                f"{others}; merge or activate that adapter instead"
             )
         times, rest = divmod(rows, self.ids.shape[0])
         if rest:
