@@ -5,13 +5,13 @@ each:
 
     y[i] = module(x[i]; W[ids[i]])          W: (adapters + 1, d), whole vectors, and those of id 0 are the base model's
 
-as one call with the vectors broadcast along the rows, (rows, 1, ..., d), if the module multiplies and adds them so,
-which is tried once, on random numbers against each row alone; and by `torch.func.vmap` if not (a fused layer norm), or
-where the model is compiled, which makes plain products of it.
+by `torch.func.vmap`, of which a compiler makes plain products. Eager calls go a shorter way where one is found, tried
+once on random numbers: the module called with vectors broadcast along the rows, (rows, 1, ..., d), if that gives the
+bits of each row alone; or with ones and zeros, and its result times the gain plus the bias, if that gives vmap's.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ class Vectors:
     tables: Mapping[str, Tensor]
     axis: int | None = None
     twin: nn.Module = field(init=False)  # the module without hooks
-    broadcast: dict[tuple[int, ...], bool] = field(default_factory=dict)  # whether it may be, for inputs of these ranks
+    ways: dict[tuple[int, ...], Callable[..., Tensor]] = field(default_factory=dict)  # by the ranks of the inputs
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "twin", self.with_(self.module._parameters))
@@ -88,9 +88,9 @@ class Vectors:
         if torch.compiler.is_compiling():
             return self._by_row(own, axis, given)
         key = axis, *(t.dim() for t in tensors(given))
-        if key not in self.broadcast:
-            self.broadcast[key] = self._may_broadcast(axis, given)
-        return self._broadcast(own, axis, given) if self.broadcast[key] else self._by_row(own, axis, given)
+        if key not in self.ways:
+            self.ways[key] = self._shortest(axis, given)
+        return self.ways[key](own, axis, given)
 
     def _call(self, own: Mapping[str, Tensor], given: Arguments) -> Tensor:
         args, kwargs = given
@@ -99,9 +99,17 @@ class Vectors:
         return self.with_({**self.module._parameters, **own})(*args, **kwargs)
 
     def _broadcast(self, own: Mapping[str, Tensor], axis: int, given: Arguments) -> Tensor:
-        shape = [1] * (tensors(given)[0].dim() - 1)
-        shape[axis] = -1
-        return self._call({key: vector.view(*shape, vector.shape[-1]) for key, vector in own.items()}, given)
+        return self._call({key: _along(axis, tensors(given)[0], vector) for key, vector in own.items()}, given)
+
+    def _affine(self, own: Mapping[str, Tensor], axis: int, given: Arguments) -> Tensor:
+        held = {key: p for key, p in self.module._parameters.items() if p is not None}
+        neutral = {key: torch.zeros_like(p) if key == "bias" else torch.ones_like(p) for key, p in held.items()}
+        y = self._call(neutral, given)
+        spread = {key: _along(axis, y, own[key]) if key in own else p for key, p in held.items()}
+        bias = spread.pop("bias", None)
+        for gain in spread.values():
+            y = y * gain
+        return y if bias is None else y + bias
 
     def _by_row(self, own: Mapping[str, Tensor], axis: int, given: Arguments) -> Tensor:
         leaves, tree = pytree.tree_flatten(given)
@@ -116,16 +124,16 @@ class Vectors:
         return y.squeeze(axis + 1).movedim(0, axis)
 
     @torch.no_grad()
-    def _may_broadcast(self, axis: int, given: Arguments) -> bool:
-        """Whether random rows have, broadcast, the bits that they have alone."""
+    def _shortest(self, axis: int, given: Arguments) -> Callable[..., Tensor]:
+        """Which way to go with inputs of these ranks: what random numbers are given is what they are to be."""
         inputs = tensors(given)
         if axis >= inputs[0].dim() - 1 or not all(t.is_floating_point() for t in inputs):
-            return False
+            return self._by_row
         sizes = {size for t in inputs for size in t.shape}
         rows = next(n for n in range(3, 3 + len(sizes) + 1) if n not in sizes)  # told apart from all other dimensions
         random = torch.Generator(inputs[0].device).manual_seed(0)
 
-        def drawn(x: Any, dim: int, part: slice | None = None) -> Any:
+        def drawn(x: Any, dim: int) -> Any:
             if not isinstance(x, Tensor):
                 return x
             shape = [rows if d == dim else size for d, size in enumerate(x.shape)]
@@ -137,11 +145,23 @@ class Vectors:
         for i in range(rows):
             part = pytree.tree_map(lambda x: x.narrow(axis, i, 1) if isinstance(x, Tensor) else x, whole)
             alone.append(self._call({key: vector[i] for key, vector in own.items()}, part))
-        try:
-            together = self._broadcast(own, axis, whole)
-        except (RuntimeError, ValueError, TypeError):  # what operators say of a vector of more dimensions
-            return False
-        return torch.equal(together, torch.cat(alone, axis))
+        for way, wanted in (
+            (self._broadcast, lambda: torch.cat(alone, axis)),
+            (self._affine, lambda: self._by_row(own, axis, whole)),
+        ):
+            try:
+                if torch.equal(way(own, axis, whole), wanted()):
+                    return way
+            except (RuntimeError, ValueError, TypeError):  # what operators say of a vector of more dimensions
+                pass
+        return self._by_row
+
+
+def _along(axis: int, like: Tensor, vector: Tensor) -> Tensor:
+    """Vectors (rows, d) of an input's rows along `axis`, and of its last dimension, to be broadcast."""
+    shape = [1] * (like.dim() - 1)
+    shape[axis] = -1
+    return vector.view(*shape, vector.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
