@@ -143,6 +143,20 @@ def test_a_norm_of_elementary_operators_gives_the_bits_of_each_row_alone(ids):
         assert torch.equal(y[i : i + 1], functional_call(model, trained(model, adapters.get(name)), (x[i : i + 1],)))
 
 
+@pytest.mark.parametrize(
+    "kind, way",
+    [("plain", "_broadcast"), ("rms", "_broadcast"), ("layer", "_affine"), ("turned", "_by_row"), ("group", "_by_row")],
+)
+def test_the_shortest_way_that_is_right_is_taken(kind, way):
+    """As many rows as there are tokens, where a gain along the wrong dimension fits."""
+    model = made(kind)
+    bank = bank_of(model, adapters_of(model))
+    with torch.no_grad(), bank.batch(["all", None, "half", "all"]):
+        model(torch.randn(4, *MODULES[kind][1]))
+    (taken,) = bank._stacks["0"][0].ways.values()
+    assert taken.__name__ == way
+
+
 @settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.sampled_from(["all", "half", None]), st.integers(1, 4)), min_size=1, max_size=5), st.data()
