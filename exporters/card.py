@@ -46,8 +46,15 @@ A SHiRA: it adds single numbers to each weight, at positions that its files hold
 )
 
 
-def card(adapter: Adapter, how: str = NATIVE, errors: Mapping[str, float] | None = None) -> str:
-    """Markdown. how: to load it. errors: relative, of modules that were cut to a rank."""
+def card(
+    adapter: Adapter,
+    how: str = NATIVE,
+    errors: Mapping[str, float] | None = None,
+    whole: Sequence[str] = (),
+    left_out: Mapping[str, float] | None = None,
+) -> str:
+    """Markdown. how: to load it. errors: relative, of modules that were cut to a rank. whole: modules that are stored
+    whole. left_out: parameters that are not in it, and how far they had moved."""
     base, config = adapter.base, adapter.plan.config
     changed = sum(s.delta.numel() for s in adapter.slices)
     lines = [
@@ -81,6 +88,18 @@ def card(adapter: Adapter, how: str = NATIVE, errors: Mapping[str, float] | None
         "",
         how,
     ]
+    if whole:
+        lines += ["Stored whole, as `modules_to_save`:", "", *(f"- `{name}`" for name in whole), ""]
+    if left_out:
+        lines += [
+            "## Left out",
+            "",
+            "These trained too, and a LoRA of linear layers has no place for them, so this is not what was trained.",
+            "How far each had moved, as a share of its norm:",
+            "",
+            *(f"- `{name}`: {share:.3g}" for name, share in left_out.items()),
+            "",
+        ]
     if errors:
         lines += [
             "## Not exact",

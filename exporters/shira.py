@@ -2,8 +2,9 @@
 
 A SHiRA adds single numbers to a weight (out, in): r (in + out) of them in each layer, one r for all layers, and its
 files hold their positions. A slice is n * out (columns) or n * in (rows) numbers: r is what the layer with the most
-of them needs, and the others get zeros at positions that nothing changes. PEFT's `merge_and_unload` gives the bits of
-`save_merged` (but for the sign of a weight that is -0.0), in bfloat16 and float16 too.
+of them needs, and the others get zeros at positions that nothing changes. Norms, and layers whose bias trains, are
+stored whole (`modules_to_save`). PEFT's `merge_and_unload` gives the bits of `save_merged` (but for the sign of a
+weight that is -0.0), in bfloat16 and float16 too.
 """
 
 import json
@@ -26,6 +27,7 @@ from s2ft_compile.plan import Slice, delta_of
 from .card import CARD, SHIRA, card
 from .files import new_directory
 from .lora import adapter_source, peft_config
+from .whole import layer_of, partition, whole_modules, whole_tensors
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +37,22 @@ def save_shira(
 ) -> Path:
     """Writes an adapter into a new folder as a SHiRA of PEFT, and returns its path.
 
-    model: prepared; or, with `adapter`, the plain base model of that adapter folder. Raises `ExportError` for slices
-    that no SHiRA has (of anything but the weight of an `nn.Linear`, or of a tied one), for a layer that has no room for
-    as many numbers as the largest slice asks of all layers, or a folder that exists.
+    model: prepared; or, with `adapter`, the plain base model of that adapter folder. What is no weight of a linear
+    layer (norms, embeddings), and linear layers whose bias trains, are stored whole. Raises `ExportError` for weights
+    that are tied or stored (in, out), an adapter that changes no `nn.Linear` by its weight alone, a layer that has no
+    room for as many numbers as the largest slice asks of all layers, or a folder that exists.
     """
     module, source = unwrap(model), adapter_source(model, adapter)
-    held = linear_layers(module, source, "a SHiRA")
-    layers = {held[s.parameter_name][0]: s for s in source.slices}
+    linear, biases, others = partition(module, source.slices)
+    apart = {layer_of(s) for s in biases}
+    others += [*biases, *(s for s in linear if layer_of(s) in apart)]
+    held = linear_layers(module, [s for s in linear if layer_of(s) not in apart], "a SHiRA")
+    layers = {held[s.parameter_name][0]: s for s in linear if layer_of(s) not in apart}
+    if not layers:
+        raise ExportError(
+            "a SHiRA changes the weight of a linear layer, and this adapter none alone; `save_lora` takes it"
+        )
+    whole = whole_modules(module, others, layers.keys(), "a SHiRA")
     _check_layers(module, layers)
     r = common_r(layers)
     with new_directory(directory) as folder:
@@ -50,10 +61,12 @@ def save_shira(
             values, indices = numbers(s, r * sum(s.shape))
             tensors[f"base_model.model.{layer}.shira_weight"] = values
             tensors[f"base_model.model.{layer}.shira_indices"] = indices
+        tensors |= whole_tensors(model, source, whole)
         save_tensors(tensors, folder / WEIGHTS)
         config = {**peft_config(module, list(layers)), "peft_type": "SHIRA", "r": r, "mask_type": "random"}
+        config |= {"modules_to_save": whole} if whole else {}
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-        (folder / CARD).write_text(card(source, SHIRA), encoding="utf-8")
+        (folder / CARD).write_text(card(source, SHIRA, whole=whole), encoding="utf-8")
     log.info("SHiRA written to %s: %d modules, r = %d", directory, len(layers), r)
     return Path(directory)
 

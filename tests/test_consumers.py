@@ -43,7 +43,7 @@ ROOT = Path(__file__).parent.parent
 PROMPT, NEW = [5, 7, 9], 9
 # Slices of every kind, of different numbers: rows that llama.cpp permutes (query, key), rows, and columns.
 TARGETS = {"ffn.out": 5, "ffn.in": 2, "attention.query": 1, "attention.value": 1, "attention.out": 1}
-OTHER = {**TARGETS, "ffn.out": 9, "ffn.in": 3}
+OTHER = {**TARGETS, "ffn.out": 9, "ffn.in": 3, "*norm*": 1.0}
 
 
 def base_model() -> nn.Module:

@@ -144,7 +144,7 @@ def test_experts_stored_the_other_way_are_marked_by_their_module():
     s = s2ft.Slice("up", 2, torch.tensor([0, 3]), (3, 4, 5), (), torch.randn(3, 4, 2, generator=random))
     holder = nn.Sequential(model)
     source = lora.Adapter(s2ft.Plan(s2ft.S2FTConfig(), "", (dataclasses.replace(s, parameter_name="0.up"),)), {})
-    (f,) = lora._all_factors(holder, source)
+    (f,), _ = lora._all_factors(holder, source)
     assert f.A.shape == (3, 2, 4) and f.B.shape == (3, 5, 2)
     assert torch.equal((f.B @ f.A).transpose(1, 2), torch.zeros(3, 4, 5).index_copy_(2, s.indices, s.delta))
     for name, of, dim, match in (("0.up", holder, 0, "whole experts"), ("up", model, 2, "the model itself")):
@@ -213,6 +213,89 @@ def test_a_safe_merge_in_bfloat16_differs_by_what_peft_rounds_before_it_adds(tmp
         # both round the sum to 8 bits, PEFT the delta too
         allowed = 2**-8 * ((expected.double() - before).abs() + 2 * expected.double().abs())
         assert ((got - expected.double()).abs() <= allowed).all(), name
+
+
+VECTORS = {
+    "llama": [{"*norm*": 1.0}, {"*norm.weight": 1.0, "ffn.out": 3, "attention.value": 1}, {"*layernorm.weight": 5}],
+    "gpt2": [{"*ln_*": 1.0, "ffn.in": 3}, {"*.bias": 1.0, "ffn.out": 2}, {"*.c_fc.bias": 1.0}],
+    "qwen2": [{"*.bias": 1.0, "ffn.out": 3, "attention.value": 1}, {"*norm*": 1.0, "*k_proj.bias": 1.0}],
+    "bert": [{"*LayerNorm*": 1.0, "*.dense.bias": 1.0}, {"*LayerNorm.bias": 1.0, "ffn.in": 3}],
+}
+DRAWN = [(kind, targets) for kind, several in VECTORS.items() for targets in several]
+
+
+@pytest.mark.parametrize("save", [save_lora, save_shira])
+@pytest.mark.parametrize("kind, targets", DRAWN)
+def test_norms_and_biases_are_those_of_the_merged_model_and_come_off_again(tmp_path, kind, targets, save):
+    """In whichever way PEFT holds them: biases of LoRA's layers, or whole modules."""
+    dtype = torch.bfloat16 if "*norm*" in targets else torch.float32
+    base, model = tuned(kind, targets=targets, dtype=dtype)
+    linear = any(not name.startswith("*") for name in targets)
+    if save is save_shira and (not linear or kind == "gpt2"):
+        with pytest.raises(ExportError, match="nn.Linear|none alone"):
+            save(model, tmp_path / "made")
+        return
+    save(model, tmp_path / "made", *(["pattern"] if save is save_lora and kind == "llama" else []))
+    before, expected = {n: p.detach().clone() for n, p in base.named_parameters()}, weights(model)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "made")
+    with torch.no_grad():
+        tuned_logits, base_logits = model(tokens()).logits, base(tokens()).logits
+        u = U32 if dtype == torch.float32 else 2.0**-8
+        room = 64 * 10 * u * float(tuned_logits.abs().max())  # sums of at most 64 products, through ten layers
+        torch.testing.assert_close(loaded(tokens()).logits, tuned_logits, rtol=0, atol=room)
+        with loaded.disable_adapter():
+            assert torch.equal(loaded(tokens()).logits, base_logits)
+    loaded.delete_adapter("default")  # `unload` by itself would keep modules that are stored whole
+    assert_weights(loaded.unload(), before)
+    merged = PeftModel.from_pretrained(base, tmp_path / "made").merge_and_unload()
+    assert_weights(merged, expected)
+
+
+def test_what_only_peft_takes_is_said_and_left_out_where_that_is_asked_for(tmp_path, caplog):
+    base, model = tuned("llama", targets={"*norm*": 1.0, "ffn.out": 3})
+    with caplog.at_level("WARNING"):
+        save_lora(model, tmp_path / "whole")
+    assert "for PEFT only, since it changes model.layers.0.input_layernorm and 4 more" in caplog.text
+    text = (tmp_path / "whole" / "README.md").read_text()
+    assert "vLLM: refuses it" in text and "llama.cpp: not for it" in text and "- `model.norm`" in text
+    with pytest.raises(ExportError, match="vLLM takes no LoRA that changes model.layers.0.input_layernorm and 4 more"):
+        save_lora(model, tmp_path / "vllm", ranks="vllm")
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        save_lora(model, tmp_path / "vllm", ranks="vllm", linear_only=True)
+    trained, text = weights(model), (tmp_path / "vllm" / "README.md").read_text()
+    for name in (n for n in trained if "norm" in n):
+        W, T = base.get_parameter(name).detach().double(), trained[name].double()
+        share = float((T - W).norm() / W.norm())
+        assert f"- `{name}`: {share:.3g}" in text and f"{name}, which had moved by {share:.3g}" in caplog.text
+    config = json.loads((tmp_path / "vllm" / lora.CONFIG).read_text())
+    assert "modules_to_save" not in config and "--max-lora-rank 8 " in text
+    without = {n: W if "norm" not in n else base.get_parameter(n).detach() for n, W in trained.items()}
+    assert_weights(PeftModel.from_pretrained(base, tmp_path / "vllm").merge_and_unload(), without)
+    base, model = tuned("llama", targets={"*norm*": 1.0})
+    with pytest.raises(ExportError, match="nothing would be left of it"):
+        save_lora(model, tmp_path / "none", linear_only=True)
+
+
+def test_a_module_that_peft_would_take_for_another_by_its_name(tmp_path):
+    class Block(nn.Module):
+        def __init__(self, inner: nn.Module | None = None):
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 4)
+            if inner is not None:
+                self.inner = inner
+
+        def forward(self, x):
+            x = x + self.down(torch.relu(self.up(self.norm(x))))
+            return self.inner(x) if hasattr(self, "inner") else x
+
+    base = Block(Block())
+    model = copy.deepcopy(base)
+    s2ft.prepare(model, (torch.randn(2, 4),), s2ft.S2FTConfig(targets={"norm.*": 1.0, "inner.down.weight": 3}))
+    randomize(model)
+    save_lora(model, tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / lora.CONFIG).read_text())["modules_to_save"] == ["norm", "inner.norm"]
+    assert_weights(PeftModel.from_pretrained(base, tmp_path / "lora").merge_and_unload(), weights(model))
 
 
 def test_a_padded_adapter_is_hot_swapped_for_another(tmp_path):
@@ -307,7 +390,7 @@ def test_vllm_takes_no_rank_above_512():
 
 
 class Odd(nn.Module):
-    """Everything that a LoRA cannot be."""
+    """What a LoRA cannot be: an embedding, tied or not, and a parameter of the model itself."""
 
     def __init__(self, tied: bool = False):
         super().__init__()
@@ -323,24 +406,25 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize(
     "target, tied, match",
-    [
-        ("embed.weight", False, "embed.weight cannot be a LoRA: its layer is of type Embedding; valid: nn.Linear"),
-        ("embed.weight", True, "held as embed.weight and head.weight"),
-        ("mix", False, "'mix' of a Odd"),
-        ("up.bias", False, "'bias' of a Linear"),
-    ],
+    [("embed.weight", True, "held as embed.weight and head.weight"), ("mix", False, "the model itself holds it")],
 )
-def test_what_is_no_lora_is_refused(tmp_path, target, tied, match):
+def test_what_peft_has_no_place_for_is_refused(target, tied, match):
+    with pytest.raises(ExportError, match=f"{target} cannot be a LoRA: .*{match}"):
+        lora._all_factors(*odd(target, tied))
+
+
+def test_an_embedding_is_stored_whole():
+    factors, whole = lora._all_factors(*odd("embed.weight"))
+    assert whole == ["embed"] and not any(t.any() for f in factors for t in f.tensors().values())
+
+
+def odd(target: str, tied: bool = False) -> tuple[nn.Module, lora.Adapter]:
+    """A slice of two indices of a parameter along its last dimension."""
     model = Odd(tied)
-    name = target
-    parameter = model.get_parameter(name)
-    indices, dim = torch.tensor([0, 2]), parameter.dim() - 1
-    shape = list(parameter.shape)
-    shape[dim] = 2
-    s = s2ft.Slice(name, dim, indices, tuple(parameter.shape), (), torch.zeros(shape))
-    plan = s2ft.Plan(s2ft.S2FTConfig(), "", (s,))
-    with pytest.raises(ExportError, match=match):
-        lora.linear_layers(model, lora.Adapter(plan, {}))
+    parameter = model.get_parameter(target)
+    shape = [*parameter.shape[:-1], 2]
+    s = s2ft.Slice(target, len(shape) - 1, torch.tensor([0, 2]), tuple(parameter.shape), (), torch.zeros(shape))
+    return model, lora.Adapter(s2ft.Plan(s2ft.S2FTConfig(), "", (s,)), {})
 
 
 @pytest.mark.parametrize(

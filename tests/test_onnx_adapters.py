@@ -94,6 +94,50 @@ def test_room_for_the_adapters_of_several_folders(tmp_path):
     close(run(session, inputs), base(inputs).logits.detach())
 
 
+QUANTIZABLE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 1, "eos_token_id": 7}
+CACHED = {f"past_key_values.0.{part}": np.zeros((3, 2, 0, 16), np.float32) for part in ("key", "value")}
+
+
+@pytest.mark.parametrize(
+    "kind, globs, options",
+    [
+        ("gpt2", ["*ln_*", "*.bias"], {}),
+        ("llama", ["*norm*"], {"cache": True, "names": "genai", "quantize": "int8"}),
+        pytest.param("qwen2", ["*norm*", "*.bias"], {"quantize": "int4"}, marks=pytest.mark.slow),
+        pytest.param("bert", ["*LayerNorm*", "*.bias"], {}, marks=pytest.mark.slow),
+    ],
+)
+def test_norms_and_biases_are_switched_in_one_session(tmp_path, kind, globs, options):
+    """All of a vector and a part of it, beside slices and alone; and the graph is the base again without."""
+    layers = {"n_layer" if kind == "gpt2" else "num_hidden_layers": 1} | (QUANTIZABLE if kind == "llama" else {})
+    several = {"all": {**dict.fromkeys(globs, 1.0), "ffn.out": 3}, "part": {globs[0]: 3}}
+    base, example, folders = hf(kind, **layers), {"input_ids": tokens()}, {}
+    models = {name: tuned(kind, seed, targets, **layers) for seed, (name, targets) in enumerate(several.items())}
+    for name, model in models.items():
+        folders[name] = save_adapter(model, tmp_path / name)
+    path = export_onnx(base, tmp_path / "base.onnx", example, list(folders.values()), **options)
+    named = {"names": options["names"]} if "names" in options else {}
+    session, feeds = onnxruntime.InferenceSession(str(path)), {"input_ids": tokens(3, 11, seed=5).numpy()}
+    if "cache" in options:
+        feeds |= {"attention_mask": np.ones((3, 11), np.int64), "position_ids": np.arange(11)[None].repeat(3, 0)}
+        feeds |= CACHED
+    limit = FORMS[options["quantize"]].limit if "quantize" in options else 1e-6
+    outputs = {None: base, **models}
+    with torch.no_grad():
+        outputs = {name: model(torch.from_numpy(feeds["input_ids"])).logits for name, model in outputs.items()}
+    for name in (None, "all", "part", "all", None):
+        file = tmp_path / f"{name}.onnx_adapter"
+        if name and not file.exists():
+            save_onnx_adapter(base, file, adapter=folders[name], **named)
+        got = run(session, feeds, *([file] if name else []))
+        error, apart = ((got - outputs[n]).norm() / got.norm() for n in (name, "all" if name != "all" else None))
+        assert error < limit and 2 * error < apart, (name, error, apart)
+    held = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "part.onnx_adapter")).get_parameters()
+    for s in state_of(models["part"]).plan.slices:
+        want = torch.zeros(s.shape).index_copy_(0, s.indices, s.delta.detach())
+        assert np.array_equal(held[f"{s.parameter_name}.delta"].numpy(), want.numpy())
+
+
 # --- what is written is what was meant ----------------------------------------------------------------------
 
 WIDE = {"hidden_size": 256, "intermediate_size": 288, "head_dim": 64, "num_hidden_layers": 1}
@@ -195,10 +239,6 @@ def test_a_graph_that_is_right_without_an_adapter_only_is_refused(tmp_path, monk
         export_onnx(model, tmp_path / "m.onnx", {"input_ids": tokens()}, "separate", **options)
     assert not list(tmp_path.iterdir())
     assert_weights(model, before)
-
-
-QUANTIZABLE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 1, "eos_token_id": 7}
-CACHED = {f"past_key_values.0.{part}": np.zeros((3, 2, 0, 16), np.float32) for part in ("key", "value")}
 
 
 def check_quantized(path, file, base, model, cache, limit) -> None:

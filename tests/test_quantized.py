@@ -488,7 +488,7 @@ def adapters(kind: str, folder) -> dict[str, s2ft.plan.Plan]:
     plans = {}
     for seed, name in enumerate("ab"):
         model = quantized(kind)
-        plans[name] = s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig(dict(TARGETS), seed=seed))
+        plans[name] = s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig({**TARGETS, "*norm*": 1.0}, seed=seed))
         for s in plans[name].slices:
             s.delta.data.normal_(std=0.02)
         save_adapter(model, folder / name)

@@ -44,8 +44,8 @@ from s2ft_compile.serve.text import Text  # noqa: E402
 KEY = "secret"
 SLICES = {  # the ends of parameters' names -> the dimension and how many indices
     "law": {"down_proj.weight": (1, 5), "o_proj.weight": (1, 4)},
-    "chat": {"up_proj.weight": (0, 4), "gate_proj.weight": (0, 4), "v_proj.weight": (0, 4)},
-    "code": {"down_proj.weight": (1, 9)},
+    "chat": {"up_proj.weight": (0, 4), "gate_proj.weight": (0, 4), "v_proj.weight": (0, 4), "norm.weight": (0, 9)},
+    "code": {"down_proj.weight": (1, 9), "norm.weight": (0, 16)},
 }
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
 LIMITS = dict(length=48, requests=80, batch=16, step=64, cache=256, page=16)
@@ -416,9 +416,16 @@ def gemma3() -> torch.nn.Module:
 OTHERS = {
     "gpt2": (
         lambda: hf("gpt2"),
-        {"mlp.c_proj.weight": (0, 5), "mlp.c_fc.weight": (1, 4), "attn.c_proj.weight": (0, 4)},
+        {
+            "mlp.c_proj.weight": (0, 5),
+            "mlp.c_fc.weight": (1, 4),
+            "attn.c_proj.weight": (0, 4),
+            "ln_1.weight": (0, 16),
+            "ln_f.bias": (0, 7),
+            "c_fc.bias": (0, 5),
+        },
     ),
-    "gemma3": (gemma3, {"down_proj.weight": (1, 5), "up_proj.weight": (0, 4)}),
+    "gemma3": (gemma3, {"down_proj.weight": (1, 5), "up_proj.weight": (0, 4), "norm.weight": (0, 3)}),
 }
 
 

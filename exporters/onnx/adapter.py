@@ -13,7 +13,7 @@ from torch import nn
 
 from s2ft_compile.adapters.apply import check_fits, summed
 from s2ft_compile.adapters.format import Adapter, read_adapter
-from s2ft_compile.adapters.layers import linear_layers
+from s2ft_compile.adapters.layers import linear_layers, matrices, vectors
 from s2ft_compile.capture.models import unwrap
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError, ExportError
@@ -25,7 +25,7 @@ from s2ft_compile.plan import Plan, Slice, delta_of
 from s2ft_compile.quantized import Values
 from s2ft_compile.slices.state import is_prepared, state_of
 
-from .places import GENAI, NAMES, check_names, lora_names, slice_names
+from .places import GENAI, NAMES, check_names, lora_names, slice_names, vector_name
 
 log = logging.getLogger(__name__)
 SUFFIX = ".onnx_adapter"
@@ -53,9 +53,9 @@ def save_onnx_adapter(
         )
     check_names(names)
     source = adapter_source(model, adapter)
-    parts = _oriented(module, source)
+    arrays = _arrays(module, source, names)
     with new_files(target) as folder:
-        _write(_loras(parts) if names == GENAI else _slices(parts), folder / target.name)
+        _write(arrays, folder / target.name)
     log.info("adapter for ONNX Runtime written to %s: %d slices", target, len(source.slices))
     return target
 
@@ -103,22 +103,36 @@ class Part(NamedTuple):
     size: int
 
 
-def _oriented(module: nn.Module, source: Adapter) -> list[Part]:
-    layers, parts = linear_layers(module, source, "an adapter beside an ONNX graph"), []
+def _arrays(module: nn.Module, source: Adapter, names: str) -> dict[str, np.ndarray]:
+    """What an adapter gives to the inputs of a graph."""
     values, others = Values(module), dtype_of_others(module)
-    for s in source.slices:
-        transposed, dtype = layers[s.parameter_name][1], values.dtype(s.parameter_name)
+    layers = linear_layers(module, matrices(source.slices), "an adapter beside an ONNX graph")
+
+    def in_type(s: Slice) -> torch.Tensor:
+        """The delta in the type that the graph has."""
+        dtype = values.dtype(s.parameter_name)
         if s.parameter_name in values.quantized:
             dtype = others or dtype
-        delta = (delta_of(s) if transposed else delta_of(s).T).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+        delta = delta_of(s).to(torch.float32 if dtype == torch.bfloat16 else dtype)
         if not delta.isfinite().all():
             raise ExportError(
                 f"the delta of {s.parameter_name} exceeds the largest {delta.dtype}, in which the graph adds it; "
                 f"`save_merged` takes it, since the sum does not"
             )
-        columns = (s.dim == 1) != transposed
-        parts.append(Part(s.parameter_name, columns, s.indices.numpy(), delta.numpy(), s.shape[s.dim]))
-    return parts
+        return delta
+
+    parts = []
+    for s in matrices(source.slices):
+        transposed, delta = layers[s.parameter_name][1], in_type(s)
+        columns, indices = (s.dim == 1) != transposed, s.indices.numpy()
+        parts.append(
+            Part(s.parameter_name, columns, indices, (delta if transposed else delta.T).numpy(), s.shape[s.dim])
+        )
+    whole = {s.parameter_name: (s, in_type(s)) for s in vectors(source.slices)}
+    return (_loras(parts) if names == GENAI else _slices(parts)) | {
+        vector_name(name): delta.new_zeros(s.shape).index_copy_(0, s.indices, delta).numpy()
+        for name, (s, delta) in whole.items()
+    }
 
 
 def _slices(parts: Sequence[Part]) -> dict[str, np.ndarray]:
@@ -152,8 +166,8 @@ def probe(module: nn.Module, places: Sequence[tuple[str, int]], names: str, fold
     import onnxruntime
 
     adapter = _random_adapter(module, places)
-    parts, file = _oriented(module, adapter), folder / f"probe{SUFFIX}"
-    _write(_loras(parts) if names == GENAI else _slices(parts), file)
+    file = folder / f"probe{SUFFIX}"
+    _write(_arrays(module, adapter, names), file)
     loaded, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
     loaded.Load(str(file))
     options.add_active_adapter(loaded)
@@ -171,7 +185,7 @@ def _random_adapter(module: nn.Module, places: Sequence[tuple[str, int]]) -> Ada
         W = module.get_parameter(name).detach()
         indices = torch.randperm(W.shape[dim], generator=random)[:PROBED].sort().values
         shape = [len(indices) if d == dim else size for d, size in enumerate(W.shape)]
-        scale = min(4.0, (W.shape[dim] / len(indices)) ** 0.5) * float(W.float().square().mean().sqrt())
+        scale = min(4.0, (W.shape[dim] / len(indices)) ** 0.5) * (float(W.float().square().mean().sqrt()) or 1.0)
         delta = (scale * torch.randn(shape, generator=random)).to(torch.promote_types(W.dtype, torch.float32))
         slices.append(Slice(name, dim, indices, tuple(W.shape), (), delta))
     return Adapter(Plan(S2FTConfig(), "", tuple(slices)), {})

@@ -9,9 +9,14 @@ As a LoRA, which takes the adapters of others too:
 
     y + (x A) B                                                                             A: (in, r), B: (r, out)
 
-`indices` (int64 (n,)), `delta`, A and B are initializers of size n = r = 0 that are inputs too: nothing is added unless
-a run overrides them, by name or with an `.onnx_adapter` file. Their names are `<weight>.columns.indices` and
-`<weight>.columns.delta` (or `.rows.`), or `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, as Olive's.
+A vector, such as a norm's gain or a bias, is the sum of what it is and of its delta wherever it is read:
+
+    W + delta                                                                               delta: (d,)
+
+`indices` (int64 (n,)), `delta`, A and B are initializers of size n = r = 0, or zeros, that are inputs too: nothing is
+added unless a run overrides them, by name or with an `.onnx_adapter` file. Their names are `<weight>.columns.indices`
+and `<weight>.columns.delta` (or `.rows.`), or `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, as Olive's; of a
+vector `<weight>.delta`.
 """
 
 from collections.abc import Sequence
@@ -53,10 +58,19 @@ def lora_names(weight: str) -> tuple[str, str]:
     return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
 
 
+def vector_name(weight: str) -> str:
+    """The input that holds the delta of a vector."""
+    return f"{weight}.delta"
+
+
 def add_places(graph: Any, places: Sequence[tuple[str, int]], lora: bool = False) -> None:
     """Makes room in an onnx-ir graph for adapters of these (weight, dim), as slices or as LoRAs. Raises
     `ExportError`, with the node."""
+    vectors = [name for name, _ in places if len(_initializer(graph, name).shape) == 1]
+    places = [(name, dim) for name, dim in places if name not in vectors]
     products = {name: _products(graph, name) for name, _ in places}
+    for name in vectors:
+        _add_vector(graph, name)
     for name in products if lora else ():
         for product in products[name]:
             _add_lora(graph, name, product)
@@ -65,12 +79,29 @@ def add_places(graph: Any, places: Sequence[tuple[str, int]], lora: bool = False
             _add_slices(graph, name, product, columns=product.contracts == dim)
 
 
-def _products(graph: Any, name: str) -> list[Product]:
-    """Every node that multiplies by a weight; no other may use it."""
+def _initializer(graph: Any, name: str) -> Any:
     if name not in graph.initializers:
         raise ExportError(f"{name} has no adapter input: the graph does not use it under this name")
+    return graph.initializers[name]
+
+
+def _add_vector(graph: Any, name: str) -> None:
+    """Reads the sum of a vector and its delta in the vector's place."""
+    import onnx_ir as ir
+
+    W = graph.initializers[name]
+    users, delta = list(W.uses()), vector_name(name)
+    node = ir.node("Add", [W, _empty(graph, delta, W.shape, delta, W.dtype.numpy())])
+    node.outputs[0].type, node.outputs[0].shape = W.type, W.shape
+    graph.insert_before(graph[0], node)
+    for user, index in users:
+        user.replace_input_with(index, node.outputs[0])
+
+
+def _products(graph: Any, name: str) -> list[Product]:
+    """Every node that multiplies by a weight; no other may use it."""
     products = []
-    for node, at in list(graph.initializers[name].uses()):
+    for node, at in list(_initializer(graph, name).uses()):
         flipped = turns_over(node)
         for user, index in list(node.outputs[0].uses()) if flipped else [(node, at)]:
             kind = user.op_type if user.domain in ("", "ai.onnx") else f"{user.domain}.{user.op_type}"

@@ -2,7 +2,8 @@
 
 Switching writes blocks of weights in place: W[indices] = cast(W0 + delta), and W0 to go back, bit for bit. Nothing a
 compiled graph depends on changes. Quantized weights are not written: an adapter's slices lie beside them while it is
-active, as `load_adapter` puts them. A batch leaves the weights alone, and adds to what each layer gives (`rows`).
+active, as `load_adapter` puts them. A batch leaves the weights alone, and adds to what each linear layer gives
+(`batched`); what holds vectors runs with those of each row (`vectors`).
 """
 
 import math
@@ -28,11 +29,13 @@ from s2ft_compile.slices.state import is_prepared
 from .apply import check_fits, summed
 from .batched import Packed, Picked, Stack, places
 from .format import Adapter, read_adapter
-from .layers import linear_layers
+from .layers import is_linear, linear_layers, matrices, vector_modules, vectors
+from .vectors import Biases, PickedBiases, PickedVectors, Vectors, tensors
 
 Written = tuple[Tensor, int, Tensor, Tensor]  # weight, dim, indices, values
-Stacks = Mapping[str, tuple[Stack, ...]]  # of every layer
-Picks = Mapping[str, tuple[Picked | Packed, ...]]  # what a batch takes from them
+Stacks = Mapping[str, tuple[Stack | Biases | Vectors, ...]]  # of every layer
+Picks = Mapping[str, tuple[Picked | Packed | PickedBiases | PickedVectors, ...]]  # what a batch takes from them
+BATCHED = "in a batch"
 Asked = tuple[tuple[int, ...], tuple[int, ...]]  # of packed requests: their adapters and their lengths
 
 
@@ -82,6 +85,7 @@ class AdapterBank:
         self._written = Blocks()  # of those that are active; what they wrote is in the weights
         self._stacks: Stacks | None = None
         self._last: tuple[Stacks, Asked, Picks] | None = None  # of packed requests; steps of decoding repeat it
+        self._token_axes: dict[str, int] = {}  # of the inputs of modules with vectors
         self._hooked: set[str] = set()
         self._batches = 0
         self._free = threading.Condition(threading.RLock())
@@ -201,7 +205,7 @@ class AdapterBank:
         Rows may be repeated (beams) or flattened with their tokens. lengths: of requests that are packed, one after the
         other, into the one row of the model; ids[i] is then that of the lengths[i] tokens of request i. Raises
         `AdapterError` for an unknown name or lengths that do not fit, `StateError` while an adapter is active,
-        `ExportError` for slices of weights that no linear layer holds.
+        `ExportError` for slices of what is neither a linear layer's weight nor a vector of a module of its own.
         """
         listed = isinstance(ids, Sequence) and not isinstance(ids, str) and len(ids) > 0
         if not listed or not all(name is None or isinstance(name, str) for name in ids):
@@ -244,10 +248,38 @@ class AdapterBank:
             self._last = last = stacks, asked, picked
         return last[2]
 
+    @torch.no_grad()
+    def learn_token_axes(self, forward: Callable[[int], Any]) -> None:
+        """Finds out where the tokens are in what modules with vectors take, which packed requests cannot tell
+        where two dimensions are of one size. forward: runs the model on one row of so many tokens."""
+        shapes: dict[str, list[torch.Size]] = {}
+
+        def look(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                shapes.setdefault(name, []).extend(t.shape for t in tensors((args, kwargs))[:1])
+
+            return hook
+
+        held = {name.rpartition(".")[0] for name, p in self.model.named_parameters() if p.dim() == 1}
+        hooks = [
+            self.model.get_submodule(name).register_forward_pre_hook(look(name), with_kwargs=True) for name in held
+        ]
+        try:
+            forward(5)
+            forward(7)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, (first, *_, last) in ((n, s) for n, s in shapes.items() if len(s) > 1):
+            moved = [axis for axis, (a, b) in enumerate(zip(first, last)) if (a, b) == (5, 7)]
+            if len(first) == len(last) and len(moved) == 1:
+                self._token_axes[name] = moved[0]
+        self._stacks = self._last = None
+
     def _prepared_stacks(self) -> Stacks:
         """Every layer's stacks, and a hook on each; a batch that runs keeps the ones it began with."""
         if self._stacks is None:
-            self._stacks = _stacks(self.model, list(self._adapters.values()))
+            self._stacks = _stacks(self.model, list(self._adapters.values()), self._token_axes)
         for name in self._stacks.keys() - self._hooked:
             self._hooked.add(name)
             self.model.get_submodule(name).register_forward_hook(_hook(self._now, name), with_kwargs=True)
@@ -270,19 +302,25 @@ def _finite(weight: Any) -> bool:
         return False
 
 
-def _hook(now: _Now, name: str) -> Callable[..., Tensor | None]:
-    def add_deltas(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        if now.rows is None:
-            return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        rows = x.numel() // x.shape[-1] if now.packed else x.shape[0]
-        if rows != now.rows if now.packed else rows % now.rows:
-            raise StateError(f"a batch of {now.rows} {'tokens' if now.packed else 'adapters'}, and {rows} rows")
+def _hook(now: _Now, name: str) -> Callable[..., Any]:
+    def change(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
         for picked in now.picked.get(name, ()):
-            y = picked.add(x, y)
+            if isinstance(picked, PickedVectors):
+                y = picked.instead((args, kwargs), y)
+            else:
+                y = picked.add(_checked(now, args[0] if args else next(iter(kwargs.values()))), y)
         return y
 
-    return add_deltas
+    return change
+
+
+def _checked(now: _Now, x: Tensor) -> Tensor:
+    """The input of a linear layer, which has to be a batch of these rows."""
+    assert now.rows is not None  # nothing is picked otherwise
+    rows = x.numel() // x.shape[-1] if now.packed else x.shape[0]
+    if rows != now.rows if now.packed else rows % now.rows:
+        raise StateError(f"a batch of {now.rows} {'tokens' if now.packed else 'adapters'}, and {rows} rows")
+    return x
 
 
 @torch.no_grad()
@@ -346,21 +384,50 @@ def _shared(a: Adapter, b: Adapter) -> int:
     return count
 
 
-def _stacks(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, tuple[Stack, ...]]:
+def check_batched(model: nn.Module, slices: Sequence[Slice]) -> None:
+    """That a batch can hold them. Raises `ExportError`."""
+    linear_layers(model, matrices(slices), BATCHED)
+    vector_modules(model, vectors(slices), BATCHED)
+
+
+def _stacks(
+    model: nn.Module, adapters: Sequence[Adapter], token_axes: Mapping[str, int]
+) -> dict[str, tuple[Stack | Biases | Vectors, ...]]:
     by_layer: dict[tuple[str, bool], list[tuple[int, Slice, Tensor]]] = {}
     values = Values(model)
     for k, adapter in enumerate(adapters, 1):
-        layers = linear_layers(model, adapter, "in a batch")
-        for s in adapter.slices:
+        layers = linear_layers(model, found := matrices(adapter.slices), BATCHED)
+        for s in found:
             layer, transposed = layers[s.parameter_name]
             delta = delta_of(s) if transposed else delta_of(s).T
             by_layer.setdefault((layer, (s.dim == 1) != transposed), []).append((k, s, delta))
-    stacks: dict[str, tuple[Stack, ...]] = {}
+    stacks: dict[str, tuple[Stack | Biases | Vectors, ...]] = {}
     for (layer, contracts), parts in by_layer.items():
         name = parts[0][1].parameter_name
         like = torch.empty(0, dtype=values.dtype(name), device=values.own[name].device)
         stacks[layer] = (*stacks.get(layer, ()), _stack(contracts, parts, len(adapters) + 1, like))
+    for layer, tables in _tables(model, adapters).items():
+        module = model.get_submodule(layer)
+        if is_linear(module):
+            stacks[layer] = (*stacks.get(layer, ()), Biases(tables["bias"] - tables["bias"][0]))
+        else:
+            stacks[layer] = (Vectors(layer, module, tables, token_axes.get(layer)),)
     return stacks
+
+
+@torch.no_grad()
+def _tables(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, dict[str, Tensor]]:
+    """Module -> key -> what its vector is with each adapter, after what it is without."""
+    tables: dict[str, dict[str, Tensor]] = {}
+    for k, adapter in enumerate(adapters, 1):
+        held = vector_modules(model, found := vectors(adapter.slices), BATCHED)
+        for s in found:
+            layer, key = held[s.parameter_name], s.parameter_name.rpartition(".")[2]
+            W = model.get_parameter(s.parameter_name).detach()
+            table = tables.setdefault(layer, {}).setdefault(key, W.repeat(len(adapters) + 1, 1))
+            _, indices, values = summed(W, [(s, 1.0)])
+            table[k].index_copy_(0, indices, values)
+    return tables
 
 
 def _stack(contracts: bool, parts: Sequence[tuple[int, Slice, Tensor]], rows: int, like: Tensor) -> Stack:

@@ -126,6 +126,9 @@ def export_lora(
     ] = "padded",
     ranks: Annotated[str, typer.Option(help="exact, vllm (rounded up to what vLLM takes), or a number.")] = "exact",
     truncate: Annotated[bool, typer.Option(help="Cut ranks above the limit by SVD, and report the error.")] = False,
+    linear_only: Annotated[
+        bool, typer.Option("--linear-only", help="Leave out norms and biases, which only PEFT takes; reports the loss.")
+    ] = False,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
@@ -136,7 +139,15 @@ def export_lora(
         with err.status("converting"):
             base = _base(model, adapter, dtype)
             number = int(ranks) if ranks.isdecimal() else ranks
-            save_lora(base, output, layout, number, adapter=adapter_folder(adapter), truncate=truncate)
+            save_lora(
+                base,
+                output,
+                layout,
+                number,
+                adapter=adapter_folder(adapter),
+                truncate=truncate,
+                linear_only=linear_only,
+            )
         size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
         out.print(f"LoRA: {output}, {size / 1e6:,.1f} MB; its README.md says for which programs")
 

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft_compile.adapters.bank import AdapterBank
+from s2ft_compile.adapters.bank import AdapterBank, check_batched
 from s2ft_compile.adapters.format import Adapter, read_adapter
-from s2ft_compile.adapters.layers import linear_layers
 from s2ft_compile.errors import AdapterError, ConfigError, S2FTError
 
 log = logging.getLogger(__name__)
@@ -103,6 +102,8 @@ class Engine:
         self._ids = itertools.count()
         self._sampling: list[Request | None] = []
         self._batch: AbstractContextManager | None = None
+        _check_served(model)
+        self.bank.learn_token_axes(lambda n: model(torch.zeros(1, n, dtype=torch.long, device=model.device)))
         self._manager = _manager(model, limits, self.ends)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self._manager.logit_processor = _sampler(self)
@@ -158,7 +159,7 @@ class Engine:
         here = dict(model.named_parameters())
         if absent := [s.parameter_name for s in adapter.slices if s.parameter_name not in here]:
             raise AdapterError(f"adapter {name!r} is of another model: this one has no {absent[0]}")
-        linear_layers(model, adapter, "in a batch")
+        check_batched(model, adapter.slices)
         head = model.get_output_embeddings()
         for s in adapter.slices:
             if head is not None and here[s.parameter_name] is head.weight:
@@ -268,16 +269,15 @@ class Engine:
 # --- transformers' continuous batching -----------------------------------------------------------------------
 
 
-def _manager(model: nn.Module, limits: Limits, ends: Sequence[int]) -> Any:
-    """Raises `ConfigError`."""
+def _check_served(model: nn.Module) -> None:
+    """Raises `ConfigError` for a model, or a version of transformers, that has no continuous batching."""
+    import transformers
+
     try:
-        from transformers import ContinuousBatchingConfig, GenerationConfig
         from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-        assert hasattr(ContinuousBatchingManager, "pause")
+        assert hasattr(transformers, "ContinuousBatchingConfig") and hasattr(ContinuousBatchingManager, "pause")
     except (ImportError, AssertionError) as error:
-        import transformers
-
         raise ConfigError(
             f"serving needs transformers 5.23 or later, and this is {transformers.__version__}"
         ) from error
@@ -288,6 +288,12 @@ def _manager(model: nn.Module, limits: Limits, ends: Sequence[int]) -> Any:
             f"{type(model).__name__} is not served: its attention is its own, not of transformers' interface, so the "
             f"engine's cache does not reach it; merged, it runs with `generate`"
         )
+
+
+def _manager(model: nn.Module, limits: Limits, ends: Sequence[int]) -> Any:
+    """Of a model that was checked. Raises `ConfigError`."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
     on_cpu = next(model.parameters()).device.type == "cpu"
     config = ContinuousBatchingConfig(
         page_size=limits.page,
