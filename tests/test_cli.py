@@ -400,7 +400,7 @@ def test_train_takes_jsonl_and_its_options(base, tmp_path, row):
         ({"--selection": "best"}, "unknown selection 'best'; valid: random, weight"),
         ({"--budget": "all"}, "unknown budget 'all'"),
         ({"--budget": "score", "--selection": "random"}, "budget 'score' shares units out by their scores"),
-        ({"--top-layers": 3}, "top_layers = 3, but target 'attention.out' has 2 layers"),
+        ({"--top-layers": 3}, "top_layers = 3, but target 'attention.query' has 2 layers"),
         ({"--exclude": "{tmp}/none"}, "none does not exist; valid: an adapter, or the output"),
         ({"--exclude": "{tmp}"}, "is not an adapter: it has no file adapter_config.json"),
         ({"--calibration-batches": 0}, "calibration_batches is at least 1"),

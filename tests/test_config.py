@@ -13,7 +13,7 @@ from s2ft_compile.config import BUDGETS, ROLES, SELECTIONS, is_glob, matches, un
 amounts = st.one_of(st.integers(1, 10**6), st.floats(0, 1, exclude_min=True, allow_nan=False))
 targets = st.dictionaries(
     st.one_of(st.sampled_from(ROLES), st.text(min_size=1, max_size=8)), amounts, min_size=1, max_size=4
-)
+).map(lambda drawn: drawn | ({"norm": 1.0} if "norm" in drawn else {}))
 choices = st.tuples(st.sampled_from([*SELECTIONS]), st.sampled_from(BUDGETS)).filter(lambda c: c != ("random", "score"))
 configs = st.builds(
     lambda choice, **fields: S2FTConfig(selection=choice[0], budget=choice[1], **fields),
@@ -85,6 +85,14 @@ def test_default_stands_for_the_roles_of_the_model(targets, settled):
     assert not S2FTConfig({"default": 0.3}).is_that_of(plan)
 
 
+def test_the_default_trains_norms_whole_and_zero_leaves_a_role_out():
+    has = ["attention.query", "attention.query.channels", "ffn.in", "norm"]
+    assert S2FTConfig({"default": 3}).targets_of(has) == {"attention.query.channels": 3, "ffn.in": 3, "norm": 1.0}
+    some = S2FTConfig({"default": 0.5, "norm": 0, "attention.query": 0})
+    assert some.targets_of(has) == {"ffn.in": 0.5}
+    assert some.is_that_of(S2FTConfig({"ffn.in": 0.5}, "random"))
+
+
 def test_the_default_is_of_channels_rather_than_heads():
     """But for heads that are asked for."""
     has = ["attention.out", "attention.value", "attention.out.channels", "attention.value.channels", "ffn.in"]
@@ -114,6 +122,8 @@ BAD = {  # arguments -> words of the message: what was found, what is valid
     "ratio below 0": (dict(targets={"ffn.out": -0.1}), ["-0.1", "(0, 1]"]),
     "ratio nan": (dict(targets={"ffn.out": float("nan")}), ["nan", "(0, 1]"]),
     "no units": (dict(targets={"ffn.out": 0}), ["0", "at least 1"]),
+    "nothing by default": (dict(targets={"default": 0, "norm": 0}), ["'default'", "at least 1"]),
+    "a part of norms": (dict(targets={"norm": 3}), ["'norm'", "1.0", "3"]),
     "fewer than none": (dict(targets={"ffn.out": -3}), ["-3", "at least 1"]),
     "amount as text": (dict(targets={"ffn.out": "0.1"}), ["'0.1'", "(0, 1]"]),
     "amount True": (dict(targets={"ffn.out": True}), ["True", "(0, 1]"]),

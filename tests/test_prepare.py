@@ -24,6 +24,7 @@ from small import (
 from torch import nn
 
 import s2ft_compile as s2ft
+from s2ft_compile.config import HEADS
 from s2ft_compile.errors import CaptureError, ConfigError, StateError
 from s2ft_compile.slices.state import state_of
 from s2ft_compile.testing import assert_same
@@ -140,10 +141,10 @@ ROTATED = {
 @pytest.mark.parametrize(
     "make, roles",
     [
-        (lambda: hf("llama"), {**dict.fromkeys(("ffn.in", "ffn.out"), 0.015), **ROTATED}),
-        (lambda: hf("gpt2"), {**dict.fromkeys(("ffn.in", "ffn.out"), 0.015), **{f"{r}.channels": 0.06 for r in s2ft.config.HEADS}}),
-        (mixtral, {**dict.fromkeys(("moe.in", "moe.out"), 0.015), **ROTATED}),
-        (mamba, dict.fromkeys(("ssm.in", "ssm.out"), 0.015)),
+        (lambda: hf("llama"), {"ffn.in": 0.015, "ffn.out": 0.015, **ROTATED}),
+        (lambda: hf("gpt2"), {"ffn.in": 0.015, "ffn.out": 0.015, **{f"{r}.channels": 0.06 for r in HEADS}}),
+        (mixtral, {"moe.in": 0.015, "moe.out": 0.015, **ROTATED}),
+        (mamba, {"ssm.in": 0.015, "ssm.out": 0.015}),
     ],
     ids=["llama", "gpt2", "mixtral", "mamba"],
 )
@@ -151,8 +152,10 @@ def test_the_default_is_what_a_model_has(make, roles):
     """By gradient where there is data, else at random; one unit at least."""
     model = make()
     plan = s2ft.prepare(model, {"input_ids": tokens()})
-    assert plan.config == s2ft.S2FTConfig(roles, selection="random", budget="layer", seed=0)
-    assert {role for s in plan.slices for role in s.roles} == set(roles)
+    assert plan.config == s2ft.S2FTConfig({**roles, "norm": 1.0}, selection="random", budget="layer", seed=0)
+    assert {role for s in plan.slices for role in s.roles} == {*roles, "whole"}
+    norms = {name for name, _ in model.named_parameters() if ("norm" in name or ".ln_" in name) and "delta" not in name}
+    assert {s.parameter_name for s in plan.slices if "whole" in s.roles} == norms
     s2ft.release(model)
     batch = {"input_ids": tokens(), "labels": tokens()}
     assert s2ft.prepare(model, {"input_ids": tokens()}, calibration=[batch]).config.selection == "gradient"
@@ -160,12 +163,12 @@ def test_the_default_is_what_a_model_has(make, roles):
 
 def test_default_stands_for_the_roles_that_are_not_named():
     model = hf("llama")
-    plan = s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig({"default": 0.1, "ffn.out": 3, "*norm*": 1.0}))
+    plan = s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig({"default": 0.1, "ffn.out": 3}))
     assert plan.config.targets == {
         **dict.fromkeys(("ffn.in", "attention.query", "attention.key"), 0.1),
         **dict.fromkeys(("attention.out.channels", "attention.value.channels"), 0.4),
         "ffn.out": 3,
-        "*norm*": 1.0,
+        "norm": 1.0,
     }
     assert {s.indices.numel() for s in plan.slices if "ffn.out" in s.roles} == {3}
     assert {s.parameter_name for s in plan.slices if len(s.shape) == 1} == {

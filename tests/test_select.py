@@ -13,7 +13,7 @@ from s2ft_compile.config import CHANNELS, HEADS, SELECTIONS, S2FTConfig, units_f
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.select import scores
 from s2ft_compile.passes.select.scores import low_rank_squares
-from s2ft_compile.passes.select.select import offered, raised, select
+from s2ft_compile.passes.select.select import offered, raised, roles_of, select
 from s2ft_compile.passes.select.selections import SCORES
 from s2ft_compile.testing.models import Drawn, Spec
 
@@ -640,3 +640,44 @@ def test_a_new_selection_is_one_function_and_its_rows(analyzed, monkeypatch):
     monkeypatch.setitem(SCORES, "last", lambda W, dim: torch.arange(W.shape[dim], dtype=torch.float64))
     selected = chosen(analyzed("llama"), targets={"ffn.out": 3}, selection="last", budget="score")
     assert selected[DOWN[0]].indices.tolist() == [22, 23] and selected[DOWN[1]].indices.tolist() == [23]
+
+
+# --- norms: modules that hold vectors alone ---------------------------------------------------------------------------
+
+
+def test_norms_are_what_holds_vectors_alone():
+    """Not the bias of a layer, not a vector beside matrices, and not what has statistics of batches."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+            self.first, self.last = nn.LayerNorm(4), nn.RMSNorm(4)
+            self.gain = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return x + self.last(self.b(torch.relu(self.a(self.first(x)))) * self.gain)
+
+    model = Model()
+    analysis = s2ft.analyze(model, (torch.randn(2, 4),))
+    assert {b.parameter_name for b in offered(analysis)["norm"]} == {"first.weight", "first.bias", "last.weight"}
+    with pytest.raises(ConfigError, match="'norm'.*1.0, got 0.5"):
+        S2FTConfig({"norm": 0.5})
+    with pytest.raises(ConfigError, match="no parameter of this model has the role 'norm'; roles found: ffn"):
+        chosen(tower(), targets={"norm": 1.0})
+
+
+def test_top_layers_hold_the_norms_that_are_not_below_them(analyzed):
+    targets = {"ffn.out": 1, "ffn.in": 1, "norm": 1.0}
+    assert list(chosen(analyzed("llama"), targets=targets, top_layers=1)) == [
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.1.mlp.gate_proj.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.norm.weight",
+    ]
+
+
+def test_norms_that_an_excluded_adapter_trains_are_not_of_the_default(analyzed):
+    analysis = analyzed("llama")[1]
+    gone = {"model.norm.weight": [(0, torch.arange(16))]}
+    assert "norm" in roles_of(analysis) and roles_of(analysis, gone) == [r for r in roles_of(analysis) if r != "norm"]
