@@ -257,7 +257,7 @@ def _checked(targets: Any) -> dict[str, int | float]:
     for target, amount in targets.items():
         _check_target(target)
         _check_amount(target, amount, may_be_none=target != DEFAULT and DEFAULT in targets)
-    return dict(targets)
+    return {target: 1.0 if target == NORM and amount else amount for target, amount in targets.items()}
 
 
 def _check_target(target: object) -> None:
