@@ -78,7 +78,7 @@ def explain(
     inputs = Inputs(args, {name: value for name, value in kwargs.items() if "label" not in name})
     analysis = analyze(model, inputs)
     places = list(dict.fromkeys((b.parameter_name, b.dim) for b in bands(analysis)))
-    gradients = refused_gradients(model, inputs, places)
+    gradients = refused_gradients(model, inputs, places, analysis.copies)
     bare, refused = _without_storage(model), ""
     with recorded() as steps:
         try:

@@ -8,6 +8,7 @@ first step then refuses what this would have.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
-from s2ft_compile.capture.examples import arguments
+from s2ft_compile.capture.examples import arguments, several
 from s2ft_compile.capture.models import held_again, inference_mode_of, tensors_of, tied_names
 from s2ft_compile.capture.recording import Recorder, as_before, exporting
+from s2ft_compile.capture.repeats import repeated
 from s2ft_compile.config import S2FTConfig
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.editor import Mismatch
-from s2ft_compile.passes.select.select import Selection
+from s2ft_compile.passes.select.select import Band, Selection, offered
 from s2ft_compile.quantized import stand_ins
+from s2ft_compile.structure import Analysis
 
 from .attach import ATTACH, TAKE, attach
 from .pushdown import Slicer
@@ -33,15 +36,20 @@ Place = tuple[str, int]
 
 
 def trainable(
-    model: nn.Module, example_inputs: Any, config: S2FTConfig, selections: Sequence[Selection]
+    model: nn.Module,
+    example_inputs: Any,
+    config: S2FTConfig,
+    selections: Sequence[Selection],
+    copies: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Selection, ...]:
     """The selections whose gradients have slice rules. A weight that is targeted by its name, or all of which a target
-    consists, raises `ConfigError`; others of a role are left out, with a line in the log."""
+    consists, raises `ConfigError`; others of a role are left out, with a line in the log. copies: as for
+    `refused_gradients`."""
     tensors = tensors_of(model)
     parts = [s for s in selections if len(s.indices) < tensors[s.parameter_name].shape[s.dim]]  # others need no rule
     with stand_ins(model) as quantized:
         places = [(s.parameter_name, s.dim) for s in parts if s.parameter_name not in quantized]
-        refused = refused_gradients(model, example_inputs, places)
+        refused = refused_gradients(model, example_inputs, places, copies)
     for name, other in held_again(model).items():  # what reads that does not read the delta
         refused |= {place: Mismatch(f"lost where {other} is read in its place") for place in places if place[0] == name}
     left = tuple(s for s in selections if (s.parameter_name, s.dim) not in refused)
@@ -54,16 +62,49 @@ def trainable(
     return left
 
 
-def refused_gradients(model: nn.Module, example_inputs: Any, places: Sequence[Place]) -> dict[Place, Mismatch]:
-    """The places (parameter, dim) whose gradient has no slice rule -> why."""
-    if not places:
+def trained_bands(
+    model: nn.Module, example_inputs: Any, analysis: Analysis
+) -> tuple[dict[str, list[Band]], dict[Place, Mismatch]]:
+    """What of what is `offered` trains, by role, and the places whose gradient has no slice rule -> why."""
+    of_roles = offered(analysis)
+    places = dict.fromkeys((b.parameter_name, b.dim) for bands in of_roles.values() for b in bands)
+    refused = refused_gradients(model, several(example_inputs)[0], list(places), analysis.copies)
+    kept = {role: [b for b in bands if (b.parameter_name, b.dim) not in refused] for role, bands in of_roles.items()}
+    return {role: bands for role, bands in kept.items() if bands}, refused
+
+
+def refused_gradients(
+    model: nn.Module,
+    example_inputs: Any,
+    places: Sequence[Place],
+    copies: Mapping[str, str] = MappingProxyType({}),
+) -> dict[Place, Mismatch]:
+    """The places (parameter, dim) whose gradient has no slice rule -> why. copies: weight -> that of an equal layer
+    (`Analysis.copies`); of equal layers the last two are looked at, and the others are as the former of those."""
+    like = _last_two(model, copies)
+    looked_at = [(name, dim) for name, dim in places if like.get(name, name) == name]
+    asked = dict.fromkeys([*looked_at, *((like[name], dim) for name, dim in places if name in like)])
+    if not asked:
         return {}
     try:
-        joint = sliced_gradients(model, example_inputs, [Taken(*place) for place in places])
+        joint = sliced_gradients(model, example_inputs, [Taken(*place) for place in asked])
     except Exception as error:  # tracing raises many unrelated types
         log.info("gradients could not be looked at before the first step: %s: %s", type(error).__name__, error)
         return {}
-    return {(taken.parameter_name, taken.dim): why for taken, why in joint.refused.items()}
+    refused = {(taken.parameter_name, taken.dim): why for taken, why in joint.refused.items()}
+    of_places = {(name, dim): (like.get(name, name), dim) for name, dim in places}
+    return {place: refused[seen] for place, seen in of_places.items() if seen in refused}
+
+
+def _last_two(model: nn.Module, copies: Mapping[str, str]) -> dict[str, str]:
+    """Weight -> that of the last layer but one of those that are equal to its own, of all weights before that one."""
+    alike: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        first = name
+        while first in copies:
+            first = copies[first]
+        alike.setdefault(first, []).append(name)
+    return {name: names[-2] for names in alike.values() for name in names[:-2]}
 
 
 class Taken(NamedTuple):
@@ -163,7 +204,7 @@ def _recorded(model: nn.Module, run: Callable, fixed: Sequence[Tensor], deltas: 
     recorder = Recorder(decompositions=_decompositions())
     fakes = [recorder.input(t)[0] for t in fixed]
     leaves = [recorder.input(t, requires_grad=True)[0] for t in deltas]
-    with as_before(model), recorder.on():
+    with as_before(model), recorder.on(), repeated(model, recorder):
         outputs = run(*fakes, *leaves)
         graph = recorder.returns((*outputs, *torch.autograd.grad(outputs, leaves, allow_unused=True)))
     return _LazyGraphModule(dict(recorder.constants), graph)
