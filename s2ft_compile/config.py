@@ -14,6 +14,7 @@ ROLES = (
     "attention.value",
     "attention.query",
     "attention.key",
+    "attention.in",
     "ffn.out",
     "ffn.in",
     "moe.out",
@@ -69,9 +70,10 @@ class S2FTConfig:
 
     targets: role (see `ROLES`) or glob on parameter names -> ratio in (0, 1] (a float; at least one unit) or number
         of units (an int). A unit is a query head for `attention.out` and `attention.query`, a kv head for
-        `attention.key` and `attention.value`, a channel for `ffn.*`, a channel of every expert for `moe.*`. A glob with
-        1.0 trains all of what it matches, whatever its axes are: a new head, norms, biases. "default" stands for every
-        role that the model has and `targets` does not name. None: {"default": `SHARE`} (docs/targets.md says why).
+        `attention.key` and `attention.value`, a head for `attention.in`, a channel for `ffn.*`, a channel of every
+        expert for `moe.*`. A glob with 1.0 trains all of what it matches, whatever its axes are: a new head, norms,
+        biases. "default" stands for every role that the model has and `targets` does not name. None: {"default":
+        `SHARE`} (docs/targets.md says why).
     selection: how units are ranked. None: "gradient" where `prepare` is given batches of data, else "random".
         One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and "gradient" are the paper's R, W,
         A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see `passes/select/scores.py` and

@@ -74,10 +74,7 @@ def trained_bands(
 
 
 def refused_gradients(
-    model: nn.Module,
-    example_inputs: Any,
-    places: Sequence[Place],
-    copies: Mapping[str, str] = MappingProxyType({}),
+    model: nn.Module, example_inputs: Any, places: Sequence[Place], copies: Mapping[str, str] = MappingProxyType({})
 ) -> dict[Place, Mismatch]:
     """The places (parameter, dim) whose gradient has no slice rule -> why. copies: weight -> that of an equal layer
     (`Analysis.copies`); of equal layers the last two are looked at, and the others are as the former of those."""

@@ -146,9 +146,9 @@ class _Layers:
                     self.calls[id(layer)].append(template)
                     return self._copied(template, inputs, nodes)
             before = len(self.templates)
-            result = type(layer).forward(layer, *args, **kwargs) if self.refused else self._recorded(layer, inputs, spec)
+            call = type(layer).forward(layer, *args, **kwargs) if self.refused else self._recorded(layer, inputs, spec)
             self.calls[id(layer)].append(self.templates[-1] if len(self.templates) > before else object())
-            return result
+            return call
 
         return forward
 
