@@ -66,14 +66,14 @@ NEITHER = re.compile(
 
 
 def kind_of(name: str, module: nn.Module) -> str | None:
-    label = type(module).__name__
-    if not sum(p.dim() > 1 and min(p.shape) > 1 for p in module.parameters()) or NEITHER.search(name):
+    label, matrices = type(module).__name__, sum(p.dim() > 1 and min(p.shape) > 1 for p in module.parameters())
+    if not matrices or NEITHER.search(name):
         return None
     if ATTENTION.search(name) or ATTENTION.search(label) and not re.search(r"layer|block", label, re.I):
         if hasattr(module, "receptance"):
             return None  # a recurrence under the name of attention: no product of two activations
         return "attention" if sum(p.dim() > 1 for p in module.parameters()) > 1 else None
-    return "ffn" if FFN.search(name) or FFN_CLASS.search(label) else None
+    return "ffn" if FFN.search(name) or FFN_CLASS.search(label) and matrices > 1 else None
 
 
 def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
@@ -468,7 +468,17 @@ def counts(name: str, of: int | str, rows: list[dict]) -> str:
     a, trained = aggregate(rows), [r for r in rows if "trains" in r or "not trained" in r]
     found = [a[f"all {kind} couplings"].partition(" (")[0] for kind in ("FFN", "attention")]
     trains = f"{sum('trains' in r for r in trained)} of {len(trained)}"
-    cells = name, of, a["types"], a["traced"], *found, a["verified"], a["blunt"], a["wrong"], trains
+    cells = (
+        name,
+        of,
+        a["types"] - a.get("no model", 0),
+        a["traced"],
+        *found,
+        a["verified"],
+        a["blunt"],
+        a["wrong"],
+        trains,
+    )
     return f"| {' | '.join(map(str, cells))} |"
 
 
