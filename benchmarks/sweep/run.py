@@ -19,6 +19,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -353,6 +354,12 @@ def listed(mapping: str) -> dict:
     return getattr(modeling_auto, MAPPINGS[mapping])
 
 
+def commit() -> str:
+    """Of this checkout, which rows say that they are of."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def complete(row: dict) -> bool:
     """Whether it was tried whether it trains, where it traces."""
     return row["status"] != "traced" or not {"trains", "not trained", "not comparable"}.isdisjoint(row)
@@ -360,12 +367,12 @@ def complete(row: dict) -> bool:
 
 def sweep(mapping: str, only: list[str], before: list[dict]) -> Iterator[list[dict]]:
     """All rows so far, after each type. before: rows that are not made again, where they are complete."""
-    names, rows = listed(mapping), {r["type"]: r for r in before}
+    names, rows, code = listed(mapping), {r["type"]: r for r in before}, commit()
     for i, (model_type, classes) in enumerate(names.items()):
         if model_type not in only if only else model_type in rows and complete(rows[model_type]):
             continue
         task = (examine_zoo, model_type) if mapping == "zoo" else (examine, model_type, classes)
-        row = {"type": model_type, **isolated(*task)}
+        row = {"type": model_type, **isolated(*task), "code": code}
         rows[model_type] = row
         counts = " ".join(f"{k} {row[k]['found']}/{row[k]['expected']}" for k in ("ffn", "attention") if k in row)
         console.print(
@@ -495,6 +502,8 @@ def report(folder: Path) -> None:
     libraries = dict.fromkeys(r["type"].split()[0] for r in others)
     lines += [counts(name, "", [r for r in others if r["type"].split()[0] == name]) for name in libraries]
     lines.append(counts("**other libraries**", "", others))
+    codes = Counter(r.get("code", "?") for r in (*everything, *others))
+    lines += ["", f"Rows by the commit that they are of: {', '.join(f'{n} of {c}' for c, n in codes.most_common())}."]
     before, _, rest = PAGE.read_text().partition(MARKS[0])
     PAGE.write_text("\n".join([before + MARKS[0], *lines, MARKS[1]]) + rest.partition(MARKS[1])[2])
 
