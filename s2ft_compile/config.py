@@ -9,7 +9,8 @@ from typing import Any
 
 from .errors import ConfigError
 
-HEADS = ("attention.out", "attention.value", "attention.query", "attention.key")  # of which a unit is a whole head
+# of which a unit is a whole head
+HEADS = ("attention.out", "attention.value", "attention.query", "attention.key", "attention.in")
 CHANNELS = ".channels"  # behind one of these: a unit is a channel of a head, the same one of every head
 ROLES = (
     *HEADS,
@@ -72,12 +73,11 @@ class S2FTConfig:
 
     targets: role (see `ROLES`) or glob on parameter names -> ratio in (0, 1] (a float; at least one unit) or number
         of units (an int). A unit is a query head for `attention.out` and `attention.query`, a kv head for
-        `attention.key` and `attention.value`, for `attention.*.channels` a channel of a head, the same one of every
-        head; a channel for `ffn.*`, a channel of every expert for `moe.*`. "norm" is 1.0: gains and biases of norms
-        train whole. A glob with 1.0 trains all of what it matches, whatever its axes are: a new head, biases. "default"
-        stands for every role that the model has and `targets` does not name: of heads for their channels where it has
-        those, at `WIDER` times the ratio. Beside it, 0 leaves a role out. None: {"default": `SHARE`} (docs/targets.md
-        says why).
+        `attention.key` and `attention.value`, a head for `attention.in`, for `attention.*.channels` a channel of a
+        head, the same one of every head; a channel for `ffn.*`, a channel of every expert for `moe.*`. "norm" is 1.0:
+        gains and biases of norms train whole. A glob with 1.0 trains all of what it matches, whatever its axes are: a
+        new head, biases. "default" stands for every role that the model has and `targets` does not name: of heads for
+        their channels where it has those, at `WIDER` times the ratio. Beside it, 0 leaves a role out. None:
     selection: how units are ranked. None: "gradient" where `prepare` is given batches of data, else "random".
         One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and "gradient" are the paper's R, W,
         A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see `passes/select/scores.py` and

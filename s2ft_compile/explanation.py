@@ -78,7 +78,9 @@ def explain(
     inputs = Inputs(args, {name: value for name, value in kwargs.items() if "label" not in name})
     analysis = analyze(model, inputs)
     places = list(dict.fromkeys((b.parameter_name, b.dim) for b in bands(analysis)))
-    gradients = refused_gradients(model, inputs, [Taken(*place) for place in places])
+    slices = [Taken(*place) for place in places]
+    untrained = refused_gradients(model, inputs, slices, analysis.copies)
+    gradients = {(taken.parameter_name, taken.dim): why for taken, why in untrained.items()}
     bare, refused = _without_storage(model), ""
     with recorded() as steps:
         try:

@@ -128,7 +128,7 @@ def prepare(
     else:
         selections = _selected(given, base, analysis)
     _check_trainable(selections, parameters, analysis)
-    wanted, selections = selections, trainable(model, several(example_inputs)[0], config, selections)
+    wanted, selections = selections, trainable(model, several(example_inputs)[0], config, selections, analysis.copies)
     notes = (*raised(analysis, config), *_left_out(wanted, selections))
     for note in notes:
         log.info("%s", note)

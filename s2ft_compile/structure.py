@@ -69,7 +69,8 @@ class Analysis:
     slope or a decay of its own). tied: other names of a parameter -> the name it is listed under.
     depths: parameter -> how far down the model it is first used; layers are told apart and ordered by it.
     unread: the parameters that no trace reads. statistics: buffers that are permuted with parameters. elsewhere: the
-    quantized weights that something else than their own layers reads.
+    quantized weights that something else than their own layers reads. copies: weight -> that of a layer that every
+    trace calls as it calls its own.
     """
 
     couplings: tuple[Coupling, ...]
@@ -83,6 +84,7 @@ class Analysis:
     statistics: frozenset[str] = field(repr=False, default=frozenset())
     elsewhere: frozenset[str] = field(repr=False, default=frozenset())
     ordered: frozenset[int] = field(repr=False, default=frozenset())
+    copies: Mapping[str, str] = field(repr=False, default_factory=dict)
 
     def roles(self) -> Counter[str]:
         """How many members each role has."""

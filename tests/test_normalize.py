@@ -6,12 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from small import QUICK
-from torch import nn
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import s2ft_compile as s2ft
 from s2ft_compile.capture.capture import capture
-from s2ft_compile.passes.couple.normalize import normalize
+from s2ft_compile.passes.couple.normalize import concretize, normalize
 from s2ft_compile.testing.models import Drawn, models, rotate
 
 B, L, HIDDEN, KV, GROUPS, WIDTH = 2, 5, 8, 2, 3, 4
@@ -132,3 +135,23 @@ def test_strides_compute_the_same():
 @settings(max_examples=max(3, settings.default.max_examples // 6), phases=QUICK)
 def test_drawn_models_compute_the_same(drawn: Drawn):
     assert_same_values(drawn.model, drawn.inputs)
+
+
+@given(st.lists(st.tuples(*[st.integers(-3, 3)] * 4), min_size=1, max_size=4))
+@settings(max_examples=20)
+def test_sizes_that_depend_on_data_become_numbers_of_which_only_equal_ones_are_equal(terms):
+    """Differences of two of them, too."""
+    env = ShapeEnv()
+    with FakeTensorMode(shape_env=env):
+        a, b = env.create_unbacked_symint(), env.create_unbacked_symint()
+        sizes = [i * a + j * b + k * a * b + l for i, j, k, l in terms]
+        graph = fx.Graph()
+        for size in (a, b, *sizes, *sizes):
+            graph.placeholder("x").meta["val"] = size
+    concretize(graph)
+    first, second, *numbers = (node.meta["val"] for node in graph.nodes)
+    assert all(isinstance(n, int) and n >= 0 for n in (first, second, *numbers))
+    assert numbers[: len(terms)] == numbers[len(terms) :]
+    for (i, j, k, l), n in zip(terms, numbers):
+        value = i * first + j * second + k * first * second + l
+        assert n == value or value < 0

@@ -142,7 +142,7 @@ ROTATED = {
     "make, roles",
     [
         (lambda: hf("llama"), {"ffn.in": 0.015, "ffn.out": 0.015, **ROTATED}),
-        (lambda: hf("gpt2"), {"ffn.in": 0.015, "ffn.out": 0.015, **{f"{r}.channels": 0.06 for r in HEADS}}),
+        (lambda: hf("gpt2"), {"ffn.in": 0.015, "ffn.out": 0.015, **{f"{r}.channels": 0.06 for r in HEADS[:4]}}),
         (mixtral, {"moe.in": 0.015, "moe.out": 0.015, **ROTATED}),
         (mamba, {"ssm.in": 0.015, "ssm.out": 0.015}),
     ],

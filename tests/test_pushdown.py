@@ -118,6 +118,7 @@ CASES = {
         (0, 1),
     ),
     "cumsum": (lambda a, b: aten.cumsum(aten.mm(a, b), 1), MM, (0,)),
+    "var_mean": (lambda a, b: aten.add(*aten.var_mean.correction(aten.bmm(a, b), [0])), ((3, 8, 5), (3, 5, 6)), (0, 1)),
     "cumprod": (lambda a, b: aten.cumprod(aten.mm(a, b), 0), MM, (1,)),
     "flip": (lambda a, b: aten.flip(aten.mm(a, b), [-1]), MM, (0,)),
     "rev": (lambda a, b: prims.rev(aten.mm(a, b), [0]), MM, (1,)),
@@ -183,6 +184,29 @@ def test_gradients_of_looked_up_rows_are_sliced_along_the_channels(case):
             continue
         with pytest.raises(CompileError, match="computed at its full size"):
             pushed(lambda g, i: take(ROWS_ADDED[case](g, i), 0, ranges), (grad, ids))
+
+
+@given(st.integers(0, 2), st.integers(1, 2), st.integers(0, 2))
+@settings(max_examples=10)
+def test_gradients_of_what_was_looked_up_beside_other_dimensions_are_sliced_along_those(before, used, after):
+    shape = [2, 3, 4, 5, 6, 7][: before + used + after]
+    left, looked_up, right = shape[:before], shape[before : before + used], shape[before + used :]
+    indices = [torch.randint(n, (11, 13)) for n in looked_up]
+    values = randn(*left, 11, 13, *right)
+
+    def gradient(g, *indices):
+        return aten.index_put(aten.new_zeros(g, shape), [*[None] * before, *indices], g, True)
+
+    for dim in range(len(shape)):
+        gm = graph_of(lambda g, *i: take(gradient(g, *i), dim, [(0, 1)]), values, *indices)
+        if before <= dim < before + used:
+            with pytest.raises(CompileError, match="computed at its full size"):
+                slice_pushdown(gm.graph)
+            continue
+        slice_pushdown(gm.graph)
+        gm.recompile()
+        assert torch.equal(gm(values, *indices), take(gradient(values, *indices), dim, [(0, 1)]))
+        assert torch.Size(shape).numel() not in sizes(gm)
 
 
 @pytest.mark.parametrize("at", (0, 1))
@@ -434,7 +458,7 @@ def test_a_gradient_without_a_rule_names_its_operator(case):
 
 def test_a_weight_whose_gradient_has_no_rule_is_refused_at_compile_time(monkeypatch):
     """Where `prepare` could not look at gradients."""
-    monkeypatch.setattr("s2ft_compile.preparation.trainable", lambda model, inputs, config, selections: selections)
+    monkeypatch.setattr("s2ft_compile.preparation.trainable", lambda model, inputs, config, selections, _: selections)
     model, x = Accumulated(), torch.randn(2, 4, 8)
     s2ft.prepare(model, (x,), s2ft.S2FTConfig({"u": 2}))
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="logcumsumexp") as error:

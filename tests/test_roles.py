@@ -213,6 +213,48 @@ class Splines(nn.Module):
         return x
 
 
+class Edges(nn.Module):
+    """Attention along the edges of a graph: each head weighs what it sends by a softmax over the edges that meet."""
+
+    def __init__(self, heads=2):
+        super().__init__()
+        self.w, self.o, self.heads = nn.Linear(8, 6 * heads), nn.Linear(6 * heads, 8), heads
+        self.sends, self.takes = nn.Parameter(torch.randn(heads, 6)), nn.Parameter(torch.randn(heads, 6))
+        self.register_buffer("edges", torch.tensor([[0, 1, 2, 3, 0, 2], [1, 2, 3, 0, 2, 1]]))
+
+    def forward(self, x):
+        h, (source, to) = self.w(x).unflatten(-1, (self.heads, 6)), self.edges
+        weights = ((h * self.sends).sum(-1)[:, source] + (h * self.takes).sum(-1)[:, to]).exp()
+        total = torch.zeros_like(h[..., 0]).index_add(1, to, weights)
+        sent = h[:, source] * (weights / total[:, to]).unsqueeze(-1)
+        return x + self.o(torch.zeros_like(h).index_add(1, to, sent).flatten(2))
+
+
+class Additive(nn.Module):
+    """Scores of queries and keys by the sum of each with each, and a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 5), nn.Linear(8, 5), nn.Linear(8, 6)
+        self.s, self.o = nn.Linear(5, 1), nn.Linear(6, 8)
+
+    def forward(self, x):
+        scores = self.s((self.q(x).unsqueeze(2) + self.k(x).unsqueeze(1)).tanh()).squeeze(-1)
+        return x + self.o(scores.softmax(-1) @ self.v(x))
+
+
+class Stacked(nn.Module):
+    """Queries, keys and values by one weight (3, width, heads × channels): a head of it is a head of all three."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.o = nn.Parameter(torch.randn(3, 8, 12)), nn.Linear(12, 8)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (2, 6)).transpose(1, 2) for t in torch.einsum("btd,nde->nbte", x, self.w))
+        return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 ROLES = {  # model -> (parameter, dim, what it is, units), each of which one coupling has
     Packed: [
         ("m.in_proj_weight", 0, "attention.query", 2),
@@ -254,6 +296,19 @@ ROLES = {  # model -> (parameter, dim, what it is, units), each of which one cou
         ("v.weight", 0, "attention.value", 3),
         ("o.weight", 1, "attention.out", 2),
     ],
+    Edges: [
+        ("w.weight", 0, "attention.value", 2),
+        ("sends", 0, "attention.in", 2),
+        ("o.weight", 1, "attention.out", 2),
+    ],
+    Additive: [
+        ("q.weight", 0, "attention.query", 5),
+        ("k.weight", 0, "attention.key", 5),
+        ("s.weight", 1, "attention.in", 5),
+        ("v.weight", 0, "attention.value", 6),
+        ("o.weight", 1, "attention.out", 6),
+    ],
+    Stacked: [("w", 2, "attention.in", 2), ("o.weight", 1, "attention.out", 2)],
     Picked: [("up", 1, "moe.in", 12), ("down", 2, "moe.out", 12)],
 }
 

@@ -724,6 +724,19 @@ CASES["instance_norm"] = [
 CASES["pixel_shuffle"] = [lambda r: (aten.pixel_shuffle.default, (r.t(r.n(), 4 * r.n(), r.n(), r.n()), 2), {})]
 CASES["pixel_unshuffle"] = [lambda r: (aten.pixel_unshuffle.default, (r.t(r.n(), r.n(), 2 * r.n(), 2 * r.n()), 2), {})]
 CASES["channel_shuffle"] = [lambda r: (aten.channel_shuffle.default, (r.t(r.n(), 6, r.n()), r.of(1, 2, 3)), {})]
+CASES["im2col"] = [
+    lambda r: (aten.im2col.default, (r.t(2, r.n(), 2 + r.n(), 3), [2, r.of(1, 2)], [1, 1], [r.of(0, 1), 0], [1, 1]), {})
+]
+CASES["col2im"] = [lambda r: (aten.col2im.default, (r.t(2, 4 * r.n(), 6), [3, 4], [2, 2], [1, 1], [0, 0], [1, 1]), {})]
+CASES["_native_batch_norm_legit"] = [
+    lambda r: (
+        aten._native_batch_norm_legit.no_stats,
+        (r.t(r.of(1, 3), n := r.n(), 4), *r.of((r.t(n), r.t(n)), (None, None)), True, 0.1, 1e-05),
+        {},
+    )
+]
+for _name in ("__and__", "__or__", "__xor__"):
+    CASES[_name] = [of_pair(lambda a, b, op=only(_name): (op, (a > 0.5, b > 0.5), {}))]
 CASES["_weight_norm"] = [
     lambda r: (aten._weight_norm.default, (r.t(n := r.n(), 3, 2), r.t(n, 1, 1), 0), {}),
     lambda r: (aten._weight_norm.default, (r.t(r.n(), 3), r.t(), -1), {}),

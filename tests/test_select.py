@@ -86,7 +86,7 @@ def test_positions_keep_channels_of_queries_and_keys(analyzed):
         "attention.out.channels",
         "attention.value.channels",
     }
-    assert {r for r in offered(analyzed("gpt2")[1]) if r.endswith(CHANNELS)} == {f"{r}{CHANNELS}" for r in HEADS}
+    assert {r for r in offered(analyzed("gpt2")[1]) if r.endswith(CHANNELS)} == {f"{r}{CHANNELS}" for r in HEADS[:4]}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

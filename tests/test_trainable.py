@@ -3,13 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small import full_gradients
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError
-from s2ft_compile.passes.backward import eager
+from s2ft_compile.passes.backward import eager, trainable
 from s2ft_compile.passes.backward.slice_rules import SLICE_RULES
+from s2ft_compile.passes.backward.trainable import Taken, refused_gradients, sliced_gradients, trained_bands
+from s2ft_compile.passes.select.select import offered
 from s2ft_compile.testing import assert_gradients, assert_sliced, assert_trains
 
 
@@ -83,7 +88,7 @@ def test_a_gradient_at_full_size_says_once_which_functions_it_is_for(monkeypatch
 
 def test_every_role_that_is_offered_trains(monkeypatch):
     assert assert_trains(Experts(), (X,), inner=None) == {"ffn.out": 1, "ffn.in": 1}
-    monkeypatch.setattr("s2ft_compile.preparation.trainable", lambda model, inputs, config, selections: selections)
+    monkeypatch.setattr("s2ft_compile.preparation.trainable", lambda model, inputs, config, selections, _: selections)
     with pytest.raises(AssertionError, match="(?s)ffn.in is offered and does not train.*logcumsumexp"):
         assert_trains(Accumulated(), (X,))
 
@@ -127,3 +132,61 @@ def test_heads_in_a_fixed_order_train_where_they_lie():
     refused.kept = refused.qkv.weight[:3].detach()  # shares its memory: nothing of it may train
     with pytest.raises(ConfigError, match="shares memory"):
         s2ft.prepare(refused, (X,), s2ft.S2FTConfig({"attention.query": 1}))
+
+
+class Hidden(nn.Module):
+    """Like another, unless its second weight is accumulated along its columns, for whose gradient there is no rule."""
+
+    def __init__(self, accumulated: bool):
+        super().__init__()
+        self.accumulated, self.l, self.m = accumulated, nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
+
+    def forward(self, x):
+        weight = self.m.weight.logcumsumexp(0) if self.accumulated else self.m.weight
+        return x + F.linear(self.l(x).relu(), weight)
+
+
+class Layers(nn.Module):
+    def __init__(self, accumulated):
+        super().__init__()
+        self.layers = nn.ModuleList(map(Hidden, accumulated))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=6))
+@settings(max_examples=5)
+def test_of_equal_layers_two_are_looked_at_and_the_same_is_refused(accumulated):
+    model = Layers(accumulated)
+    analysis = s2ft.analyze(model, (X,))
+    places = [Taken(b.parameter_name, b.dim) for bands in offered(analysis).values() for b in bands]
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        patch.setattr(trainable, "sliced_gradients", lambda *given: asked.extend(given[2]) or sliced_gradients(*given))
+        refused = refused_gradients(model, (X,), places, analysis.copies)
+    assert {int(taken.parameter_name.split(".")[1]) for taken in refused} == {i for i, is_so in enumerate(accumulated) if is_so}
+    assert refused.keys() == refused_gradients(model, (X,), places).keys()
+    looked_at = {s.parameter_name.split(".")[1] for s in asked}
+    assert len(looked_at) == sum(min(accumulated.count(kind), 2) for kind in (True, False))
+
+
+def weight_normed(dim):
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), weight_norm(nn.Linear(16, 8), dim=dim))
+
+
+@pytest.mark.parametrize("make", [lambda: Layers([True, False]), lambda: weight_normed(0), lambda: weight_normed(1)])
+def test_what_trains_is_what_prepare_takes(make):
+    model = make()
+    analysis = s2ft.analyze(model, (X,))
+    trained, _ = trained_bands(model, (X,), analysis)
+    for role in offered(analysis):
+        config = s2ft.S2FTConfig({role: 2})
+        if role in trained:
+            taken = {s.parameter_name for s in s2ft.prepare(make(), (X,), config).slices}
+            assert taken == {b.parameter_name for b in trained[role]}
+        else:
+            with pytest.raises(ConfigError, match="cannot train"):
+                s2ft.prepare(make(), (X,), config)

@@ -19,6 +19,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -66,14 +67,14 @@ NEITHER = re.compile(
 
 
 def kind_of(name: str, module: nn.Module) -> str | None:
-    label = type(module).__name__
-    if not sum(p.dim() > 1 and min(p.shape) > 1 for p in module.parameters()) or NEITHER.search(name):
+    label, matrices = type(module).__name__, sum(p.dim() > 1 and min(p.shape) > 1 for p in module.parameters())
+    if not matrices or NEITHER.search(name):
         return None
     if ATTENTION.search(name) or ATTENTION.search(label) and not re.search(r"layer|block", label, re.I):
         if hasattr(module, "receptance"):
             return None  # a recurrence under the name of attention: no product of two activations
         return "attention" if sum(p.dim() > 1 for p in module.parameters()) > 1 else None
-    return "ffn" if FFN.search(name) or FFN_CLASS.search(label) else None
+    return "ffn" if FFN.search(name) or FFN_CLASS.search(label) and matrices > 1 else None
 
 
 def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
@@ -353,6 +354,12 @@ def listed(mapping: str) -> dict:
     return getattr(modeling_auto, MAPPINGS[mapping])
 
 
+def commit() -> str:
+    """Of this checkout, which rows say that they are of."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def complete(row: dict) -> bool:
     """Whether it was tried whether it trains, where it traces."""
     return row["status"] != "traced" or not {"trains", "not trained", "not comparable"}.isdisjoint(row)
@@ -360,12 +367,12 @@ def complete(row: dict) -> bool:
 
 def sweep(mapping: str, only: list[str], before: list[dict]) -> Iterator[list[dict]]:
     """All rows so far, after each type. before: rows that are not made again, where they are complete."""
-    names, rows = listed(mapping), {r["type"]: r for r in before}
+    names, rows, code = listed(mapping), {r["type"]: r for r in before}, commit()
     for i, (model_type, classes) in enumerate(names.items()):
         if model_type not in only if only else model_type in rows and complete(rows[model_type]):
             continue
         task = (examine_zoo, model_type) if mapping == "zoo" else (examine, model_type, classes)
-        row = {"type": model_type, **isolated(*task)}
+        row = {"type": model_type, **isolated(*task), "code": code}
         rows[model_type] = row
         counts = " ".join(f"{k} {row[k]['found']}/{row[k]['expected']}" for k in ("ffn", "attention") if k in row)
         console.print(
@@ -468,7 +475,17 @@ def counts(name: str, of: int | str, rows: list[dict]) -> str:
     a, trained = aggregate(rows), [r for r in rows if "trains" in r or "not trained" in r]
     found = [a[f"all {kind} couplings"].partition(" (")[0] for kind in ("FFN", "attention")]
     trains = f"{sum('trains' in r for r in trained)} of {len(trained)}"
-    cells = name, of, a["types"], a["traced"], *found, a["verified"], a["blunt"], a["wrong"], trains
+    cells = (
+        name,
+        of,
+        a["types"] - a.get("no model", 0),
+        a["traced"],
+        *found,
+        a["verified"],
+        a["blunt"],
+        a["wrong"],
+        trains,
+    )
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -485,6 +502,8 @@ def report(folder: Path) -> None:
     libraries = dict.fromkeys(r["type"].split()[0] for r in others)
     lines += [counts(name, "", [r for r in others if r["type"].split()[0] == name]) for name in libraries]
     lines.append(counts("**other libraries**", "", others))
+    codes = Counter(r.get("code", "?") for r in (*everything, *others))
+    lines += ["", f"Rows by the commit that they are of: {', '.join(f'{n} of {c}' for c, n in codes.most_common())}."]
     before, _, rest = PAGE.read_text().partition(MARKS[0])
     PAGE.write_text("\n".join([before + MARKS[0], *lines, MARKS[1]]) + rest.partition(MARKS[1])[2])
 

@@ -217,6 +217,16 @@ BY_HAND: dict[str, dict] = {
 BY_HAND["granite_speech5_ctc"] = dict(
     vocab_size=97, encoder_config=dict(num_attention_heads=4, max_position_embeddings=16, context_size=8, **SIZES)
 )
+AUDIO = dict(num_filters=8, downsampling_ratios=[2, 2], depths=[1, 1, 1], hidden_size=16)
+BY_HAND["vibevoice_asr"] = dict(
+    acoustic_tokenizer_encoder_config=AUDIO,
+    semantic_tokenizer_encoder_config=AUDIO,
+    text_config={**SIZES, **HEADS},
+    audio_token_id=90,
+    audio_bos_token_id=91,
+    audio_eos_token_id=92,
+    acoustic_tokenizer_chunk_size=64,
+)
 BY_HAND["shieldgemma2"] = dict(  # two of its tokens have fixed numbers
     mm_tokens_per_image=16,
     text_config=dict(vocab_size=10_800, **{k: v for k, v in (SIZES | HEADS).items() if k != "vocab_size"}),

@@ -108,6 +108,16 @@ def push_scatter_add(editor, node, x, dim):
     return editor.call(x.target, base, at, editor.take(index, dim, node), values, like=x)
 
 
+def push_var_mean(editor, node, x, dim):
+    """var_mean of (x, dims): (variances, means), each reduced."""
+    maker, index = x.args
+    kept = kept_dim(maker, dim)
+    if kept is None:
+        return Mismatch("it reduces the slice's dimension")
+    both = editor.call(maker.target, editor.sliced(maker.args[0], kept, node), *maker.args[1:], like=maker, **maker.kwargs)
+    return editor.call(operator.getitem, both, index, like=x)
+
+
 def push_weight_norm(editor, node, x, dim):
     """v / |v| × g, each of the norms along all dimensions but one: (dv, dg) along that one."""
     maker, index = x.args

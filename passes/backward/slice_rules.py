@@ -18,7 +18,7 @@ from torch import fx
 from s2ft_compile.passes.editor import Mismatch
 
 from . import convolution
-from .along import ALONG_RULES, WEIGHT_NORM, kept_dim, push_weight_norm
+from .along import ALONG_RULES, WEIGHT_NORM, kept_dim, push_var_mean, push_weight_norm
 from .attach import TAKE, positions, runs
 from .grouped import push_grouped_mm, push_output
 
@@ -139,11 +139,15 @@ def push_embedding(editor, node, x, dim):
 
 
 def push_index_put(editor, node, x, dim):
-    """Values added at indexed rows, [mask,] indices, values: what the rows hold can be sliced, the rows not."""
+    """Values added at indexed places, [mask,] indices, values: along dimensions without an index both can be sliced."""
     base, *rest = x.args
     at = next(i for i, arg in enumerate(rest) if isinstance(arg, (list, tuple)))
-    indices, values, from_end = rest[at], rest[at + 1], dim - base.meta["val"].ndim
-    if dim < len(indices) or None in indices or values.meta["val"].shape[from_end] != base.meta["val"].shape[dim]:
+    indices, values, rank = rest[at], rest[at + 1], base.meta["val"].ndim
+    used = [d for d, index in enumerate(indices) if index is not None]
+    inside = max(indices[d].meta["val"].ndim for d in used) - len(used)  # the indexed dimensions become the indices'
+    from_end = dim - rank - (inside if dim < used[0] else 0)
+    size, apart = values.meta["val"].shape, len(used) <= used[-1] - used[0]
+    if dim in used or apart or at and used[0] or size[max(from_end, -len(size))] != base.meta["val"].shape[dim]:
         return Mismatch("rows are added along an indexed dimension, which the indices of a step decide")
     values = editor.take(values, from_end, node)
     return editor.call(x.target, editor.push(base, dim, node), *rest[: at + 1], values, *rest[at + 2 :], like=x)
@@ -219,7 +223,11 @@ def push_cat(editor, node, x, dim):
 
 def push_result(editor, node, x, dim):
     """One of an operator's several results."""
-    rules = {convolution.BACKWARD: convolution.push_convolution, WEIGHT_NORM: push_weight_norm}
+    rules = {
+        convolution.BACKWARD: convolution.push_convolution,
+        WEIGHT_NORM: push_weight_norm,
+        aten.var_mean.correction: push_var_mean,
+    }
     return rules.get(x.args[0].target, push_output)(editor, node, x, dim)
 
 

@@ -8,6 +8,7 @@ first step then refuses what this would have.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
-from s2ft_compile.capture.examples import arguments
+from s2ft_compile.capture.examples import arguments, several
 from s2ft_compile.capture.models import held_again, inference_mode_of, tensors_of, tied_names
 from s2ft_compile.capture.recording import Recorder, as_before, exporting
+from s2ft_compile.capture.repeats import repeated
 from s2ft_compile.config import CHANNELS, S2FTConfig
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.editor import Mismatch
-from s2ft_compile.passes.select.select import Selection
+from s2ft_compile.passes.select.select import WHOLE, Band, Selection, offered
 from s2ft_compile.quantized import stand_ins
+from s2ft_compile.structure import Analysis
 
 from .attach import ATTACH, TAKE, attach, runs
 from .pushdown import Slicer
@@ -33,18 +36,23 @@ Place = tuple[str, int]
 
 
 def trainable(
-    model: nn.Module, example_inputs: Any, config: S2FTConfig, selections: Sequence[Selection]
+    model: nn.Module,
+    example_inputs: Any,
+    config: S2FTConfig,
+    selections: Sequence[Selection],
+    copies: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Selection, ...]:
     """The selections whose gradients have slice rules. A weight that is targeted by its name, or all of which a target
-    consists, raises `ConfigError`; others of a role are left out, with a line in the log."""
+    consists, raises `ConfigError`; others of a role are left out, with a line in the log. copies: as for
+    `refused_gradients`."""
     tensors = tensors_of(model)
     parts = [s for s in selections if len(s.indices) < tensors[s.parameter_name].shape[s.dim]]  # others need no rule
     with stand_ins(model) as quantized:
-        taken = [_taken(s) for s in parts if s.parameter_name not in quantized]
-        refused = refused_gradients(model, example_inputs, taken)
+        taken = {(s.parameter_name, s.dim): _taken(s) for s in parts if s.parameter_name not in quantized}
+        whys = refused_gradients(model, example_inputs, list(taken.values()), copies)
+        refused = {place: whys[one] for place, one in taken.items() if one in whys}
     for name, other in held_again(model).items():  # what reads that does not read the delta
-        lost = Mismatch(f"lost where {other} is read in its place")
-        refused |= {(t.parameter_name, t.dim): lost for t in taken if t.parameter_name == name}
+        refused |= {place: Mismatch(f"lost where {other} is read in its place") for place in taken if place[0] == name}
     left = tuple(s for s in selections if (s.parameter_name, s.dim) not in refused)
     for s in selections:
         why = refused.get((s.parameter_name, s.dim))
@@ -57,22 +65,60 @@ def trainable(
 
 def _taken(selection: Selection) -> "Taken":
     """What stands for a selection: any one of its units, but of channels of heads what each of the heads has."""
-    if any(role.endswith(CHANNELS) for role in selection.roles):
-        starts, lengths = runs(selection.indices.tolist())
-        return Taken(selection.parameter_name, selection.dim, tuple(starts), tuple(lengths))
-    return Taken(selection.parameter_name, selection.dim)
+    return _stands_for(selection.parameter_name, selection.dim, selection.roles, selection.indices)
 
 
-def refused_gradients(model: nn.Module, example_inputs: Any, slices: Sequence["Taken"]) -> dict[Place, Mismatch]:
-    """The places (parameter, dim) of slices whose gradient has no slice rule -> why."""
-    if not slices:
+def _stands_for(name: str, dim: int, roles: Sequence[str], indices: Tensor) -> "Taken":
+    if not any(role.endswith(CHANNELS) for role in roles):
+        return Taken(name, dim)
+    starts, lengths = runs(indices.sort().values.tolist())
+    return Taken(name, dim, tuple(starts), tuple(lengths))
+
+
+def trained_bands(
+    model: nn.Module, example_inputs: Any, analysis: Analysis
+) -> tuple[dict[str, list[Band]], dict[Place, Mismatch]]:
+    """What of what is `offered` trains, by role, and the places whose gradient has no slice rule -> why."""
+    kept: dict[str, list[Band]] = {}
+    refused: dict[Place, Mismatch] = {}
+    of_roles = offered(analysis)
+    every = [band for bands in of_roles.values() for band in bands if band.role != WHOLE]
+    taken = {id(b): _stands_for(b.parameter_name, b.dim, [b.role], b.positions[0]) for b in every}
+    whys = refused_gradients(model, several(example_inputs)[0], list(dict.fromkeys(taken.values())), analysis.copies)
+    for role, bands in of_roles.items():
+        if trained := [b for b in bands if taken.get(id(b)) not in whys]:
+            kept[role] = trained
+        refused |= {(b.parameter_name, b.dim): whys[taken[id(b)]] for b in bands if taken.get(id(b)) in whys}
+    return kept, refused
+
+
+def refused_gradients(
+    model: nn.Module, example_inputs: Any, slices: Sequence["Taken"], copies: Mapping[str, str] = MappingProxyType({})
+) -> dict["Taken", Mismatch]:
+    """The slices whose gradient has no slice rule -> why. copies: weight -> that of an equal layer (`Analysis.copies`);
+    of equal layers the last two are looked at, and the others are as the former of those."""
+    like = _last_two(model, copies)
+    stands_for = {t: t._replace(parameter_name=like.get(t.parameter_name, t.parameter_name)) for t in slices}
+    asked = list(dict.fromkeys(stands_for.values()))
+    if not asked:
         return {}
     try:
-        joint = sliced_gradients(model, example_inputs, slices)
+        joint = sliced_gradients(model, example_inputs, asked)
     except Exception as error:  # tracing raises many unrelated types
         log.info("gradients could not be looked at before the first step: %s: %s", type(error).__name__, error)
         return {}
-    return {(taken.parameter_name, taken.dim): why for taken, why in joint.refused.items()}
+    return {taken: joint.refused[seen] for taken, seen in stands_for.items() if seen in joint.refused}
+
+
+def _last_two(model: nn.Module, copies: Mapping[str, str]) -> dict[str, str]:
+    """Weight -> that of the last layer but one of those that are equal to its own, of all weights before that one."""
+    alike: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        first = name
+        while first in copies:
+            first = copies[first]
+        alike.setdefault(first, []).append(name)
+    return {name: names[-2] for names in alike.values() for name in names[:-2]}
 
 
 class Taken(NamedTuple):
@@ -172,7 +218,7 @@ def _recorded(model: nn.Module, run: Callable, fixed: Sequence[Tensor], deltas: 
     recorder = Recorder(decompositions=_decompositions())
     fakes = [recorder.input(t)[0] for t in fixed]
     leaves = [recorder.input(t, requires_grad=True)[0] for t in deltas]
-    with as_before(model), recorder.on():
+    with as_before(model), recorder.on(), repeated(model, recorder):
         outputs = run(*fakes, *leaves)
         graph = recorder.returns((*outputs, *torch.autograd.grad(outputs, leaves, allow_unused=True)))
     return _LazyGraphModule(dict(recorder.constants), graph)

@@ -70,6 +70,7 @@ def couple(captured: Captured, *others: Captured) -> Analysis:
         statistics=frozenset(statistics),
         elsewhere=frozenset().union(*(c.elsewhere for c in (captured, *others))),
         unread=frozenset(captured.shapes) - {name for inference in inferences for name in inference.used},
+        copies=dict(frozenset.intersection(*(frozenset(c.copies.items()) for c in (captured, *others)))),
     )
 
 

@@ -60,7 +60,8 @@ def concretize(graph: fx.Graph) -> None:
             return size
         for symbol in sorted(expression.free_symbols, key=str):
             chosen.setdefault(str(symbol), PRIMES[len(chosen) % len(PRIMES)])
-        return int(expression.xreplace({s: chosen[str(s)] for s in expression.free_symbols}))
+        value = int(expression.xreplace({s: chosen[str(s)] for s in expression.free_symbols}))
+        return value if value >= 0 else chosen.setdefault(str(expression), PRIMES[len(chosen) % len(PRIMES)])
 
     def concrete(value, node):
         if isinstance(value, torch.Tensor) and any(not isinstance(n, int) for n in value.shape):

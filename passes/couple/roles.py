@@ -70,8 +70,10 @@ class Roles:
 
     def is_output(self, handle: Axis) -> bool:
         """Whether what a weight contracts along this axis of it ends attention."""
-        produced = self.contractions.get(id(handle))
-        return produced is None or not atoms_of(produced) & self.attention - self.residual
+        if (produced := self.contractions.get(id(handle))) is None:
+            return True
+        made = atoms_of(produced)  # nothing of a vector that makes a score of each query and key
+        return bool(made) and not made & self.attention - self.residual
 
     def _is_stream(self, atom: Axis) -> bool:
         """Whether an axis to which one sum adds is a stream of its own, and not inside an FFN around another."""

@@ -35,7 +35,8 @@ class Captured:
     parameter -> why it has no coupling, whatever the graph says. border: what the graph is of, where that is not the
     whole model; start: how deep in the model that begins. trace: what sets this one apart
     from the first, in words. resized: it is the one before it, at other sizes of the inputs. training: it is
-    of train mode. elsewhere: the quantized weights that something else than their own layers reads.
+    of train mode. elsewhere: the quantized weights that something else than their own layers reads. copies: weight ->
+    that of the layer which its own is a copy of.
     """
 
     graph_module: torch.fx.GraphModule
@@ -54,6 +55,7 @@ class Captured:
     border: str = "the model"
     start: int = 0
     elsewhere: frozenset[str] = frozenset()
+    copies: Mapping[str, str] = field(default_factory=dict)
 
 
 def capture(
@@ -89,6 +91,7 @@ def capture(
         elsewhere=_read_elsewhere(
             recorded.graph_module.graph, {place: name for place, name in names.items() if name in quantized}
         ),
+        copies=recorded.copies,
     )
 
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._traceback import CapturedTraceback
 
 from .models import holdings, holds_still
-from .repeats import now, repeated
+from .repeats import copies_of, now, repeated
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
@@ -156,13 +156,15 @@ class Recorder(Recording, ProxyTorchDispatchMode):
 @dataclass(frozen=True)
 class Recorded:
     """graph_module: aten. parameters, buffers: placeholder name -> name. constants: the values of other tensors, by the
-    name of the node. written: output name -> the buffer that it is the next value of; such outputs come first."""
+    name of the node. written: output name -> the buffer that it is the next value of; such outputs come first.
+    copies: weight -> that of the layer which its own is a copy of."""
 
     graph_module: fx.GraphModule
     parameters: Mapping[str, str]
     buffers: Mapping[str, str]
     constants: Mapping[str, torch.Tensor]
     written: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
 
 
 def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], names: Mapping[int, str]) -> Recorded:
@@ -181,7 +183,7 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], names: Mapp
             places[kind][place] = name
     given = [recorder.input(t, f"input_{i}")[0] if isinstance(t, torch.Tensor) else t for i, t in enumerate(given)]
     args, kwargs = pytree.tree_unflatten(given, spec)
-    with as_before(model), recorder.on(), repeated(model, recorder):
+    with as_before(model), recorder.on(), repeated(model, recorder) as lists:
         for module in model.modules():
             vars(module).pop("_compiled_call_impl", None)  # of `model.compile`: what is recorded is its own code
         result = torch.func.functional_call(model, state, args, kwargs)
@@ -196,7 +198,8 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], names: Mapp
     module = _LazyGraphModule(dict(recorder.constants), graph)
     returned: Any = graph.output_node().args[0]
     nexts = {node.name: name for node, name in zip(returned, written)}
-    return Recorded(module, places["p"], places["b"], recorder.constants, nexts)
+    copies = copies_of(lists, {id(p): name for name, p in model.named_parameters()}) if lists else {}
+    return Recorded(module, places["p"], places["b"], recorder.constants, nexts, copies)
 
 
 @contextmanager

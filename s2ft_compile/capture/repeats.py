@@ -32,8 +32,10 @@ Read = tuple[str, str]  # (path of a module in a layer, attribute)
 
 
 @contextmanager
-def repeated(model: nn.Module, recorder: "Recorder") -> Iterator[None]:
-    """While a model is recorded, layers of one list are copies of each other where they are equal."""
+def repeated(model: nn.Module, recorder: "Recorder") -> Iterator[list["_Layers"]]:
+    """While a model is recorded, layers of one list are copies of each other where they are equal and no gradient goes
+    through them."""
+    lists: list[_Layers] = []
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, (nn.ModuleList, nn.Sequential)):
@@ -43,8 +45,21 @@ def repeated(model: nn.Module, recorder: "Recorder") -> Iterator[None]:
                         alike[kind].append(child)
                 for layers in alike.values():
                     if len(layers) > 1:
-                        _Layers(layers, recorder).install(stack)
-        yield
+                        lists.append(_Layers(layers, recorder))
+                        lists[-1].install(stack)
+        yield lists
+
+
+def copies_of(lists: list["_Layers"], names: dict[int, str]) -> dict[str, str]:
+    """Weight -> that of the first layer every call of which was a copy of the same calls. names: of weights, by id."""
+    copies = {}
+    for listed in lists:
+        first: dict[tuple, nn.Module] = {}
+        for layer in listed.layers:
+            if calls := tuple(map(id, listed.calls[id(layer)])):
+                pairs = zip(layer.parameters(), first.setdefault(calls, layer).parameters())
+                copies |= {names[id(a)]: names[id(b)] for a, b in pairs if a is not b}
+    return copies
 
 
 def _kind(layer: nn.Module) -> Any:
@@ -100,6 +115,7 @@ class _Layers:
     def __init__(self, layers: list[nn.Module], recorder: "Recorder"):
         self.layers, self.recorder = layers, recorder
         self.templates: list[_Template] = []
+        self.calls: dict[int, list[Any]] = {id(layer): [] for layer in layers}  # the template of each, or itself
         self.refused = False
         self.modules = {id(layer): dict(layer.named_modules()) for layer in layers}
         first = self.modules[id(layers[0])]
@@ -127,10 +143,12 @@ class _Layers:
             inputs, spec = pytree.tree_flatten((args, kwargs))
             for template in self.templates:
                 if (nodes := self._matched(template, layer, inputs, spec)) is not None:
+                    self.calls[id(layer)].append(template)
                     return self._copied(template, inputs, nodes)
-            if self.refused:
-                return type(layer).forward(layer, *args, **kwargs)
-            return self._recorded(layer, inputs, spec)
+            before = len(self.templates)
+            call = type(layer).forward(layer, *args, **kwargs) if self.refused else self._recorded(layer, inputs, spec)
+            self.calls[id(layer)].append(self.templates[-1] if len(self.templates) > before else object())
+            return call
 
         return forward
 
@@ -191,6 +209,9 @@ class _Layers:
     ) -> dict[fx.Node, fx.Node] | None:
         """The template's nodes for weights and inputs -> this layer's; None where it is not equal."""
         if spec != template.spec or not all(self._has_same(layer, template.layer, read) for read in template.reads):
+            return None
+        own = [t for m in self.modules[id(layer)].values() for t in m._parameters.values()]
+        if any(isinstance(t, FunctionalTensor) and t.requires_grad for t in (*inputs, *own)):
             return None
         pairs = list(zip(template.inputs, template.before, inputs))
         if not all(_fits(a, was, b) for a, was, b in pairs):

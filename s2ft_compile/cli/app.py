@@ -63,7 +63,8 @@ def inspect(
 
         with err.status(f"tracing {model}"):
             loaded = load_structure(model)
-            facts = describe(loaded, analyze(loaded, example_inputs(loaded)))
+            inputs = example_inputs(loaded)
+            facts = describe(loaded, inputs, analyze(loaded, inputs))
         if html:
             with new_files(html) as folder:
                 (folder / html.name).write_text(page(facts), encoding="utf-8")

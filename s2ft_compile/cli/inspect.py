@@ -11,22 +11,24 @@ from typing import Any
 from rich.table import Column, Table
 from torch import nn
 
-from s2ft_compile.config import ROLES, SHARE, units_for
-from s2ft_compile.passes.select.select import Band, offered
+from s2ft_compile.config import ROLES, S2FTConfig, units_for
+from s2ft_compile.passes.backward.trainable import trained_bands
+from s2ft_compile.passes.select.select import Band
 from s2ft_compile.structure import Analysis, Coupling
 
 LAYER = re.compile(r"\.(\d+)\.")
 
 
-def describe(model: nn.Module, analysis: Analysis) -> dict[str, Any]:
-    """Everything that analysis found, as plain values for JSON."""
+def describe(model: nn.Module, inputs: Any, analysis: Analysis) -> dict[str, Any]:
+    """Everything that analysis found of a model on these inputs, and what of it trains, as plain values for JSON."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    of_roles = offered(analysis)
+    of_roles, untrained = trained_bands(model, inputs, analysis)
+    by_default = S2FTConfig().targets_of(list(of_roles))
     return {
         "model": type(model).__name__,
         "parameters": sum(sizes.values()),
         "couplings": [_coupling(c, analysis, sizes) for c in analysis.couplings],
-        "targets": {role: _target(role, of_roles.get(role, []), sizes) for role in ROLES},
+        "targets": {role: _target(of_roles.get(role, []), by_default.get(role), sizes) for role in ROLES},
         "refusals": [
             {
                 "layer": _layer(m.parameter_name for m in r.members),
@@ -37,6 +39,15 @@ def describe(model: nn.Module, analysis: Analysis) -> dict[str, Any]:
                 "members": [m._asdict() for m in r.members],
             }
             for r in analysis.refusals
+        ],
+        "untrained": [
+            {
+                "layer": _layer([name]),
+                "units": analysis.layouts[name, dim].size,
+                "reason": f"its gradient would be {why}",
+                "members": [{"parameter_name": name, "dim": dim}],
+            }
+            for (name, dim), why in untrained.items()
         ],
     }
 
@@ -66,9 +77,9 @@ def _coupling(coupling: Coupling, analysis: Analysis, sizes: Mapping[str, int]) 
     }
 
 
-def _target(role: str, bands: Sequence[Band], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """What a role may train of: its weights, and how many units its layers have, fewest and most. default: what the
-    default share of them is."""
+def _target(bands: Sequence[Band], share: int | float | None, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What a role may train of: its weights, and how many units its layers have, fewest and most. default: how many of
+    them train by default, `share` of them."""
     names = dict.fromkeys(b.parameter_name for b in bands)
     units = sorted({len(b.positions) for b in bands})
     trained = sum(sizes[n] for n in names)
@@ -77,7 +88,7 @@ def _target(role: str, bands: Sequence[Band], sizes: Mapping[str, int]) -> dict[
         "parameters": trained,
         "share": trained / max(sum(sizes.values()), 1),
         "units": [units[0], units[-1]] if units else [],
-        "default": [units_for(SHARE, n, role) for n in (units[0], units[-1])] if units else [],
+        "default": [units_for(share, n, "default") if share else 0 for n in (units[0], units[-1])] if units else [],
     }
 
 
@@ -88,9 +99,10 @@ def _layer(names: Iterable[str]) -> int | None:
 
 
 def tables(facts: Mapping[str, Any]) -> list[Table]:
-    """The tables that `s2ft inspect` prints: couplings, targets, and refusals where there are any."""
-    shown = [_couplings(facts), _targets(facts)]
-    return shown + [_refusals(facts)] if facts["refusals"] else shown
+    """The tables that `s2ft inspect` prints: couplings, targets, and where there are any, refusals and what has no
+    slice rule."""
+    refused = {"axes that must keep their order": facts["refusals"], "axes that cannot train": facts["untrained"]}
+    return [_couplings(facts), _targets(facts), *(_refusals(rows, title) for title, rows in refused.items() if rows)]
 
 
 def _couplings(facts: Mapping[str, Any]) -> Table:
@@ -111,9 +123,8 @@ def _couplings(facts: Mapping[str, Any]) -> Table:
 
 
 def _targets(facts: Mapping[str, Any]) -> Table:
-    share = f"{SHARE:g} of a layer"
     target = Column("target", no_wrap=True)
-    table = Table(target, "units of a layer", share, "weights", "parameters", "share", title="what can train")
+    table = Table(target, "units of a layer", "by default", "weights", "parameters", "share", title="what can train")
     for role, target in facts["targets"].items():
         if target["weights"]:
             counts = (_between(*target[key]) for key in ("units", "default"))
@@ -125,11 +136,9 @@ def _between(low: int, high: int) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _refusals(facts: Mapping[str, Any]) -> Table:
-    table = Table(
-        "layers", "size", "parameters", "why", title=f"{len(facts['refusals'])} axes that must keep their order"
-    )
-    for layers, refusal in _merge(facts["refusals"]):
+def _refusals(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    table = Table("layers", "size", "parameters", "why", title=f"{len(rows)} {title}")
+    for layers, refusal in _merge(rows):
         members = ", ".join(f"{_shorten(m['parameter_name'])}[{m['dim']}]" for m in refusal["members"][:4])
         more = f", and {len(refusal['members']) - 4} more" if len(refusal["members"]) > 4 else ""
         table.add_row(layers, str(refusal["units"]), members + more, refusal["reason"])

@@ -122,11 +122,12 @@ def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager"
 
     Compared in float64 and eval mode on copies; the deltas are float32, so to 2^-20 of a weight's largest gradient.
     inner: what compiles (`CompileOptions.inner`), None for eager. Returns role -> number of weights that train.
-    Raises `AssertionError` that names the role and the weight, or what the step raised.
+    Raises `AssertionError` that names the role and the weight, or what the step raised; `ValueError` where the model's
+    own gradients are not finite.
     """
     inputs = wide(inputs)
     base, trained = noisy(model, 0).requires_grad_(True), {}
-    full = full_gradients(base, lambda base: _summed(base, inputs))
+    full = _finite(full_gradients(base, lambda base: _summed(base, inputs)))
     rounding = _rounding(full)
     analysis = analyze(copy.deepcopy(base), inputs)
     for role in ROLES:
@@ -182,7 +183,7 @@ def assert_sliced(
     with torch.no_grad():
         gradients = joint.graph_module(*tensors_of(model).values(), *given, *deltas)[1:]
     with exporting(), Promoted(), default_dtype(torch.float64):  # code that asks takes the same way as in the graph
-        full = full_gradients(model.requires_grad_(True), lambda base: _summed(base, inputs))
+        full = _finite(full_gradients(model.requires_grad_(True), lambda base: _summed(base, inputs)))
     rounding = _rounding(full)
     for s, gradient in zip(slices, gradients, strict=True):
         expected = _taken(full[s.parameter_name], s)
@@ -195,6 +196,14 @@ def assert_sliced(
         whys = [joint.refused[s] for s in listed if s in joint.refused]
         assert len(whys) < len(listed), f"{role} is offered and no weight of it trains: {listed[0]}: {whys[0]}"
     return {role: (len(listed) - counts[role], counts[role]) for role, listed in of_roles.items()}
+
+
+def _finite(full: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Raises `ValueError` that names a gradient with which nothing can be compared."""
+    for name, gradient in full.items():
+        if not gradient.isfinite().all():
+            raise ValueError(f"the gradient of {name} is not finite on these inputs; give inputs on which it is")
+    return full
 
 
 def _rounding(full: Mapping[str, Tensor]) -> float:

@@ -16,14 +16,16 @@ class Value:
     """A tensor as axis inference sees it.
 
     dims: an axis per dimension. weight: computed from parameters and constants alone. scores: comes out of a
-    product of two activations (attention scores), so a product with it applies them to the values. looked_up: of rows
-    of a weight that were picked by index, the axis they were picked along (the experts of each token).
+    product of two activations, or a sum of each of one with each of another (attention scores), so a product with it
+    applies them to the values. looked_up: of rows of a weight that were picked by index, the axis they were picked
+    along (the experts of each token). factors: the two activations that it is the elementwise product of.
     """
 
     dims: Sequence[Axis]
     weight: bool = False
     scores: bool = False
     looked_up: tuple[Axis, ...] = ()
+    factors: tuple["Value", ...] = ()
 
     @property
     def sizes(self) -> list[int]:
@@ -71,10 +73,32 @@ class Context:
         self.heads += batch
         self.attention += [*left.dims, *right.dims]
         scores = left.scores or right.scores
-        for value, other, role in ((left, right, "query"), (right, left, "key")):
-            if not value.scores:
-                mark(value.dims, "value" if other.scores else role)
+        if not scores:
+            self.meet(left, right)
+        for value, other in ((left, right), (right, left)):
+            if other.scores and not value.scores:
+                mark(value.dims, "value")
         return not scores
+
+    def meet(self, left: Value, right: Value) -> None:
+        """Marks queries and keys; what one axis of a weight holds both of is neither."""
+        both = {id(axis) for axis in left.dims} & {id(axis) for axis in right.dims}
+        mark([axis for axis in left.dims if id(axis) in both], "in")
+        mark(left.dims, "query")
+        mark(right.dims, "key")
+
+    def weighted_sum(self, source: Value, summed: Sequence[int]) -> None:
+        """Records a sum of an elementwise product of two activations, if one weighs all that the other has along an
+        axis that it lacks: heads are what they share."""
+        for scores, value in (source.factors, source.factors[::-1]) if source.factors else ():
+            rank, lacks = len(source.dims), len(source.dims) - len(scores.dims)
+            sizes = [1] * lacks + scores.sizes
+            kept = [d for d in range(rank) if d not in summed]
+            if len(value.dims) == rank and any(sizes[d] < value.sizes[d] for d in kept):
+                shared = [d for d in kept if sizes[d] == value.sizes[d] > 1]
+                if shared and all(sizes[d] == value.sizes[d] for d in summed):
+                    self.heads += [value.dims[d] for d in shared]
+                    mark(value.dims, "value")
 
 
 def mark(dims: Sequence[Axis], role: str) -> None:

@@ -23,11 +23,11 @@ def contract(cx, node, left: Value, right: Value, batch, contracted, left_free, 
     if of_weight[1]:
         cx.project(node, right, right_free, [b for _, b in contracted])
     both = [_activation(left, a, right, b) for a, b in batch]
-    scores = False
+    scores = left.scores or right.scores
     if any(of_weight):
         cx.experts += [*both, *left.looked_up, *right.looked_up]
     else:
-        if not (left.scores or right.scores):
+        if not scores:
             kept = [*[left.dims[d] for d in left_free], *[right.dims[d] for d in right_free]]
             cx.pairs.append((kept, [left.dims[a] for a, _ in contracted]))
         scores = cx.product(left, right, both)
@@ -197,8 +197,8 @@ def axes_attention(cx, node, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=F
     cx.attention += [*q.dims, *k.dims, *v.dims]
     cx.consumed += [q.dims[-1], v.dims[-2]]
     cx.heads += heads
-    for value, role in ((q, "query"), (k, "key"), (v, "value")):
-        mark(value.dims, role)
+    cx.meet(q, k)
+    mark(v.dims, "value")
     for value in (q, k, v):
         for a, b in zip(heads, value.dims):
             unify(a, b if a.size == b.size or b.size == 1 else product([b, Axis(a.size // b.size)]), why)
@@ -331,8 +331,8 @@ def axes_flex_attention(cx, node, q, k, v, score=None, mask=(), *args, **kwargs)
     cx.attention += [*q.dims, *k.dims, *v.dims]
     cx.consumed += [q.dims[3], v.dims[2]]
     cx.heads += [q.dims[0], heads]
-    for value, role in ((q, "query"), (k, "key"), (v, "value")):
-        mark(value.dims, role)
+    cx.meet(q, k)
+    mark(v.dims, "value")
     rows = [q.dims[0], heads, q.dims[2]]
     return [[*rows, v.dims[3]], rows, rows][: len(shapes(node))]
 

@@ -1,15 +1,34 @@
 """Rules of operators that treat positions alike, make new tensors, or act on the order along one dimension."""
 
+import torch
+
 from s2ft_compile.passes.couple.axes import Axis, Pin, cut, pin, unify
 
-from .context import acted_dims, axes_unknown, broadcast, name, shape, shapes, tensors
+from .context import Value, acted_dims, axes_unknown, broadcast, name, shape, shapes, tensors
 from .reduction import axes_reduce
+
+aten = torch.ops.aten
 
 
 def axes_pointwise(cx, node, *args, **kwargs):
-    dims = broadcast(cx, node, *tensors((args, kwargs)))
-    several = isinstance(node.meta["val"], (list, tuple))
-    return [list(dims) for _ in node.meta["val"]] if several else dims
+    operands = tensors((args, kwargs))
+    dims = broadcast(cx, node, *operands)
+    if isinstance(node.meta["val"], (list, tuple)):
+        return [list(dims) for _ in node.meta["val"]]
+    if len(operands) == 2 and not any(v.weight for v in operands):
+        if node.target is aten.mul.Tensor:
+            return Value(dims, False, any(v.scores for v in operands), factors=tuple(operands))
+        if node.target is aten.add.Tensor and _each_with_each(*operands):
+            cx.attention += [axis for v in operands for axis in v.dims]
+            cx.meet(*operands)
+            return Value(dims, scores=True)
+    return dims
+
+
+def _each_with_each(left: Value, right: Value) -> bool:
+    """Whether two tensors have an axis each that the other has not."""
+    pairs = list(zip(left.sizes[::-1], right.sizes[::-1]))
+    return any(a > b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
 def axes_same(cx, node, x, *args, **kwargs):

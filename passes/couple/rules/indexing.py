@@ -60,6 +60,7 @@ def axes_index_add(cx, node, x, dim, index, source, **kwargs):
     why = Pin("elements are written by index", node)
     dim %= len(x.dims)
     pin(x.dims[dim], why)
+    cx.weighted_sum(source, [dim])
     for axis in index.dims:
         unify(axis, source.dims[dim], why)
     for d, (a, b) in enumerate(zip(x.dims, source.dims)):

@@ -9,6 +9,7 @@ def axes_reduce(cx, node, x, *args, **kwargs):
     """Symmetric in what it reduces: sum, mean, amax, var, norm, logsumexp."""
     gone, keep = acted_dims(node, len(x.dims)), bool(argument(node, "keepdim", False))
     cx.consumed += [x.dims[d] for d in gone]
+    cx.weighted_sum(x, gone)
     dims = [ONE if d in gone else axis for d, axis in enumerate(x.dims) if keep or d not in gone]
     several = isinstance(node.meta["val"], (list, tuple))
     return [list(dims) for _ in node.meta["val"]] if several else dims

@@ -1,5 +1,7 @@
 """Rules of views, slices and concatenations."""
 
+from math import prod
+
 from s2ft_compile.passes.couple.axes import ONE, Axis, Pin, concat, cut, pin, product, reshape
 
 from .context import Value, argument, axes_unknown, broadcast, name, shape, shapes
@@ -199,6 +201,24 @@ def axes_pixel_unshuffle(cx, node, x, factor):
         pin(axis, why)
     channels = product([x.dims[-3], Axis(factor**2, pin=why)])
     return [*x.dims[:-3], channels, *[Axis(size, pin=why) for size in shape(node)[-2:]]]
+
+
+def axes_im2col(cx, node, x, kernel, *args):
+    """(N, C, H, W) -> (N, C × kernel, windows)."""
+    why = Pin(f"{name(node)} slides along the axis", node)
+    for axis in x.dims[-2:]:
+        pin(axis, why)
+    channels = product([x.dims[-3], Axis(prod(kernel), pin=why)])
+    return [*x.dims[:-3], channels, Axis(shape(node)[-1], pin=why)]
+
+
+def axes_col2im(cx, node, x, size, kernel, *args):
+    """(N, C × kernel, windows) -> (N, C, H, W)."""
+    why = Pin(f"{name(node)} slides along the axis", node)
+    channels, inner = reshape([x.dims[-2]], [x.dims[-2].size // prod(kernel), prod(kernel)], why)
+    for axis in (inner, x.dims[-1]):
+        pin(axis, why)
+    return [*x.dims[:-2], channels, *[Axis(n, pin=why) for n in shape(node)[-2:]]]
 
 
 def axes_channel_shuffle(cx, node, x, groups):
