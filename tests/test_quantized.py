@@ -53,11 +53,15 @@ def dense(config=LLAMA, dtype=torch.float32) -> nn.Module:
 
 def quantized(kind: str, config=LLAMA, dtype=torch.float32) -> nn.Module:
     model = dense(config, dtype)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and name != "lm_head":
-            path, _, key = name.rpartition(".")
-            setattr(model.get_submodule(path), key, QUANTIZE[kind](layer))
+    quantize(model, QUANTIZE[kind])
     return model
+
+
+def quantize(model: nn.Module, how) -> None:
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name not in ("lm_head", "router"):
+            path, _, key = name.rpartition(".")
+            setattr(model.get_submodule(path), key, how(layer))
 
 
 def _torchao(name: str, **options):
@@ -331,9 +335,57 @@ def test_a_weight_packed_in_an_unknown_way_is_refused():
     model = quantized("own")
     layer = model.model.layers[0].mlp.up_proj = nn.Linear(64, 128, bias=False)
     layer.weight = nn.Parameter(Int4OpaqueTensor.from_hp(layer.weight.detach(), [1, 32]), requires_grad=False)
-    with pytest.raises(ConfigError, match="up_proj.weight is of type Int4OpaqueTensor, which has no `dequantize`"):
+    with pytest.raises(ConfigError, match="up_proj.weight is of type Int4OpaqueTensor, which has no `dequantize"):
         s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig({"ffn.out": 3}))
     assert ao and not s2ft.is_prepared(model)
+
+
+@pytest.mark.parametrize("name", ["Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"])
+def test_a_base_whose_products_round_their_input_is_refused(name):
+    """The library's backward gives no gradient through that, and says nothing."""
+    model = dense()
+    quantize(model.model.layers[0].mlp, _torchao(name))
+    with pytest.raises(ConfigError, match="gate_proj.weight is of type .*its product rounds the input"):
+        s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig({"ffn.out": 3}))
+    assert not s2ft.is_prepared(model)
+
+
+class Mixture(nn.Module):
+    """Experts made of linear layers. Each sees all tokens, and counts where it is one of the two that were chosen."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(64, 3, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64, bias=False)) for _ in range(3)
+        )
+
+    def forward(self, x):
+        shares, chosen = self.router(x).softmax(-1).topk(2, -1)
+        return sum((shares * (chosen == i)).sum(-1, keepdim=True) * e(x) for i, e in enumerate(self.experts))
+
+
+@pytest.mark.parametrize("kind, compiled", [("int8", True), ("nf4 twice", False)])
+def test_experts_that_are_linear_layers_train(kind, compiled):
+    torch.manual_seed(0)
+    model, x = Mixture(), torch.randn(2, 12, 64)
+    whole = copy.deepcopy(model).double()
+    quantize(model, QUANTIZE[kind])
+    plan = s2ft.prepare(model, (x,), s2ft.S2FTConfig({"experts.*.0.weight": 3, "experts.*.2.weight": 5}))
+    assert len(plan.slices) == 6 and all(isinstance(block, Beside) for block in state_of(model).blocks)
+    for delta in s2ft.parameters(model):
+        delta.data.normal_(std=0.01)
+    values = {name: value.double() for name, value in Values(model).items() if name in whole.state_dict()}
+    for s in plan.slices:
+        values[s.parameter_name] = values[s.parameter_name].index_add(s.dim, s.indices, s.delta.detach().double())
+    whole.load_state_dict(values)
+    whole(x.double()).square().sum().backward()
+    net = torch.compile(model, backend="s2ft", options={"inner": "aot_eager"}) if compiled else model
+    net(x).square().sum().backward()
+    for s in plan.slices:
+        expected = whole.get_parameter(s.parameter_name).grad.index_select(s.dim, s.indices)
+        # sums of up to 128 terms through some 10 operators
+        assert (s.delta.grad - expected).norm() <= 10 * 128**0.5 * 2.0**-24 * expected.norm(), s.parameter_name
 
 
 @pytest.mark.parametrize("kind", ["int4 in bytes"])
