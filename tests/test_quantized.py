@@ -17,12 +17,14 @@ import torch
 import transformers
 from test_cli import base, invoke, text  # noqa: F401  (fixtures)
 from test_estimate import peak_of
+from test_exporters import files_of_at_most
 from test_lower import Forced
 from torch import nn
 
 import s2ft_compile as s2ft
 from s2ft_compile.adapters.fingerprint import fingerprint
 from s2ft_compile.adapters.format import read_adapter
+from s2ft_compile.adapters.stored import digest
 from s2ft_compile.backend import boxed
 from s2ft_compile.backend import s2ft as backend
 from s2ft_compile.capture.capture import capture
@@ -547,12 +549,23 @@ def adapters(kind: str, folder) -> dict[str, s2ft.plan.Plan]:
     return plans
 
 
+def storages(model: nn.Module) -> dict[str, tuple]:
+    """Of each quantized weight where its first piece lies, and what all of them hold."""
+    return {
+        name: (
+            next(parts_of([("", weight.held)]))[1].data_ptr(),
+            *(digest(t) for _, t in parts_of(weight.saved().items())),
+        )
+        for name, weight in quantized_in(model).items()
+    }
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4 twice"])
 def test_a_bank_switches_batches_and_fuses(kind, tmp_path):
     """One adapter is what `load_adapter` gives, bit for bit; a batch and a sum are what they say, up to the rounding of
-    sums of up to 128 terms through some 20 operators. The quantized weights stay as they are."""
+    sums of up to 128 terms through some 20 operators. The quantized weights stay as they are, every bit of them."""
     plans, model = adapters(kind, tmp_path), quantized(kind)
-    before, plain = fingerprint(model), logits(model)
+    before, plain = storages(model), logits(model)
     alone = {}
     for name in plans:
         loaded = quantized(kind)
@@ -563,14 +576,16 @@ def test_a_bank_switches_batches_and_fuses(kind, tmp_path):
         bank.add(name, tmp_path / name)
     for name in ("a", "b", "a", None):
         bank.activate(name)
-        assert torch.equal(logits(model), plain if name is None else alone[name])
+        assert torch.equal(logits(model), plain if name is None else alone[name]) and storages(model) == before
     close = partial(torch.testing.assert_close, rtol=0, atol=20 * 128**0.5 * 2.0**-24 * float(plain.abs().max()))
     with bank.batch(["b", None]):
         close(logits(model), torch.stack([alone["b"][0], plain[1]]))
+        assert storages(model) == before
     weights = {"a": 1.0, "b": -0.5}
     bank.activate("b")
     bank.fuse(weights)
     fused = logits(model)
+    assert storages(model) == before
     with bank.using("b"):
         assert torch.equal(logits(model), alone["b"])
     assert torch.equal(logits(model), fused)
@@ -578,7 +593,7 @@ def test_a_bank_switches_batches_and_fuses(kind, tmp_path):
         bank.fuse({"a": 1e38 * 10, "b": 1.0})
     assert torch.equal(logits(model), fused)
     bank.activate(None)
-    assert torch.equal(logits(model), plain) and fingerprint(model) == before
+    assert torch.equal(logits(model), plain) and storages(model) == before
     sums = {n: w.detach().clone() for n, w in Values(model).items()}
     for name, weight in weights.items():
         for s in plans[name].slices:
@@ -659,17 +674,47 @@ def test_a_replaced_forward_is_refused_and_nothing_changes():
     assert all(type(q.layer) is Rounded for q in quantized_in(model).values())
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_loaded_by_transformers(kind, tmp_path):
+def loaded(kind: str, folder: Path) -> nn.Module:
+    """By transformers, and prepared, with deltas that are not zero."""
     pytest.importorskip("torchao" if kind == "int8" else "bitsandbytes")
-    dense(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    dense(dtype=torch.bfloat16).save_pretrained(folder)
     from s2ft_compile.cli.data import load_model
 
-    model = load_model(tmp_path / "base", quantize=kind)
+    model = load_model(folder, quantize=kind)
     assert model.hf_quantizer is not None and quantized_in(model)
     s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig(dict(TARGETS)))
     for delta in s2ft.parameters(model):
         delta.data.normal_(std=0.01)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_what_is_not_written_whole_is_not_there(kind, tmp_path, monkeypatch):
+    model = loaded(kind, tmp_path / "base")
+    trained, save = logits(model), type(model).save_pretrained
+    for how in ({}, {"dequantize": True}, {"requantize": True}):
+        with files_of_at_most(16384), pytest.raises(ExportError, match="could not write"):
+            save_merged(model, tmp_path / "full", **how)
+    with files_of_at_most(4096), pytest.raises(ExportError, match="could not write"):
+        save_adapter(model, tmp_path / "full")
+
+    def damage(self, folder, **options):
+        save(self, folder, **options)
+        file = Path(folder) / "model.safetensors"
+        held = bytearray(file.read_bytes())
+        held[-1] ^= 1  # of the last tensor, and those of the smallest types come last
+        file.write_bytes(held)
+
+    monkeypatch.setattr(type(model), "save_pretrained", damage)
+    with pytest.raises(ExportError, match="was not written correctly: read again, its .* is in no file"):
+        save_merged(model, tmp_path / "full")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    assert torch.equal(logits(model), trained) and model.hf_quantizer is not None
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_loaded_by_transformers(kind, tmp_path):
+    model = loaded(kind, tmp_path / "base")
     save_merged(model, tmp_path / "quantized")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "quantized").eval()
     load_adapter(again, tmp_path / "quantized" / "adapter")
