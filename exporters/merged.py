@@ -126,8 +126,8 @@ def _write_quantized(model: nn.Module, folder: Path) -> None:
 
 
 def _find_again(module: nn.Module, folder: Path) -> None:
-    """Raises `ExportError` where a piece of a quantized weight is in no file. What a library calls the pieces is its own
-    matter, so they are looked for by what they hold."""
+    """Raises `ExportError` where a piece of a quantized weight is in no file. What a library calls the pieces is its
+    own matter, so they are looked for by what they hold."""
     stored = digests_in(folder.glob("*.safetensors"))
     for name, weight in quantized_in(module).items():
         for piece, t in parts_of((n, t) for n, t in weight.saved().items() if not t.is_meta):

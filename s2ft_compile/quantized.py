@@ -218,8 +218,8 @@ def check_known(model: nn.Module) -> None:
 
 
 def check_gradients(weights: Iterable[Quantized]) -> None:
-    """Raises `ConfigError` for a weight whose product rounds its input too: no gradient gets through that. Of weights of
-    a class that are made alike one is asked, for the gradient at two places, which is that of a linear function."""
+    """Raises `ConfigError` for a weight whose product rounds its input too: no gradient gets through that. Of weights
+    that are made alike one is asked, for the gradient at two places: a linear function has the same."""
     asked: set[tuple[type, str]] = set()
     for weight in weights:
         held = weight.held

@@ -114,7 +114,7 @@ QUANTIZE = {
     "8 bits": _bitsandbytes("Linear8bitLt", has_fp16_weights=False),
     "own": Rounded.of,
 }
-LIBRARIES = ("int8", "fp8", "nf4", "nf4 twice", "8 bits")
+LIBRARIES = ("int8", "fp8", "int4 in bytes", "nf4", "nf4 twice", "8 bits")
 
 
 @pytest.fixture(autouse=True)
@@ -226,9 +226,7 @@ def test_checkpointing(reentrant):
     assert_gradients(model)
 
 
-WIDE = transformers.LlamaConfig(
-    vocab_size=2048, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, **HEADS, use_cache=False
-)
+WIDE = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 1024, **HEADS, "use_cache": False}
 
 
 def bytes_of(model: nn.Module) -> int:
@@ -239,15 +237,18 @@ def bytes_of(model: nn.Module) -> int:
     return sum(t.nbytes for t in {(t.data_ptr(), t.numel()): t for t in held}.values())
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", pytest.param("fp8", marks=pytest.mark.slow)])
-def test_what_is_predicted_is_what_a_step_takes(kind):
+@pytest.mark.parametrize(
+    "kind, layers", [("nf4", 2), ("int8", 2), *(pytest.param(k, 5, marks=pytest.mark.slow) for k in ("int8", "fp8"))]
+)
+def test_what_is_predicted_is_what_a_step_takes(kind, layers):
     """The weights, and the peak of a step as the allocator sees it, to 10%."""
+    wide = transformers.LlamaConfig(**WIDE, num_hidden_layers=layers)
     ids = torch.randint(0, 2048, (2, 512))
     step_of, config = {"input_ids": ids, "labels": ids}, s2ft.S2FTConfig({"ffn.in": 0.02, "ffn.out": 0.02})
     with torch.device("meta"):
-        planned = transformers.LlamaForCausalLM(WIDE)
+        planned = transformers.LlamaForCausalLM(wide)
     plan_quantization(planned, kind)
-    model = quantized("nf4 twice" if kind == "nf4" else kind, WIDE).train()
+    model = quantized("nf4 twice" if kind == "nf4" else kind, wide).train()
     for each in (planned, model):
         checkpoint_layers(each)
     options = s2ft.CompileOptions(logits=False)
@@ -271,9 +272,9 @@ def test_what_is_predicted_is_what_a_step_takes(kind):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory a process has")
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 def test_loading_and_preparing_takes_the_quantized_model_and_one_layer(kind, tmp_path):
-    """A layer's values in float32, in which both libraries quantize one weight after another on a CPU. The dense model
+    """A layer's values in float32, in which the libraries quantize one weight after another on a CPU. The dense model
     has five times that."""
     sizes = {"vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 10}
     layer = 4 * (2 * 1024**2 + 2 * 1024 * 512 + 3 * 1024 * 3584)
