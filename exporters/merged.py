@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from s2ft_compile.adapters.stored import check_stored, names_in
+from s2ft_compile.adapters.stored import check_stored, digest, digests_in, names_in
 from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import ConfigError, ExportError
-from s2ft_compile.quantized import Quantized, Values, not_quantized, quantized_in, stand_ins
+from s2ft_compile.quantized import Quantized, Values, not_quantized, parts_of, quantized_in, stand_ins
 from s2ft_compile.slices.blocks import Beside, base_parameters, blocks_in
 from s2ft_compile.slices.state import is_prepared, merged, state_of
 
@@ -122,6 +122,19 @@ def _write_quantized(model: nn.Module, folder: Path) -> None:
             module.save_pretrained(folder)
         except (ValueError, RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
             raise ExportError(f"transformers cannot save this quantized model ({error}): {other}") from error
+        _find_again(module, folder)
+
+
+def _find_again(module: nn.Module, folder: Path) -> None:
+    """Raises `ExportError` where a piece of a quantized weight is in no file. What a library calls the pieces is its
+    own matter, so they are looked for by what they hold."""
+    stored = digests_in(folder.glob("*.safetensors"))
+    for name, weight in quantized_in(module).items():
+        for piece, t in parts_of((n, t) for n, t in weight.saved().items() if not t.is_meta):
+            held = digest(t)
+            stored[held] -= 1
+            if stored[held] < 0:
+                raise ExportError(f"{name} was not written correctly: read again, its {piece} is in no file")
 
 
 def write_requantized(model: nn.Module, folder: Path) -> None:
@@ -140,6 +153,7 @@ def write_requantized(model: nn.Module, folder: Path) -> None:
         again = type(module).from_pretrained(ordinary, **how)
     changes = _changes(module, again)
     again.save_pretrained(folder)
+    _find_again(again, folder)
     (folder / REQUANTIZED).write_text(json.dumps(changes, indent=1), encoding="utf-8")
     if changes:
         name, worst = max(changes.items(), key=lambda item: item[1]["largest_change"])

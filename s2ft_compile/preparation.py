@@ -28,7 +28,7 @@ from .capture.traces import captures
 from .config import DEFAULT, S2FTConfig, looks_at_data
 from .errors import ConfigError, StateError, VerificationError
 from .plan import Plan, Slice
-from .quantized import Values, settle
+from .quantized import Values, check_gradients, settle
 from .slices.blocks import Beside, Block, InPlace, beside_of, blocks_in, free_key, places_of
 from .slices.processes import check_not_sharded
 from .slices.state import State, find_state, live_states, watch_optimizers
@@ -116,6 +116,7 @@ def prepare(
     parameters = Values(model)
     of_others = taken(model, config) if given is None else None
     _check_not_shared(model, parameters.own)
+    check_gradients(parameters.quantized.values())
     for weight in parameters.quantized.values():
         settle(weight.layer, weight.key)
     analysis, base = analyze(model, example_inputs, train=train), fingerprint(model)

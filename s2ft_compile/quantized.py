@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import isfunction
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def _dequantizes_itself(layer: nn.Module, key: str) -> bool:
     """Whether it is a tensor of a class that is made of others and knows its values, such as those of torchao."""
     classes = type(_weight(layer, key)).__mro__
     own = [vars(c) for c in classes[: classes.index(Tensor)]]
-    return any("dequantize" in c for c in own) and any("__tensor_flatten__" in c for c in own)
+    return any(isfunction(c.get("dequantize")) for c in own) and any("__tensor_flatten__" in c for c in own)
 
 
 def _values_4bit(layer: nn.Module, key: str) -> Tensor:
@@ -210,10 +211,40 @@ def check_known(model: nn.Module) -> None:
             packed = p is not None and hasattr(p, "__tensor_flatten__") and not hasattr(p, "placements")
             if packed and kind_of(layer, key) is None:
                 raise ConfigError(
-                    f"{path}.{key} is of type {type(p).__name__}, which has no `dequantize`, so its values, and a "
+                    f"{path}.{key} is of type {type(p).__name__}, which has no `dequantize()`, so its values, and a "
                     f"gradient through it, are not known; valid: "
                     f"{', '.join(kind.name for kind in KINDS)}, or a way of your own, s2ft_compile.quantized.register"
                 )
+
+
+def check_gradients(weights: Iterable[Quantized]) -> None:
+    """Raises `ConfigError` for a weight whose product rounds its input too: no gradient gets through that. Of weights
+    that are made alike one is asked, for the gradient at two places: a linear function has the same."""
+    asked: set[tuple[type, str]] = set()
+    for weight in weights:
+        held = weight.held
+        made = getattr(held, "__tensor_flatten__", None)
+        if made is None or held.is_meta or not weight.is_linear:
+            continue
+        alike = type(held), repr(made()[1])
+        if alike in asked:
+            continue
+        asked.add(alike)
+        x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=held.device)[None]
+        gradients = [_gradient(at, held) for at in (x, x.square())]
+        if not torch.equal(*gradients) or not gradients[0].any():
+            raise ConfigError(
+                f"{weight.name} is of type {type(held).__name__}, and its product rounds the input as well as the "
+                f"weight, so that no gradient gets through it; valid are bases whose weights alone are quantized, such "
+                f"as by torchao's Int8WeightOnlyConfig and Float8WeightOnlyConfig"
+            )
+
+
+def _gradient(x: Tensor, weight: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = F.linear(x, weight)
+        return torch.autograd.grad(y.sum(), x)[0] if y.requires_grad else torch.zeros_like(x)
 
 
 class Values(Mapping[str, Tensor]):

@@ -17,12 +17,14 @@ import torch
 import transformers
 from test_cli import base, invoke, text  # noqa: F401  (fixtures)
 from test_estimate import peak_of
+from test_exporters import files_of_at_most
 from test_lower import Forced
 from torch import nn
 
 import s2ft_compile as s2ft
 from s2ft_compile.adapters.fingerprint import fingerprint
 from s2ft_compile.adapters.format import read_adapter
+from s2ft_compile.adapters.stored import digest
 from s2ft_compile.backend import boxed
 from s2ft_compile.backend import s2ft as backend
 from s2ft_compile.capture.capture import capture
@@ -53,11 +55,15 @@ def dense(config=LLAMA, dtype=torch.float32) -> nn.Module:
 
 def quantized(kind: str, config=LLAMA, dtype=torch.float32) -> nn.Module:
     model = dense(config, dtype)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and name != "lm_head":
-            path, _, key = name.rpartition(".")
-            setattr(model.get_submodule(path), key, QUANTIZE[kind](layer))
+    quantize(model, QUANTIZE[kind])
     return model
+
+
+def quantize(model: nn.Module, how) -> None:
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name not in ("lm_head", "router"):
+            path, _, key = name.rpartition(".")
+            setattr(model.get_submodule(path), key, how(layer))
 
 
 def _torchao(name: str, **options):
@@ -108,7 +114,7 @@ QUANTIZE = {
     "8 bits": _bitsandbytes("Linear8bitLt", has_fp16_weights=False),
     "own": Rounded.of,
 }
-LIBRARIES = ("int8", "fp8", "nf4", "nf4 twice", "8 bits")
+LIBRARIES = ("int8", "fp8", "int4 in bytes", "nf4", "nf4 twice", "8 bits")
 
 
 @pytest.fixture(autouse=True)
@@ -220,9 +226,7 @@ def test_checkpointing(reentrant):
     assert_gradients(model)
 
 
-WIDE = transformers.LlamaConfig(
-    vocab_size=2048, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, **HEADS, use_cache=False
-)
+WIDE = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 1024, **HEADS, "use_cache": False}
 
 
 def bytes_of(model: nn.Module) -> int:
@@ -233,15 +237,18 @@ def bytes_of(model: nn.Module) -> int:
     return sum(t.nbytes for t in {(t.data_ptr(), t.numel()): t for t in held}.values())
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", pytest.param("fp8", marks=pytest.mark.slow)])
-def test_what_is_predicted_is_what_a_step_takes(kind):
+@pytest.mark.parametrize(
+    "kind, layers", [("nf4", 2), ("int8", 2), *(pytest.param(k, 5, marks=pytest.mark.slow) for k in ("int8", "fp8"))]
+)
+def test_what_is_predicted_is_what_a_step_takes(kind, layers):
     """The weights, and the peak of a step as the allocator sees it, to 10%."""
+    wide = transformers.LlamaConfig(**WIDE, num_hidden_layers=layers)
     ids = torch.randint(0, 2048, (2, 512))
     step_of, config = {"input_ids": ids, "labels": ids}, s2ft.S2FTConfig({"ffn.in": 0.02, "ffn.out": 0.02})
     with torch.device("meta"):
-        planned = transformers.LlamaForCausalLM(WIDE)
+        planned = transformers.LlamaForCausalLM(wide)
     plan_quantization(planned, kind)
-    model = quantized("nf4 twice" if kind == "nf4" else kind, WIDE).train()
+    model = quantized("nf4 twice" if kind == "nf4" else kind, wide).train()
     for each in (planned, model):
         checkpoint_layers(each)
     options = s2ft.CompileOptions(logits=False)
@@ -265,9 +272,9 @@ def test_what_is_predicted_is_what_a_step_takes(kind):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory a process has")
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 def test_loading_and_preparing_takes_the_quantized_model_and_one_layer(kind, tmp_path):
-    """A layer's values in float32, in which both libraries quantize one weight after another on a CPU. The dense model
+    """A layer's values in float32, in which the libraries quantize one weight after another on a CPU. The dense model
     has five times that."""
     sizes = {"vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 10}
     layer = 4 * (2 * 1024**2 + 2 * 1024 * 512 + 3 * 1024 * 3584)
@@ -331,9 +338,57 @@ def test_a_weight_packed_in_an_unknown_way_is_refused():
     model = quantized("own")
     layer = model.model.layers[0].mlp.up_proj = nn.Linear(64, 128, bias=False)
     layer.weight = nn.Parameter(Int4OpaqueTensor.from_hp(layer.weight.detach(), [1, 32]), requires_grad=False)
-    with pytest.raises(ConfigError, match="up_proj.weight is of type Int4OpaqueTensor, which has no `dequantize`"):
+    with pytest.raises(ConfigError, match="up_proj.weight is of type Int4OpaqueTensor, which has no `dequantize"):
         s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig({"ffn.out": 3}))
     assert ao and not s2ft.is_prepared(model)
+
+
+@pytest.mark.parametrize("name", ["Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"])
+def test_a_base_whose_products_round_their_input_is_refused(name):
+    """The library's backward gives no gradient through that, and says nothing."""
+    model = dense()
+    quantize(model.model.layers[0].mlp, _torchao(name))
+    with pytest.raises(ConfigError, match="gate_proj.weight is of type .*its product rounds the input"):
+        s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig({"ffn.out": 3}))
+    assert not s2ft.is_prepared(model)
+
+
+class Mixture(nn.Module):
+    """Experts made of linear layers. Each sees all tokens, and counts where it is one of the two that were chosen."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(64, 3, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64, bias=False)) for _ in range(3)
+        )
+
+    def forward(self, x):
+        shares, chosen = self.router(x).softmax(-1).topk(2, -1)
+        return sum((shares * (chosen == i)).sum(-1, keepdim=True) * e(x) for i, e in enumerate(self.experts))
+
+
+@pytest.mark.parametrize("kind, compiled", [("int8", True), ("nf4 twice", False)])
+def test_experts_that_are_linear_layers_train(kind, compiled):
+    torch.manual_seed(0)
+    model, x = Mixture(), torch.randn(2, 12, 64)
+    whole = copy.deepcopy(model).double()
+    quantize(model, QUANTIZE[kind])
+    plan = s2ft.prepare(model, (x,), s2ft.S2FTConfig({"experts.*.0.weight": 3, "experts.*.2.weight": 5}))
+    assert len(plan.slices) == 6 and all(isinstance(block, Beside) for block in state_of(model).blocks)
+    for delta in s2ft.parameters(model):
+        delta.data.normal_(std=0.01)
+    values = {name: value.double() for name, value in Values(model).items() if name in whole.state_dict()}
+    for s in plan.slices:
+        values[s.parameter_name] = values[s.parameter_name].index_add(s.dim, s.indices, s.delta.detach().double())
+    whole.load_state_dict(values)
+    whole(x.double()).square().sum().backward()
+    net = torch.compile(model, backend="s2ft", options={"inner": "aot_eager"}) if compiled else model
+    net(x).square().sum().backward()
+    for s in plan.slices:
+        expected = whole.get_parameter(s.parameter_name).grad.index_select(s.dim, s.indices)
+        # sums of up to 128 terms through some 10 operators
+        assert (s.delta.grad - expected).norm() <= 10 * 128**0.5 * 2.0**-24 * expected.norm(), s.parameter_name
 
 
 @pytest.mark.parametrize("kind", ["int4 in bytes"])
@@ -495,12 +550,23 @@ def adapters(kind: str, folder) -> dict[str, s2ft.plan.Plan]:
     return plans
 
 
+def storages(model: nn.Module) -> dict[str, tuple]:
+    """Of each quantized weight where its first piece lies, and what all of them hold."""
+    return {
+        name: (
+            next(parts_of([("", weight.held)]))[1].data_ptr(),
+            *(digest(t) for _, t in parts_of(weight.saved().items())),
+        )
+        for name, weight in quantized_in(model).items()
+    }
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4 twice"])
 def test_a_bank_switches_batches_and_fuses(kind, tmp_path):
     """One adapter is what `load_adapter` gives, bit for bit; a batch and a sum are what they say, up to the rounding of
-    sums of up to 128 terms through some 20 operators. The quantized weights stay as they are."""
+    sums of up to 128 terms through some 20 operators. The quantized weights stay as they are, every bit of them."""
     plans, model = adapters(kind, tmp_path), quantized(kind)
-    before, plain = fingerprint(model), logits(model)
+    before, plain = storages(model), logits(model)
     alone = {}
     for name in plans:
         loaded = quantized(kind)
@@ -511,14 +577,16 @@ def test_a_bank_switches_batches_and_fuses(kind, tmp_path):
         bank.add(name, tmp_path / name)
     for name in ("a", "b", "a", None):
         bank.activate(name)
-        assert torch.equal(logits(model), plain if name is None else alone[name])
+        assert torch.equal(logits(model), plain if name is None else alone[name]) and storages(model) == before
     close = partial(torch.testing.assert_close, rtol=0, atol=20 * 128**0.5 * 2.0**-24 * float(plain.abs().max()))
     with bank.batch(["b", None]):
         close(logits(model), torch.stack([alone["b"][0], plain[1]]))
+        assert storages(model) == before
     weights = {"a": 1.0, "b": -0.5}
     bank.activate("b")
     bank.fuse(weights)
     fused = logits(model)
+    assert storages(model) == before
     with bank.using("b"):
         assert torch.equal(logits(model), alone["b"])
     assert torch.equal(logits(model), fused)
@@ -526,7 +594,7 @@ def test_a_bank_switches_batches_and_fuses(kind, tmp_path):
         bank.fuse({"a": 1e38 * 10, "b": 1.0})
     assert torch.equal(logits(model), fused)
     bank.activate(None)
-    assert torch.equal(logits(model), plain) and fingerprint(model) == before
+    assert torch.equal(logits(model), plain) and storages(model) == before
     sums = {n: w.detach().clone() for n, w in Values(model).items()}
     for name, weight in weights.items():
         for s in plans[name].slices:
@@ -607,17 +675,47 @@ def test_a_replaced_forward_is_refused_and_nothing_changes():
     assert all(type(q.layer) is Rounded for q in quantized_in(model).values())
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_loaded_by_transformers(kind, tmp_path):
+def loaded(kind: str, folder: Path) -> nn.Module:
+    """By transformers, and prepared, with deltas that are not zero."""
     pytest.importorskip("torchao" if kind == "int8" else "bitsandbytes")
-    dense(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    dense(dtype=torch.bfloat16).save_pretrained(folder)
     from s2ft_compile.cli.data import load_model
 
-    model = load_model(tmp_path / "base", quantize=kind)
+    model = load_model(folder, quantize=kind)
     assert model.hf_quantizer is not None and quantized_in(model)
     s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig(dict(TARGETS)))
     for delta in s2ft.parameters(model):
         delta.data.normal_(std=0.01)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_what_is_not_written_whole_is_not_there(kind, tmp_path, monkeypatch):
+    model = loaded(kind, tmp_path / "base")
+    trained, save = logits(model), type(model).save_pretrained
+    for how in ({}, {"dequantize": True}, {"requantize": True}):
+        with files_of_at_most(16384), pytest.raises(ExportError, match="could not write"):
+            save_merged(model, tmp_path / "full", **how)
+    with files_of_at_most(4096), pytest.raises(ExportError, match="could not write"):
+        save_adapter(model, tmp_path / "full")
+
+    def damage(self, folder, **options):
+        save(self, folder, **options)
+        file = Path(folder) / "model.safetensors"
+        held = bytearray(file.read_bytes())
+        held[-1] ^= 1  # of the last tensor, and those of the smallest types come last
+        file.write_bytes(held)
+
+    monkeypatch.setattr(type(model), "save_pretrained", damage)
+    with pytest.raises(ExportError, match="was not written correctly: read again, its .* is in no file"):
+        save_merged(model, tmp_path / "full")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    assert torch.equal(logits(model), trained) and model.hf_quantizer is not None
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_loaded_by_transformers(kind, tmp_path):
+    model = loaded(kind, tmp_path / "base")
     save_merged(model, tmp_path / "quantized")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "quantized").eval()
     load_adapter(again, tmp_path / "quantized" / "adapter")

@@ -1,9 +1,11 @@
 """Tensors in safetensors files: written, and read again before anyone relies on them; and mapped where they are."""
 
+import hashlib
 import json
 import math
 import mmap
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -79,6 +81,22 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(_bytes(a), _bytes(b))
+
+
+def digest(tensor: Tensor) -> str:
+    """128 bits (hex) of a tensor's type, shape and every bit."""
+    held = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    held.update(_bytes(tensor).numpy())
+    return held.hexdigest()
+
+
+def digests_in(paths: Iterable[Path]) -> Counter[str]:
+    """The digests of all tensors in these files, each as often as it is there."""
+    digests: Counter[str] = Counter()
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            digests.update(digest(file.get_tensor(name)) for name in file.keys())
+    return digests
 
 
 def _bytes(tensor: Tensor) -> Tensor:
