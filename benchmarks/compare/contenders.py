@@ -63,7 +63,11 @@ MAIN = {
     "s2ft_once": _s2ft("S²FT, chosen once", again=1),
     "s2ft_norms": _s2ft("S²FT, the default and the norms", ("channels", INSIDE, True)),
     "s2ft_paper": _s2ft(
-        "S²FT as published: columns and a head, at random, AdamW", ("columns", {"attention.out": 1}), "random", "adamw", 1
+        "S²FT as published: columns and a head, at random, AdamW",
+        ("columns", {"attention.out": 1}),
+        "random",
+        "adamw",
+        1,
     ),
 }
 VARIANTS = {
@@ -156,9 +160,7 @@ def lora_numbers(setting: Setting) -> int:
     return setting.rank * setting.layers * (2 * (d + q) + 2 * (d + kv) + 3 * (d + ffn))
 
 
-def targets(
-    setting: Setting, what: str, attention: Mapping[str, int], norms: bool = False
-) -> dict[str, int | float]:
+def targets(setting: Setting, what: str, attention: Mapping[str, int], norms: bool = False) -> dict[str, int | float]:
     """Units of each layer: those of attention; norms; "columns" of down, or whole "channels", for the rest."""
     head = setting.hidden // setting.heads // 2 * 2
     wide = {"attention.out.channels": setting.heads, "attention.value.channels": setting.heads // 3}

@@ -11,7 +11,7 @@ full size, is cut to the slice: right, and said once.
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch

@@ -15,7 +15,18 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from s2ft_compile.config import CHANNELS, HEADS, NORM, ROLES, SELECTIONS, S2FTConfig, is_glob, matches, qualified_name, units_for
+from s2ft_compile.config import (
+    CHANNELS,
+    HEADS,
+    NORM,
+    ROLES,
+    SELECTIONS,
+    S2FTConfig,
+    is_glob,
+    matches,
+    qualified_name,
+    units_for,
+)
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.layout import Layout, Leaf, Product, Sum, coordinates, end_roles, leaves, role_mask
 from s2ft_compile.structure import Analysis

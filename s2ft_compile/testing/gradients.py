@@ -167,7 +167,9 @@ def assert_sliced(
     of_roles: dict[str, list[Taken]] = {}
     for role in ROLES:
         try:
-            chosen = select(analysis, S2FTConfig({role: 1.0 if role == NORM else ratio}, selection=_first_units), parameters)
+            chosen = select(
+                analysis, S2FTConfig({role: 1.0 if role == NORM else ratio}, selection=_first_units), parameters
+            )
         except ConfigError:  # it has no such role
             continue
         ranges = [runs(s.indices.tolist()) for s in chosen]
