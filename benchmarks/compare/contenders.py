@@ -45,7 +45,7 @@ HEADS = {"attention.out": 1, "attention.value": 1, **LOOKS}
 INSIDE = {"attention.out.channels": 2, "attention.value.channels": 2, **LOOKS}
 
 
-def _s2ft(title: str, parts=("channels", INSIDE), selection="gradient", optimizer="muon", again=10, **options):
+def _s2ft(title: str, parts=("channels", INSIDE, True), selection="gradient", optimizer="muon", again=10, **options):
     return Contender(title, "s2ft", optimizer, -2.0, {"parts": parts, "selection": selection, **options}, again)
 
 
@@ -61,7 +61,7 @@ MAIN = {
     "shira": _peft("SHiRA", "ShiraConfig", rate=-2.0),
     "s2ft": _s2ft("S²FT, the default: chosen anew ten times"),
     "s2ft_once": _s2ft("S²FT, chosen once", again=1),
-    "s2ft_norms": _s2ft("S²FT, the default and the norms", ("channels", INSIDE, True)),
+    "s2ft_linear": _s2ft("S²FT, the default without norms", ("channels", INSIDE)),
     "s2ft_paper": _s2ft(
         "S²FT as published: columns and a head, at random, AdamW",
         ("columns", {"attention.out": 1}),
@@ -76,7 +76,7 @@ VARIANTS = {
     "s2ft_random": _s2ft("drawn anew ten times", selection="random"),
     "s2ft_adamw": _s2ft("AdamW", optimizer="adamw"),
     "s2ft_looks": _s2ft("of attention heads of queries and keys alone", ("channels", LOOKS)),
-    "s2ft_heads": _s2ft("whole heads, of values and of the output too", ("channels", HEADS)),
+    "s2ft_heads": _s2ft("whole heads, of values and of the output too, without norms", ("channels", HEADS)),
     "s2ft_muon": _s2ft("Muon for the heads too", optimizer="muon of all"),
     "s2ft_channels": _s2ft("channels alone", ("channels", {})),
     "s2ft_channels_once": _s2ft("channels alone, chosen once", ("channels", {}), again=1),

@@ -38,7 +38,7 @@ CANDIDATES, KEPT = 256, 128
 Pair = tuple[str, str]
 Batch = dict[str, Tensor]
 # As many numbers as the LoRA, 55,296 a layer: 768 a channel, 12,288 for the queries or the keys of a head.
-TARGETS = {"ffn.in": 40, "ffn.out": 40, "attention.query": 1, "attention.key": 1}
+TARGETS = {"default": 0.016}  # as many numbers as the LoRA
 CHANNELS = {"ffn.in": 72, "ffn.out": 72}
 # optimizer, the exponent of ten that the search for a rate starts at, options; again: how many selections
 METHODS: dict[str, tuple[str, float, dict]] = {
