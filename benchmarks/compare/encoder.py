@@ -37,8 +37,8 @@ LENGTH, PAIRS, STEPS, CLASSES, RANK = 32, 16, 60, 12, 8
 CANDIDATES, KEPT = 256, 128
 Pair = tuple[str, str]
 Batch = dict[str, Tensor]
-# As many numbers as the LoRA, 55,296 a layer: 768 a channel, 12,288 for the queries or the keys of a head.
-TARGETS = {"default": 0.016}  # as many numbers as the LoRA
+# As many numbers as the LoRA, 55,296 a layer: 768 a channel, 4,608 a channel of heads (their four projections).
+TARGETS = {"default": 0.016}
 CHANNELS = {"ffn.in": 72, "ffn.out": 72}
 # optimizer, the exponent of ten that the search for a rate starts at, options; again: how many selections
 METHODS: dict[str, tuple[str, float, dict]] = {

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from s2ft_compile.config import BUDGETS, CALIBRATED, ROLES, SELECTIONS, SHARE, CompileOptions, S2FTConfig
+from s2ft_compile.config import (
+    BUDGETS,
+    CALIBRATED,
+    CHANNELS,
+    HEADS,
+    ROLES,
+    SELECTIONS,
+    SHARE,
+    CompileOptions,
+    S2FTConfig,
+)
 from s2ft_compile.errors import ConfigError
 
 from .arguments import ADAPTER, Debug, adapter_folder, err, out
@@ -183,7 +193,8 @@ def train(
     targets: Annotated[
         str | None,
         typer.Option(
-            help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(ROLES)}; or globs; or "
+            help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(HEADS)}, each of these with "
+            f"{CHANNELS} behind it, {', '.join(r for r in ROLES if not r.startswith(HEADS))}; or globs; or "
             f"`default`, {SHARE:g} of every role, more of channels of heads. [default: default]"
         ),
     ] = None,

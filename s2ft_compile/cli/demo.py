@@ -40,8 +40,8 @@ BATCH, LENGTH = 4, 128
 WARM_UP = 3  # steps that compile and settle, and do not count
 METHODS = {"s2ft": "S²FT", "lora": "LoRA", "full": "full"}
 MARK = ".s2ft-demo"  # a file that says: this folder is the demo's own
-# The default's roles, more of each: in every layer 40 of 672 channels, and one head each of queries, keys, values and
-# output. And the norms, which are few.
+# The default's roles, more of each: in every layer 40 of 672 channels, a head of queries and one of keys, 3 of 16
+# channels of every head of values and output, and the norms, which are few.
 TARGETS = {"default": 0.06}
 SELECTIONS = 10  # in the fine-tuning
 RATES = {"full": 1e-3, "s2ft": 1e-2, "lora": 1e-2}  # of this size and these steps, as benchmarks/compare found them
