@@ -48,9 +48,10 @@ def test_matrices_train_by_muon_and_biases_by_adamw():
         torch.testing.assert_close(a, b.detach())
 
 
-def test_heads_train_by_adamw_at_a_tenth_of_the_rate():
+@pytest.mark.parametrize("share", [{}, {"heads": 1.0}])
+def test_heads_train_by_adamw_at_a_tenth_of_the_rate(share):
     case, model = prepared(HEADS_TOO, bias=True)
-    both = trained(case, model, s2ft.optimizer(model, "muon", 1e-2), 3)
+    both = trained(case, model, s2ft.optimizer(model, "muon", 1e-2, **share), 3)
     case, model = prepared(HEADS_TOO, bias=True)
     kinds: dict[str, list[nn.Parameter]] = {"muon": [], "heads": [], "others": []}
     for s in state_of(model).plan.slices:
@@ -59,7 +60,7 @@ def test_heads_train_by_adamw_at_a_tenth_of_the_rate():
     assert all(kinds.values())
     parts = (
         optim.Muon(kinds["muon"], lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        optim.AdamW(kinds["heads"], lr=1e-3, weight_decay=0.0),
+        optim.AdamW(kinds["heads"], lr=1e-2 * share.get("heads", 0.1), weight_decay=0.0),
         optim.AdamW(kinds["others"], lr=1e-2, weight_decay=0.0),
     )
     for _ in range(3):

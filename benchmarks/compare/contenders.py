@@ -77,6 +77,7 @@ VARIANTS = {
     "s2ft_adamw": _s2ft("AdamW", optimizer="adamw"),
     "s2ft_looks": _s2ft("of attention heads of queries and keys alone", ("channels", LOOKS)),
     "s2ft_heads": _s2ft("whole heads, of values and of the output too, without norms", ("channels", HEADS)),
+    "s2ft_even": _s2ft("heads at the channels' rate", optimizer="muon, heads alike"),
     "s2ft_muon": _s2ft("Muon for the heads too", optimizer="muon of all"),
     "s2ft_channels": _s2ft("channels alone", ("channels", {})),
     "s2ft_channels_once": _s2ft("channels alone, chosen once", ("channels", {}), again=1),
@@ -193,7 +194,8 @@ def _prepare(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) ->
 def optimizer(contender: Contender, trial: Tuned, lr: float) -> torch.optim.Optimizer:
     """S²FT's are the package's, but for "muon of all", which has no other rate for heads."""
     if contender.kind == "s2ft" and contender.optimizer != "muon of all":
-        return s2ft.optimizer(trial.model, contender.optimizer, lr)
+        even = contender.optimizer == "muon, heads alike"
+        return s2ft.optimizer(trial.model, "muon" if even else contender.optimizer, lr, heads=1.0 if even else 0.1)
     if contender.optimizer == "adamw":
         return torch.optim.AdamW(trial.leaves, lr=lr, weight_decay=0.0, fused=True)
     return torch.optim.Muon(trial.leaves, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
