@@ -110,7 +110,8 @@ def save_lora(
     `truncate` cut to the limit by SVD, and the error is logged.
 
     Batched experts (parameters of three dimensions) are for PEFT alone, by its `target_parameters`, and so is what no
-    LoRA has: norms, embeddings and other modules are stored whole, by `modules_to_save`, biases by `lora_bias`.
+    LoRA has: norms, embeddings and other modules are stored whole, by `modules_to_save` (which `hotswap_adapter` does
+    not take), biases by `lora_bias`.
     linear_only: leave that out, for vLLM and llama.cpp, which is not what was trained; how far each of it had moved is
     logged, and in the folder's card.
 

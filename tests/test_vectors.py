@@ -145,7 +145,7 @@ def test_a_norm_of_elementary_operators_gives_the_bits_of_each_row_alone(ids):
 
 @pytest.mark.parametrize(
     "kind, way",
-    [("plain", "_broadcast"), ("rms", "_broadcast"), ("layer", "_affine"), ("turned", "_by_row"), ("group", "_by_row")],
+    [("plain", "_broadcast"), ("rms", "_affine"), ("layer", "_affine"), ("turned", "_by_row"), ("group", "_by_row")],
 )
 def test_the_shortest_way_that_is_right_is_taken(kind, way):
     """As many rows as there are tokens, where a gain along the wrong dimension fits."""
