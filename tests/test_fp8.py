@@ -238,11 +238,14 @@ def test_forwards_without_gradients_are_in_fp8_too():
 
 @pytest.mark.slow
 def test_the_loss_goes_down_as_in_bf16():
-    """The same steps with and without: curves apart by a twentieth of the way down at most."""
+    """The same steps with and without: curves apart by a twentieth of the way down at most. Rows differ in size, so
+    that it counts which scale is whose."""
     losses = {}
     for fp8 in (False, True):
         torch._dynamo.reset()
-        model = quantized("fp8", DEEPER, torch.bfloat16)
+        model, random = quantized("fp8", DEEPER, torch.bfloat16), torch.Generator().manual_seed(0)
+        for weight in quantized_in(model).values():
+            weight.held.scale.mul_(torch.randn(weight.held.scale.shape, generator=random).mul(0.5).exp())
         s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig(dict(TARGETS)))
         optimizer = torch.optim.AdamW(s2ft.parameters(model), lr=1e-2)
         model.train().compile(backend="s2ft", options={**FP8, "fp8": fp8})
@@ -254,7 +257,6 @@ def test_the_loss_goes_down_as_in_bf16():
             optimizer.zero_grad()
             losses[fp8].append(loss.item())
     exact, rounded = (torch.tensor(losses[fp8]) for fp8 in (False, True))
-    print(exact[::5], rounded[::5], (exact - rounded).abs().max())
     way = exact[0] - exact[-1]
     assert way > 1 and (exact - rounded).abs().max() <= way / 20
 
