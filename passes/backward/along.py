@@ -114,9 +114,8 @@ def push_var_mean(editor, node, x, dim):
     kept = kept_dim(maker, dim)
     if kept is None:
         return Mismatch("it reduces the slice's dimension")
-    both = editor.call(
-        maker.target, editor.sliced(maker.args[0], kept, node), *maker.args[1:], like=maker, **maker.kwargs
-    )
+    source = editor.sliced(maker.args[0], kept, node)
+    both = editor.call(maker.target, source, *maker.args[1:], like=maker, **maker.kwargs)
     return editor.call(operator.getitem, both, index, like=x)
 
 

@@ -25,6 +25,9 @@ def contract(cx, node, left: Value, right: Value, batch, contracted, left_free, 
     both = [_activation(left, a, right, b) for a, b in batch]
     scores = left.scores or right.scores
     if any(of_weight):
+        sides = zip((left, right), (left_free, right_free), of_weight)
+        made = [v.dims[d] for v, free, is_weight in sides if is_weight for d in free]
+        scores = scores and all(axis.size == 1 for axis in made)  # by a vector: one number for each pair
         cx.experts += [*both, *left.looked_up, *right.looked_up]
     else:
         if not scores:
