@@ -212,7 +212,7 @@ def optimizers(model: Encoder, name: str, leaves: list[nn.Parameter], head: list
     opts = [s2ft.optimizer(model, name, rate) if s2ft.is_prepared(model) else torch.optim.AdamW(leaves, lr=rate)]
     for group in opts[0].param_groups:
         group["params"] = [p for p in group["params"] if all(p is not of_head for of_head in head)]
-    return opts + [torch.optim.AdamW(head, lr=1e-2)] * bool(head)
+    return opts + ([torch.optim.AdamW(head, lr=1e-2)] if head else [])
 
 
 def main() -> None:
