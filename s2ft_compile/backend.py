@@ -280,8 +280,8 @@ def _inductor(
     if pipeline.how.activation_budget < 1 or any(_body(node) is not None for node in gm.graph.nodes):
         # Where memory counts more: a buffer that waits for its next use is not free meanwhile. On a CPU a checkpointed
         # step took 2 to 7% less without that, and no longer. Loops over the same rows as one kernel have all their
-        # operands and results at once, as nothing that is gathered from is overwritten: two activations of a
-        # feed-forward layer more, three with int8.
+        # operands and results at once, as nothing that is gathered from is overwritten: one or two activations of a
+        # feed-forward layer more. Without them a step took as long (int8, three layers: 0.367 for 0.368 s).
         patches |= {"allow_buffer_reuse": False, "cpp.max_horizontal_fusion_size": 1}
     replaced = {"inner_compile": inner_compile} if inner_compile else {}
     return compile_fx(gm, list(inputs), config_patches=patches, **replaced)
