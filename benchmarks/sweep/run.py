@@ -465,7 +465,7 @@ def save(path: Path, stored: dict) -> None:
 
 # --- the counts, for the documentation -------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
 MARKS = "<!-- counts of the sweep -->", "<!-- end of the counts -->"
 COLUMNS = "mapping, types, tried, traced, all FFN couplings, all attention couplings, verified, blunt, wrong, train all"
 
