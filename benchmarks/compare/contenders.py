@@ -182,9 +182,9 @@ def _prepare(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) ->
     sizes = tuple(p.shape for p in model.parameters())
     with ExitStack() as stack:
         if sizes in _known:
-            for name in ("analyze", "trainable"):
-                known = _known[sizes] if name == "analyze" else None
-                stack.enter_context(mock.patch.object(preparation, name, lambda *a, known=known, **_: known or a[-1]))
+            known = {"analyze": lambda *_, **__: _known[sizes], "trainable": lambda *given: given[3]}
+            for name, function in known.items():
+                stack.enter_context(mock.patch.object(preparation, name, function))
         else:
             _known[sizes] = s2ft.analyze(model, example)
         s2ft.prepare(model, example, config, calibration=batches if config.selection in NEED_DATA else None)
