@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import hf, tokens
+
+import s2ft_compile as s2ft
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "compare"))
 import contenders  # noqa: E402
@@ -98,3 +101,11 @@ def test_a_line_that_was_cut_short_is_run_again(tmp_path):
     assert run.read(path) == [{"seed": 0}]
     run.append(path, {"seed": 2})
     assert run.read(path) == [{"seed": 0}, {"seed": 2}]
+
+
+def test_a_model_whose_structures_are_known_is_prepared_alike():
+    shapes = []
+    for _ in range(2):
+        config = s2ft.S2FTConfig({"ffn.out": 3, "attention.value.channels": 1})
+        shapes.append([p.shape for p in contenders._prepare(hf("llama"), config, [{"input_ids": tokens()}])])
+    assert shapes[0] == shapes[1] and len(shapes[0]) == 4
