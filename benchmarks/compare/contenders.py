@@ -61,7 +61,7 @@ MAIN = {
     "shira": _peft("SHiRA", "ShiraConfig", rate=-2.0),
     "s2ft": _s2ft("S²FT, the default: chosen anew ten times"),
     "s2ft_once": _s2ft("S²FT, chosen once", again=1),
-    "s2ft_linear": _s2ft("S²FT, the default without norms", ("channels", INSIDE)),
+    "s2ft_linear": _s2ft("S²FT, the default without norms", ("channels", INSIDE), optimizer="muon, heads a tenth"),
     "s2ft_paper": _s2ft(
         "S²FT as published: columns and a head, at random, AdamW",
         ("columns", {"attention.out": 1}),
@@ -78,6 +78,7 @@ VARIANTS = {
     "s2ft_looks": _s2ft("of attention heads of queries and keys alone", ("channels", LOOKS)),
     "s2ft_heads": _s2ft("whole heads, of values and of the output too, without norms", ("channels", HEADS)),
     "s2ft_even": _s2ft("heads at the channels' rate", optimizer="muon, heads alike"),
+    "s2ft_tenth": _s2ft("heads at a tenth of the channels' rate", optimizer="muon, heads a tenth"),
     "s2ft_muon": _s2ft("Muon for the heads too", optimizer="muon of all"),
     "s2ft_channels": _s2ft("channels alone", ("channels", {})),
     "s2ft_channels_once": _s2ft("channels alone, chosen once", ("channels", {}), again=1),
@@ -191,11 +192,11 @@ def _prepare(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) ->
     return s2ft.parameters(model)
 
 
-def optimizer(contender: Contender, trial: Tuned, lr: float) -> torch.optim.Optimizer:
+def optimizer(contender: Contender, trial: Tuned, lr: float, steps: int) -> torch.optim.Optimizer:
     """S²FT's are the package's, but for "muon of all", which has no other rate for heads."""
     if contender.kind == "s2ft" and contender.optimizer != "muon of all":
-        even = contender.optimizer == "muon, heads alike"
-        return s2ft.optimizer(trial.model, "muon" if even else contender.optimizer, lr, heads=1.0 if even else 0.1)
+        heads = {"muon, heads alike": lr, "muon, heads a tenth": 0.1 * lr}.get(contender.optimizer)
+        return s2ft.optimizer(trial.model, contender.optimizer.split(",")[0], lr, steps=steps, heads=heads)
     if contender.optimizer == "adamw":
         return torch.optim.AdamW(trial.leaves, lr=lr, weight_decay=0.0, fused=True)
     return torch.optim.Muon(trial.leaves, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")

@@ -61,7 +61,7 @@ class Bench:
         trial = tuned(contender, self.base, setting, seed, calibration)
         trial.model.train()
         numbers, spent = trial.numbers, []
-        opt = optimizer(contender, trial, rate)
+        opt = optimizer(contender, trial, rate, setting.steps)
         rates = LambdaLR(opt, partial(schedule, steps=setting.steps))
         period = math.ceil(setting.steps / contender.again)
         for step in range(setting.steps):

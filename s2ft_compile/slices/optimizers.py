@@ -22,7 +22,7 @@ from .state import parameters, state_of
 
 log = logging.getLogger(__name__)
 SPAN = 16.0  # docs/targets.md says from what
-HEADS = 0.1  # of the rate: what heads and their channels train at
+MOVED = 0.2  # how far a step of Muon moves an entry, in rates (`match_rms_adamw`); AdamW's moves it by about one
 STEPS = 1000  # of a run that nobody says the length of
 
 
@@ -32,27 +32,30 @@ def optimizer(
     lr: float | None = None,
     weight_decay: float = 0.0,
     steps: int = STEPS,
-    heads: float = HEADS,
+    heads: float | None = None,
 ) -> optim.Optimizer:
     """An optimizer of `s2ft.parameters(model)`.
 
     name: "muon" (of channels; heads, and what is no matrix, train by AdamW) or "adamw". lr: the peak of the caller's
     schedule, which scales the rate of every group by the same factor; None: `learning_rate(model, steps)`.
-    weight_decay: pulls towards the base model. steps: optimizer steps of the run. heads: of the rate, what heads and
-    their channels have beside Muon. Raises `ConfigError` for another name or a rate that is not positive, `StateError`
-    for a model that is not prepared.
+    weight_decay: pulls towards the base model. steps: optimizer steps of the run. heads: the rate of heads and of their
+    channels beside Muon; None: 0.2 √(lr · `learning_rate(model, steps)`), with which they move as far as channels do at
+    that rate, and follow another one by its root. Raises `ConfigError` for another name or a rate that is not positive,
+    `StateError` for a model that is not prepared.
     """
     check_choice("optimizer", name, OPTIMIZERS)
     deltas = parameters(model)
-    lr = learning_rate(model, steps) if lr is None else lr
-    for what, value in (("lr", lr), ("heads", heads)):
+    by_rule = learning_rate(model, steps)
+    lr = by_rule if lr is None else lr
+    for what, value in (("lr", lr), ("heads", 1.0 if heads is None else heads)):
         if not value > 0:
-            raise ConfigError(f"{what} is a positive number such as {0.003 if what == 'lr' else HEADS}, got {value}")
+            raise ConfigError(f"{what} is a positive number such as 0.003, got {value}")
     matrices, of_heads, others = _apart(zip(deltas, state_of(model).plan.slices), name)
     optimizers: list[optim.Optimizer] = []
     if matrices:
         optimizers.append(optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-    for group, rate in ((of_heads, heads * lr), (others, lr)):
+    of_heads_lr = MOVED * sqrt(lr * by_rule) if heads is None else heads
+    for group, rate in ((of_heads, of_heads_lr), (others, lr)):
         if group:
             optimizers.append(optim.AdamW(group, lr=rate, weight_decay=weight_decay, fused=True))
     return optimizers[0] if len(optimizers) == 1 else Together(optimizers)
