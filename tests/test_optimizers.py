@@ -9,7 +9,7 @@ from torch import nn, optim
 
 import s2ft_compile as s2ft
 from s2ft_compile.errors import ConfigError, StateError
-from s2ft_compile.slices.optimizers import _width
+from s2ft_compile.slices.optimizers import _width, learning_rate
 from s2ft_compile.slices.state import state_of
 
 CHANNELS = {"ffn.in": 3, "ffn.out": 3}
@@ -48,10 +48,12 @@ def test_matrices_train_by_muon_and_biases_by_adamw():
         torch.testing.assert_close(a, b.detach())
 
 
-@pytest.mark.parametrize("share", [{}, {"heads": 1.0}])
-def test_heads_train_by_adamw_at_a_tenth_of_the_rate(share):
+@pytest.mark.parametrize("heads", [None, 3e-3])
+def test_heads_train_by_adamw_at_a_rate_of_their_own(heads):
+    """A fifth of the geometric mean of the rate and of the one that the width and the steps give."""
     case, model = prepared(HEADS_TOO, bias=True)
-    both = trained(case, model, s2ft.optimizer(model, "muon", 1e-2, **share), 3)
+    by_rule = learning_rate(model, 100)
+    both = trained(case, model, s2ft.optimizer(model, "muon", 1e-2, steps=100, heads=heads), 3)
     case, model = prepared(HEADS_TOO, bias=True)
     kinds: dict[str, list[nn.Parameter]] = {"muon": [], "heads": [], "others": []}
     for s in state_of(model).plan.slices:
@@ -60,7 +62,7 @@ def test_heads_train_by_adamw_at_a_tenth_of_the_rate(share):
     assert all(kinds.values())
     parts = (
         optim.Muon(kinds["muon"], lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        optim.AdamW(kinds["heads"], lr=1e-2 * share.get("heads", 0.1), weight_decay=0.0),
+        optim.AdamW(kinds["heads"], lr=heads or 0.2 * (1e-2 * by_rule) ** 0.5, weight_decay=0.0),
         optim.AdamW(kinds["others"], lr=1e-2, weight_decay=0.0),
     )
     for _ in range(3):
@@ -142,5 +144,7 @@ def test_what_it_refuses():
     for lr in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="lr is a positive number"):
             s2ft.optimizer(model, lr=lr)
+        with pytest.raises(ConfigError, match="heads is a positive number"):
+            s2ft.optimizer(model, heads=lr)
     with pytest.raises(StateError, match="is not prepared"):
         s2ft.optimizer(nn.Linear(2, 2))

@@ -209,7 +209,11 @@ def tuned(model: Encoder, method: str, options: dict, seed: int, batches: list[B
 
 def optimizers(model: Encoder, name: str, leaves: list[nn.Parameter], head: list[nn.Parameter], rate: float):
     """The method's own, and of a new head AdamW at the rate that suits it."""
-    opts = [s2ft.optimizer(model, name, rate) if s2ft.is_prepared(model) else torch.optim.AdamW(leaves, lr=rate)]
+    opts = [
+        s2ft.optimizer(model, name, rate, steps=STEPS)
+        if s2ft.is_prepared(model)
+        else torch.optim.AdamW(leaves, lr=rate)
+    ]
     for group in opts[0].param_groups:
         group["params"] = [p for p in group["params"] if all(p is not of_head for of_head in head)]
     return opts + ([torch.optim.AdamW(head, lr=1e-2)] if head else [])

@@ -180,7 +180,7 @@ def _trainer(model, blocks, held_out, options: TrainOptions, work: Path, steps: 
         train_dataset=blocks,
         eval_dataset=held_out,
         callbacks=[*callbacks, *early],
-        optimizers=(optimizer(model, options.optimizer, options.lr, options.weight_decay), None),
+        optimizers=(optimizer(model, options.optimizer, options.lr, options.weight_decay, steps), None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

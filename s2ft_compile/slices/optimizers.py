@@ -2,8 +2,8 @@
 
 The delta of a slice is a dense matrix, which Muon can orthogonalize: all directions of it move equally far, whatever
 their gradients' sizes (https://arxiv.org/abs/2502.16982). What is no matrix (biases, batched experts) trains by AdamW,
-at the same rate: with `match_rms_adamw` both change an entry by about as much. Heads train by AdamW at a tenth of it:
-of a few examples Muon learns every direction's noise with them (docs/targets.md).
+at the same rate: with `match_rms_adamw` both change an entry by about as much. Heads train by AdamW at a rate of their
+own: of a few examples Muon learns every direction's noise with them, and their best rate varies less (docs/targets.md).
 """
 
 import logging
