@@ -219,6 +219,8 @@ def _recorded(model: nn.Module, run: Callable, fixed: Sequence[Tensor], deltas: 
     fakes = [recorder.input(t)[0] for t in fixed]
     leaves = [recorder.input(t, requires_grad=True)[0] for t in deltas]
     with as_before(model), recorder.on(), repeated(model, recorder):
+        for module in model.modules():
+            vars(module).pop("_compiled_call_impl", None)  # of `model.compile`: what is recorded is its own code
         outputs = run(*fakes, *leaves)
         graph = recorder.returns((*outputs, *torch.autograd.grad(outputs, leaves, allow_unused=True)))
     return _LazyGraphModule(dict(recorder.constants), graph)
