@@ -190,8 +190,8 @@ def test_a_copy_of_an_equal_layer_is_what_recording_it_gives(how, monkeypatch):
     """Node by node; what cannot be known to be equal is recorded."""
     torch.manual_seed(0)
     model, copied = Blocks(*(["", "", "its number", ""] if how == "one other" else [how] * 4)), []
-    made = repeats._Layers._copied
-    monkeypatch.setattr(repeats._Layers, "_copied", lambda *given: copied.append(0) or made(*given))
+    made = repeats.Layers._copied
+    monkeypatch.setattr(repeats.Layers, "_copied", lambda *given: copied.append(0) or made(*given))
     random.seed(0)
     with_copies = record(model, (torch.randn(3, 6),), {}, {})
     monkeypatch.setattr(recording, "repeated", lambda *_: contextlib.nullcontext())

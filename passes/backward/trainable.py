@@ -19,8 +19,7 @@ from torch.utils import _pytree as pytree
 
 from s2ft_compile.capture.examples import arguments, several
 from s2ft_compile.capture.models import held_again, inference_mode_of, tensors_of, tied_names
-from s2ft_compile.capture.recording import Recorder, as_before, exporting
-from s2ft_compile.capture.repeats import repeated
+from s2ft_compile.capture.recording import Recorder, exporting, recording
 from s2ft_compile.config import CHANNELS, S2FTConfig
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.editor import Mismatch
@@ -218,9 +217,7 @@ def _recorded(model: nn.Module, run: Callable, fixed: Sequence[Tensor], deltas: 
     recorder = Recorder(decompositions=_decompositions())
     fakes = [recorder.input(t)[0] for t in fixed]
     leaves = [recorder.input(t, requires_grad=True)[0] for t in deltas]
-    with as_before(model), recorder.on(), repeated(model, recorder):
-        for module in model.modules():
-            vars(module).pop("_compiled_call_impl", None)  # of `model.compile`: what is recorded is its own code
+    with recording(model, recorder):
         outputs = run(*fakes, *leaves)
         graph = recorder.returns((*outputs, *torch.autograd.grad(outputs, leaves, allow_unused=True)))
     return _LazyGraphModule(dict(recorder.constants), graph)

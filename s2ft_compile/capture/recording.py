@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._traceback import CapturedTraceback
 
 from .models import holdings, holds_still
-from .repeats import copies_of, now, repeated
+from .repeats import Layers, copies_of, now, repeated
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
@@ -183,9 +183,7 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], names: Mapp
             places[kind][place] = name
     given = [recorder.input(t, f"input_{i}")[0] if isinstance(t, torch.Tensor) else t for i, t in enumerate(given)]
     args, kwargs = pytree.tree_unflatten(given, spec)
-    with as_before(model), recorder.on(), repeated(model, recorder) as lists:
-        for module in model.modules():
-            vars(module).pop("_compiled_call_impl", None)  # of `model.compile`: what is recorded is its own code
+    with recording(model, recorder) as lists:
         result = torch.func.functional_call(model, state, args, kwargs)
     outputs = pytree.tree_leaves(result)
     if odd := [o for o in outputs if not isinstance(o, (torch.Tensor, *PLAIN))]:
@@ -214,6 +212,15 @@ def exporting() -> Iterator[None]:
     finally:
         for flag, was in before.items():
             setattr(torch.compiler, flag, was)
+
+
+@contextmanager
+def recording(model: nn.Module, recorder: Recorder) -> Iterator[list[Layers]]:
+    """What the model's own code does is recorded, of equal layers once; the model is as before afterwards."""
+    with as_before(model), recorder.on(), repeated(model, recorder) as lists:
+        for module in model.modules():
+            vars(module).pop("_compiled_call_impl", None)  # of `model.compile`
+        yield lists
 
 
 @contextmanager

@@ -32,10 +32,10 @@ Read = tuple[str, str]  # (path of a module in a layer, attribute)
 
 
 @contextmanager
-def repeated(model: nn.Module, recorder: "Recorder") -> Iterator[list["_Layers"]]:
+def repeated(model: nn.Module, recorder: "Recorder") -> Iterator[list["Layers"]]:
     """While a model is recorded, layers of one list are copies of each other where they are equal and no gradient goes
     through them."""
-    lists: list[_Layers] = []
+    lists: list[Layers] = []
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, (nn.ModuleList, nn.Sequential)):
@@ -45,12 +45,12 @@ def repeated(model: nn.Module, recorder: "Recorder") -> Iterator[list["_Layers"]
                         alike[kind].append(child)
                 for layers in alike.values():
                     if len(layers) > 1:
-                        lists.append(_Layers(layers, recorder))
+                        lists.append(Layers(layers, recorder))
                         lists[-1].install(stack)
         yield lists
 
 
-def copies_of(lists: list["_Layers"], names: dict[int, str]) -> dict[str, str]:
+def copies_of(lists: list["Layers"], names: dict[int, str]) -> dict[str, str]:
     """Weight -> that of the first layer every call of which was a copy of the same calls. names: of weights, by id."""
     copies = {}
     for listed in lists:
@@ -109,7 +109,7 @@ class _Template:
     out_spec: Any
 
 
-class _Layers:
+class Layers:
     """Layers of one kind in one list, and the calls of them that were recorded."""
 
     def __init__(self, layers: list[nn.Module], recorder: "Recorder"):

@@ -132,11 +132,11 @@ def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager"
     analysis = analyze(copy.deepcopy(base), inputs)
     for role in ROLES:
         try:
-            targeted_bands(analysis, S2FTConfig({role: 1.0 if role == NORM else ratio}))
+            targeted_bands(analysis, S2FTConfig(_targets(role, ratio)))
         except ConfigError:  # it has no such role
             continue
         prepared = noisy(model, 0)
-        plan = prepare(prepared, inputs, S2FTConfig({role: 1.0 if role == NORM else ratio}))
+        plan = prepare(prepared, inputs, S2FTConfig(_targets(role, ratio)))
         torch._dynamo.reset()
         net = torch.compile(prepared, backend="s2ft", options={"inner": inner}) if inner else prepared
         try:
@@ -167,9 +167,7 @@ def assert_sliced(
     of_roles: dict[str, list[Taken]] = {}
     for role in ROLES:
         try:
-            chosen = select(
-                analysis, S2FTConfig({role: 1.0 if role == NORM else ratio}, selection=_first_units), parameters
-            )
+            chosen = select(analysis, S2FTConfig(_targets(role, ratio), selection=_first_units), parameters)
         except ConfigError:  # it has no such role
             continue
         ranges = [runs(s.indices.tolist()) for s in chosen]
@@ -198,6 +196,10 @@ def assert_sliced(
         whys = [joint.refused[s] for s in listed if s in joint.refused]
         assert len(whys) < len(listed), f"{role} is offered and no weight of it trains: {listed[0]}: {whys[0]}"
     return {role: (len(listed) - counts[role], counts[role]) for role, listed in of_roles.items()}
+
+
+def _targets(role: str, ratio: float) -> dict[str, float]:
+    return {role: 1.0 if role == NORM else ratio}
 
 
 def _finite(full: dict[str, Tensor]) -> dict[str, Tensor]:
