@@ -20,6 +20,8 @@ from .errors import ConfigError
 
 __all__ = ["Kind", "not_quantized", "register"]
 
+ROWS = 128  # of a weight that are asked for a gradient: all of a large one would be dequantized in float32
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -231,13 +233,25 @@ def check_gradients(weights: Iterable[Quantized]) -> None:
             continue
         asked.add(alike)
         x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=held.device)[None]
-        gradients = [_gradient(at, held) for at in (x, x.square())]
+        rows = _few_rows(held)
+        gradients = [_gradient(at, rows) for at in (x, x.square())]
         if not torch.equal(*gradients) or not gradients[0].any():
             raise ConfigError(
                 f"{weight.name} is of type {type(held).__name__}, and its product rounds the input as well as the "
                 f"weight, so that no gradient gets through it; valid are bases whose weights alone are quantized, such "
                 f"as by torchao's Int8WeightOnlyConfig and Float8WeightOnlyConfig"
             )
+
+
+def _few_rows(weight: Tensor) -> Tensor:
+    """The first rows of a weight that is made of others, as the same kind of tensor; all of it, where its library has
+    no such rows."""
+    try:
+        rows = weight.detach()[:ROWS]
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, AssertionError, AttributeError):
+        return weight
+    alike = type(rows) is type(weight) and repr(rows.__tensor_flatten__()[1]) == repr(weight.__tensor_flatten__()[1])
+    return rows if alike else weight
 
 
 def _gradient(x: Tensor, weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.exporters import extract, load_adapter, merge_checkpoint, save_adapter, save_merged
 from s2ft_compile.slices.state import merged, state_of
 
-ROLES = {"ffn.out": 3, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
+ROLES = {"ffn.out": 3, "attention.out": 1, "ffn.in": 2, "attention.value": 1, "norm": 1.0}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -51,7 +51,10 @@ def counter(bars: Progress, description: str) -> Callable[[int, int], None]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+    """All of it, or the file stays as it was."""
+    from s2ft_compile.exporters.files import write_text
+
+    write_text(path, json.dumps(values, indent=2, default=str) + "\n")
 
 
 def versions() -> dict[str, str]:
