@@ -20,7 +20,7 @@ from .errors import ConfigError
 
 __all__ = ["Kind", "not_quantized", "register"]
 
-ROWS = 128  # of a weight that are asked for a gradient: all of a large one would be dequantized in float32
+ROWS = 128  # of a weight that are dequantized at a time: on the way torchao makes copies in float32
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,22 @@ def _dequantizes_itself(layer: nn.Module, key: str) -> bool:
     return any(isfunction(c.get("dequantize")) for c in own) and any("__tensor_flatten__" in c for c in own)
 
 
+def _in_rows(weight: Tensor) -> list[Tensor]:
+    """A tensor that is made of others in pieces of `ROWS` rows that are tensors of the same make; itself alone, where
+    its library has no such pieces."""
+    try:
+        pieces = [weight.detach()[start : start + ROWS] for start in range(0, weight.shape[0], ROWS)]
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, AssertionError, AttributeError):
+        return [weight]
+    make = lambda t: (type(t), repr(t.__tensor_flatten__()[1]))  # noqa: E731
+    return pieces if all(make(piece) == make(weight) for piece in pieces) else [weight]
+
+
+def _dequantized(weight: Any) -> Tensor:
+    pieces = _in_rows(weight)
+    return torch.cat([piece.dequantize() for piece in pieces]) if len(pieces) > 1 else weight.dequantize()
+
+
 def _values_4bit(layer: nn.Module, key: str) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
@@ -84,7 +100,7 @@ KINDS: list[Kind] = [
         "a tensor that dequantizes itself",
         _dequantizes_itself,
         lambda layer, key: _weight(layer, key).dtype,
-        lambda layer, key: _weight(layer, key).dequantize(),
+        lambda layer, key: _dequantized(_weight(layer, key)),
         lambda layer: layer.__dict__.pop("extra_repr", None),  # torchao's, a method of a `partial`, cannot be pickled
     ),
     Kind(
@@ -233,7 +249,7 @@ def check_gradients(weights: Iterable[Quantized]) -> None:
             continue
         asked.add(alike)
         x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=held.device)[None]
-        rows = _few_rows(held)
+        rows = _in_rows(held)[0]
         gradients = [_gradient(at, rows) for at in (x, x.square())]
         if not torch.equal(*gradients) or not gradients[0].any():
             raise ConfigError(
@@ -241,17 +257,6 @@ def check_gradients(weights: Iterable[Quantized]) -> None:
                 f"weight, so that no gradient gets through it; valid are bases whose weights alone are quantized, such "
                 f"as by torchao's Int8WeightOnlyConfig and Float8WeightOnlyConfig"
             )
-
-
-def _few_rows(weight: Tensor) -> Tensor:
-    """The first rows of a weight that is made of others, as the same kind of tensor; all of it, where its library has
-    no such rows."""
-    try:
-        rows = weight.detach()[:ROWS]
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, AssertionError, AttributeError):
-        return weight
-    alike = type(rows) is type(weight) and repr(rows.__tensor_flatten__()[1]) == repr(weight.__tensor_flatten__()[1])
-    return rows if alike else weight
 
 
 def _gradient(x: Tensor, weight: Tensor) -> Tensor:

@@ -290,10 +290,11 @@ def test_loading_and_preparing_takes_the_quantized_model_and_one_layer(kind, tmp
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 def test_a_weight_in_pieces_has_the_bits_of_the_whole(kind, tmp_path, monkeypatch):
-    """As the libraries quantize a whole one, with pieces that leave a rest."""
+    """As the libraries quantize and dequantize a whole one, with pieces that leave a rest."""
     folder = tmp_path / "base"
     dense(LLAMA, torch.bfloat16).save_pretrained(folder)
     monkeypatch.setattr("s2ft_compile.cli.pieces.PIECE", 64 * 24)
+    monkeypatch.setattr("s2ft_compile.quantized.ROWS", 24)
     model = load_model(folder, quantize=kind)
     how = quantization(kind, torch.bfloat16)
     whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **how)
@@ -302,6 +303,7 @@ def test_a_weight_in_pieces_has_the_bits_of_the_whole(kind, tmp_path, monkeypatc
     for name, weight in quantized_in(model).items():
         assert type(weight.held) is type(weights[name].held) and weight.saved().keys() == weights[name].saved().keys()
         assert all(map(same_parts, weight.saved().values(), weights[name].saved().values())), name
+        assert kind == "nf4" or torch.equal(weight.values(), weights[name].held.dequantize())
 
 
 def test_the_tables_are_what_was_measured():
