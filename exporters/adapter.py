@@ -32,7 +32,7 @@ from s2ft_compile.plan import Plan, Slice, delta_of
 from s2ft_compile.quantized import Values, settle
 from s2ft_compile.slices.blocks import beside_of, blocks_in
 from s2ft_compile.slices.processes import first_does
-from s2ft_compile.slices.state import State, disabled, is_prepared, state_of
+from s2ft_compile.slices.state import Left, State, disabled, is_prepared, keep_written, state_of, take_off
 
 from . import sharded
 from .card import CARD, card
@@ -178,19 +178,20 @@ def _into_weights(module: nn.Module, plan: Plan) -> None:
             undo.callback(block.uninstall)
             block.install()
         undo.pop_all()
+    if values.quantized:
+        were = [W.index_select(dim, indices).cpu() for W, dim, indices, _ in sums]
+        keep_written(module, [Left(s.parameter_name, s.dim, s.indices, s.delta, w) for s, w in zip(in_place, were)])
     for W, dim, indices, total in sums:
         W.index_copy_(dim, indices, total)
 
 
 def unload_adapter(model: nn.Module) -> None:
-    """Takes off the slices that `load_adapter` or `release` has left beside quantized weights. Raises `StateError` for
-    a prepared model, and for one without such slices."""
+    """Takes off what `load_adapter` or `release` has left on a model with quantized weights: the slices beside those,
+    and what is in others, such as norms. Raises `StateError` for a prepared model, and for one without an adapter."""
     if is_prepared(model):
         raise StateError("this model is prepared: s2ft.disabled(model) is its base, s2ft.release(model) ends it")
-    if not (blocks := blocks_in(unwrap(model))):
+    if not take_off(unwrap(model)):
         raise StateError(f"no slices lie beside the weights of this {type(unwrap(model)).__name__}")
-    for block in blocks:
-        block.uninstall()
 
 
 @torch.no_grad()

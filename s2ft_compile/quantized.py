@@ -62,8 +62,12 @@ def _in_rows(weight: Tensor) -> list[Tensor]:
         pieces = [weight.detach()[start : start + ROWS] for start in range(0, weight.shape[0], ROWS)]
     except (NotImplementedError, RuntimeError, ValueError, TypeError, AssertionError, AttributeError):
         return [weight]
-    make = lambda t: (type(t), repr(t.__tensor_flatten__()[1]))  # noqa: E731
-    return pieces if all(make(piece) == make(weight) for piece in pieces) else [weight]
+    return pieces if all(_make(piece) == _make(weight) for piece in pieces) else [weight]
+
+
+def _make(tensor: Any) -> tuple[type, str]:
+    made = getattr(tensor, "__tensor_flatten__", None)
+    return type(tensor), repr(made()[1]) if made else ""
 
 
 def _dequantized(weight: Any) -> Tensor:

@@ -33,7 +33,17 @@ from s2ft_compile.errors import AdapterError, ConfigError, ExportError, StateErr
 from s2ft_compile.exporters import load_adapter, save_adapter, save_lora, save_merged, unload_adapter
 from s2ft_compile.exporters.onnx.weights import FORMS
 from s2ft_compile.planned import plan_quantization
-from s2ft_compile.quantized import KINDS, Kind, Values, parts_of, quantized_in, register, same_parts
+from s2ft_compile.quantized import (
+    KINDS,
+    Kind,
+    Values,
+    _dequantized,
+    _in_rows,
+    parts_of,
+    quantized_in,
+    register,
+    same_parts,
+)
 from s2ft_compile.slices.blocks import Beside, InPlace
 from s2ft_compile.slices.state import state_of
 
@@ -306,6 +316,40 @@ def test_a_weight_in_pieces_has_the_bits_of_the_whole(kind, tmp_path, monkeypatc
         assert kind == "nf4" or torch.equal(weight.values(), weights[name].held.dequantize())
 
 
+class Halved(torch.Tensor):
+    """Made of a tensor twice as large; rows of it are either of another make, or none that the class knows."""
+
+    @staticmethod
+    def __new__(cls, twice, rows):
+        return torch.Tensor._make_wrapper_subclass(cls, twice.shape, dtype=twice.dtype)
+
+    def __init__(self, twice, rows):
+        self.twice, self.rows = twice, rows
+
+    def __tensor_flatten__(self):
+        return ["twice"], {"rows": self.rows}
+
+    def dequantize(self):
+        return self.twice / 2
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].twice, args[0].rows)
+        if func is torch.ops.aten.slice.Tensor and args[0].rows:
+            plain, kept = args[0].twice[args[2] : args[3]], args[0].rows
+            return {"plain": plain, "other make": cls(-plain, "other"), "same make": cls(plain, kept)}[kept]
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize("rows", [None, "plain", "other make", "same make"])
+def test_rows_that_are_of_another_make_are_not_taken_for_the_weight(rows, monkeypatch):
+    monkeypatch.setattr("s2ft_compile.quantized.ROWS", 3)
+    twice = torch.randn(8, 4)
+    assert len(_in_rows(Halved(twice, rows))) == (3 if rows == "same make" else 1)
+    assert torch.equal(_dequantized(Halved(twice, rows)), twice / 2)
+
+
 def test_the_tables_are_what_was_measured():
     root = Path(__file__).resolve().parents[1]
     sizes = json.loads((root / "benchmarks/results/quantized.json").read_text())["bytes"]
@@ -471,6 +515,33 @@ def test_the_base_is_one_call_away_and_never_written():
     assert all(torch.equal(p, after[1][n]) for n, p in before[1].items()) and torch.equal(logits(model), first)
     with pytest.raises(StateError, match="no slices"):
         unload_adapter(model)
+
+
+@pytest.mark.parametrize("targets", [{**TARGETS, "norm": 1.0}, {"norm": 1.0}])
+def test_what_is_taken_off_leaves_the_base_of_dense_weights_too(targets, tmp_path):
+    def assert_base(model):
+        unload_adapter(model)
+        assert torch.equal(logits(model), first) and fingerprint(model) == before
+        assert all(torch.equal(p, values[n]) for n, p in model.named_parameters())
+        with pytest.raises(StateError, match="no slices"):
+            unload_adapter(model)
+
+    model, plain = quantized("nf4 twice"), quantized("nf4 twice")
+    first, before = logits(model), fingerprint(model)
+    values = {n: p.detach().clone() for n, p in model.named_parameters()}
+    s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig(targets))
+    for delta in s2ft.parameters(model):
+        delta.data.normal_(std=0.05)
+    trained = logits(model)
+    save_adapter(model, tmp_path / "adapter")
+    s2ft.release(model)
+    for _ in range(2):
+        load_adapter(plain, tmp_path / "adapter")
+        for again in (model, plain):
+            assert torch.equal(logits(again), trained) and not torch.equal(trained, first)
+            assert_base(copy.deepcopy(again))
+        assert_base(plain)
+    assert_base(model)
 
 
 def test_an_optimizer_made_before_is_refused():

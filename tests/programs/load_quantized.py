@@ -64,8 +64,9 @@ def main(folder: str, warm_up: str, kind: str, selection: str = "random") -> Non
 
 def prepare(model: torch.nn.Module, selection: str) -> None:
     ids = torch.zeros(2, 12, dtype=torch.int64)
+    batches = [{"input_ids": ids, "labels": ids}]
     config = s2ft.S2FTConfig({"ffn.in": 0.02, "ffn.out": 0.02}, selection)
-    s2ft.prepare(model, {"input_ids": ids}, config, None if selection == "random" else [{"input_ids": ids, "labels": ids}])
+    s2ft.prepare(model, {"input_ids": ids}, config, None if selection == "random" else batches)
 
 
 if __name__ == "__main__":
