@@ -30,9 +30,9 @@ from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.plan import Plan, Slice, delta_of
 from s2ft_compile.quantized import Values, settle
-from s2ft_compile.slices.blocks import beside_of, blocks_in
+from s2ft_compile.slices.blocks import beside_of
 from s2ft_compile.slices.processes import first_does
-from s2ft_compile.slices.state import Left, State, disabled, is_prepared, keep_written, state_of, take_off
+from s2ft_compile.slices.state import Left, State, disabled, is_prepared, keep_written, on, state_of, take_off
 
 from . import sharded
 from .card import CARD, card
@@ -132,6 +132,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Plan:
     unchanged.
     """
     module, adapter = unwrap(model), read_adapter(directory)
+    if not is_prepared(model):
+        _check_none_on(module, adapter)
     with untrained(model):
         check_fits(module, adapter)
     if is_prepared(model):
@@ -153,17 +155,22 @@ def _check_trained(W: Tensor, s: Slice) -> None:
         raise ExportError(f"{s.parameter_name}: {overflow_of(block)}")
 
 
+def _check_none_on(module: nn.Module, adapter: Adapter) -> None:
+    """Raises `AdapterError` where one lies beside a quantized model's weights already, or in them."""
+    held = on(module)
+    if twice := [s.parameter_name for s in adapter.slices if s.parameter_name in held]:
+        raise AdapterError(
+            f"an adapter is on this quantized model already, and changes {twice[0]} too; "
+            f"s2ft.exporters.unload_adapter(model) takes it off"
+        )
+
+
 # --- into the model: computed first, then written ----------------------------------------------------------
 
 
 @torch.no_grad()
 def _into_weights(module: nn.Module, plan: Plan) -> None:
     values = Values(module)
-    held = {block.name for block in blocks_in(module)}
-    if twice := [s.parameter_name for s in plan.slices if s.parameter_name in held]:
-        raise AdapterError(
-            f"an adapter's slice lies beside {twice[0]} already; s2ft.exporters.unload_adapter(model) takes it off"
-        )
     for weight in values.quantized.values():
         settle(weight.layer, weight.key)
     beside = [

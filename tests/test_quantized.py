@@ -134,17 +134,17 @@ def own_kind(monkeypatch):
     register(Kind("own", is_own, lambda layer, key: layer.scale.dtype, lambda layer, key: layer.values()))
 
 
-def prepared(kind: str, config=LLAMA, dtype=torch.float32) -> nn.Module:
-    """Prepared, with deltas that are not zero."""
-    return copy.deepcopy(_prepared(kind, config.model_type, config.num_hidden_layers, dtype))
+def prepared(kind: str, config=LLAMA, dtype=torch.float32, **more: float) -> nn.Module:
+    """Prepared, with deltas that are not zero. more: targets besides `TARGETS`."""
+    return copy.deepcopy(_prepared(kind, config.model_type, config.num_hidden_layers, dtype, tuple(more.items())))
 
 
 @cache
-def _prepared(kind: str, model_type: str, layers: int, dtype: torch.dtype) -> nn.Module:
+def _prepared(kind: str, model_type: str, layers: int, dtype: torch.dtype, more: tuple) -> nn.Module:
     model = quantized(
         kind, next(c for c in CONFIGS if (c.model_type, c.num_hidden_layers) == (model_type, layers)), dtype
     )
-    plan = s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig(dict(TARGETS)))
+    plan = s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig({**TARGETS, **dict(more)}))
     generator = torch.Generator().manual_seed(1)
     for s in plan.slices:
         s.delta.data = 0.01 * torch.randn(s.delta.shape, generator=generator)
@@ -228,7 +228,7 @@ def test_gradients_beside_weights_become_kernels(monkeypatch):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant):
-    model = prepared("nf4 twice").train()
+    model = prepared("nf4 twice", norm=1.0).train()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
@@ -539,6 +539,8 @@ def test_what_is_taken_off_leaves_the_base_of_dense_weights_too(targets, tmp_pat
         load_adapter(plain, tmp_path / "adapter")
         for again in (model, plain):
             assert torch.equal(logits(again), trained) and not torch.equal(trained, first)
+            with pytest.raises(AdapterError, match="an adapter is on this quantized model already.*unload_adapter"):
+                load_adapter(again, tmp_path / "adapter")
             assert_base(copy.deepcopy(again))
         assert_base(plain)
     assert_base(model)
@@ -579,7 +581,7 @@ def test_state_goes_on_bit_for_bit(kind):
 
 @pytest.mark.parametrize("kind", LIBRARIES)
 def test_adapter_and_merged_model(kind, tmp_path):
-    model = prepared(kind)
+    model = prepared(kind, norm=1.0)
     trained, values = logits(model), Values(quantized(kind))
     save_adapter(model, tmp_path / "adapter")
     plain = quantized(kind)
@@ -587,7 +589,7 @@ def test_adapter_and_merged_model(kind, tmp_path):
     assert torch.equal(logits(plain), trained)
     with pytest.raises(AdapterError, match="unload_adapter"):
         load_adapter(plain, tmp_path / "adapter")
-    again, plan = prepared(kind), state_of(model).plan
+    again, plan = prepared(kind, norm=1.0), state_of(model).plan
     for delta in s2ft.parameters(again):
         delta.data.zero_()
     load_adapter(again, tmp_path / "adapter")

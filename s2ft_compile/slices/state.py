@@ -74,6 +74,11 @@ def keep_written(module: nn.Module, written: Iterable[Left]) -> None:
     module.__dict__.setdefault(WRITTEN, []).extend(written)
 
 
+def on(module: nn.Module) -> set[str]:
+    """The names of a quantized model's weights that an adapter lies beside, or was written into."""
+    return {b.name for b in blocks_in(module)} | {left.name for left in module.__dict__.get(WRITTEN, ())}
+
+
 def take_off(module: nn.Module) -> bool:
     """Takes off the slices beside quantized weights, and gives those that were written their values back; whether there
     was anything."""
