@@ -284,7 +284,7 @@ def test_what_is_predicted_is_what_a_step_takes(kind, layers):
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory a process has")
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 def test_loading_and_preparing_takes_the_quantized_model_and_one_layer(kind, tmp_path):
-    """In bf16. The dense model has ten of them; the libraries alone would take up to two more in float32."""
+    """In bf16; the dense model has ten of them."""
     sizes = {"vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 10}
     layer = 2 * (2 * 1024**2 + 2 * 1024 * 512 + 3 * 1024 * 3584)
     dense(transformers.LlamaConfig(**sizes, **HEADS), torch.bfloat16).save_pretrained(tmp_path / "base")
