@@ -505,7 +505,7 @@ def test_merge_and_extract_on_the_command_line(folders, tmp_path):
             app, ["extract", str(base), str(merged), str(adapter), *more], env={"COLUMNS": "400"}
         )
         assert result.exit_code == 1 and message in result.output and not adapter.exists(), result.output
-    assert "10 slices" in s2ft_command("extract", folders / "base", merged, adapter)
+    assert "15 slices" in s2ft_command("extract", folders / "base", merged, adapter)
     merge_checkpoint(folders / "base", [adapter], tmp_path / "again")
     assert same(stored(tmp_path / "again"), stored(merged))
     s2ft_command(
@@ -521,6 +521,7 @@ def test_merge_and_extract_on_the_command_line(folders, tmp_path):
         "padded",
         "--ranks",
         "vllm",
+        "--linear-only",
     )
     s2ft_command(
         "export", "shira", "--model", folders / "base", "--adapter", folders / "first", "--output", tmp_path / "shira"
