@@ -46,9 +46,9 @@ def extract(
     """Writes the adapter that turns `base` into `tuned`, bit for bit, into a new folder, and returns its path.
 
     Each is a plain model or the folder of a safetensors checkpoint, read one tensor at a time, under the names that its
-    model has. limit: the largest share of a tensor's rows (or columns) that may have changed; all of a vector may, since
-    norms train whole. Raises `ExportError`, naming the tensor, where they have other tensors, shapes or types, where the
-    changes are no slice, and where nothing changed.
+    model has. limit: the largest share of a matrix's rows (or columns) that may have changed; all of a vector may,
+    since norms train whole. Raises `ExportError`, naming the tensor, where they have other tensors, shapes or types,
+    where the changes are no slice, and where nothing changed.
     """
     folders = [Path(source) for source in (base, tuned) if not isinstance(source, nn.Module)]
     described = next((folder for folder in folders if (folder / "config.json").is_file()), None)
