@@ -398,7 +398,7 @@ def test_extracting_is_the_inverse_of_merging(tmp_path, dtype):
     for s in state_of(model).plan.slices:
         mine = extracted[s.parameter_name]
         assert mine.dim == s.dim and torch.isin(mine.indices, s.indices).all()
-        assert len(s.shape) == 1 or len(mine.indices) == len(s.indices)  # of a vector's entry rounding may leave nothing
+        assert len(s.shape) == 1 or len(mine.indices) == len(s.indices)  # rounding may leave nothing of a vector's
     extract(base, type(base).from_pretrained(tmp_path / "tuned", dtype=dtype), tmp_path / "from_models")
     for adapter in ("adapter", "from_models"):
         receiver = copy.deepcopy(base)
