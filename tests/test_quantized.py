@@ -835,6 +835,8 @@ def test_train_quantized(kind, base, text, tmp_path):  # noqa: F811
     less = ["--no-gradient-checkpointing"] * (kind == "int8")  # which a quantized base has by default
     result = invoke("train", *(piece for name, value in how.items() for piece in (f"--{name}", value)), *less)
     assert result.exit_code == 0, result.output
+    numbers = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(base).parameters())
+    assert json.loads((run / "metrics.json").read_text())["parameters"] == numbers  # though packed in fewer
     loaded = transformers.AutoModelForCausalLM.from_pretrained(run / "merged").eval()
     load_adapter(loaded, run / "merged" / "adapter")
     result = invoke("export", "merged", "--model", base, "--adapter", run, "--output", tmp_path / "dense")
