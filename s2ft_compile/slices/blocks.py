@@ -300,7 +300,7 @@ class InPlace(Block):
     @torch.no_grad()
     def look(self) -> tuple[Stamp, Stamp]:
         """What weight and delta hold now."""
-        return Stamp.of(self.weight, lambda: self.part_of(self.weight)), Stamp.of(self.delta, self.delta.detach)
+        return Stamp.of(self.weight, self.read), Stamp.of(self.delta, self.delta.detach)
 
     def edited(self, now: tuple[Stamp, Stamp] | None = None) -> bool:
         """Whether something else wrote the weight, and left another block in it than the present one. A running average
