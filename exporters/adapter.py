@@ -187,7 +187,7 @@ def _into_weights(module: nn.Module, plan: Plan) -> None:
         undo.pop_all()
     if values.quantized:
         were = [W.index_select(dim, indices).cpu() for W, dim, indices, _ in sums]
-        keep_written(module, [Left(s.parameter_name, s.dim, s.indices, s.delta, w) for s, w in zip(in_place, were)])
+        keep_written(module, [Left(s.parameter_name, s.dim, s.indices, delta_of(s), w) for s, w in zip(in_place, were)])
     for W, dim, indices, total in sums:
         W.index_copy_(dim, indices, total)
 
