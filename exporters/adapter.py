@@ -30,9 +30,9 @@ from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.plan import Plan, Slice, delta_of
 from s2ft_compile.quantized import Values, settle
-from s2ft_compile.slices.blocks import beside_of, blocks_in
+from s2ft_compile.slices.blocks import beside_of
 from s2ft_compile.slices.processes import first_does
-from s2ft_compile.slices.state import State, disabled, is_prepared, state_of
+from s2ft_compile.slices.state import Left, State, disabled, is_prepared, keep_written, on, state_of, take_off
 
 from . import sharded
 from .card import CARD, card
@@ -132,6 +132,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Plan:
     unchanged.
     """
     module, adapter = unwrap(model), read_adapter(directory)
+    if not is_prepared(model):
+        _check_none_on(module, adapter)
     with untrained(model):
         check_fits(module, adapter)
     if is_prepared(model):
@@ -153,17 +155,22 @@ def _check_trained(W: Tensor, s: Slice) -> None:
         raise ExportError(f"{s.parameter_name}: {overflow_of(block)}")
 
 
+def _check_none_on(module: nn.Module, adapter: Adapter) -> None:
+    """Raises `AdapterError` where one lies beside a quantized model's weights already, or in them."""
+    held = on(module)
+    if twice := [s.parameter_name for s in adapter.slices if s.parameter_name in held]:
+        raise AdapterError(
+            f"an adapter is on this quantized model already, and changes {twice[0]} too; "
+            f"s2ft.exporters.unload_adapter(model) takes it off"
+        )
+
+
 # --- into the model: computed first, then written ----------------------------------------------------------
 
 
 @torch.no_grad()
 def _into_weights(module: nn.Module, plan: Plan) -> None:
     values = Values(module)
-    held = {block.name for block in blocks_in(module)}
-    if twice := [s.parameter_name for s in plan.slices if s.parameter_name in held]:
-        raise AdapterError(
-            f"an adapter's slice lies beside {twice[0]} already; s2ft.exporters.unload_adapter(model) takes it off"
-        )
     for weight in values.quantized.values():
         settle(weight.layer, weight.key)
     beside = [
@@ -178,19 +185,20 @@ def _into_weights(module: nn.Module, plan: Plan) -> None:
             undo.callback(block.uninstall)
             block.install()
         undo.pop_all()
+    if values.quantized:
+        were = [W.index_select(dim, indices).cpu() for W, dim, indices, _ in sums]
+        keep_written(module, [Left(s.parameter_name, s.dim, s.indices, delta_of(s), w) for s, w in zip(in_place, were)])
     for W, dim, indices, total in sums:
         W.index_copy_(dim, indices, total)
 
 
 def unload_adapter(model: nn.Module) -> None:
-    """Takes off the slices that `load_adapter` or `release` has left beside quantized weights. Raises `StateError` for
-    a prepared model, and for one without such slices."""
+    """Takes off what `load_adapter` or `release` has left on a model with quantized weights: the slices beside those,
+    and what is in others, such as norms. Raises `StateError` for a prepared model, and for one without an adapter."""
     if is_prepared(model):
         raise StateError("this model is prepared: s2ft.disabled(model) is its base, s2ft.release(model) ends it")
-    if not (blocks := blocks_in(unwrap(model))):
+    if not take_off(unwrap(model)):
         raise StateError(f"no slices lie beside the weights of this {type(unwrap(model)).__name__}")
-    for block in blocks:
-        block.uninstall()
 
 
 @torch.no_grad()

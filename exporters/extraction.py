@@ -1,8 +1,9 @@
 """An adapter recovered from two checkpoints: the inverse of merging.
 
-For every tensor the entries whose bits differ have to lie in a few indices along one dimension. The delta there is
-T - W0, in float32, or in float64 where no float32 number d has cast(W0 + d) == T: a float32 weight that shrank to a
-small part of what it was, for instance. Each delta is added again and compared with T, bit for bit.
+For every tensor (but vectors, which train whole) the entries whose bits differ have to lie in a few indices along one
+dimension. The delta there is T - W0, in float32, or in float64 where no float32 number d has cast(W0 + d) == T: a
+float32 weight that shrank to a small part of what it was, for instance. Each delta is added again and compared with T,
+bit for bit.
 """
 
 import json
@@ -45,9 +46,9 @@ def extract(
     """Writes the adapter that turns `base` into `tuned`, bit for bit, into a new folder, and returns its path.
 
     Each is a plain model or the folder of a safetensors checkpoint, read one tensor at a time, under the names that its
-    model has. limit: the largest share of a tensor's rows (or columns) that may have changed. Raises `ExportError`,
-    naming the tensor, where they have other tensors, shapes or types, where the changes are no slice, and where nothing
-    changed.
+    model has. limit: the largest share of a matrix's rows (or columns) that may have changed; all of a vector may,
+    since norms train whole. Raises `ExportError`, naming the tensor, where they have other tensors, shapes or types,
+    where the changes are no slice, and where nothing changed.
     """
     folders = [Path(source) for source in (base, tuned) if not isinstance(source, nn.Module)]
     described = next((folder for folder in folders if (folder / "config.json").is_file()), None)
@@ -144,7 +145,7 @@ def _slice(name: str, W: Tensor, T: Tensor, limit: float) -> Slice | None:
             f"{name} changed, and is no tensor of finite floating-point numbers: {W.dtype} {tuple(W.shape)}"
         )
     dim, indices = _few(changed)
-    if len(indices) > limit * W.shape[dim]:
+    if W.dim() > 1 and len(indices) > limit * W.shape[dim]:
         raise ExportError(
             f"{name} is not a slice: {int(changed.sum())} of its {changed.numel()} entries changed, in "
             f"{_spread(changed)}; at most {limit:g} of them may (`limit`)"

@@ -1,8 +1,9 @@
 """Output that is complete or not there.
 
-Everything is written into a fresh folder beside its target, flushed to the disk, and renamed into place at
-the end. Nothing that exists is overwritten. A process holds a lock on its folder, which the system takes back when the
-process ends: one whose lock is free was left by a process that was killed, and the next write there removes it.
+Everything is written into a fresh folder beside its target, flushed to the disk, and renamed into place at the end.
+Nothing that exists is overwritten, but by `write_text`. A process holds a lock on its folder, which the system takes
+back when the process ends: one whose lock is free was left by a process that was killed, and the next write there
+removes it.
 """
 
 import os
@@ -64,6 +65,15 @@ def new_files(*targets: str | os.PathLike) -> Iterator[Path]:
                 os.rename(folder / path.name, path)
                 undo.callback(path.unlink, missing_ok=True)
         undo.pop_all()
+
+
+def write_text(target: str | os.PathLike, text: str) -> None:
+    """Makes a file hold this text (UTF-8), or leaves it as it was: whoever reads it sees all of either."""
+    path = _resolved(target)
+    with _staging(path, target) as folder:
+        (folder / path.name).write_text(text, encoding="utf-8")
+        _flush(folder)
+        os.replace(folder / path.name, path)
 
 
 def _resolved(target) -> Path:

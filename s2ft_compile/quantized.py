@@ -20,6 +20,8 @@ from .errors import ConfigError
 
 __all__ = ["Kind", "not_quantized", "register"]
 
+ROWS = 128  # of a weight that are dequantized at a time: on the way torchao makes copies in float32
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -53,6 +55,26 @@ def _dequantizes_itself(layer: nn.Module, key: str) -> bool:
     return any(isfunction(c.get("dequantize")) for c in own) and any("__tensor_flatten__" in c for c in own)
 
 
+def _in_rows(weight: Tensor) -> list[Tensor]:
+    """A tensor that is made of others in pieces of `ROWS` rows that are tensors of the same make; itself alone, where
+    its library has no such pieces."""
+    try:
+        pieces = [weight.detach()[start : start + ROWS] for start in range(0, weight.shape[0], ROWS)]
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, AssertionError, AttributeError):
+        return [weight]
+    return pieces if all(_make(piece) == _make(weight) for piece in pieces) else [weight]
+
+
+def _make(tensor: Any) -> tuple[type, str]:
+    made = getattr(tensor, "__tensor_flatten__", None)
+    return type(tensor), repr(made()[1]) if made else ""
+
+
+def _dequantized(weight: Any) -> Tensor:
+    pieces = _in_rows(weight)
+    return torch.cat([piece.dequantize() for piece in pieces]) if len(pieces) > 1 else weight.dequantize()
+
+
 def _values_4bit(layer: nn.Module, key: str) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
@@ -82,7 +104,7 @@ KINDS: list[Kind] = [
         "a tensor that dequantizes itself",
         _dequantizes_itself,
         lambda layer, key: _weight(layer, key).dtype,
-        lambda layer, key: _weight(layer, key).dequantize(),
+        lambda layer, key: _dequantized(_weight(layer, key)),
         lambda layer: layer.__dict__.pop("extra_repr", None),  # torchao's, a method of a `partial`, cannot be pickled
     ),
     Kind(
@@ -231,7 +253,8 @@ def check_gradients(weights: Iterable[Quantized]) -> None:
             continue
         asked.add(alike)
         x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=held.device)[None]
-        gradients = [_gradient(at, held) for at in (x, x.square())]
+        rows = _in_rows(held)[0]
+        gradients = [_gradient(at, rows) for at in (x, x.square())]
         if not torch.equal(*gradients) or not gradients[0].any():
             raise ConfigError(
                 f"{weight.name} is of type {type(held).__name__}, and its product rounds the input as well as the "

@@ -26,7 +26,7 @@ from s2ft_compile.errors import AdapterError, ExportError, StateError
 from s2ft_compile.exporters import extract, load_adapter, merge_checkpoint, save_adapter, save_merged
 from s2ft_compile.slices.state import merged, state_of
 
-ROLES = {"ffn.out": 3, "attention.out": 1, "ffn.in": 2, "attention.value": 1}
+ROLES = {"ffn.out": 3, "attention.out": 1, "ffn.in": 2, "attention.value": 1, "norm": 1.0}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -397,7 +397,8 @@ def test_extracting_is_the_inverse_of_merging(tmp_path, dtype):
     assert extracted.keys() == {s.parameter_name for s in state_of(model).plan.slices}
     for s in state_of(model).plan.slices:
         mine = extracted[s.parameter_name]
-        assert mine.dim == s.dim and torch.equal(mine.indices, s.indices.sort().values)
+        assert mine.dim == s.dim and torch.isin(mine.indices, s.indices).all()
+        assert len(s.shape) == 1 or len(mine.indices) == len(s.indices)  # rounding may leave nothing of a vector's
     extract(base, type(base).from_pretrained(tmp_path / "tuned", dtype=dtype), tmp_path / "from_models")
     for adapter in ("adapter", "from_models"):
         receiver = copy.deepcopy(base)
@@ -505,7 +506,7 @@ def test_merge_and_extract_on_the_command_line(folders, tmp_path):
             app, ["extract", str(base), str(merged), str(adapter), *more], env={"COLUMNS": "400"}
         )
         assert result.exit_code == 1 and message in result.output and not adapter.exists(), result.output
-    assert "10 slices" in s2ft_command("extract", folders / "base", merged, adapter)
+    assert "15 slices" in s2ft_command("extract", folders / "base", merged, adapter)
     merge_checkpoint(folders / "base", [adapter], tmp_path / "again")
     assert same(stored(tmp_path / "again"), stored(merged))
     s2ft_command(
@@ -521,6 +522,7 @@ def test_merge_and_extract_on_the_command_line(folders, tmp_path):
         "padded",
         "--ranks",
         "vllm",
+        "--linear-only",
     )
     s2ft_command(
         "export", "shira", "--model", folders / "base", "--adapter", folders / "first", "--output", tmp_path / "shira"

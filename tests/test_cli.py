@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -573,6 +574,19 @@ def test_demo_keeps_a_folder_that_is_not_its_own(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     assert "no earlier demo" in refused("demo", "--output", tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_what_torchao_cannot_load_is_said_where_it_matters(monkeypatch):
+    with reported(Console(), debug=True):
+        pass
+    heard = logging.getLogger("torchao").filter
+    gpus, cpus, other = (
+        logging.makeLogRecord({"msg": text})
+        for text in ("Failed to load /lib/_C_cutlass_90a.abi3.so", "Failed to load /lib/_C.abi3.so", "other")
+    )
+    for cuda in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert bool(heard(gpus)) is cuda and heard(cpus) and heard(other)
 
 
 def test_help_names_the_roles_and_the_forms():

@@ -40,7 +40,7 @@ from s2ft_compile.exporters import (
     save_shira,
     sharded,
 )
-from s2ft_compile.exporters.files import new_directory, new_files
+from s2ft_compile.exporters.files import new_directory, new_files, write_text
 from s2ft_compile.slices.state import merged as merged_weights
 from s2ft_compile.slices.state import state_of
 
@@ -193,6 +193,17 @@ def test_files_appear_together(tmp_path):
     with pytest.raises(ExportError, match="x.onnx.data exists"), new_files(a, b):
         pytest.fail("the block must not run")
     assert tree(tmp_path) == {"x.onnx.data": b"b"}
+
+
+def test_text_is_replaced_whole_or_stays(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    write_text(path, "first")
+    assert tree(tmp_path) == {"new": b"/", "new/x.json": b"first"}
+    with files_of_at_most(4096), pytest.raises(ExportError, match="could not write .*x.json"):
+        write_text(path, "second" * 4096)
+    assert tree(tmp_path) == {"new": b"/", "new/x.json": b"first"}
+    write_text(path, "third")
+    assert tree(tmp_path) == {"new": b"/", "new/x.json": b"third"}
 
 
 KILLED = """

@@ -171,7 +171,7 @@ def targets(setting: Setting, what: str, attention: Mapping[str, int], norms: bo
     left -= norms * (2 * setting.layers + 1) * setting.hidden // setting.layers
     roles = ("ffn.out",) if what == "columns" else ("ffn.in", "ffn.out")
     units = round(left / setting.hidden / (1 if what == "columns" else 3))
-    return {**dict.fromkeys(roles, units), **attention} | ({"*norm*": 1.0} if norms else {})
+    return {**dict.fromkeys(roles, units), **attention} | ({"norm": 1.0} if norms else {})
 
 
 NEED_DATA = {"gradient", "activation", "weight_activation"}

@@ -358,7 +358,7 @@ def extract(
     base: Annotated[str, typer.Argument(help="The base model: a folder of safetensors, or a hub id.")],
     tuned: Annotated[str, typer.Argument(help="The same, trained in place: a folder of safetensors, or a hub id.")],
     output: Annotated[Path, typer.Argument(help="The adapter folder to write; must not exist yet.")],
-    limit: Annotated[float, typer.Option(help="The share of a tensor's rows or columns that may have changed.")] = 0.5,
+    limit: Annotated[float, typer.Option(help="The share of a matrix's rows or columns that may have changed.")] = 0.5,
     debug: Debug = False,
 ) -> None:
     """Recover an adapter from two checkpoints that differ in a few rows or columns of each weight."""

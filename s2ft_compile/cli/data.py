@@ -22,6 +22,7 @@ from torch import nn
 from s2ft_compile.config import check_choice
 from s2ft_compile.errors import ConfigError
 
+from .pieces import in_pieces
 from .records import Records
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -275,11 +276,11 @@ def model_class(config):
 
 def load_model(model: str | Path, dtype: str = "auto", quantize: str = "none") -> nn.Module:
     """A model in eval mode, from a folder or hub id. dtype: `auto` (as stored) or the name of one. quantize: its linear
-    layers but the head, on the device that trains, a layer at a time."""
+    layers but the head, on the device that trains, a weight at a time, in pieces."""
     check_choice("dtype", dtype, DTYPES)
     config = load_config(model)
     how = quantization(quantize, getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype))
-    with _one_line(model, "model"):
+    with _one_line(model, "model"), in_pieces(quantize):
         return _with_loss(model_class(config).from_pretrained(model, dtype=dtype, **how).eval())
 
 

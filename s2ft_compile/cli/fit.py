@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from s2ft_compile.errors import ConfigError, StateError, TrainingError
+from s2ft_compile.exporters.files import write_text
 from s2ft_compile.layers import compile_layers
 from s2ft_compile.quantized import not_quantized
 from s2ft_compile.slices.optimizers import optimizer
@@ -251,7 +252,7 @@ def _watch(bars: Progress, steps: int, options: TrainOptions, work: Path, tokens
             step, path = int(start.name.rsplit("-")[-1]) if start else 0, work / LOG
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             kept = [line for line in lines if _step_of(line) <= step]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
         @contextmanager
         def interruptible(self):

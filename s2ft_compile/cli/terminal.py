@@ -1,6 +1,7 @@
 """What the command line shows and writes: errors, progress bars, JSON files."""
 
 import json
+import logging
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ from s2ft_compile.errors import S2FTError, of_the_system
 @contextmanager
 def reported(console: Console, debug: bool) -> Iterator[None]:
     """An error of this package, or of the system, becomes one red line and exit code 1; `debug` lets it through."""
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # those of single files; the commands show their own
+    disable_progress_bar()  # those of single files; the commands show their own
+    logging.getLogger("torchao").addFilter(_matters)
     try:
         yield
     except Exception as error:
@@ -31,6 +33,13 @@ def reported(console: Console, debug: bool) -> Iterator[None]:
         text = str(cause).encode("utf-8", "backslashreplace").decode()  # a damaged file may hold half of a character
         console.print(f"[bold red]error:[/] [red]{escape(text)}[/]", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """torchao warns of each of its libraries for GPUs (`_C_cutlass_90a...`) that does not load where there is none."""
+    import torch
+
+    return torch.cuda.is_available() or "/_C_" not in record.getMessage()
 
 
 def progress(console: Console) -> Progress:
@@ -51,7 +60,10 @@ def counter(bars: Progress, description: str) -> Callable[[int, int], None]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+    """All of it, or the file stays as it was."""
+    from s2ft_compile.exporters.files import write_text
+
+    write_text(path, json.dumps(values, indent=2, default=str) + "\n")
 
 
 def versions() -> dict[str, str]:

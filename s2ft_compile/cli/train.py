@@ -5,6 +5,7 @@ The loop is in `fit`. TRL supplies packing, and the chat templates that mark wha
 
 import hashlib
 import json
+import math
 import shutil
 import statistics
 import time
@@ -24,6 +25,7 @@ from s2ft_compile.exporters import save_adapter, save_merged
 from s2ft_compile.exporters.card import CARD
 from s2ft_compile.plan import Plan
 from s2ft_compile.preparation import prepare
+from s2ft_compile.quantized import Values
 from s2ft_compile.slices.optimizers import learning_rate
 from s2ft_compile.slices.state import state_of
 
@@ -204,9 +206,9 @@ def _check_vocabulary(model: nn.Module, blocks: Blocks) -> None:
 
 
 def _sizes(model: nn.Module, plan) -> dict[str, Any]:
-    deltas = {id(s.delta) for s in plan.slices}
+    deltas, values = {id(s.delta) for s in plan.slices}, Values(model)
     trained = sum(s.delta.numel() for s in plan.slices)
-    total = sum(p.numel() for p in model.parameters() if id(p) not in deltas)
+    total = sum(math.prod(values.shape(name)) for name, p in values.own.items() if id(p) not in deltas)
     moved = trained + sum(left.delta.numel() for left in state_of(model).left_behind)
     return {
         "parameters": total,

@@ -7,7 +7,7 @@ W[block] == cast(W0 + delta) for every block.
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,18 +25,19 @@ from s2ft_compile.plan import Plan, Slice, delta_of
 from s2ft_compile.quantized import quantized_in
 from s2ft_compile.structure import Analysis
 
-from .blocks import Beside, Block, check_extra, check_same, refresh
+from .blocks import Beside, Block, InPlace, blocks_in, check_extra, check_same, refresh
 from .processes import check_processes
 
 NAME = "_s2ft_state"
+WRITTEN = "_s2ft_written"  # beside it, of a model with quantized weights: what others were where an adapter wrote them
 ANEW = "units were chosen anew; those that trained before keep what they learned"  # a note of a plan
 _live: "weakref.WeakSet[State]" = weakref.WeakSet()
 
 
 @dataclass(frozen=True, eq=False)
 class Left:
-    """What trained before a reselection, of one parameter; on the CPU. indices: int64 (n,), along `dim`, in the base's
-    order. delta: float32, backup: W0, both of the parameter's shape with n along `dim`."""
+    """What trained in one parameter before a reselection, on the CPU, or before it was released. indices: int64 (n,),
+    along `dim`, in the base's order. delta: float32, backup: W0, both of the parameter's shape with n along `dim`."""
 
     name: str
     dim: int
@@ -65,7 +66,28 @@ class Left:
         weight's order, None for the base's."""
         places = self.indices if order is None else torch.argsort(order.cpu())[self.indices]
         values = self.trained() if trained else self.backup
-        weight.data.index_copy_(self.dim, places.to(weight.device), values.to(weight.device))
+        weight.data.index_copy_(self.dim, places.to(weight.device), values.to(weight))
+
+
+def keep_written(module: nn.Module, written: Iterable[Left]) -> None:
+    """Remembers what weights were that an adapter is written into, beside the quantized ones that it lies beside."""
+    module.__dict__.setdefault(WRITTEN, []).extend(written)
+
+
+def on(module: nn.Module) -> set[str]:
+    """The names of a quantized model's weights that an adapter lies beside, or was written into."""
+    return {b.name for b in blocks_in(module)} | {left.name for left in module.__dict__.get(WRITTEN, ())}
+
+
+def take_off(module: nn.Module) -> bool:
+    """Takes off the slices beside quantized weights, and gives those that were written their values back; whether there
+    was anything."""
+    blocks, written = blocks_in(module), module.__dict__.pop(WRITTEN, [])
+    for block in blocks:
+        block.uninstall()
+    for left in reversed(written):
+        left.put(module.get_parameter(left.name), None, trained=False)
+    return bool(blocks or written)
 
 
 class State:
@@ -366,10 +388,13 @@ def release(model: nn.Module) -> None:
     """Turns a prepared model into a plain one: original order, trained weights, what was frozen trains again.
 
     Quantized weights cannot take their slices, which stay beside them, frozen: as after `exporters.load_adapter` into
-    such a model.
+    such a model, and `exporters.unload_adapter` gives its base.
     """
     state, module = state_of(model), unwrap(model)
     to_base_order(state, trained=True)
+    if quantized_in(module):
+        pairs = [(s.indices, b) for s, b in zip(state.plan.slices, state.blocks) if isinstance(b, InPlace)]
+        keep_written(module, [Left(b.name, b.dim, i, b.delta.detach(), b.backup) for i, b in pairs])
     state.uninstall(module, trained=True)
     for block in state.blocks:
         if isinstance(block, Beside):
