@@ -3,6 +3,7 @@
 Each entry makes (model, example inputs). Libraries that cannot be imported are left out, with a line.
 """
 
+import copy
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -69,24 +70,41 @@ def timm_models() -> Iterator[tuple[str, Callable[[], Made]]]:
 
 
 def _timm(name: str) -> Made:
-    """At the smallest of its sizes that builds; depth as it is, where it cannot be less."""
+    """As shallow and at the smallest of its sizes that builds and runs."""
     import timm
 
     shallow = [{"depth": 2}, {"depths": (1, 1, 1, 1)}, {"depths": (2, 2, 2, 2)}, {"layers": (1, 1, 1, 1)}]
     for options in (*({**TINY, **less} for less in shallow), *shallow, TINY, {}):
         try:
-            model = timm.create_model(name, pretrained=False, num_classes=7, **options)
+            model = timm.create_model(name, pretrained=False, num_classes=7, **options).eval()
         except (TypeError, ValueError, AssertionError, RuntimeError):
             continue
-        size = options.get("img_size") or (64 if "img_size" not in options else model.default_cfg["input_size"][-1])
-        for size in (64, model.default_cfg["input_size"][-1]):
-            try:
-                with torch.no_grad():
-                    model.eval()(image(size, batch=1))
-            except Exception:  # it takes one size only
-                continue
-            return model, (image(size),)
+        for size in (64, 128, model.default_cfg["input_size"][-1]):
+            for made in (_without_repeats(model), model):
+                if _runs(made, size):
+                    return made, (image(size),)
     raise RuntimeError(f"{name} could not be built")
+
+
+@torch.no_grad()
+def _runs(model: nn.Module, size: int) -> bool:
+    try:
+        model(image(size, batch=1))
+    except Exception:  # it takes one size only
+        return False
+    return True
+
+
+def _without_repeats(model: nn.Module) -> nn.Module:
+    """A copy with one of each run of layers that are equal but for their values, where these follow upon one another."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        if isinstance(module, nn.Sequential):
+            kinds = [(type(m), [(name, t.shape) for name, t in m.state_dict().items()]) for m in module]
+            for i in range(len(kinds) - 1, 0, -1):
+                if kinds[i] == kinds[i - 1] and kinds[i][1]:
+                    del module[i]
+    return model
 
 
 # --- torchvision -----------------------------------------------------------------------------------------------------
