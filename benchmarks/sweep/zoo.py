@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 Made = tuple[nn.Module, tuple | dict]
-TINY = {"img_size": 64}
 
 
 def image(size: int = 64, channels: int = 3, batch: int = 2) -> Tensor:
@@ -69,21 +68,36 @@ def timm_models() -> Iterator[tuple[str, Callable[[], Made]]]:
             yield name, lambda name=name: _timm(name)
 
 
+WIDTHS = (48, 96, 192, 384)
+SMALLER = (  # options of which a model takes some: of each line the first that it runs with
+    ({"img_size": 64}, {"img_size": 128}),
+    ({"depth": 2}, {"depths": (1, 1, 1, 1)}, {"depths": (2, 2, 2, 2)}, {"layers": (1, 1, 1, 1)}),
+    ({"embed_dim": 64, "num_heads": 2}, {"embed_dim": 48}, {"embed_dims": WIDTHS}, {"dims": WIDTHS}, {"embed_dim": WIDTHS}),
+)
+
+
 def _timm(name: str) -> Made:
-    """As shallow and at the smallest of its sizes that builds and runs."""
+    """As shallow and narrow, and at the smallest of its sizes, as its options allow."""
     import timm
 
-    shallow = [{"depth": 2}, {"depths": (1, 1, 1, 1)}, {"depths": (2, 2, 2, 2)}, {"layers": (1, 1, 1, 1)}]
-    for options in (*({**TINY, **less} for less in shallow), *shallow, TINY, {}):
-        try:
-            model = timm.create_model(name, pretrained=False, num_classes=7, **options).eval()
-        except (TypeError, ValueError, AssertionError, RuntimeError):
-            continue
-        for size in (64, 128, model.default_cfg["input_size"][-1]):
-            for made in (_without_repeats(model), model):
-                if _runs(made, size):
-                    return made, (image(size),)
-    raise RuntimeError(f"{name} could not be built")
+    options: dict = {}
+    made = None
+    for choices in ((), *SMALLER):
+        for choice in choices or ({},):
+            try:
+                model = timm.create_model(name, pretrained=False, num_classes=7, **options, **choice).eval()
+            except Exception:  # it takes no such option
+                continue
+            sizes = (64, 128, model.default_cfg["input_size"][-1]) if made is None else (made[1],)
+            sizes = (choice["img_size"],) if "img_size" in choice else sizes
+            if size := next((size for size in sizes if _runs(model, size)), 0):
+                made, options = (model, size), options | choice
+                break
+    if made is None:
+        raise RuntimeError(f"{name} could not be built")
+    model, size = made
+    fewer = (_without_repeats(model, kinds) for kinds in ((nn.Sequential, nn.ModuleList), nn.Sequential))
+    return next((shallow for shallow in fewer if _runs(shallow, size)), model), (image(size),)
 
 
 @torch.no_grad()
@@ -95,11 +109,11 @@ def _runs(model: nn.Module, size: int) -> bool:
     return True
 
 
-def _without_repeats(model: nn.Module) -> nn.Module:
+def _without_repeats(model: nn.Module, lists: type | tuple[type, ...]) -> nn.Module:
     """A copy with one of each run of layers that are equal but for their values, where these follow upon one another."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
-        if isinstance(module, nn.Sequential):
+        if isinstance(module, lists):
             kinds = [(type(m), [(name, t.shape) for name, t in m.state_dict().items()]) for m in module]
             for i in range(len(kinds) - 1, 0, -1):
                 if kinds[i] == kinds[i - 1] and kinds[i][1]:
