@@ -232,9 +232,9 @@ def examine_made(model: nn.Module, inputs) -> dict:
 
 
 def warm() -> None:
-    """What all types need is imported and made once, before any fork."""
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
-    examine_made(model, (torch.ones(2, 4),))
+    """What all types need is imported and made once, before any fork; so are what torch keeps of operators."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4))
+    examine_made(model, (torch.ones(2, 4, 8),))
     build(*_classes("bert", "BertForMaskedLM"))
     gc.collect()
     gc.freeze()  # what is imported here is no garbage there
