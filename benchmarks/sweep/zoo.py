@@ -72,7 +72,13 @@ WIDTHS = (48, 96, 192, 384)
 SMALLER = (  # options of which a model takes some: of each line the first that it runs with
     ({"img_size": 64}, {"img_size": 128}),
     ({"depth": 2}, {"depths": (1, 1, 1, 1)}, {"depths": (2, 2, 2, 2)}, {"layers": (1, 1, 1, 1)}),
-    ({"embed_dim": 64, "num_heads": 2}, {"embed_dim": 48}, {"embed_dims": WIDTHS}, {"dims": WIDTHS}, {"embed_dim": WIDTHS}),
+    (
+        {"embed_dim": 64, "num_heads": 2},
+        {"embed_dim": 48},
+        {"embed_dims": WIDTHS},
+        {"dims": WIDTHS},
+        {"embed_dim": WIDTHS},
+    ),
 )
 
 
@@ -110,7 +116,7 @@ def _runs(model: nn.Module, size: int) -> bool:
 
 
 def _without_repeats(model: nn.Module, lists: type | tuple[type, ...]) -> nn.Module:
-    """A copy with one of each run of layers that are equal but for their values, where these follow upon one another."""
+    """A copy in which one stays of layers in a row that are equal but for their values."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         if isinstance(module, lists):

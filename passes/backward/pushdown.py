@@ -82,7 +82,7 @@ class Slicer(Editor):
         return sliced
 
     def whole(self, sliced: fx.Node) -> Mismatch | None:
-        """What a slice of a weight's gradient needs in full besides, if anything: where a norm of the weight is taken."""
+        """What of a weight's gradient its slice needs in full besides, if anything: where the weight is normalized."""
         read = self._sliced & _behind([sliced], self.needed.__contains__)
         if not read:
             return None

@@ -57,6 +57,7 @@ from .indexing import (
     axes_index_put,
     axes_index_select,
     axes_scatter,
+    axes_take_along,
 )
 from .recurrent import axes_cell, axes_recurrent
 from .reduction import (
@@ -301,6 +302,7 @@ AXIS_RULES: dict[Any, Callable] = {
     **family(axes_index, "index"),
     **family(axes_index_select, "index_select"),
     **family(axes_gather, "gather"),
+    **family(axes_take_along, "take_along_dim"),
     **family(axes_index_put, "index_put", "_unsafe_index_put"),
     **family(axes_index_add, "index_add"),
     **family(axes_scatter, "scatter", "scatter_add", "scatter_reduce"),
@@ -314,6 +316,7 @@ AXIS_RULES: dict[Any, Callable] = {
         "avg_pool1d",
         "max_pool1d",
         "adaptive_avg_pool1d",
+        "adaptive_max_pool1d",
         "upsample_linear1d",
         "upsample_nearest1d",
         "_upsample_nearest_exact1d",
@@ -324,6 +327,7 @@ AXIS_RULES: dict[Any, Callable] = {
         "max_pool2d",
         "max_pool2d_with_indices",
         "adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
         "_adaptive_avg_pool2d",
         "upsample_bilinear2d",
         "upsample_bicubic2d",
@@ -337,6 +341,7 @@ AXIS_RULES: dict[Any, Callable] = {
         "avg_pool3d",
         "max_pool3d",
         "adaptive_avg_pool3d",
+        "adaptive_max_pool3d",
         "upsample_trilinear3d",
         "upsample_nearest3d",
         "_upsample_nearest_exact3d",
