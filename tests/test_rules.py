@@ -402,6 +402,7 @@ CASES["expand"] = [expand_case]
 CASES["expand_as"] = [lambda r: (aten.expand_as.default, (r.t(1, (n := r.n())), r.t(r.n(), n)), {})]
 CASES["broadcast_to"] = [lambda r: (aten.broadcast_to.default, (r.t(n := r.n(), 1), [n, r.n()]), {})]
 CASES["repeat"] = [lambda r: (aten.repeat.default, (r.t(*r.shape(2)), r.shape(r.of(2, 3))), {})]
+CASES["tile"] = [lambda r: (aten.tile.default, (r.t(*r.shape(2)), r.shape(r.of(2, 3, 1))), {})]
 CASES["repeat_interleave"] = [
     lambda r: (aten.repeat_interleave.self_int, (x := r.x(), r.n(), r.of(r.dim(x), None)), {})
 ]
@@ -479,6 +480,7 @@ def take_along_case(r):
     return aten.take_along_dim.default, (x, r.i(x.shape[d], *shape), d), {}
 
 
+CASES["one_hot"] = [lambda r: (aten.one_hot.default, (r.i(4, *r.shape(r.of(2, 1))), 5), {})]
 CASES["take_along_dim"] = [
     take_along_case,
     lambda r: (aten.take_along_dim.default, (x := r.x(2), r.i(x.numel(), 3)), {}),

@@ -105,6 +105,11 @@ def test_slices_by_their_rules_are_those_of_all_gradients(monkeypatch):
         assert_sliced(Accumulated(), (X,))
 
 
+def test_slices_pass_a_pooling():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3))
+    assert assert_sliced(model, (torch.randn(2, 3, 10, 10),)) == {"conv.out": (1, 0), "conv.in": (1, 0)}
+
+
 class Sloped(nn.Module):
     """Attention whose heads have a slope each, so that their order is fixed (ALiBi)."""
 

@@ -58,11 +58,13 @@ console = Console(width=160)
 # --- what there should be, by the names of modules -------------------------------------------------------------------
 
 ATTENTION = re.compile(r"att(entio)?n(?!.*(norm|rotary))", re.I)
-FFN = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$|\d)|moe|expert|intermediate|^(fc|lin|wi)_?[01]?$", re.I)
+FFN = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$|\d)|moe|expert|intermediate|^(fc|lin)_?[01]$|^wi(_?[01])?$", re.I)
 FFN_CLASS = re.compile(r"mlp|ffn|feed_?forward|experts$|intermediate", re.I)
 EXPERTS = re.compile(r"experts?$")
 NEITHER = re.compile(
-    r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|position_bias|cpb|^gate$|_hc$|hyper_conn", re.I
+    r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|position_bias|rel_pos|meta_mlp|cpb|^gate$|_hc$"
+    r"|hyper_conn",
+    re.I,
 )
 
 
@@ -71,8 +73,8 @@ def kind_of(name: str, module: nn.Module) -> str | None:
     if not matrices or NEITHER.search(name):
         return None
     if ATTENTION.search(name) or ATTENTION.search(label) and not re.search(r"layer|block", label, re.I):
-        if hasattr(module, "receptance"):
-            return None  # a recurrence under the name of attention: no product of two activations
+        if hasattr(module, "receptance") or "ConvAttn" in label:
+            return None  # a recurrence or a convolution under the name of attention: no product of two activations
         return "attention" if sum(p.dim() > 1 for p in module.parameters()) > 1 else None
     return "ffn" if FFN.search(name) or FFN_CLASS.search(label) and matrices > 1 else None
 
@@ -95,7 +97,7 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
         )
         experts = kind == "ffn" and not EXPERTS.search(at) and any(EXPERTS.search(n) for n, _ in child.named_modules())
         if kind and not experts and not inside - {kind} and re.search(r"(^|\.)\d+(\.|$)", at):
-            direct = isinstance(child, (nn.Linear, nn.Conv1d)) or re.fullmatch(r"(fc|lin|wi)_?[01]?", name)
+            direct = isinstance(child, (nn.Linear, nn.Conv1d)) or re.fullmatch(r"(fc|lin)_?[01]|wi(_?[01])?", name)
             paths.append((kind, f"{path}" if direct else at))
         else:
             paths += units(child, at)

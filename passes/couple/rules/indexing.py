@@ -111,3 +111,7 @@ def axes_take_along(cx, node, x, index, dim=None):
     pin(x.dims[dim], Pin("elements are looked up by index", node))
     dims = broadcast(cx, node, *[Value([*v.dims[:dim], ONE, *v.dims[dim + 1 :]], v.weight) for v in (x, index)])
     return [*dims[:dim], index.dims[dim], *dims[dim + 1 :]]
+
+
+def axes_one_hot(cx, node, x, classes=-1):
+    return [*x.dims, Axis(shape(node)[-1], pin=Pin("positions along the axis are looked up by index", node))]

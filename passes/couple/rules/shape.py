@@ -33,6 +33,10 @@ def axes_repeat(cx, node, x, repeats):
     return [product([Axis(times), axis]) for times, axis in zip(repeats, old)]
 
 
+def axes_tile(cx, node, x, repeats):
+    return axes_repeat(cx, node, x, [1] * (len(x.dims) - len(repeats)) + list(repeats))
+
+
 def axes_repeat_interleave(cx, node, x, repeats, dim=None, **kwargs):
     if dim is None:
         return axes_unknown(cx, node, x)
