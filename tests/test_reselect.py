@@ -133,6 +133,41 @@ def test_an_optimizer_forgets_other_units_and_goes_on():
     assert {int(state["step"]) for state in optimizer.state.values()} == {2}
 
 
+def test_an_optimizer_remembers_what_trains_whole():
+    """Norms, and the bias of channels, whose order changes with the channels that are chosen."""
+    model = hf("gpt2")
+    s2ft.prepare(model, INPUTS, s2ft.S2FTConfig({"ffn.out": 6, "norm": 1.0, "*c_fc.bias": 1.0}))
+    optimizer = torch.optim.AdamW(s2ft.parameters(model), lr=1e-2, betas=(0.5, 0.5))
+    steps(model, optimizer, number=3)
+
+    def known() -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:
+        """Of each slice its units, and what the optimizer knows of each."""
+        slices = [s for s in state_of(model).plan.slices if s.delta in optimizer.state]
+        return {
+            s.parameter_name: (
+                s.indices.clone(),
+                [optimizer.state[s.delta][k].clone() for k in ("exp_avg", "exp_avg_sq")],
+            )
+            for s in slices
+        }
+
+    before = known()
+    s2ft.reselect(model)
+    s2ft.reselect(model)  # again before a step
+    for delta in s2ft.parameters(model):
+        delta.grad = torch.zeros_like(delta)
+    optimizer.step()
+    moved = 0
+    for name, (units, values) in known().items():
+        were, earlier = before[name]
+        whole = len(units) == dict(model.named_parameters())[name].shape[0] and units.numel() == values[0].numel()
+        for value, old in zip(values, earlier):
+            expected = old[torch.argsort(were)][units] / 2 if whole else torch.zeros_like(old)
+            assert torch.equal(value, expected), name
+        moved += whole and not torch.equal(units, were)
+    assert moved  # some of those that train whole lie in another order
+
+
 def test_a_selection_by_gradient_looks_at_the_present_weights():
     model = hf("llama")
     config = s2ft.S2FTConfig({"ffn.in": 3, "ffn.out": 3}, selection="gradient")

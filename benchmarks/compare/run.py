@@ -195,9 +195,9 @@ def main() -> None:
 
 def _all(bench: Bench, jobs: list, seeds: int, of: dict, rows: Path, workers: int) -> Iterator[str]:
     """Does all jobs, here or in processes of their own, and says what each one took."""
-    global _bench, _parent
+    global _bench
     if workers == 1:
-        _bench, _parent = bench, os.getppid()
+        _bench = bench
         yield from (_work(t, m, seeds, of[t, m], rows) for t, m in jobs)
         return
     context = multiprocessing.get_context("spawn")
@@ -207,7 +207,7 @@ def _all(bench: Bench, jobs: list, seeds: int, of: dict, rows: Path, workers: in
 
 
 _bench: Bench | None = None
-_parent = 0  # the process that asks
+_parent = 0  # the process that asks, where this is one of its workers
 
 
 def _start(setting: dict) -> None:
@@ -222,7 +222,7 @@ def _work(task: str, method: str, seeds: int, done: list[Row], rows: Path) -> st
     def write(row: Row) -> None:
         written.append(row)
         append(rows, row)
-        if os.getppid() != _parent:  # it was killed, and nobody waits for more
+        if _parent and os.getppid() != _parent:  # it was killed, and nobody waits for more
             os._exit(1)
 
     job(partial(_bench.row, task, method), CONTENDERS[method].rate, seeds, done, write)

@@ -73,7 +73,7 @@ class Block:
     attached: bool = False  # whether a forward has used the delta, so that it can have a gradient
     owns_gradient: bool = False
     loading: bool = False  # whether load_state_dict may put another tensor in its place
-    reselected: bool = False  # whether the delta is of other units than an optimizer knows
+    came_from: Tensor | None = None  # since an optimizer's last step: each unit's place in the delta then, -1: new
 
     def __post_init__(self):
         self._register()
@@ -184,9 +184,10 @@ class InPlace(Block):
         return hasattr(self.weight, "placements")
 
     @torch.no_grad()
-    def choose(self, ranges: Ranges, again: Tensor, earlier) -> None:
+    def choose(self, ranges: Ranges, again: Tensor, earlier, came_from: Tensor) -> None:
         """The block becomes other positions of the weight, which hold their base's values; but for those at `again` in
-        it, which have trained before and go on: earlier has their delta and the base's values."""
+        it, which have trained before and go on: earlier has their delta and the base's values. came_from: the places
+        that they had in the block, -1 where they did not train."""
         self._lie_in(ranges)
         self.backup = self.read()
         self.delta.zero_()
@@ -194,7 +195,9 @@ class InPlace(Block):
         again = again.to(self.delta.device)
         self.delta.index_copy_(self.dim, again, earlier.delta.to(self.delta.device))
         self.backup.index_copy_(self.dim, again, earlier.backup.to(self.delta.device))
-        self.seen, self.reselected = None, True
+        if self.came_from is not None:  # chosen twice between two steps
+            came_from = torch.where(came_from >= 0, self.came_from[came_from], -1)
+        self.seen, self.came_from = None, came_from
 
     # --- the weight's values -----------------------------------------------------------------------------------------
 

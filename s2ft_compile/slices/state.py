@@ -387,14 +387,27 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     _check_not_stale(optimizer)
     for state, blocks in _blocks_in(optimizer):
         for block in blocks:
-            if block.reselected:  # momenta are of other units
-                optimizer.state.pop(block.delta, None)
-                block.reselected = False
+            _remember(optimizer, block)
         if not state.compared and blocks[0].follow_shards():
             check_processes(state.plan, blocks[0].weight)
             state.compared = True
     if not _closure(args, kwargs):  # with one, the gradients are made inside the step
         _check_gradients(optimizer)
+
+
+def _remember(optimizer: Optimizer, block: Block) -> None:
+    """After units were chosen anew: of what trains whole, such as norms, the optimizer goes on with what it knows, in
+    the order that the units have now. Of others it forgets all."""
+    came_from, block.came_from = block.came_from, None
+    known = optimizer.state.get(block.delta)
+    if came_from is None or known is None:
+        return
+    if (came_from < 0).any():
+        optimizer.state.pop(block.delta)
+        return
+    for name, value in known.items():
+        if isinstance(value, Tensor) and value.shape == block.delta.shape:
+            known[name] = value.index_select(block.dim, came_from.to(value.device))
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ def load_trained_state(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         ]
         arrange(state, selections, {s.parameter_name: one.all() for one, s in zip(given, state.plan.slices)})
         for block in state.blocks:
-            block.reselected = False  # an optimizer's state comes from the same checkpoint
+            block.came_from = None  # an optimizer's state comes from the same checkpoint
     else:
         for one, block in zip(given, state.blocks):
             block.delta.copy_(one.delta)
@@ -182,7 +182,8 @@ def arrange(state: State, selections: Sequence[Selection], learned: Mapping[str,
     state.moves = [(name, dim, order) for (name, dim), order in index.items()]
     state.permuted = Permuted.of(state.analysis, orders)
     state.move(back=False)
-    pairs = [_replaced(b, s, index, before[b.name]) for b, s in zip(state.blocks, selections)]
+    trained = [s.indices for s in state.plan.slices]
+    pairs = [_replaced(b, s, index, before[b.name], t) for b, s, t in zip(state.blocks, selections, trained)]
     state.left_behind = [left for _, left in pairs if left is not None]
     state.replan(tuple(piece for piece, _ in pairs))
     state.set_active(True)
@@ -206,19 +207,28 @@ def learned_by(state: State) -> dict[str, Learned]:
     return {s.parameter_name: (s.indices, delta_of(s).detach().clone()) for s in state.all_trained.slices}
 
 
+def _places(units: Tensor, among: Tensor, size: int) -> Tensor:
+    """Where each of the units, positions below size, stands among others; -1: it is none of them."""
+    where = torch.full((size,), -1)
+    where[among] = torch.arange(len(among))
+    return where[units]
+
+
 def _replaced(
-    block: Block, selection: Selection, index: Mapping[tuple[str, int], Tensor], before: Left
+    block: Block, selection: Selection, index: Mapping[tuple[str, int], Tensor], before: Left, trained: Tensor
 ) -> tuple[Slice, Left | None]:
-    """Gives a block other units, in the weight's new order. Returns its slice, and what gave way in the weight."""
+    """Gives a block other units than `trained`, in the weight's new order. Returns its slice, and what gave way in the
+    weight."""
     assert isinstance(block, InPlace)  # `check_can_change`
     shape = tuple(block.weight.shape)
     order = index.get((block.name, block.dim), torch.arange(shape[block.dim]))
     mask = torch.isin(order, selection.indices)
     indices = order[mask]
-    where = torch.full((shape[block.dim],), -1)
-    where[before.indices] = torch.arange(len(before.indices))
-    again = where[indices] >= 0
-    block.choose(ranges(mask), again.nonzero().squeeze(1), before.take(where[indices][again]))
+    where = _places(indices, before.indices, shape[block.dim])
+    again = where >= 0
+    # What is chosen starts afresh, where it trained before too: so restarted, AdamW learns more.
+    came_from = _places(indices, trained.cpu(), shape[block.dim]) if mask.all() else torch.full_like(indices, -1)
+    block.choose(ranges(mask), again.nonzero().squeeze(1), before.take(where[again]), came_from)
     gone = ~torch.isin(before.indices, indices)
     left = before.take(gone.nonzero().squeeze(1)).moved()
     return Slice(block.name, block.dim, indices, shape, selection.roles, block.delta), left
