@@ -62,10 +62,9 @@ FFN = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$|\d)|moe|expert|intermediate
 FFN_CLASS = re.compile(r"mlp|ffn|feed_?forward|experts$|intermediate", re.I)
 EXPERTS = re.compile(r"experts?$")
 NEITHER = re.compile(
-    r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|position_bias|rel_pos|meta_mlp|cpb|^gate$|_hc$"
-    r"|hyper_conn",
-    re.I,
+    r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|position_bias|cpb|^gate$|_hc$|hyper_conn", re.I
 )
+POSITIONS = re.compile(r"rel_pos|meta_mlp")  # makes a bias of attention from positions; so does all that is in it
 
 
 def kind_of(name: str, module: nn.Module) -> str | None:
@@ -83,6 +82,8 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
     """(kind, path) of each FFN and attention module inside repeated layers, outermost first; mixed ones are opened."""
     paths = []
     for name, child in module.named_children():
+        if POSITIONS.search(name):
+            continue
         at, kind = f"{path}.{name}".strip("."), kind_of(name, child)
         if kind == "ffn" and EXPERTS.search(name) and ATTENTION.search(path.rpartition(".")[2]):
             kind = "attention"  # a mixture of heads
@@ -92,7 +93,7 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
             else {
                 k
                 for n, m in child.named_modules()
-                if n and not EXPERTS.search(n) and (k := kind_of(n.rsplit(".", 1)[-1], m))
+                if n and not EXPERTS.search(n) and not POSITIONS.search(n) and (k := kind_of(n.rsplit(".", 1)[-1], m))
             }
         )
         experts = kind == "ffn" and not EXPERTS.search(at) and any(EXPERTS.search(n) for n, _ in child.named_modules())
