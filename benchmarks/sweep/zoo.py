@@ -103,8 +103,9 @@ def _timm(name: str) -> Made:
         raise RuntimeError(f"{name} could not be built")
     model, size = made
     with torch.no_grad():
-        for p in model.parameters():  # what starts as zeros would hide everything behind it
-            p.add_(torch.randn_like(p), alpha=0.05)
+        for p in model.parameters():
+            if p.numel() == 1 or not p.std() > 0:  # what starts as zeros would hide everything behind it
+                p.add_(torch.randn_like(p), alpha=0.05)
     fewer = (_without_repeats(model, kinds) for kinds in ((nn.Sequential, nn.ModuleList), nn.Sequential))
     return next((shallow for shallow in fewer if _runs(shallow, size)), model), (image(size),)
 
