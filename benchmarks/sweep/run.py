@@ -72,7 +72,7 @@ def kind_of(name: str, module: nn.Module) -> str | None:
     if not matrices or NEITHER.search(name):
         return None
     if ATTENTION.search(name) or ATTENTION.search(label) and not re.search(r"layer|block", label, re.I):
-        if hasattr(module, "receptance") or "ConvAttn" in label:
+        if hasattr(module, "receptance") or "ConvAttention" in label:
             return None  # a recurrence or a convolution under the name of attention: no product of two activations
         return "attention" if sum(p.dim() > 1 for p in module.parameters()) > 1 else None
     return "ffn" if FFN.search(name) or FFN_CLASS.search(label) and matrices > 1 else None
