@@ -1,7 +1,7 @@
 """`S2FTCallback`: what a prepared model may ask of a Trainer of transformers or TRL beyond what it does anyway."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from .slices.state import state_of
 from .slices.units import check_can_change
 
 PLAN = "s2ft_plan.json"  # in each checkpoint
-BATCHES = 4
 
 
 class S2FTCallback(TrainerCallback):
@@ -30,7 +29,7 @@ class S2FTCallback(TrainerCallback):
     `load_best_model_at_end` goes back to those of the best.
 
     reselect_every: optimizer steps; None keeps the units. calibration: batches for a selection that looks at data, or a
-    function that makes them; by default four batches of the training data, spread evenly. loss: as for `prepare`.
+    function that makes them; by default one batch of the training data, spread evenly over it. loss: as for `prepare`.
     Raises `ConfigError` for no whole number of steps; when training begins, and at those steps, what `reselect` raises.
     """
 
@@ -67,7 +66,7 @@ class S2FTCallback(TrainerCallback):
         batches: Iterable[Any] | None = None
         if looks_at_data(state_of(model).plan.config.selection):
             if self.calibration is None:
-                batches = _spread(train_dataloader, args.per_device_train_batch_size, model.device)
+                batches = [_spread(train_dataloader, args.per_device_train_batch_size, model.device)]
             else:
                 batches = self.calibration() if callable(self.calibration) else self.calibration
         reselect(model, batches, self.loss)
@@ -84,17 +83,15 @@ class S2FTCallback(TrainerCallback):
             os.replace(partial, folder / PLAN)
 
 
-def _spread(loader: Any, size: int, device: torch.device) -> Iterator[Any]:
-    """Batches of a loader's data set, spread evenly over it: the same in every process, and at any time."""
+def _spread(loader: Any, size: int, device: torch.device) -> Any:
+    """A batch of a loader's data set, spread evenly over it: the same in every process, and at any time."""
     try:
         rows = len(loader.dataset)
     except TypeError as error:
         raise ConfigError(
-            "the training data has no length, so its batches cannot be spread over it: S2FTCallback(calibration=...) "
+            "the training data has no length, so a batch cannot be spread over it: S2FTCallback(calibration=...) "
             "takes a list of batches, or a function that makes them"
         ) from error
-    total = min(BATCHES * size, rows)
-    for start in range(0, total, size):
-        chosen = range(start, min(start + size, total))
-        batch = loader.collate_fn([loader.dataset[i * rows // total] for i in chosen])
-        yield pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
+    size = min(size, rows)
+    batch = loader.collate_fn([loader.dataset[i * rows // size] for i in range(size)])
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)

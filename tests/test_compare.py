@@ -52,6 +52,23 @@ def test_rows_are_reported_at_the_rate_that_the_first_seed_chose_on_other_rows()
     rows = [row(-2, 0, 1.0, 9.0), row(-2, 1, 9.0, 8.0), row(-1, 0, 2.0, 0.0), row(-1, 1, 0.0, 0.0), row(0, 0, math.nan)]
     assert [r["test_loss"] for r in report.Runs(rows).best("far", "s2ft")] == [9.0, 8.0]
     assert report.Runs(rows).best("far", "lora") == []
+    between = report.Runs([*rows, row(-2.25, 0, 0.0)])  # a point of the line, whatever it chose
+    assert between.best("far", "s2ft") == rows[:2] and len(between.curve("far", "s2ft")) == 4
+
+
+def test_a_rate_between_is_run_once_below_the_best():
+    written = []
+    for _ in range(2):  # what is there is not run again
+        run.job(lambda e, seed: row(e, seed, (e + 2) ** 2), -1.0, 2, list(written), written.append, between=True)
+    assert [(r["exponent"], r["seed"]) for r in written] == [
+        (-1, 0),
+        (-0.5, 0),
+        (-1.5, 0),
+        (-2, 0),
+        (-2.5, 0),
+        (-2, 1),
+        (-2.25, 0),
+    ]
 
 
 def test_a_gain_is_a_share_of_full_fine_tunings():

@@ -117,7 +117,7 @@ def tuned(contender: Contender, base: nn.Module, setting: Setting, seed: int, ba
         asked = targets(setting, *options.pop("parts"))
         model, net = _compiled(("s2ft", repr(asked)), lambda: copy.deepcopy(base), setting)
         config = s2ft.S2FTConfig(asked, seed=seed, **options)
-        again = partial(s2ft.reselect, model, batches if config.selection in NEED_DATA else None)
+        again = partial(s2ft.reselect, model, batches[:1] if config.selection in NEED_DATA else None)
         return Tuned(model, net, _prepare(model, config, batches), lambda seed: again(seed=seed))
     make = copy.deepcopy if contender.kind == "full" else partial(_with_peft, setting=setting, **options)
     model, net = _compiled((contender.kind, repr(options)), lambda: make(base), setting)

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from contenders import CONTENDERS, MAIN, VARIANTS
-from run import Row, read
+from run import STEP, Row, read
 
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # by degrees of freedom
 TASKS = ("near", "far", "skill", "facts", "form")
@@ -38,8 +38,9 @@ class Runs:
             self.all[row["task"], row["method"]].append(row)
 
     def best(self, task: str, method: str) -> list[Row]:
-        """The rows at the rate whose first seed has the least loss on the rows for choosing; empty without runs."""
-        rows = self.all.get((task, method), [])
+        """The rows at the rate whose first seed has the least loss on the rows for choosing, of the rates that a search
+        tries; empty without runs."""
+        rows = [r for r in self.all.get((task, method), []) if r["exponent"] % STEP == 0]
         finite = [r for r in rows if r["seed"] == 0 and math.isfinite(r["choose_loss"])]
         if not finite:
             return []

@@ -156,10 +156,16 @@ def search(loss: Callable[[float], float], start: float) -> float:
 
 
 def job(
-    run: Callable[[float, int], Row], start: float, seeds: int, done: list[Row], write: Callable[[Row], None]
+    run: Callable[[float, int], Row],
+    start: float,
+    seeds: int,
+    done: list[Row],
+    write: Callable[[Row], None],
+    between: bool = False,
 ) -> None:
     """Searches a method's rate for a task with the first seed, from the exponent `start` on, and runs the best one with
-    the others. done: rows that are not run again.
+    the others. done: rows that are not run again. between: also the rate halfway to the next smaller one, with the
+    first seed, for another point of what is kept by what is learned.
     """
     rows = {(r["exponent"], r["seed"]): r for r in done}
 
@@ -172,6 +178,8 @@ def job(
     best = search(lambda exponent: loss(exponent, 0), start)
     for seed in range(1, seeds):
         loss(best, seed)
+    if between:
+        loss(best - STEP / 2, 0)
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -189,20 +197,21 @@ def main() -> None:
     tasks, methods = given.tasks or list(bench.tasks), given.methods or list(MAIN)
     jobs = [(t, m) for m in methods for t in tasks]
     of = {(t, m): [r for r in done if (r["task"], r["method"]) == (t, m)] for t, m in jobs}
-    for number, line in enumerate(_all(bench, jobs, given.seeds, of, given.rows, given.workers), 1):
+    for number, line in enumerate(_all(bench, jobs, given, of), 1):
         print(f"{number}/{len(jobs)}: {line}", flush=True)
 
 
-def _all(bench: Bench, jobs: list, seeds: int, of: dict, rows: Path, workers: int) -> Iterator[str]:
+def _all(bench: Bench, jobs: list, given: argparse.Namespace, of: dict) -> Iterator[str]:
     """Does all jobs, here or in processes of their own, and says what each one took."""
     global _bench
-    if workers == 1:
+    how = given.seeds, given.between, given.rows
+    if given.workers == 1:
         _bench = bench
-        yield from (_work(t, m, seeds, of[t, m], rows) for t, m in jobs)
+        yield from (_work(t, m, of[t, m], *how) for t, m in jobs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (asdict(bench.setting),)) as pool:
-        waiting = [pool.submit(_work, t, m, seeds, of[t, m], rows) for t, m in jobs]
+    with ProcessPoolExecutor(given.workers, context, _start, (asdict(bench.setting),)) as pool:
+        waiting = [pool.submit(_work, t, m, of[t, m], *how) for t, m in jobs]
         yield from (ended.result() for ended in as_completed(waiting))
 
 
@@ -216,7 +225,7 @@ def _start(setting: dict) -> None:
     _bench, _parent = Bench(Setting(**setting)), os.getppid()
 
 
-def _work(task: str, method: str, seeds: int, done: list[Row], rows: Path) -> str:
+def _work(task: str, method: str, done: list[Row], seeds: int, between: bool, rows: Path) -> str:
     began, written = time.perf_counter(), []
 
     def write(row: Row) -> None:
@@ -225,7 +234,7 @@ def _work(task: str, method: str, seeds: int, done: list[Row], rows: Path) -> st
         if _parent and os.getppid() != _parent:  # it was killed, and nobody waits for more
             os._exit(1)
 
-    job(partial(_bench.row, task, method), CONTENDERS[method].rate, seeds, done, write)
+    job(partial(_bench.row, task, method), CONTENDERS[method].rate, seeds, done, write, between)
     return f"{task}, {method}: {len(written)} runs in {time.perf_counter() - began:.0f} s"
 
 
@@ -256,6 +265,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", type=lambda s: s.split(","), help="default: all")
     parser.add_argument("--methods", type=lambda s: s.split(","), help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--between", action="store_true", help="also a rate halfway below the best, with one seed")
     parser.add_argument("--steps", type=int, help="of tuning (default: the setting's); give --rows with it")
     parser.add_argument("--workers", type=int, default=1 if DEVICE == "cuda" else os.cpu_count())
     parser.add_argument("--rows", type=Path, help="the file of runs (default: compare-SETTING.jsonl)")

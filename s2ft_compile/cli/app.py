@@ -219,7 +219,9 @@ def train(
         list[Path] | None,
         typer.Option(help="An adapter of which nothing may train again, to fuse both; may be repeated. " + ADAPTER),
     ] = None,
-    calibration_batches: Annotated[int, typer.Option(help="Batches of the data that a selection looks at.")] = 4,
+    calibration_batches: Annotated[
+        int, typer.Option(help="Batches of the data that the first selection looks at.")
+    ] = 4,
     reselect_every: Annotated[
         float | None,
         typer.Option(

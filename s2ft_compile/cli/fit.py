@@ -33,10 +33,12 @@ EARLY = 100  # steps after which the loss should have fallen
 LOG, CHECKPOINTS, WEIGHTS, STATE = "log.jsonl", "checkpoints", "model.safetensors", "trainer_state.json"
 
 
-def calibration(model: nn.Module, blocks: Blocks, options: TrainOptions) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of the training blocks, spread evenly over them, for a selection that looks at data."""
+def calibration(
+    model: nn.Module, blocks: Blocks, options: TrainOptions, batches: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """So many batches of the training blocks, spread evenly over them, for a selection that looks at data."""
     device = next(model.parameters()).device
-    size = min(options.calibration_batches * options.batch_size, len(blocks))
+    size = min(batches * options.batch_size, len(blocks))
     chosen = blocks.take([i * len(blocks) // size for i in range(size)])
     for start in range(0, size, options.batch_size):
         yield {k: v.to(device) for k, v in chosen[start : start + options.batch_size].items()}
@@ -229,7 +231,7 @@ def _reselection(model: nn.Module, blocks: Blocks, options: TrainOptions, steps:
     from s2ft_compile.callback import S2FTCallback
 
     every = options.reselection_steps(steps)
-    return S2FTCallback(every if every < steps else None, lambda: calibration(model, blocks, options))
+    return S2FTCallback(every if every < steps else None, lambda: calibration(model, blocks, options, batches=1))
 
 
 def _watch(bars: Progress, steps: int, options: TrainOptions, work: Path, tokens: int):
