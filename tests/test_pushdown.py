@@ -232,6 +232,14 @@ def test_gradients_behind_a_weight_norm_are_sliced_along_what_has_a_norm_of_its_
             pushed(lambda *args: take(gradients(*args)[0], 1 - at, [(1, 3)]), (v, g, a, b))
 
 
+def test_a_gradient_that_its_slice_needs_all_of_is_said(caplog):
+    gm = graph_of(
+        lambda a, b: take((dW := aten.mm(a, b)) - aten.sum(dW, [1], True), 1, [(1, 3)]), randn(8, 5), randn(5, 6)
+    )
+    slice_pushdown(gm.graph)
+    assert "the gradient of a frozen weight is computed at its full size [8, 6] by aten.mm.default" in caplog.text
+
+
 GEOMETRIES = {  # (dY, X, W), stride, padding, dilation, transposed, groups
     "1x1": (((2, 8, 3, 3), (2, 6, 3, 3), (8, 6, 1, 1)), 1, 0, 1, False, 1),
     "3x3": (((2, 8, 3, 2), (2, 6, 5, 4), (8, 6, 3, 3)), 2, 1, 1, False, 1),

@@ -402,6 +402,7 @@ CASES["expand"] = [expand_case]
 CASES["expand_as"] = [lambda r: (aten.expand_as.default, (r.t(1, (n := r.n())), r.t(r.n(), n)), {})]
 CASES["broadcast_to"] = [lambda r: (aten.broadcast_to.default, (r.t(n := r.n(), 1), [n, r.n()]), {})]
 CASES["repeat"] = [lambda r: (aten.repeat.default, (r.t(*r.shape(2)), r.shape(r.of(2, 3))), {})]
+CASES["tile"] = [lambda r: (aten.tile.default, (r.t(*r.shape(2)), r.shape(r.of(2, 3, 1))), {})]
 CASES["repeat_interleave"] = [
     lambda r: (aten.repeat_interleave.self_int, (x := r.x(), r.n(), r.of(r.dim(x), None)), {})
 ]
@@ -419,7 +420,14 @@ CASES["concat"] = [lambda r: (aten.concat.default, cat_case(r)[1], {})]
 CASES["concatenate"] = [lambda r: (aten.concatenate.default, cat_case(r)[1], {})]
 CASES["stack"] = [stack_case]
 CASES["constant_pad_nd"] = [pad_case(aten.constant_pad_nd.default)]
-CASES["pad"] = [pad_case(aten.pad.default), lambda r: (aten.pad.default, (r.t(2, 3, 5), [1, 1], "reflect"), {})]
+CASES["pad"] = [
+    pad_case(aten.pad.default),
+    lambda r: (
+        aten.pad.default,
+        (r.t(r.n(), r.n(), 5), [r.of(0, 2), r.n(0, 3)], r.of("reflect", "replicate", "circular")),
+        {},
+    ),
+]
 for _name in ("sum", "mean", "any", "all"):
     _packet = getattr(aten, _name)
     CASES[_name] = [
@@ -465,13 +473,28 @@ CASES["index_select"] = [lambda r: (aten.index_select.default, (x := r.x(), d :=
 CASES["gather"] = [gather_case]
 
 
+def take_along_case(r):
+    x = r.x(2)
+    d = r.dim(x)
+    shape = [r.n(1, 4) if i == d % x.dim() else r.of(n, 1) for i, n in enumerate(x.shape)]
+    return aten.take_along_dim.default, (x, r.i(x.shape[d], *shape), d), {}
+
+
+CASES["one_hot"] = [lambda r: (aten.one_hot.default, (r.i(4, *r.shape(r.of(2, 1))), 5), {})]
+CASES["take_along_dim"] = [
+    take_along_case,
+    lambda r: (aten.take_along_dim.default, (x := r.x(2), r.i(x.numel(), 3)), {}),
+]
+
+
 def slice_scatter_case(r):
     x = r.x(2)
     d = r.dim(x)
     start = r.n(0, x.shape[d] - 1)
     size = r.n(1, x.shape[d] - start)
-    source = r.t(*[size if i == d % x.dim() else n for i, n in enumerate(x.shape)])
-    return aten.slice_scatter.default, (x, source, d, start, start + size), {}
+    step = r.of(1, 1, 2)
+    source = r.t(*[-(-size // step) if i == d % x.dim() else n for i, n in enumerate(x.shape)])
+    return aten.slice_scatter.default, (x, source, d, start, start + size, step), {}
 
 
 def select_scatter_case(r):
@@ -572,9 +595,10 @@ CASES["as_strided"] = [
 ]
 CASES["unfold"] = [lambda r: (aten.unfold.default, (r.t(r.n(), 5, r.n()), r.of(1, -2), 2, r.of(1, 2)), {})]
 CASES["glu"] = [lambda r: (aten.glu.default, (r.t(r.n(), 2 * r.n(), 4), r.of(1, -2, 2)), {})]
-for _name, _arguments in {"avg_pool": ([2],), "max_pool": ([2],), "adaptive_avg_pool": ([2],)}.items():
-    CASES[f"{_name}1d"] = [spatial_case(1, getattr(aten, f"{_name}1d").default, *_arguments)]
-for _name in ("avg_pool2d", "max_pool2d", "max_pool2d_with_indices", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"):
+for _spatial in (1, 2, 3):
+    for _name in ("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool"):
+        CASES[f"{_name}{_spatial}d"] = [spatial_case(_spatial, only(f"{_name}{_spatial}d"), [2] * _spatial)]
+for _name in ("max_pool2d_with_indices", "_adaptive_avg_pool2d"):
     CASES[_name] = [spatial_case(2, only(_name), [2, 2])]
 CASES["upsample_linear1d"] = [spatial_case(1, aten.upsample_linear1d.default, [7], False)]
 CASES["upsample_nearest1d"] = [spatial_case(1, aten.upsample_nearest1d.default, [7])]
@@ -741,8 +765,6 @@ CASES["_weight_norm"] = [
     lambda r: (aten._weight_norm.default, (r.t(n := r.n(), 3, 2), r.t(n, 1, 1), 0), {}),
     lambda r: (aten._weight_norm.default, (r.t(r.n(), 3), r.t(), -1), {}),
 ]
-for _name in ("avg_pool3d", "max_pool3d", "adaptive_avg_pool3d"):
-    CASES[_name] = [spatial_case(3, only(_name), [2, 2, 2])]
 CASES["upsample_nearest3d"] = [spatial_case(3, aten.upsample_nearest3d.default, [5, 3, 7])]
 CASES["upsample_trilinear3d"] = [spatial_case(3, aten.upsample_trilinear3d.default, [5, 3, 7], False)]
 for _spatial in (1, 2, 3):
@@ -892,9 +914,11 @@ PINNING = (
     "index",
     "index_select",
     "gather",
+    "take_along_dim",
     "index_put",
     "index_add",
     "scatter",
+    "slice_scatter",
     "unfold",
     "as_strided",
     "view_as_complex",

@@ -10,10 +10,12 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import s2ft_compile as s2ft
+from s2ft_compile.cli.inspect import describe
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.backward import eager, trainable
 from s2ft_compile.passes.backward.slice_rules import SLICE_RULES
 from s2ft_compile.passes.backward.trainable import Taken, refused_gradients, sliced_gradients, trained_bands
+from s2ft_compile.passes.editor import Mismatch
 from s2ft_compile.passes.select.select import offered
 from s2ft_compile.testing import assert_gradients, assert_sliced, assert_trains
 
@@ -103,6 +105,11 @@ def test_slices_by_their_rules_are_those_of_all_gradients(monkeypatch):
         assert_sliced(Accumulated(), (X,))
 
 
+def test_slices_pass_a_pooling():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3))
+    assert assert_sliced(model, (torch.randn(2, 3, 10, 10),)) == {"conv.out": (1, 0), "conv.in": (1, 0)}
+
+
 class Sloped(nn.Module):
     """Attention whose heads have a slope each, so that their order is fixed (ALiBi)."""
 
@@ -132,6 +139,21 @@ def test_heads_in_a_fixed_order_train_where_they_lie():
     refused.kept = refused.qkv.weight[:3].detach()  # shares its memory: nothing of it may train
     with pytest.raises(ConfigError, match="shares memory"):
         s2ft.prepare(refused, (X,), s2ft.S2FTConfig({"attention.query": 1}))
+
+
+def test_heads_train_where_their_channels_do_not_and_inspect_says_so(monkeypatch):
+    model, parts = Sloped(), lambda asked: [t for t in asked if len(t.starts) > 1]  # a channel of each of the heads
+    no = Mismatch("it has no slice rule")
+    monkeypatch.setattr(trainable, "refused_gradients", lambda m, x, asked, _: dict.fromkeys(parts(asked), no))
+    facts = describe(model, (X,), s2ft.analyze(model, (X,)))
+    whole = {role for role, target in facts["targets"].items() if target["weights"] and role.startswith("attention.")}
+    assert whole == {"attention.out", "attention.value", "attention.query", "attention.key"}
+    said = {m["parameter_name"]: row["reason"] for row in facts["untrained"] for m in row["members"]}
+    assert said["out.weight"] == "as attention.out.channels its gradient would be it has no slice rule"
+    assert said.keys() == {"out.weight", "qkv.weight"}
+    monkeypatch.setattr(trainable, "refused_gradients", lambda m, x, asked, _: dict.fromkeys(asked, no))
+    reasons = [row["reason"] for row in describe(model, (X,), s2ft.analyze(model, (X,)))["untrained"]]
+    assert set(reasons) == {"its gradient would be it has no slice rule"}
 
 
 class Hidden(nn.Module):
@@ -191,3 +213,37 @@ def test_what_trains_is_what_prepare_takes(make):
         else:
             with pytest.raises(ConfigError, match="cannot train"):
                 s2ft.prepare(make(), (X,), config)
+
+
+NORMED = {  # along a dimension, each of which needs sums along that for its gradient; and one that does not
+    "norm": lambda v, dim: v / v.norm(dim=dim, keepdim=True),
+    "normalize": lambda v, dim: F.normalize(v, dim=dim),
+    "root mean square": lambda v, dim: v * (v.square().mean(dim, keepdim=True) + 1e-5).rsqrt(),
+    "centred": lambda v, dim: v - v.mean(dim, keepdim=True),
+    "softmax": lambda v, dim: v.softmax(dim),
+    "tanh": lambda v, dim: v.tanh(),
+}
+
+
+class Normed(nn.Module):
+    def __init__(self, how: str, dim: int):
+        super().__init__()
+        self.how, self.dim = how, dim
+        self.u, self.v, self.g = nn.Linear(8, 16), nn.Parameter(torch.randn(9, 16)), nn.Parameter(torch.randn(9, 1))
+        self.o = nn.Linear(9, 8)
+
+    def forward(self, x):
+        weight = NORMED[self.how](self.v, self.dim) * self.g
+        return x + self.o(F.linear(self.u(x).relu(), weight).relu())
+
+
+@given(st.sampled_from(list(NORMED)), st.integers(0, 1))
+@settings(max_examples=12)
+def test_a_weight_normalized_along_its_slice_needs_its_whole_gradient_and_is_refused(how, dim):
+    model, (rows, columns) = Normed(how, dim), (9, 16)
+    joint = sliced_gradients(model, (X,), [Taken("v", d, (1,), (3,)) for d in (0, 1)])
+    assert {taken.dim for taken in joint.refused} == ({dim} if how != "tanh" else set())
+    alone = sliced_gradients(model, (X,), [Taken("v", 1 - dim, (1,), (3,))])
+    products = alone.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    assert rows * columns not in [n.meta["val"].numel() for n in products]
+    assert all("summed along the slice's dimension" in why.reason for why in joint.refused.values())

@@ -58,12 +58,13 @@ console = Console(width=160)
 # --- what there should be, by the names of modules -------------------------------------------------------------------
 
 ATTENTION = re.compile(r"att(entio)?n(?!.*(norm|rotary))", re.I)
-FFN = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$|\d)|moe|expert|intermediate|^(fc|lin|wi)_?[01]?$", re.I)
+FFN = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$|\d)|moe|expert|intermediate|^(fc|lin)_?[01]$|^wi(_?[01])?$", re.I)
 FFN_CLASS = re.compile(r"mlp|ffn|feed_?forward|experts$|intermediate", re.I)
 EXPERTS = re.compile(r"experts?$")
 NEITHER = re.compile(
     r"norm|embed|router|dropout|pool|head$|classif|mask|conv_pos|position_bias|cpb|^gate$|_hc$|hyper_conn", re.I
 )
+POSITIONS = re.compile(r"rel_pos|meta_mlp")  # makes a bias of attention from positions; so does all that is in it
 
 
 def kind_of(name: str, module: nn.Module) -> str | None:
@@ -71,8 +72,8 @@ def kind_of(name: str, module: nn.Module) -> str | None:
     if not matrices or NEITHER.search(name):
         return None
     if ATTENTION.search(name) or ATTENTION.search(label) and not re.search(r"layer|block", label, re.I):
-        if hasattr(module, "receptance"):
-            return None  # a recurrence under the name of attention: no product of two activations
+        if hasattr(module, "receptance") or "ConvAttention" in label:
+            return None  # a recurrence or a convolution under the name of attention: no product of two activations
         return "attention" if sum(p.dim() > 1 for p in module.parameters()) > 1 else None
     return "ffn" if FFN.search(name) or FFN_CLASS.search(label) and matrices > 1 else None
 
@@ -81,6 +82,8 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
     """(kind, path) of each FFN and attention module inside repeated layers, outermost first; mixed ones are opened."""
     paths = []
     for name, child in module.named_children():
+        if POSITIONS.search(name):
+            continue
         at, kind = f"{path}.{name}".strip("."), kind_of(name, child)
         if kind == "ffn" and EXPERTS.search(name) and ATTENTION.search(path.rpartition(".")[2]):
             kind = "attention"  # a mixture of heads
@@ -90,12 +93,12 @@ def units(module: nn.Module, path: str = "") -> list[tuple[str, str]]:
             else {
                 k
                 for n, m in child.named_modules()
-                if n and not EXPERTS.search(n) and (k := kind_of(n.rsplit(".", 1)[-1], m))
+                if n and not EXPERTS.search(n) and not POSITIONS.search(n) and (k := kind_of(n.rsplit(".", 1)[-1], m))
             }
         )
         experts = kind == "ffn" and not EXPERTS.search(at) and any(EXPERTS.search(n) for n, _ in child.named_modules())
         if kind and not experts and not inside - {kind} and re.search(r"(^|\.)\d+(\.|$)", at):
-            direct = isinstance(child, (nn.Linear, nn.Conv1d)) or re.fullmatch(r"(fc|lin|wi)_?[01]?", name)
+            direct = isinstance(child, (nn.Linear, nn.Conv1d)) or re.fullmatch(r"(fc|lin)_?[01]|wi(_?[01])?", name)
             paths.append((kind, f"{path}" if direct else at))
         else:
             paths += units(child, at)
@@ -232,9 +235,9 @@ def examine_made(model: nn.Module, inputs) -> dict:
 
 
 def warm() -> None:
-    """What all types need is imported and made once, before any fork."""
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
-    examine_made(model, (torch.ones(2, 4),))
+    """What all types need is imported and made once, before any fork; so are what torch keeps of operators."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4))
+    examine_made(model, (torch.ones(2, 4, 8),))
     build(*_classes("bert", "BertForMaskedLM"))
     gc.collect()
     gc.freeze()  # what is imported here is no garbage there

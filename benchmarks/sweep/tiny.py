@@ -9,6 +9,7 @@ import re
 import torch
 
 LARGEST = 150e6  # parameters
+BACKBONE = "resnet10t"  # of timm, in whose place a configuration names one
 
 # --- a tiny configuration: (what an attribute's name looks like, its size), the first that matches ------------------
 
@@ -268,6 +269,8 @@ def tiny(config_class, rules, depth: int = 0):
         if name in inner or (hasattr(value, "to_dict") and hasattr(type(value), "model_type")):
             if value is not None and hasattr(value, "to_dict") and depth < 3:
                 sizes[name] = tiny(type(value), rules, depth + 1).to_dict()
+        elif name == "architecture":
+            sizes[name] = BACKBONE
         elif value is None and name in ("head_dim", "num_experts_per_tok", "topk_group", "n_group"):
             for size in (n for pattern, n in rules if re.fullmatch(pattern, name)):
                 sizes[name] = size  # the last rule that matches

@@ -3,6 +3,7 @@
 Each entry makes (model, example inputs). Libraries that cannot be imported are left out, with a line.
 """
 
+import copy
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 Made = tuple[nn.Module, tuple | dict]
-TINY = {"img_size": 64}
 
 
 def image(size: int = 64, channels: int = 3, batch: int = 2) -> Tensor:
@@ -68,25 +68,67 @@ def timm_models() -> Iterator[tuple[str, Callable[[], Made]]]:
             yield name, lambda name=name: _timm(name)
 
 
+WIDTHS = (48, 96, 192, 384)
+SMALLER = (  # options of which a model takes some: of each line the first that it runs with
+    ({"img_size": 64}, {"img_size": 128}),
+    ({"depth": 2}, {"depths": (1, 1, 1, 1)}, {"depths": (2, 2, 2, 2)}, {"layers": (1, 1, 1, 1)}),
+    (
+        {"embed_dim": 64, "num_heads": 2},
+        {"embed_dim": 48},
+        {"embed_dims": WIDTHS},
+        {"dims": WIDTHS},
+        {"embed_dim": WIDTHS},
+    ),
+)
+
+
 def _timm(name: str) -> Made:
-    """At the smallest of its sizes that builds; depth as it is, where it cannot be less."""
+    """As shallow and narrow, and at the smallest of its sizes, as its options allow."""
     import timm
 
-    shallow = [{"depth": 2}, {"depths": (1, 1, 1, 1)}, {"depths": (2, 2, 2, 2)}, {"layers": (1, 1, 1, 1)}]
-    for options in (*({**TINY, **less} for less in shallow), *shallow, TINY, {}):
-        try:
-            model = timm.create_model(name, pretrained=False, num_classes=7, **options)
-        except (TypeError, ValueError, AssertionError, RuntimeError):
-            continue
-        size = options.get("img_size") or (64 if "img_size" not in options else model.default_cfg["input_size"][-1])
-        for size in (64, model.default_cfg["input_size"][-1]):
+    options: dict = {}
+    made = None
+    for choices in ((), *SMALLER):
+        for choice in choices or ({},):
             try:
-                with torch.no_grad():
-                    model.eval()(image(size, batch=1))
-            except Exception:  # it takes one size only
+                model = timm.create_model(name, pretrained=False, num_classes=7, **options, **choice).eval()
+            except Exception:  # it takes no such option
                 continue
-            return model, (image(size),)
-    raise RuntimeError(f"{name} could not be built")
+            sizes = (64, 128, model.default_cfg["input_size"][-1]) if made is None else (made[1],)
+            sizes = (choice["img_size"],) if "img_size" in choice else sizes
+            if size := next((size for size in sizes if _runs(model, size)), 0):
+                made, options = (model, size), options | choice
+                break
+    if made is None:
+        raise RuntimeError(f"{name} could not be built")
+    model, size = made
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.numel() == 1 or not p.std() > 0:  # what starts as zeros would hide everything behind it
+                p.add_(torch.randn_like(p), alpha=0.05)
+    fewer = (_without_repeats(model, kinds) for kinds in ((nn.Sequential, nn.ModuleList), nn.Sequential))
+    return next((shallow for shallow in fewer if _runs(shallow, size)), model), (image(size),)
+
+
+@torch.no_grad()
+def _runs(model: nn.Module, size: int) -> bool:
+    try:
+        model(image(size, batch=1))
+    except Exception:  # it takes one size only
+        return False
+    return True
+
+
+def _without_repeats(model: nn.Module, lists: type | tuple[type, ...]) -> nn.Module:
+    """A copy in which one stays of layers in a row that are equal but for their values."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        if isinstance(module, lists):
+            kinds = [(type(m), [(name, t.shape) for name, t in m.state_dict().items()]) for m in module]
+            for i in range(len(kinds) - 1, 0, -1):
+                if kinds[i] == kinds[i - 1] and kinds[i][1]:
+                    del module[i]
+    return model
 
 
 # --- torchvision -----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from .slice_rules import rule_for
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+PRODUCTS = (aten.mm.default, aten.bmm.default, aten._grouped_mm.default, operator.getitem)  # of dY and X
 
 
 class Slicer(Editor):
@@ -31,7 +32,9 @@ class Slicer(Editor):
 
     def __init__(self, graph: fx.Graph):
         super().__init__(graph)
-        self.needed = _needed(graph)
+        self.needed = _behind([graph.output_node()], lambda node: node.target is TAKE)
+        self._sliced: set[fx.Node] = set()  # the products of weight gradients that were sliced
+        self._summed = False  # whether the slice in hand was pushed through a sum: of an activation's gradient
 
     def take(self, x: fx.Node, dim: int, like: fx.Node) -> fx.Node:
         """The ranges of the take `like`, of x along dim: of an activation, a weight or what else there is anyway."""
@@ -66,13 +69,27 @@ class Slicer(Editor):
             log.warning("the gradient of a frozen weight is computed at its full size %s", list(x.meta["val"].shape))
             return node
         rule = rule_for(x.target) if x.op == "call_function" else None
+        summed, self._summed = self._summed, self._summed or x.target is aten.sum.dim_IntList
         sliced = self._by_rule(rule, node, x, dim) if rule else Mismatch("it has no slice rule")
+        self._summed = summed
         if isinstance(sliced, Mismatch) and sum(node.args[3]) == x.meta["val"].shape[dim]:  # all of it is wanted
             return x
         if isinstance(sliced, Mismatch) and not sliced.operator:
             maker = x.args[0] if x.target is operator.getitem else x
             return replace(sliced, operator=f"{maker.target} ({maker.name})", size=tuple(x.meta["val"].shape))
+        if x.target in PRODUCTS and not summed:
+            self._sliced.add(x)
         return sliced
+
+    def whole(self, sliced: fx.Node) -> Mismatch | None:
+        """What of a weight's gradient its slice needs in full besides, if anything: where the weight is normalized."""
+        read = self._sliced & _behind([sliced], self.needed.__contains__)
+        if not read:
+            return None
+        x = min(read)
+        maker = x.args[0] if x.target is operator.getitem else x
+        why = "all of it is summed along the slice's dimension"
+        return Mismatch(why, f"{maker.target} ({maker.name})", tuple(x.meta["val"].shape))
 
     def _by_rule(self, rule: Callable, node: fx.Node, x: fx.Node, dim: int) -> fx.Node | Mismatch:
         """What a rule gives, or why it gives no slice: rules of others may be wrong."""
@@ -92,16 +109,16 @@ class Slicer(Editor):
         return sliced
 
 
-def _needed(graph: fx.Graph) -> set[fx.Node]:
-    """What the graph computes for more than slices of gradients."""
-    nodes: set[fx.Node] = set()
-    stack = [graph.output_node()]
+def _behind(nodes: Sequence[fx.Node], stop: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """These and what they are computed from, without what is computed before a node to stop at."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in nodes and node.target is not TAKE:
-            nodes.add(node)
+        if node not in found and not stop(node):
+            found.add(node)
             stack += node.all_input_nodes
-    return nodes
+    return found
 
 
 def slice_pushdown(graph: fx.Graph) -> int:
@@ -122,6 +139,8 @@ def slice_pushdown(graph: fx.Graph) -> int:
             raise CompileError(
                 f"the gradient of a frozen weight would be {sliced}; choose other targets than this weight"
             )
+        if why := slicer.whole(sliced):
+            log.warning("the gradient of a frozen weight is %s", why)
         node.replace_all_uses_with(sliced)
     graph.eliminate_dead_code()
     grouped.without_weight_gradients(slicer, graph)

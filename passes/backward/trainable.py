@@ -76,10 +76,11 @@ def _stands_for(name: str, dim: int, roles: Sequence[str], indices: Tensor) -> "
 
 def trained_bands(
     model: nn.Module, example_inputs: Any, analysis: Analysis
-) -> tuple[dict[str, list[Band]], dict[Place, Mismatch]]:
-    """What of what is `offered` trains, by role, and the places whose gradient has no slice rule -> why."""
+) -> tuple[dict[str, list[Band]], dict[Place, dict[str, Mismatch]]]:
+    """What of what is `offered` trains, by role, and the places whose gradient has no slice rule: role -> why. Whole
+    heads of a place may train where their channels do not."""
     kept: dict[str, list[Band]] = {}
-    refused: dict[Place, Mismatch] = {}
+    refused: dict[Place, dict[str, Mismatch]] = {}
     of_roles = offered(analysis)
     every = [band for bands in of_roles.values() for band in bands if band.role != WHOLE]
     taken = {id(b): _stands_for(b.parameter_name, b.dim, [b.role], b.positions[0]) for b in every}
@@ -87,7 +88,8 @@ def trained_bands(
     for role, bands in of_roles.items():
         if trained := [b for b in bands if taken.get(id(b)) not in whys]:
             kept[role] = trained
-        refused |= {(b.parameter_name, b.dim): whys[taken[id(b)]] for b in bands if taken.get(id(b)) in whys}
+        for b in (b for b in bands if taken.get(id(b)) in whys):
+            refused.setdefault((b.parameter_name, b.dim), {})[role] = whys[taken[id(b)]]
     return kept, refused
 
 
@@ -154,10 +156,11 @@ def sliced_gradients(
     for taken, gradient in zip(slices, gradients):
         for node in _takes(gradient):
             sliced = slicer.pushed(node)
-            if isinstance(sliced, Mismatch):
-                refused[taken] = sliced
-            else:
+            why = sliced if isinstance(sliced, Mismatch) else slicer.whole(sliced)
+            if why is None:
                 node.replace_all_uses_with(sliced)
+            else:
+                refused[taken] = why
     module.graph.eliminate_dead_code()
     return Joint(module, refused)
 
@@ -224,8 +227,7 @@ def _recorded(model: nn.Module, run: Callable, fixed: Sequence[Tensor], deltas: 
 
 
 def _decompositions() -> Mapping[Any, Callable]:
-    """Inductor's. That of pooling asks its lowerings, which nothing else may have imported."""
-    import torch._inductor.lowering  # noqa: F401
+    """Inductor's, without those of pooling, which ask its lowerings: two seconds to import."""
     from torch._inductor.decomposition import select_decomp_table
 
-    return select_decomp_table()
+    return {op: parts for op, parts in select_decomp_table().items() if "max_pool" not in str(op)}

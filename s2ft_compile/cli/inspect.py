@@ -13,6 +13,7 @@ from torch import nn
 
 from s2ft_compile.config import ROLES, S2FTConfig, units_for
 from s2ft_compile.passes.backward.trainable import trained_bands
+from s2ft_compile.passes.editor import Mismatch
 from s2ft_compile.passes.select.select import Band
 from s2ft_compile.structure import Analysis, Coupling
 
@@ -23,6 +24,7 @@ def describe(model: nn.Module, inputs: Any, analysis: Analysis) -> dict[str, Any
     """Everything that analysis found of a model on these inputs, and what of it trains, as plain values for JSON."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     of_roles, untrained = trained_bands(model, inputs, analysis)
+    places = {(b.parameter_name, b.dim) for bands in of_roles.values() for b in bands}
     by_default = S2FTConfig().targets_of(list(of_roles))
     return {
         "model": type(model).__name__,
@@ -44,12 +46,20 @@ def describe(model: nn.Module, inputs: Any, analysis: Analysis) -> dict[str, Any
             {
                 "layer": _layer([name]),
                 "units": analysis.layouts[name, dim].size,
-                "reason": f"its gradient would be {why}",
+                "reason": _untrained(whys, (name, dim) in places),
                 "members": [{"parameter_name": name, "dim": dim}],
             }
-            for (name, dim), why in untrained.items()
+            for (name, dim), whys in untrained.items()
         ],
     }
+
+
+def _untrained(whys: Mapping[str, Mismatch], otherwise: bool) -> str:
+    """Why an axis does not train; as what, where it does otherwise."""
+    of_reason: dict[str, list[str]] = {}
+    for role, why in whys.items():
+        of_reason.setdefault(f"its gradient would be {why}", []).append(role)
+    return "; ".join(f"as {', '.join(roles)} {why}" if otherwise else why for why, roles in of_reason.items())
 
 
 def page(facts: Mapping[str, Any]) -> str:

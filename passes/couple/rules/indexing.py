@@ -101,3 +101,17 @@ def axes_gather(cx, node, x, dim, index, *args, **kwargs):
                 pin(axis, Pin("a gather reads part of the axis", node))
                 pin(x.dims[d], Pin("a gather reads part of the axis", node))
     return dims
+
+
+def axes_take_along(cx, node, x, index, dim=None):
+    """gather, with sizes of 1 repeated."""
+    if dim is None:
+        return axes_unknown(cx, node, x, index)
+    dim %= len(x.dims)
+    pin(x.dims[dim], Pin("elements are looked up by index", node))
+    dims = broadcast(cx, node, *[Value([*v.dims[:dim], ONE, *v.dims[dim + 1 :]], v.weight) for v in (x, index)])
+    return [*dims[:dim], index.dims[dim], *dims[dim + 1 :]]
+
+
+def axes_one_hot(cx, node, x, classes=-1):
+    return [*x.dims, Axis(shape(node)[-1], pin=Pin("positions along the axis are looked up by index", node))]

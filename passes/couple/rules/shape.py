@@ -33,6 +33,10 @@ def axes_repeat(cx, node, x, repeats):
     return [product([Axis(times), axis]) for times, axis in zip(repeats, old)]
 
 
+def axes_tile(cx, node, x, repeats):
+    return axes_repeat(cx, node, x, [1] * (len(x.dims) - len(repeats)) + list(repeats))
+
+
 def axes_repeat_interleave(cx, node, x, repeats, dim=None, **kwargs):
     if dim is None:
         return axes_unknown(cx, node, x)
@@ -65,10 +69,14 @@ def axes_slice_scatter(cx, node, x, source, dim=0, start=None, end=None, step=1)
     dims = broadcast(cx, node, *others)
     axis, size = x.dims[dim], source.dims[dim].size
     start = max(0, (start or 0) + (axis.size if (start or 0) < 0 else 0))
-    if step != 1:
-        return axes_unknown(cx, node, x, source)
     if size == 0:
         dims.insert(dim % len(x.dims), axis)
+        return dims
+    if step != 1:
+        why = Pin(f"it is written to with step {step}", node)
+        for each in (axis, source.dims[dim]):
+            pin(each, why)
+        dims.insert(dim % len(x.dims), Axis(axis.size, pin=why))
         return dims
     why = Pin(f"{size} of its {axis.size} elements are replaced, which crosses units", node)
     pieces = cut(axis, sorted({start, start + size} - {0, axis.size}), why) if size < axis.size else [axis]
@@ -146,15 +154,18 @@ def axes_stack(cx, node, values, dim=0):
 
 
 def axes_pad(cx, node, x, pad, *args, **kwargs):
-    if argument(node, "mode", "constant") != "constant":
-        return axes_unknown(cx, node, x)
-    dims = list(x.dims)
+    """With a constant before and behind an axis; what is mirrored or repeated there depends on its order."""
+    dims, mode = list(x.dims), argument(node, "mode", "constant")
     for i in range(len(pad) // 2):
         before, after = pad[2 * i], pad[2 * i + 1]
         axis = dims[-1 - i]
         if before < 0 or after < 0:
             pin(axis, Pin("a negative pad cuts the axis", node))
             dims[-1 - i] = Axis(shape(node)[-1 - i], pin=Pin("a negative pad cuts the axis", node))
+        elif mode != "constant" and (before or after):
+            why = Pin(f"{name(node)} depends on the order along the axis ({mode})", node)
+            pin(axis, why)
+            dims[-1 - i] = Axis(shape(node)[-1 - i], pin=why)
         elif before or after:
             dims[-1 - i] = concat([Axis(before), axis, Axis(after)])
     return dims
