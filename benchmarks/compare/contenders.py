@@ -28,7 +28,7 @@ class Contender:
     """kind: "full", "peft" or "s2ft". rate: the exponent of ten that the search for a learning rate starts at.
 
     options: of PEFT's configuration, with its class's name as "config"; or of `S2FTConfig`, with what `targets` takes
-    as "parts". again: how often the units are chosen in a run.
+    as "parts". again: how often the units are chosen in a run. batches: what a choice after the first looks at.
     """
 
     title: str
@@ -37,6 +37,7 @@ class Contender:
     rate: float = -3.0
     options: Mapping[str, object] = field(default_factory=dict)
     again: int = 1
+    batches: int = 1
 
 
 # of attention, in each layer; channels of the FFN make up the rest
@@ -45,8 +46,12 @@ HEADS = {"attention.out": 1, "attention.value": 1, **LOOKS}
 INSIDE = {"attention.out.channels": 2, "attention.value.channels": 2, **LOOKS}
 
 
-def _s2ft(title: str, parts=("channels", INSIDE, True), selection="gradient", optimizer="muon", again=10, **options):
-    return Contender(title, "s2ft", optimizer, -2.0, {"parts": parts, "selection": selection, **options}, again)
+def _s2ft(
+    title: str, parts=("channels", INSIDE, True), selection="gradient", optimizer="muon", again=10, batches=1, **options
+):
+    return Contender(
+        title, "s2ft", optimizer, -2.0, {"parts": parts, "selection": selection, **options}, again, batches
+    )
 
 
 def _peft(title: str, config="LoraConfig", optimizer="adamw", rate=-2.0, **options):
@@ -73,6 +78,7 @@ MAIN = {
 VARIANTS = {
     "s2ft_again25": _s2ft("chosen anew 25 times", again=25),
     "s2ft_again4": _s2ft("chosen anew four times", again=4),
+    "s2ft_four": _s2ft("every choice by four batches", batches=4),
     "s2ft_random": _s2ft("drawn anew ten times", selection="random"),
     "s2ft_adamw": _s2ft("AdamW", optimizer="adamw"),
     "s2ft_looks": _s2ft("of attention heads of queries and keys alone", ("channels", LOOKS)),
@@ -117,7 +123,7 @@ def tuned(contender: Contender, base: nn.Module, setting: Setting, seed: int, ba
         asked = targets(setting, *options.pop("parts"))
         model, net = _compiled(("s2ft", repr(asked)), lambda: copy.deepcopy(base), setting)
         config = s2ft.S2FTConfig(asked, seed=seed, **options)
-        again = partial(s2ft.reselect, model, batches[:1] if config.selection in NEED_DATA else None)
+        again = partial(s2ft.reselect, model, batches[: contender.batches] if config.selection in NEED_DATA else None)
         return Tuned(model, net, _prepare(model, config, batches), lambda seed: again(seed=seed))
     make = copy.deepcopy if contender.kind == "full" else partial(_with_peft, setting=setting, **options)
     model, net = _compiled((contender.kind, repr(options)), lambda: make(base), setting)

@@ -220,8 +220,9 @@ def train(
         typer.Option(help="An adapter of which nothing may train again, to fuse both; may be repeated. " + ADAPTER),
     ] = None,
     calibration_batches: Annotated[
-        int, typer.Option(help="Batches of the data that the first selection looks at.")
-    ] = 4,
+        int | None,
+        typer.Option(help="Batches of the data that a selection looks at. [default: 4 for the first, then 1]"),
+    ] = None,
     reselect_every: Annotated[
         float | None,
         typer.Option(

@@ -35,11 +35,12 @@ LOG, CHECKPOINTS, WEIGHTS, STATE = "log.jsonl", "checkpoints", "model.safetensor
 
 
 def calibration(
-    model: nn.Module, blocks: Blocks, options: TrainOptions, batches: int
+    model: nn.Module, blocks: Blocks, options: TrainOptions, default: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """So many batches of the training blocks, spread evenly over them, for a selection that looks at data."""
+    """Batches of the training blocks, spread evenly over them, for a selection that looks at data. default: how many,
+    where the options do not say."""
     device = next(model.parameters()).device
-    size = min(batches * options.batch_size, len(blocks))
+    size = min((options.calibration_batches or default) * options.batch_size, len(blocks))
     chosen = blocks.take([i * len(blocks) // size for i in range(size)])
     for start in range(0, size, options.batch_size):
         yield {k: v.to(device) for k, v in chosen[start : start + options.batch_size].items()}
@@ -232,7 +233,7 @@ def _reselection(model: nn.Module, blocks: Blocks, options: TrainOptions, steps:
     from s2ft_compile.callback import S2FTCallback
 
     every = options.reselection_steps(steps)
-    return S2FTCallback(every if every < steps else None, lambda: calibration(model, blocks, options, batches=1))
+    return S2FTCallback(every if every < steps else None, lambda: calibration(model, blocks, options, default=1))
 
 
 def _watch(bars: Progress, steps: int, options: TrainOptions, work: Path, tokens: int):

@@ -28,8 +28,8 @@ PLAN, RUN = "plan.json", "run.json"  # what a run is made of, and what was asked
 class TrainOptions:
     """Everything `s2ft train` takes. steps: optimizer steps; None for `epochs` passes over the data. held_out: the
     share of the blocks that is only measured. batch_size: blocks in a forward. optimizer, lr: see `s2ft.optimizer`.
-    calibration_batches: how many batches of the training blocks the first selection looks at, if it looks at data;
-    later ones look at one.
+    calibration_batches: how many batches of the training blocks a selection looks at, if it looks at data; None: four
+    for the first one, one for each later one.
     reselect_every: after how many steps, or below 1 what share of them, other units train (`s2ft.reselect`); 0: never.
     None: a tenth of the run, at least 20 steps; never for a quantized base, or a budget of the whole model.
     quantize: the linear layers but the head, while they are loaded (docs/quantized.md). fp8, activation_budget: see
@@ -57,7 +57,7 @@ class TrainOptions:
     fp8: bool = False
     inner: str = "inductor"
     held_out: float = 0.05
-    calibration_batches: int = 4
+    calibration_batches: int | None = None
     reselect_every: float | None = None
     activation_budget: float = 1.0
     gradient_checkpointing: bool | None = None

@@ -169,12 +169,7 @@ def _as_one_line(error: BaseException, last: Path | None, reporter: str = "none"
 def _prepared(model: nn.Module, training: Blocks, options: TrainOptions, work: Path) -> Plan:
     """Selects; a run that goes on has its slices already, wherever it was begun. Raises `ConfigError` for others."""
     if not options.resume:
-        return prepare(
-            model,
-            example_inputs(model),
-            options.s2ft,
-            calibration(model, training, options, options.calibration_batches),
-        )
+        return prepare(model, example_inputs(model), options.s2ft, calibration(model, training, options, default=4))
     begun = Plan.from_dict(json.loads((work / PLAN).read_text(encoding="utf-8"))["plan"])
     if not options.s2ft.is_that_of(begun.config):
         raise ConfigError(f"{work} was begun with other slices: {begun.config}; this is {options.s2ft}")
