@@ -66,7 +66,7 @@ MAIN = {
     "shira": _peft("SHiRA", "ShiraConfig", rate=-2.0),
     "s2ft": _s2ft("S²FT, the default: chosen anew ten times"),
     "s2ft_once": _s2ft("S²FT, chosen once", again=1),
-    "s2ft_linear": _s2ft("S²FT, the default without norms", ("channels", INSIDE)),
+    "s2ft_linear": _s2ft("S²FT without norms, every choice by four batches", ("channels", INSIDE), batches=4),
     "s2ft_paper": _s2ft(
         "S²FT as published: columns and a head, at random, AdamW",
         ("columns", {"attention.out": 1}),

@@ -9,7 +9,7 @@ A method's rows are those at the rate that its first seed chose; a figure is the
 import argparse
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -52,9 +52,15 @@ class Runs:
         rows = [r for r in self.all.get((task, method), []) if r["seed"] == 0 and math.isfinite(r["test_loss"])]
         return sorted(rows, key=lambda r: r["exponent"])
 
-    def gain(self, task: str, method: str) -> float | None:
-        """The share of full fine-tuning's fall of the test loss."""
-        ours, full, base = (self.best(task, m) for m in (method, "full", "base"))
+    def below(self, task: str, method: str) -> list[Row]:
+        """The rows at the rate halfway from the best one to the next smaller one."""
+        at = {r["exponent"] - STEP / 2 for r in self.best(task, method)}
+        return [r for r in self.all[task, method] if r["exponent"] in at]
+
+    def gain(self, task: str, method: str, rows: Sequence[Row] | None = None) -> float | None:
+        """The share of full fine-tuning's fall of the test loss; of some rows, by default the best ones."""
+        ours = self.best(task, method) if rows is None else rows
+        full, base = (self.best(task, m) for m in ("full", "base"))
         if not ours or not full:
             return None
         start = base[0]["test_loss"]
@@ -98,18 +104,18 @@ def learned(runs: Runs, methods: Sequence[str], name: str) -> str:
     return table(["", *(f"{TITLES[t]}, {'loss' if t in TEXT else '%'}" for t in TASKS)], lines)
 
 
-def kept(runs: Runs, methods: Sequence[str]) -> str:
-    """Means over the tasks, at each one's best rate."""
+def kept(runs: Runs, methods: Sequence[str], rows_of: Callable[[str, str], list[Row]]) -> str:
+    """Means over the tasks. rows_of: (task, method) -> the rows at a rate."""
     columns = {"docs_loss": ".3f", "facts_exact": ".0%", "skills_exact": ".0%", "kl": ".3f"}
     lines = []
-    for method in ("base", *methods):
-        by_task = [rows for t in TASKS if (rows := runs.best(t, method))]
+    for method in methods:
+        by_task = [rows for t in TASKS if (rows := rows_of(t, method))]
         cells = (
             [f"{mean(mean(r[c] for r in rows) for rows in by_task):{form}}" for c, form in columns.items()]
             if by_task
             else []
         )
-        gains = [g for t in TASKS if (g := runs.gain(t, method)) is not None]
+        gains = [g for t in TASKS if (g := runs.gain(t, method, rows_of(t, method))) is not None]
         share = f"{mean(gains):.0%}" if gains and method != "base" else ""
         lines.append([_title(method), share, *cells])
     head = [
@@ -226,10 +232,12 @@ def text(runs: Runs) -> str:
     tried = [m for m in (*MAIN, *VARIANTS) if any((t, m) in runs.all for t in TASKS)]
     methods = [m for m in tried if m in MAIN]
     whole = [m for m in methods if all((t, m) in runs.all for t in TASKS)]  # whose means over the tasks compare
+    lower = [m for m in whole if all(runs.below(t, m) for t in TASKS)]
     parts = {
         "Learned: the task's test rows": learned(runs, methods, "test"),
         "Far: the same ability in another form, never tuned on": learned(runs, methods, "far"),
-        "Kept": kept(runs, whole),
+        "Kept": kept(runs, ["base", *whole], runs.best),
+        "Kept at 0.56 of the best rate (the first seed)": kept(runs, lower, runs.below),
         "Kept at equal learning": equally(runs, tried),
         "Costs": costs(runs, methods),
         "Variants": variants(runs),
