@@ -196,7 +196,7 @@ def figure(runs: Runs, methods: Sequence[str], path: Path) -> None:
 
     pyplot.rcParams.update({"svg.hashsalt": "compare", "font.size": 8})
     tasks = [t for t in TASKS if any(runs.best(t, m) for m in methods)]
-    drawn, panels = pyplot.subplots(1, len(tasks), figsize=(2.6 * len(tasks), 2.9))
+    drawn, panels = pyplot.subplots(1, len(tasks), figsize=(2.6 * len(tasks), 3.4))
     for task, panel in zip(tasks, panels if len(tasks) > 1 else [panels]):
         base = runs.best(task, "base")[0]["test_loss"]
         for number, method in enumerate(methods):
@@ -224,7 +224,7 @@ def figure(runs: Runs, methods: Sequence[str], path: Path) -> None:
     (panels if len(tasks) == 1 else panels[0]).set_ylabel("test loss of the task")
     handles, labels = (panels if len(tasks) == 1 else panels[0]).get_legend_handles_labels()
     drawn.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
-    drawn.tight_layout(rect=(0, 0.14, 1, 1))
+    drawn.tight_layout(rect=(0, 0.2, 1, 1))
     drawn.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
