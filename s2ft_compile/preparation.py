@@ -19,7 +19,7 @@ from s2ft_compile.passes.permute import dense_orders, move, moves_for
 from s2ft_compile.passes.ranges import ranges
 from s2ft_compile.passes.select.calibrate import Loss, calibrate
 from s2ft_compile.passes.select.calibrate import check as check_calibration
-from s2ft_compile.passes.select.select import WHOLE, Selection, Taken, raised, roles_of, select, targeted_bands
+from s2ft_compile.passes.select.select import WHOLE, Selection, Taken, notes, roles_of, select, targeted_bands
 
 from .adapters.fingerprint import fingerprint
 from .capture.examples import several
@@ -130,9 +130,9 @@ def prepare(
         selections = _selected(given, base, analysis)
     _check_trainable(selections, parameters, analysis)
     wanted, selections = selections, trainable(model, several(example_inputs)[0], config, selections, analysis.copies)
-    notes = (*raised(analysis, config), *_left_out(wanted, selections))
-    for note in notes:
-        log.info("%s", note)
+    lines = (*notes(analysis, config), *_left_out(wanted, selections))
+    for line in lines:
+        log.info("%s", line)
     orders = dense_orders(analysis, selections, parameters.quantized)
     index = moves_for(orders, analysis.layouts)
     moves = [(name, dim, order) for (name, dim), order in index.items()]
@@ -146,7 +146,7 @@ def prepare(
         for name in frozen:
             parameters.own[name].requires_grad_(False)
             undo.callback(parameters.own[name].requires_grad_, True)
-        plan = Plan(config, base, tuple(piece for _, piece in pairs), notes)
+        plan = Plan(config, base, tuple(piece for _, piece in pairs), lines)
         state = State(plan, [block for block, _ in pairs], moves, frozen, Permuted.of(analysis, orders), analysis)
         undo.callback(state.uninstall, model)
         state.install(model)

@@ -13,7 +13,7 @@ from s2ft_compile.config import CHANNELS, HEADS, SELECTIONS, S2FTConfig, units_f
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.select import scores
 from s2ft_compile.passes.select.scores import low_rank_squares
-from s2ft_compile.passes.select.select import offered, raised, roles_of, select
+from s2ft_compile.passes.select.select import notes, offered, roles_of, select
 from s2ft_compile.passes.select.selections import SCORES
 from s2ft_compile.testing.models import Drawn, Spec
 
@@ -163,7 +163,7 @@ def test_a_ratio_below_one_unit_is_one_unit_and_said(analyzed, budget, units, of
     config = S2FTConfig(targets={"ffn.out": 0.01, "attention.value": 0.5}, budget=budget)
     selected = select(analysis, config, dict(model.named_parameters()))
     assert sum(len(s.indices) for s in selected if s.roles == ("ffn.out",)) == units
-    assert raised(analysis, config) == (f"ffn.out: 0.01 of {of} units is less than one, and 1 trains",)
+    assert notes(analysis, config) == (f"ffn.out: 0.01 of {of} units is less than one, and 1 trains",)
 
 
 def test_a_number_of_units_too_large_says_how_many_there_are(analyzed):
@@ -558,9 +558,18 @@ def tower():
     return model, s2ft.analyze(model, (torch.randn(2, 5),))
 
 
+def test_a_weight_in_the_middle_trains_along_the_dimension_with_more_units():
+    expected = {"a.weight": 0, "b.weight": 1, "c.weight": 1}
+    selections = chosen(tower(), targets={"ffn.out": 2, "ffn.in": 2})
+    assert {name: s.dim for name, s in selections.items()} == expected
+    plan = s2ft.prepare(tower()[0], (torch.randn(2, 5),))  # the default
+    assert {s.parameter_name: s.dim for s in plan.slices} == expected
+    assert plan.notes[0] == "ffn.in: 1 of 2 weights, such as b.weight, train as another role"
+
+
 def test_a_weight_targeted_along_both_dimensions_is_refused():
     with pytest.raises(ConfigError, match="b.weight is targeted along both of its dimensions"):
-        chosen(tower(), targets={"ffn.out": 2, "ffn.in": 2})
+        chosen(tower(), targets={"b.weight": 1.0, "c.weight": 2, "ffn.out": 2})
     with pytest.raises(
         ConfigError, match=r"matches b.weight, which could train along dims \[0, 1\]; name one of its roles"
     ):

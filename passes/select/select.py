@@ -80,7 +80,7 @@ def select(
     scores = {group: _scores(bands, config, parameters, measured or {}) for group, bands in by_group.items()}
     free = {group: _free(bands, taken or {}) for group, bands in by_group.items()}
     chosen: dict[tuple[str, int], tuple[list[str], list[Tensor]]] = {}
-    for target, bands in targeted.items():
+    for target, bands in ((target, bands) for target, bands in targeted.items() if bands):
         units = _choose(target, config, {b.group: scores[b.group] for b in bands}, free)
         for band in bands:
             if units[band.group]:
@@ -94,12 +94,18 @@ def select(
     )
 
 
-def raised(analysis: Analysis, config: S2FTConfig) -> tuple[str, ...]:
-    """A line for each ratio that stands for less than one unit, of which one trains."""
+def notes(analysis: Analysis, config: S2FTConfig) -> tuple[str, ...]:
+    """A line for each role of which weights train as another one, and for each ratio that stands for less than one
+    unit, of which one trains."""
     lines = []
+    everything = _by_target(analysis, config)
+    for target, bands in _one_role_each(everything).items():
+        every, left = ({b.parameter_name for b in of} for of in (everything[target], bands))
+        if lost := sorted(every - left):
+            lines.append(f"{target}: {len(lost)} of {len(every)} weights, such as {lost[0]}, train as another role")
     for target, bands in targeted_bands(analysis, config).items():
         amount, units = config.targets[target], {b.group: len(b.positions) for b in bands}
-        pools = units.values() if config.budget == "layer" else [sum(units.values())]
+        pools = units.values() if config.budget == "layer" or not units else [sum(units.values())]
         small = [n for n in pools if not isinstance(amount, Integral) and amount * n < 1 - 1e-9]
         if small:
             of = f"{min(small)}" if min(small) == max(small) else f"{min(small)} to {max(small)}"
@@ -118,7 +124,7 @@ def roles_of(analysis: Analysis, taken: Taken | None = None) -> list[str]:
 def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:
     """Target -> the bands it may train a part of. Raises `ConfigError` where there are none."""
     _check_structures(analysis)
-    by_target = {target: _bands_of(target, amount, analysis) for target, amount in config.targets.items()}
+    by_target = _one_role_each(_by_target(analysis, config))
     if config.top_layers is None:
         return by_target
     top = {target: _top(target, bands, config.top_layers, analysis.depths) for target, bands in by_target.items()}
@@ -272,15 +278,29 @@ def _bands_of_role(role: str, analysis: Analysis) -> list[Band]:
     return _one_dim_each(of_role)
 
 
+def _by_target(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:
+    return {target: _bands_of(target, amount, analysis) for target, amount in config.targets.items()}
+
+
+def _one_role_each(by_target: Mapping[str, list[Band]]) -> dict[str, list[Band]]:
+    """The same, but of a weight in the middle of a chain, whose roles lie along several dimensions, those along one."""
+    of_roles = [band for target, bands in by_target.items() if not is_glob(target) for band in bands]
+    kept = {(band.parameter_name, band.dim) for band in _one_dim_each(of_roles)}
+    return {
+        target: [b for b in bands if is_glob(target) or (b.parameter_name, b.dim) in kept]
+        for target, bands in by_target.items()
+    }
+
+
 def _one_dim_each(candidates: Sequence[Band]) -> list[Band]:
-    """Of a weight that has a role along several dimensions, the bands along the one with the most units."""
+    """Of a weight that could train along several dimensions, the bands along the one with the most units."""
     units: dict[str, dict[int, int]] = {}
     for band in candidates:
         dims = units.setdefault(band.parameter_name, {})
         dims[band.dim] = dims.get(band.dim, 0) + len(band.positions)
     best = {name: max(dims, key=dims.__getitem__) for name, dims in units.items()}
     for name in (name for name, dims in units.items() if len(dims) > 1):
-        log.info("%s has one role along dims %s; dim %d trains", name, sorted(units[name]), best[name])
+        log.debug("%s could train along dims %s; it does along %d", name, sorted(units[name]), best[name])
     return [band for band in candidates if band.dim == best[band.parameter_name]]
 
 
