@@ -88,8 +88,8 @@ def _timm(name: str) -> Made:
 
     options: dict = {}
     made = None
-    for choices in ((), *SMALLER):
-        for choice in choices or ({},):
+    for choices in (({},), *SMALLER):
+        for choice in choices:
             try:
                 model = timm.create_model(name, pretrained=False, num_classes=7, **options, **choice).eval()
             except Exception:  # it takes no such option

@@ -80,7 +80,7 @@ def select(
     scores = {group: _scores(bands, config, parameters, measured or {}) for group, bands in by_group.items()}
     free = {group: _free(bands, taken or {}) for group, bands in by_group.items()}
     chosen: dict[tuple[str, int], tuple[list[str], list[Tensor]]] = {}
-    for target, bands in ((target, bands) for target, bands in targeted.items() if bands):
+    for target, bands in targeted.items():
         units = _choose(target, config, {b.group: scores[b.group] for b in bands}, free)
         for band in bands:
             if units[band.group]:
@@ -99,13 +99,14 @@ def notes(analysis: Analysis, config: S2FTConfig) -> tuple[str, ...]:
     unit, of which one trains."""
     lines = []
     everything = _by_target(analysis, config)
-    for target, bands in _one_role_each(everything).items():
-        every, left = ({b.parameter_name for b in of} for of in (everything[target], bands))
+    apart = _one_role_each(everything)
+    for target, bands in everything.items():
+        every, left = ({b.parameter_name for b in of} for of in (bands, apart.get(target, ())))
         if lost := sorted(every - left):
             lines.append(f"{target}: {len(lost)} of {len(every)} weights, such as {lost[0]}, train as another role")
-    for target, bands in targeted_bands(analysis, config).items():
+    for target, bands in _of_top_layers(apart, analysis, config).items():
         amount, units = config.targets[target], {b.group: len(b.positions) for b in bands}
-        pools = units.values() if config.budget == "layer" or not units else [sum(units.values())]
+        pools = units.values() if config.budget == "layer" else [sum(units.values())]
         small = [n for n in pools if not isinstance(amount, Integral) and amount * n < 1 - 1e-9]
         if small:
             of = f"{min(small)}" if min(small) == max(small) else f"{min(small)} to {max(small)}"
@@ -121,10 +122,16 @@ def roles_of(analysis: Analysis, taken: Taken | None = None) -> list[str]:
     return [role for role in offered(analysis) if role != NORM or not of_norms]
 
 
-def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:
-    """Target -> the bands it may train a part of. Raises `ConfigError` where there are none."""
+def targeted_bands(analysis: Analysis, config: S2FTConfig) -> Mapping[str, list[Band]]:
+    """Target -> the bands it may train a part of; no role whose weights all train as others. Raises `ConfigError`
+    where there are none."""
     _check_structures(analysis)
-    by_target = _one_role_each(_by_target(analysis, config))
+    return _of_top_layers(_one_role_each(_by_target(analysis, config)), analysis, config)
+
+
+def _of_top_layers(
+    by_target: Mapping[str, list[Band]], analysis: Analysis, config: S2FTConfig
+) -> Mapping[str, list[Band]]:
     if config.top_layers is None:
         return by_target
     top = {target: _top(target, bands, config.top_layers, analysis.depths) for target, bands in by_target.items()}
@@ -132,7 +139,7 @@ def targeted_bands(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Ban
         depth = {b.parameter_name: analysis.depths.get(b.parameter_name, 0) for bands in top.values() for b in bands}
         lowest = min((depth[b.parameter_name] for bands in top.values() for b in bands if b.role != WHOLE), default=0)
         top[NORM] = [b for b in top[NORM] if depth[b.parameter_name] >= lowest]
-    return top
+    return {target: bands for target, bands in top.items() if bands}
 
 
 def _check_structures(analysis: Analysis) -> None:
@@ -286,10 +293,11 @@ def _one_role_each(by_target: Mapping[str, list[Band]]) -> dict[str, list[Band]]
     """The same, but of a weight in the middle of a chain, whose roles lie along several dimensions, those along one."""
     of_roles = [band for target, bands in by_target.items() if not is_glob(target) for band in bands]
     kept = {(band.parameter_name, band.dim) for band in _one_dim_each(of_roles)}
-    return {
+    left = {
         target: [b for b in bands if is_glob(target) or (b.parameter_name, b.dim) in kept]
         for target, bands in by_target.items()
     }
+    return {target: bands for target, bands in left.items() if bands}
 
 
 def _one_dim_each(candidates: Sequence[Band]) -> list[Band]:
