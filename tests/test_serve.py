@@ -37,7 +37,7 @@ from hypothesis import strategies as st  # noqa: E402
 from s2ft_compile.cli.app import app  # noqa: E402
 from s2ft_compile.cli.serve import loaded  # noqa: E402
 from s2ft_compile.errors import AdapterError, ConfigError, ExportError  # noqa: E402
-from s2ft_compile.serve.engine import Engine, Limits, Request  # noqa: E402
+from s2ft_compile.serve.engine import Engine, Limits, Request, Unavailable  # noqa: E402
 from s2ft_compile.serve.server import Options, build  # noqa: E402
 from s2ft_compile.serve.text import Text  # noqa: E402
 
@@ -390,6 +390,25 @@ def test_an_engine_that_fails_says_so_and_its_requests_end(folder):
             client.completions.create(model="law", prompt=[5])
         assert httpx.get(f"{url}/health").status_code == 503
         assert not engine.running
+
+
+def test_a_request_that_comes_while_the_engine_fails_ends_too(folder, monkeypatch):
+    """It is taken before the engine begins to stop, and reaches the queue after the queue's requests have failed."""
+    with serving(folder) as (url, engine):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60)
+        engine.bank.model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        put = engine._manager.input_queue.put
+
+        def late(state, **how):
+            monkeypatch.undo()
+            with pytest.raises(openai.InternalServerError, match="the request failed"):
+                client.completions.create(model="law", prompt=[5])
+            engine._manager._generation_thread.join()
+            put(state, **how)
+
+        monkeypatch.setattr(engine._manager.input_queue, "put", late)
+        with pytest.raises(Unavailable, match="the engine has stopped: division by zero"):
+            asyncio.run(engine.answer(Request([5], "law", 2)))
 
 
 def test_more_requests_than_the_cache_holds_wait_and_none_is_lost(folder, alone):

@@ -143,7 +143,8 @@ class Engine:
         return len(self._requests)
 
     def alive(self) -> bool:
-        return self._manager.is_running() and self._manager.background_thread_status.fatal_error is None
+        """That it takes requests: not from the moment on where it begins to stop."""
+        return self._manager.is_running() and self._manager.background_thread_status.can_accept_new_requests() is None
 
     def add(self, name: str, adapter: Adapter | str | os.PathLike) -> None:
         """Between two steps of what runs. Raises `AdapterError` or `ExportError`; nothing is then changed."""
@@ -194,7 +195,7 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raises `Unavailable`, `Busy`, `AdapterError` for an adapter that is not there, `ConfigError` for a length."""
         if not self.alive():
-            raise Unavailable(f"the engine has stopped: {self._manager.background_thread_status.fatal_error}")
+            raise self._stopped()
         if request.adapter is not None and request.adapter not in self.names:
             raise AdapterError(f"no adapter {request.adapter!r}; there are: {', '.join(self.names) or 'none'}")
         if not request.tokens:
@@ -207,6 +208,10 @@ class Engine:
         if self.running >= self.limits.requests:
             raise Busy(f"{self.running} requests are under way, which is the limit; try again later")
 
+    def _stopped(self) -> Unavailable:
+        why = self._manager.background_thread_status.fatal_error  # known only after its requests have failed
+        return Unavailable("the engine has stopped" + (f": {why}" if why else ""))
+
     async def generate(self, request: Request) -> AsyncIterator[list[int]]:
         """The new tokens, in parts, as they come; closing it cancels the request and frees its cache. Raises as
         `check` does, and `Unavailable` where the engine stops meanwhile."""
@@ -216,11 +221,9 @@ class Engine:
         done, sent = False, 0
         try:
             self._manager.register_result_handler(name, queue.put_nowait)
-            taken = self._manager.add_request(
-                list(request.tokens), name, max_new_tokens=request.new, streaming=request.each
-            )
-            if taken is None:
-                raise Unavailable("the engine is stopping")
+            self._manager.add_request(list(request.tokens), name, max_new_tokens=request.new, streaming=request.each)
+            if not self.alive():  # nothing may be left that would answer it
+                raise self._stopped()
             while not done:
                 output = await queue.get()
                 done = output.is_finished()
