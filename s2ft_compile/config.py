@@ -44,7 +44,7 @@ def looks_at_data(selection: object) -> bool:
     return isinstance(selection, str) and SELECTIONS.get(selection) in ("activations", "gradients")
 
 
-DEFAULT, SHARE = "default", 0.0125  # the target that stands for every role of a model, and its ratio where none is given
+DEFAULT, SHARE = "default", 0.0125  # the target that stands for every role of a model, and its ratio if none is given
 WIDER = {"heads": 5, "channels": 4}  # times that ratio, of heads and of their channels (docs/targets.md says why)
 BUDGETS = ("layer", "model", "score")
 OPTIMIZERS = ("muon", "adamw")
