@@ -32,6 +32,7 @@ from s2ft_compile.cli.data import checkpoint_layers, load_model, quantization
 from s2ft_compile.errors import AdapterError, ConfigError, ExportError, StateError
 from s2ft_compile.exporters import load_adapter, save_adapter, save_lora, save_merged, unload_adapter
 from s2ft_compile.exporters.onnx.weights import FORMS
+from s2ft_compile.passes.select.calibrate import calibrate
 from s2ft_compile.planned import plan_quantization
 from s2ft_compile.quantized import (
     KINDS,
@@ -290,7 +291,7 @@ def test_loading_and_preparing_takes_the_quantized_model_and_one_layer(kind, tmp
     dense(transformers.LlamaConfig(**sizes, **HEADS), torch.bfloat16).save_pretrained(tmp_path / "base")
     dense(LLAMA, torch.bfloat16).save_pretrained(tmp_path / "small")
     program = Path(__file__).parent / "programs" / "load_quantized.py"
-    arguments = [str(tmp_path / "base"), str(tmp_path / "small"), kind]
+    arguments = [str(tmp_path / "base"), str(tmp_path / "small"), kind, "gradient"]
     done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, check=True)
     memory = json.loads(done.stdout.splitlines()[-1])
     assert max(memory["loading"], memory["preparing"]) - memory["prepared"] <= layer, memory
@@ -391,6 +392,31 @@ def test_selections_see_dequantized_weights(selection):
     plans = [s2ft.prepare(m, {"input_ids": IDS}, config, calibration=[STEP, STEP]) for m in (model, same)]
     for a, b in zip(*(plan.slices for plan in plans), strict=True):
         assert a.parameter_name == b.parameter_name and torch.equal(a.indices, b.indices.sort().values)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4 twice", "8 bits"])
+def test_scores_by_gradient_are_those_of_the_dequantized_model(kind):
+    """Of weights and of biases, in float64; squares double the error of gradients (`assert_gradients`)."""
+    model, same = quantized(kind, BIASED), dense(BIASED)
+    values = Values(model)
+    same.load_state_dict({name: values[name] for name in values}, strict=False)
+    names = [*quantized_in(model), *(name for name in values if name.endswith("bias"))]
+    places = [(name, dim) for name in names for dim in range(len(values.shape(name)))]
+    found, wanted = (calibrate(m, places, "gradient", [STEP]) for m in (model, same.double()))
+    assert len(found) == 7 * 2 + 3
+    for place, scores in wanted.items():
+        assert (found[place] - scores).norm() <= 40 * 128**0.5 * 2.0**-24 * scores.norm(), place
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_scores_by_gradient_have_the_values_of_one_weight_at_a_time(kind):
+    """Memory grows with depth by what the forward saves, and not by dequantized weights, as in the libraries'."""
+    peaks = []
+    for layers in (1, 3):
+        model = quantized(kind, transformers.LlamaConfig(**WIDE, num_hidden_layers=layers))
+        places = [(name, 0) for name in quantized_in(model)]
+        peaks.append(peak_of(lambda: calibrate(model, places, "gradient", [STEP])))
+    assert peaks[1] - peaks[0] <= 4 * 1024 * 256
 
 
 def test_a_weight_packed_in_an_unknown_way_is_refused():
@@ -835,6 +861,7 @@ def test_train_quantized(kind, base, text, tmp_path):  # noqa: F811
     less = ["--no-gradient-checkpointing"] * (kind == "int8")  # which a quantized base has by default
     result = invoke("train", *(piece for name, value in how.items() for piece in (f"--{name}", value)), *less)
     assert result.exit_code == 0, result.output
+    assert "the same units train to the end: the units of a quantized base cannot be chosen anew" in result.output
     numbers = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(base).parameters())
     assert json.loads((run / "metrics.json").read_text())["parameters"] == numbers  # though packed in fewer
     loaded = transformers.AutoModelForCausalLM.from_pretrained(run / "merged").eval()
