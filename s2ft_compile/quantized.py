@@ -175,6 +175,11 @@ class Quantized:
     def is_linear(self) -> bool:
         return isinstance(self.layer, nn.Linear) and self.key == "weight"
 
+    @property
+    def turned(self) -> bool:
+        """Whether it is (in, out) where it was loaded from, as transformers' Conv1D has it."""
+        return getattr(getattr(self.layer, "source_cls", None), "__name__", None) == "Conv1D"
+
     @torch.no_grad()
     def values(self) -> Tensor:
         """Dequantized: a new tensor."""

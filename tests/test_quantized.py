@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -849,6 +850,38 @@ def test_loaded_by_transformers(kind, tmp_path):
         assert said[name]["largest_change"] == pytest.approx(float(change.abs().max()))
     with pytest.raises(ConfigError, match="pass one of"):
         save_merged(model, tmp_path / "both", dequantize=True, requantize=True)
+
+
+def test_a_weight_that_a_library_turned_is_written_as_it_was(tmp_path):
+    """GPT-2's layers have theirs as (in, out), and bitsandbytes quantizes the transpose. One here is square."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+    dense(transformers.GPT2Config(vocab_size=64, **sizes), torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = load_model(tmp_path / "base", quantize="nf4")
+    s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig({"attention.out": 1}))
+    for delta in s2ft.parameters(model):
+        delta.data.normal_(std=0.05)
+    (s,), trained = state_of(model).plan.slices, logits(model)
+    assert s.parameter_name == "transformer.h.0.attn.c_proj.weight" and s.shape == (64, 64)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"are \(out, in\), and a GPT2LMHeadModel .*c_proj.weight as \(in, out\)"):
+        load_adapter(load_model(tmp_path / "base"), tmp_path / "adapter")
+    again = load_model(tmp_path / "base", quantize="nf4")
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again), trained)
+    for source in (model, again):
+        save_merged(source, tmp_path / "merged", dequantize=True)
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        expected = Values(again)[s.parameter_name].float().index_add(s.dim, s.indices, s.delta.detach()).bfloat16()
+        assert torch.equal(merged.get_parameter(s.parameter_name), expected.T)
+        assert (logits(merged) - trained).norm() <= 0.02 * trained.norm()
+        shutil.rmtree(tmp_path / "merged")
+    (patch,) = s2ft.patches(model)
+    unload_adapter(again)
+    save_merged(again, tmp_path / "merged", dequantize=True)
+    weight = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_parameter(s.parameter_name)
+    patch.apply(weight)
+    assert torch.equal(weight, expected.T)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
