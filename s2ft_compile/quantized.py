@@ -72,16 +72,17 @@ def _make(tensor: Any) -> tuple[type, str]:
 
 def _dequantized(weight: Any) -> Tensor:
     pieces = _in_rows(weight)
-    if len(pieces) == 1:
-        return weight.dequantize()
-    return _in_one(weight, weight.dtype, (piece.dequantize() for piece in pieces))
+    if len(pieces) > 1:
+        return _in_one(weight, weight.dtype, (piece.dequantize() for piece in pieces))
+    values: Tensor = weight.dequantize()
+    return values
 
 
 def _in_one(weight: Tensor, dtype: torch.dtype, pieces: Iterable[Tensor]) -> Tensor:
     """What is made `ROWS` rows at a time, never twice in memory."""
     values = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    for rows, piece in zip(values.split(ROWS), pieces, strict=True):
-        rows.copy_(piece)
+    for i, piece in enumerate(pieces):
+        values[i * ROWS : (i + 1) * ROWS] = piece
     return values
 
 
@@ -106,8 +107,8 @@ def _values_8bit(layer: Any, key: str) -> Tensor:
 
     weight = _weight(layer, key)
     scales = layer.state.SCB if weight.SCB is None else weight.SCB
-    pieces = zip(weight.data.split(ROWS), scales.split(ROWS), strict=True)
-    return _in_one(weight.data, scales.dtype, (int8_vectorwise_dequant(*piece) for piece in pieces))
+    parts = [slice(start, start + ROWS) for start in range(0, len(scales), ROWS)]
+    return _in_one(weight.data, scales.dtype, (int8_vectorwise_dequant(weight.data[p], scales[p]) for p in parts))
 
 
 KINDS: list[Kind] = [
