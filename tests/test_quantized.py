@@ -656,6 +656,14 @@ def test_an_adapter_of_a_quantized_base_on_another(tmp_path):
         load_adapter(changed, tmp_path / "adapter")
 
 
+def test_an_adapter_of_a_base_that_was_quantized_otherwise_is_refused(tmp_path):
+    save_adapter(prepared("int8"), tmp_path / "adapter")
+    other = quantized("nf4")
+    with pytest.raises(AdapterError, match="LlamaForCausalLM in Int8Tensor and float32 .* in Params4bit and float32"):
+        load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(logits(other), logits(quantized("nf4")))
+
+
 def adapters(kind: str, folder) -> dict[str, s2ft.plan.Plan]:
     """Two adapters of one base, that train other units of the same weights."""
     plans = {}
