@@ -195,7 +195,7 @@ def train(
         typer.Option(
             help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(HEADS)}, each of these with "
             f"{CHANNELS} behind it, {', '.join(r for r in ROLES if not r.startswith(HEADS))}; or globs; or "
-            f"`default`, {SHARE:g} of every role, more of channels of heads. [default: default]"
+            f"`default`, {SHARE:g} of every role, more of heads. [default: default]"
         ),
     ] = None,
     selection: Annotated[
