@@ -227,7 +227,7 @@ def train(
         float | None,
         typer.Option(
             help="Steps, or below 1 a share of them, after which other units train; 0: never. "
-            "[default: a tenth of the run, at least 20]"
+            "[default: a tenth of the run, at least 20; 0 with --quantize, or a --budget of the whole model]"
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: one pass over the data]")] = None,
