@@ -32,7 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tiny import build
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from s2ft_compile.capture.capture import capture
@@ -110,8 +110,8 @@ def coverage(model: nn.Module, traces, analysis) -> dict:
     read = {
         captured.parameters[n.name]
         for captured in traces
-        for n in captured.graph_module.graph.nodes
-        if n.name in captured.parameters and n.users
+        for n in _reached(captured.graph_module.graph)
+        if n.name in captured.parameters
     }
     read |= {other for other, first in traces[0].tied.items() if first in read}
     roles = {"ffn": ("ffn", "moe", "conv"), "attention": ("attention", "ssm")}
@@ -135,6 +135,16 @@ def coverage(model: nn.Module, traces, analysis) -> dict:
             "why": _reasons(analysis, missing[:2]),
         }
     return report
+
+
+def _reached(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes on which an output depends: a last layer may compute what nothing uses."""
+    reached, stack = set(), [graph.output_node()]
+    while stack:
+        if (node := stack.pop()) not in reached:
+            reached.add(node)
+            stack += node.all_input_nodes
+    return reached
 
 
 def _reasons(analysis, paths) -> list[str]:
@@ -170,7 +180,7 @@ def examine_zoo(name: str) -> dict:
         model, inputs = zoo.models()[name]()
     except Exception as error:
         return {"status": "no model", "reason": f"{type(error).__name__}: {str(error)[:300]}"}
-    return examine_made(model, inputs)
+    return examine_made(zoo.roused(model), inputs)
 
 
 def trains(model: nn.Module, inputs, analysis, whole: bool) -> dict:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from s2ft_compile.capture.examples import arguments, several
 from s2ft_compile.capture.models import held_again, inference_mode_of, tensors_of, tied_names
-from s2ft_compile.capture.recording import Recorder, exporting, recording
+from s2ft_compile.capture.recording import Recorder, exporting, recording, unlogged
 from s2ft_compile.config import CHANNELS, S2FTConfig
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.editor import Mismatch
@@ -202,7 +202,7 @@ def _joint_graph(
         return (loss(torch.func.functional_call(model, values, args, kwargs, tie_weights=False)),)
 
     deltas = [tensors[s.parameter_name].detach().narrow(s.dim, 0, sum(s.lengths)) for s in slices]
-    with inference_mode_of(model), torch.enable_grad():
+    with inference_mode_of(model), torch.enable_grad(), unlogged():
         try:
             return _recorded(model, run, [*tensors.values(), *given], deltas)
         except Exception as error:
