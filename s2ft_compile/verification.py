@@ -35,7 +35,7 @@ from .structure import Analysis, Coupling
 log = logging.getLogger(__name__)
 
 SAFETY = 8.0  # worst signs of the factors against random ones
-EPSILON = {torch.float64: 2.0**-30, torch.float32: 2.0**-12}  # far above roundoff, far below what changes a decision
+EPSILON = {torch.float64: 2.0**-30, torch.float32: 2.0**-16}  # far above roundoff, far below what changes a decision
 FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AssertionError)
 NARROW = {torch.float32, torch.bfloat16, torch.float16}
 
