@@ -193,6 +193,8 @@ ADVICE = {
     "not on the expected device": "Tensors of two devices meet: make the example inputs on the model's device.",
     "same device": "Tensors of two devices meet: make the example inputs on the model's device.",
     "unexpected keyword argument": "The example inputs are the forward's arguments by name; one of them is not.",
+    "cast notimplemented to tensor": "A kind of tensor takes part that cannot be traced, such as a nested one; padded "
+    "ones with a mask trace.",
     "missing": "The example inputs have to hold every argument that the forward needs.",
 }
 

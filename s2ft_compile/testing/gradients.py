@@ -189,7 +189,7 @@ def assert_sliced(
     given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     deltas = [_taken(parameters[s.parameter_name], s) for s in slices]
     with torch.no_grad(), default_dtype(torch.float64):  # what an operator makes of integers is of this type, too
-        gradients = joint.graph_module(*tensors_of(model).values(), *given, *deltas)[1:]
+        gradients = joint.graph_module(*tensors_of(model).values(), *given, *deltas)[-len(deltas) :]
     with exporting(), Promoted(), default_dtype(torch.float64):  # code that asks takes the same way as in the graph
         full = _finite(full_gradients(model.requires_grad_(True), lambda base: _summed(base, inputs)))
     part, rounding = _part(joint.graph_module), _rounding(full)
