@@ -527,6 +527,9 @@ def main() -> None:
     if arguments.report:
         return report(arguments.folder)
     torch.set_num_threads(1)
+    import zoo
+
+    zoo.import_torchvision()
     import transformers
     from transformers.models.auto import modeling_auto  # noqa: F401, imported once, before any fork
 
@@ -534,8 +537,6 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     if {"zoo", "all"} & set(arguments.mapping):
-        import zoo
-
         zoo.models()
     warm()
     if arguments.layers:

@@ -336,7 +336,10 @@ LIBRARIES: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Made]]]]] = {
 
 
 def import_torchvision() -> None:
-    """Its wheels for GPUs bring no operators to a CPU build of torch, but need them declared to be imported."""
+    """Before anything else does, where it is there: its wheels for GPUs bring no operators to a CPU build of torch, but
+    need them declared to be imported."""
+    if not find_spec("torchvision"):
+        return
     library = torch.library.Library("torchvision", "FRAGMENT")
     DECLARED.append(library)
     while True:
@@ -359,8 +362,7 @@ DECLARED: list[torch.library.Library] = []  # an operator lives as long as its l
 @cache
 def models() -> dict[str, Callable[[], Made]]:
     """ "library name" -> what makes it, of the libraries that are installed."""
-    if find_spec("torchvision"):
-        import_torchvision()
+    import_torchvision()
     makers = {}
     for library, listed in LIBRARIES.items():
         try:
