@@ -82,7 +82,7 @@ def adapter_of(model: nn.Module) -> Adapter:
             _check_trained(W, s)
             is_quantized = s.parameter_name in values.quantized
             blocks[s.parameter_name] = samples[s.parameter_name] if is_quantized else hash_of_block(W, s)
-        named, quantized = named_base(*named_in(module)), sorted(values.quantized)
+        named, quantized = named_base(*named_in(module)), {n: w.turned for n, w in sorted(values.quantized.items())}
         base = describe_base(type(module).__name__, dtypes_of(module), samples, blocks, named, quantized)
     return Adapter(plan, base)
 

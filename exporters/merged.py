@@ -92,7 +92,7 @@ def write_merged(model: nn.Module, folder: Path, dequantize: bool = False) -> No
     if quantized_in(module) and not dequantize:
         _write_quantized(model, folder)
         return
-    with plain(model), dense(module):
+    with plain(model), dense(module, stored=True):
         if save := getattr(module, "save_pretrained", None):
             save(folder)
         else:
@@ -179,9 +179,10 @@ def _changes(module: nn.Module, again: nn.Module) -> dict[str, dict[str, float]]
 
 
 @contextmanager
-def dense(module: nn.Module) -> Iterator[None]:
+def dense(module: nn.Module, stored: bool = False) -> Iterator[None]:
     """Context in which a plain model has no quantized weights: each is the sum of its values and the slice beside it,
-    rounded once to the type of the other weights. Raises `ExportError` for sums that are not finite."""
+    rounded once to the type of the other weights. stored: each as its class has it in files, and not to be run. Raises
+    `ExportError` for sums that are not finite."""
     values = Values(module)
     if not values.quantized:
         yield
@@ -199,7 +200,7 @@ def dense(module: nn.Module) -> Iterator[None]:
             raise ExportError(
                 f"the trained {weight.name} is not finite: its delta is not, or their sum exceeds {dtype}"
             )
-        return nn.Parameter(dense, requires_grad=False)
+        return nn.Parameter(dense.T.contiguous() if stored and weight.turned else dense, requires_grad=False)
 
     with ExitStack() as undo:
         for block in blocks.values():

@@ -85,6 +85,7 @@ def _trained(block: Block | Left, quantized: Mapping[str, Quantized], others: to
 
 def _places_of(state: State, module: nn.Module) -> Iterator[_Place]:
     shapes = {s.parameter_name: s.shape for s in state.plan.slices}
+    turned = {name for name, weight in quantized_in(module).items() if weight.turned}
     pairs: list[tuple[Slice, Block | Left]] = [*zip(state.plan.slices, state.blocks)]
     pairs += [(Slice(b.name, b.dim, b.indices, shapes[b.name], ()), b) for b in state.left_behind]
     for s, block in pairs:
@@ -97,7 +98,8 @@ def _places_of(state: State, module: nn.Module) -> Iterator[_Place]:
         marks = torch.full((prod(s.shape),), -1, dtype=torch.int32)  # which entry of the block each number is
         marks[flat] = torch.arange(len(flat), dtype=torch.int32)
         with state.names_as_stored(module):
-            stored = as_stored(module, {s.parameter_name: marks.view(s.shape)})
+            held = marks.view(s.shape)
+            stored = as_stored(module, {s.parameter_name: held.T if s.parameter_name in turned else held})
         for name, entries in stored.items():
             at = (entries.reshape(-1) >= 0).nonzero().squeeze(1)
             if len(at):

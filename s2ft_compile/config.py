@@ -44,8 +44,8 @@ def looks_at_data(selection: object) -> bool:
     return isinstance(selection, str) and SELECTIONS.get(selection) in ("activations", "gradients")
 
 
-DEFAULT, SHARE = "default", 0.015  # the target that stands for every role of a model, and its ratio where none is given
-WIDER = 4  # times that ratio: of the channels of heads, whose weights are the smaller ones (docs/targets.md says why)
+DEFAULT, SHARE = "default", 0.0125  # the target that stands for every role of a model, and its ratio if none is given
+WIDER = {"heads": 5, "channels": 4}  # times that ratio, of heads and of their channels (docs/targets.md says why)
 BUDGETS = ("layer", "model", "score")
 OPTIMIZERS = ("muon", "adamw")
 INNER = ("inductor", "aot_eager", "eager")
@@ -77,7 +77,7 @@ class S2FTConfig:
         head, the same one of every head; a channel for `ffn.*`, a channel of every expert for `moe.*`. "norm" is 1.0:
         gains and biases of norms train whole. A glob with 1.0 trains all of what it matches, whatever its axes are: a
         new head, biases. "default" stands for every role that the model has and `targets` does not name: of heads for
-        their channels where it has those, at `WIDER` times the ratio. Beside it, 0 leaves a role out. None:
+        their channels where it has those, both at `WIDER` times the ratio. Beside it, 0 leaves a role out. None:
     selection: how units are ranked. None: "gradient" where `prepare` is given batches of data, else "random".
         One of `SELECTIONS`: "random", "weight", "activation", "weight_activation" and "gradient" are the paper's R, W,
         A, S and G (section 3.2), "lowrank" is the weight after rank reduction; see `passes/select/scores.py` and
@@ -239,8 +239,9 @@ def is_glob(target: str) -> bool:
 def _of_default(role: str, amount: int | float) -> int | float:
     if role == NORM:
         return 1.0
-    wider = role.endswith(CHANNELS) and not isinstance(amount, Integral)
-    return min(1.0, WIDER * amount) if wider else amount
+    if isinstance(amount, Integral) or role.removesuffix(CHANNELS) not in HEADS:
+        return amount
+    return min(1.0, WIDER["channels" if role.endswith(CHANNELS) else "heads"] * amount)
 
 
 def matches(target: str, parameter_name: str) -> bool:

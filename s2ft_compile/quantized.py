@@ -20,7 +20,7 @@ from .errors import ConfigError
 
 __all__ = ["Kind", "not_quantized", "register"]
 
-ROWS = 128  # of a weight that are dequantized at a time: on the way torchao makes copies in float32
+ROWS = 128  # of a weight that are dequantized at a time: on the way libraries make copies in float32
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,18 @@ def _make(tensor: Any) -> tuple[type, str]:
 
 def _dequantized(weight: Any) -> Tensor:
     pieces = _in_rows(weight)
-    return torch.cat([piece.dequantize() for piece in pieces]) if len(pieces) > 1 else weight.dequantize()
+    if len(pieces) > 1:
+        return _in_one(weight, weight.dtype, (piece.dequantize() for piece in pieces))
+    values: Tensor = weight.dequantize()
+    return values
+
+
+def _in_one(weight: Tensor, dtype: torch.dtype, pieces: Iterable[Tensor]) -> Tensor:
+    """What is made `ROWS` rows at a time, never twice in memory."""
+    values = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for i, piece in enumerate(pieces):
+        values[i * ROWS : (i + 1) * ROWS] = piece
+    return values
 
 
 def _values_4bit(layer: nn.Module, key: str) -> Tensor:
@@ -95,8 +106,9 @@ def _values_8bit(layer: Any, key: str) -> Tensor:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
     weight = _weight(layer, key)
-    values: Tensor = int8_vectorwise_dequant(weight.data, layer.state.SCB if weight.SCB is None else weight.SCB)
-    return values
+    scales = layer.state.SCB if weight.SCB is None else weight.SCB
+    parts = [slice(start, start + ROWS) for start in range(0, len(scales), ROWS)]
+    return _in_one(weight.data, scales.dtype, (int8_vectorwise_dequant(weight.data[p], scales[p]) for p in parts))
 
 
 KINDS: list[Kind] = [
@@ -163,6 +175,11 @@ class Quantized:
     @property
     def is_linear(self) -> bool:
         return isinstance(self.layer, nn.Linear) and self.key == "weight"
+
+    @property
+    def turned(self) -> bool:
+        """Whether it is (in, out) where it was loaded from, as transformers' Conv1D has it."""
+        return getattr(getattr(self.layer, "source_cls", None), "__name__", None) == "Conv1D"
 
     @torch.no_grad()
     def values(self) -> Tensor:

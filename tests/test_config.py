@@ -69,9 +69,9 @@ def test_the_default_leaves_targets_and_selection_open():
 @pytest.mark.parametrize(
     "targets, settled",
     [
-        (None, {"ffn.in": 0.015, "attention.key": 0.015}),
-        ({"default": 0.5}, {"ffn.in": 0.5, "attention.key": 0.5}),
-        ({"default": 0.5, "ffn.in": 4, "*norm*": 1.0}, {"ffn.in": 4, "attention.key": 0.5, "*norm*": 1.0}),
+        (None, {"ffn.in": 0.0125, "attention.key": 0.0625}),
+        ({"default": 0.1}, {"ffn.in": 0.1, "attention.key": 0.5}),
+        ({"default": 0.5, "ffn.in": 4, "*norm*": 1.0}, {"ffn.in": 4, "attention.key": 1.0, "*norm*": 1.0}),
         ({"ffn.in": 0.1}, {"ffn.in": 0.1}),
         ({"default": 3}, {"ffn.in": 3, "attention.key": 3}),
     ],
@@ -97,9 +97,9 @@ def test_the_default_is_of_channels_rather_than_heads():
     """But for heads that are asked for."""
     has = ["attention.out", "attention.value", "attention.out.channels", "attention.value.channels", "ffn.in"]
     assert S2FTConfig().targets_of(has) == {
-        "attention.out.channels": 0.06,
-        "attention.value.channels": 0.06,
-        "ffn.in": 0.015,
+        "attention.out.channels": 0.05,
+        "attention.value.channels": 0.05,
+        "ffn.in": 0.0125,
     }
     some = {"default": 0.5, "attention.value": 1}
     assert S2FTConfig(some).targets_of(has) == {"attention.out.channels": 1.0, "ffn.in": 0.5, "attention.value": 1}

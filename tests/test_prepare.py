@@ -131,20 +131,20 @@ def mamba() -> nn.Module:
 
 # positions keep the channels of queries and keys where they are, so whole heads of those train
 ROTATED = {
-    "attention.query": 0.015,
-    "attention.key": 0.015,
-    "attention.out.channels": 0.06,
-    "attention.value.channels": 0.06,
+    "attention.query": 0.0625,
+    "attention.key": 0.0625,
+    "attention.out.channels": 0.05,
+    "attention.value.channels": 0.05,
 }
 
 
 @pytest.mark.parametrize(
     "make, roles",
     [
-        (lambda: hf("llama"), {"ffn.in": 0.015, "ffn.out": 0.015, **ROTATED}),
-        (lambda: hf("gpt2"), {"ffn.in": 0.015, "ffn.out": 0.015, **{f"{r}.channels": 0.06 for r in HEADS[:4]}}),
-        (mixtral, {"moe.in": 0.015, "moe.out": 0.015, **ROTATED}),
-        (mamba, {"ssm.in": 0.015, "ssm.out": 0.015}),
+        (lambda: hf("llama"), {"ffn.in": 0.0125, "ffn.out": 0.0125, **ROTATED}),
+        (lambda: hf("gpt2"), {"ffn.in": 0.0125, "ffn.out": 0.0125, **{f"{r}.channels": 0.05 for r in HEADS[:4]}}),
+        (mixtral, {"moe.in": 0.0125, "moe.out": 0.0125, **ROTATED}),
+        (mamba, {"ssm.in": 0.0125, "ssm.out": 0.0125}),
     ],
     ids=["llama", "gpt2", "mixtral", "mamba"],
 )
@@ -165,7 +165,8 @@ def test_default_stands_for_the_roles_that_are_not_named():
     model = hf("llama")
     plan = s2ft.prepare(model, {"input_ids": tokens()}, s2ft.S2FTConfig({"default": 0.1, "ffn.out": 3}))
     assert plan.config.targets == {
-        **dict.fromkeys(("ffn.in", "attention.query", "attention.key"), 0.1),
+        "ffn.in": 0.1,
+        **dict.fromkeys(("attention.query", "attention.key"), 0.5),
         **dict.fromkeys(("attention.out.channels", "attention.value.channels"), 0.4),
         "ffn.out": 3,
         "norm": 1.0,

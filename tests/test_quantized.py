@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -32,6 +33,7 @@ from s2ft_compile.cli.data import checkpoint_layers, load_model, quantization
 from s2ft_compile.errors import AdapterError, ConfigError, ExportError, StateError
 from s2ft_compile.exporters import load_adapter, save_adapter, save_lora, save_merged, unload_adapter
 from s2ft_compile.exporters.onnx.weights import FORMS
+from s2ft_compile.passes.select.calibrate import calibrate
 from s2ft_compile.planned import plan_quantization
 from s2ft_compile.quantized import (
     KINDS,
@@ -290,7 +292,7 @@ def test_loading_and_preparing_takes_the_quantized_model_and_one_layer(kind, tmp
     dense(transformers.LlamaConfig(**sizes, **HEADS), torch.bfloat16).save_pretrained(tmp_path / "base")
     dense(LLAMA, torch.bfloat16).save_pretrained(tmp_path / "small")
     program = Path(__file__).parent / "programs" / "load_quantized.py"
-    arguments = [str(tmp_path / "base"), str(tmp_path / "small"), kind]
+    arguments = [str(tmp_path / "base"), str(tmp_path / "small"), kind, "gradient"]
     done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, check=True)
     memory = json.loads(done.stdout.splitlines()[-1])
     assert max(memory["loading"], memory["preparing"]) - memory["prepared"] <= layer, memory
@@ -391,6 +393,31 @@ def test_selections_see_dequantized_weights(selection):
     plans = [s2ft.prepare(m, {"input_ids": IDS}, config, calibration=[STEP, STEP]) for m in (model, same)]
     for a, b in zip(*(plan.slices for plan in plans), strict=True):
         assert a.parameter_name == b.parameter_name and torch.equal(a.indices, b.indices.sort().values)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4 twice", "8 bits"])
+def test_scores_by_gradient_are_those_of_the_dequantized_model(kind):
+    """Of weights and of biases, in float64; squares double the error of gradients (`assert_gradients`)."""
+    model, same = quantized(kind, BIASED), dense(BIASED)
+    values = Values(model)
+    same.load_state_dict({name: values[name] for name in values}, strict=False)
+    names = [*quantized_in(model), *(name for name in values if name.endswith("bias"))]
+    places = [(name, dim) for name in names for dim in range(len(values.shape(name)))]
+    found, wanted = (calibrate(m, places, "gradient", [STEP]) for m in (model, same.double()))
+    assert len(found) == 7 * 2 + 3
+    for place, scores in wanted.items():
+        assert (found[place] - scores).norm() <= 40 * 128**0.5 * 2.0**-24 * scores.norm(), place
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_scores_by_gradient_have_the_values_of_one_weight_at_a_time(kind):
+    """Memory grows with depth by what the forward saves, and not by dequantized weights, as in the libraries'."""
+    peaks = []
+    for layers in (1, 3):
+        model = quantized(kind, transformers.LlamaConfig(**WIDE, num_hidden_layers=layers))
+        places = [(name, 0) for name in quantized_in(model)]
+        peaks.append(peak_of(lambda: calibrate(model, places, "gradient", [STEP])))
+    assert peaks[1] - peaks[0] <= 4 * 1024 * 256
 
 
 def test_a_weight_packed_in_an_unknown_way_is_refused():
@@ -629,6 +656,14 @@ def test_an_adapter_of_a_quantized_base_on_another(tmp_path):
         load_adapter(changed, tmp_path / "adapter")
 
 
+def test_an_adapter_of_a_base_that_was_quantized_otherwise_is_refused(tmp_path):
+    save_adapter(prepared("int8"), tmp_path / "adapter")
+    other = quantized("nf4")
+    with pytest.raises(AdapterError, match="LlamaForCausalLM in Int8Tensor and float32 .* in Params4bit and float32"):
+        load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(logits(other), logits(quantized("nf4")))
+
+
 def adapters(kind: str, folder) -> dict[str, s2ft.plan.Plan]:
     """Two adapters of one base, that train other units of the same weights."""
     plans = {}
@@ -825,6 +860,38 @@ def test_loaded_by_transformers(kind, tmp_path):
         save_merged(model, tmp_path / "both", dequantize=True, requantize=True)
 
 
+def test_a_weight_that_a_library_turned_is_written_as_it_was(tmp_path):
+    """GPT-2's layers have theirs as (in, out), and bitsandbytes quantizes the transpose. One here is square."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+    dense(transformers.GPT2Config(vocab_size=64, **sizes), torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = load_model(tmp_path / "base", quantize="nf4")
+    s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig({"attention.out": 1}))
+    for delta in s2ft.parameters(model):
+        delta.data.normal_(std=0.05)
+    (s,), trained = state_of(model).plan.slices, logits(model)
+    assert s.parameter_name == "transformer.h.0.attn.c_proj.weight" and s.shape == (64, 64)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"are \(out, in\), and a GPT2LMHeadModel .*c_proj.weight as \(in, out\)"):
+        load_adapter(load_model(tmp_path / "base"), tmp_path / "adapter")
+    again = load_model(tmp_path / "base", quantize="nf4")
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again), trained)
+    for source in (model, again):
+        save_merged(source, tmp_path / "merged", dequantize=True)
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        expected = Values(again)[s.parameter_name].float().index_add(s.dim, s.indices, s.delta.detach()).bfloat16()
+        assert torch.equal(merged.get_parameter(s.parameter_name), expected.T)
+        assert (logits(merged) - trained).norm() <= 0.02 * trained.norm()
+        shutil.rmtree(tmp_path / "merged")
+    (patch,) = s2ft.patches(model)
+    unload_adapter(again)
+    save_merged(again, tmp_path / "merged", dequantize=True)
+    weight = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_parameter(s.parameter_name)
+    patch.apply(weight)
+    assert torch.equal(weight, expected.T)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_train_quantized(kind, base, text, tmp_path):  # noqa: F811
     """The command leaves the quantized checkpoint with the adapter inside, goes on where it stopped, and exports."""
@@ -835,6 +902,7 @@ def test_train_quantized(kind, base, text, tmp_path):  # noqa: F811
     less = ["--no-gradient-checkpointing"] * (kind == "int8")  # which a quantized base has by default
     result = invoke("train", *(piece for name, value in how.items() for piece in (f"--{name}", value)), *less)
     assert result.exit_code == 0, result.output
+    assert "the same units train to the end: the units of a quantized base cannot be chosen anew" in result.output
     numbers = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(base).parameters())
     assert json.loads((run / "metrics.json").read_text())["parameters"] == numbers  # though packed in fewer
     loaded = transformers.AutoModelForCausalLM.from_pretrained(run / "merged").eval()

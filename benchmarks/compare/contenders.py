@@ -40,10 +40,10 @@ class Contender:
     batches: int = 1
 
 
-# of attention, in each layer; channels of the FFN make up the rest
+# of attention, in each layer (INSIDE: in the default's proportions); channels of the FFN make up the rest
 LOOKS = {"attention.query": 1, "attention.key": 1}
 HEADS = {"attention.out": 1, "attention.value": 1, **LOOKS}
-INSIDE = {"attention.out.channels": 2, "attention.value.channels": 2, **LOOKS}
+INSIDE = {"attention.out.channels": 2, "attention.value.channels": 2, "attention.query": 2, "attention.key": 1}
 
 
 def _s2ft(
@@ -66,7 +66,7 @@ MAIN = {
     "shira": _peft("SHiRA", "ShiraConfig", rate=-2.0),
     "s2ft": _s2ft("S²FT, the default: chosen anew ten times"),
     "s2ft_once": _s2ft("S²FT, chosen once", again=1),
-    "s2ft_linear": _s2ft("S²FT without norms, every choice by four batches", ("channels", INSIDE), batches=4),
+    "s2ft_linear": _s2ft("S²FT without norms", ("channels", INSIDE)),
     "s2ft_paper": _s2ft(
         "S²FT as published: columns and a head, at random, AdamW",
         ("columns", {"attention.out": 1}),
@@ -79,6 +79,7 @@ VARIANTS = {
     "s2ft_again25": _s2ft("chosen anew 25 times", again=25),
     "s2ft_again4": _s2ft("chosen anew four times", again=4),
     "s2ft_four": _s2ft("every choice by four batches", batches=4),
+    "s2ft_query": _s2ft("one head of the queries", parts=("channels", {**INSIDE, "attention.query": 1}, True)),
     "s2ft_random": _s2ft("drawn anew ten times", selection="random"),
     "s2ft_adamw": _s2ft("AdamW", optimizer="adamw"),
     "s2ft_looks": _s2ft("of attention heads of queries and keys alone", ("channels", LOOKS)),

@@ -38,7 +38,7 @@ CANDIDATES, KEPT = 256, 128
 Pair = tuple[str, str]
 Batch = dict[str, Tensor]
 # As many numbers as the LoRA, 55,296 a layer: 768 a channel, 4,608 a channel of heads (their four projections).
-TARGETS = {"default": 0.016}
+TARGETS = {"default": 2, "ffn.in": 24, "ffn.out": 24}
 CHANNELS = {"ffn.in": 72, "ffn.out": 72}
 # optimizer, the exponent of ten that the search for a rate starts at, options; again: how many selections
 METHODS: dict[str, tuple[str, float, dict]] = {

@@ -15,11 +15,12 @@ the operator that made it. The model runs in eval mode and is left as it was.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -130,7 +131,7 @@ def _add_gradients(
     given = {name: leaf for name, leaf in leaves.items() if name not in quantized}
     args, kwargs = arguments(batch)
     with torch.enable_grad():
-        with lean_saving([*frozen.values(), *model.buffers()]), _tapped(model, quantized, leaves):
+        with lean_saving([*frozen.values(), *model.buffers()]), _tapped(model, leaves):
             output = torch.func.functional_call(model, {**frozen, **given}, args, kwargs)
             value = _loss_of(model, output, batch, loss)
         del output
@@ -138,7 +139,7 @@ def _add_gradients(
             torch.autograd.backward(value, inputs=list(leaves.values()))
 
 
-# --- quantized weights: their layers' inputs and outputs -------------------------------------------------------------
+# --- quantized weights: their layers' products ------------------------------------------------------------------------
 
 
 def _device(weight: Tensor | Quantized) -> torch.device:
@@ -146,54 +147,67 @@ def _device(weight: Tensor | Quantized) -> torch.device:
 
 
 @contextmanager
-def _hooked(model: nn.Module, weights: Iterable[Tensor | Quantized], hook: Callable) -> Iterator[None]:
-    """Context: what the layers of quantized weights give goes through hook(weight, layer, x, y)."""
-    by_id = {id(w.held): w for w in weights if isinstance(w, Quantized)}
-    handles = [
-        layer.register_forward_hook(lambda layer, args, y, weight=by_id[id(p)]: hook(weight, layer, args[0], y))
-        for layer in model.modules()
-        for p in layer._parameters.values()
-        if id(p) in by_id
-    ]
+def _multiplied(model: nn.Module, product: Callable[[Quantized, Tensor, Tensor | None], Tensor]) -> Iterator[None]:
+    """Context: a layer of a quantized weight gives product(weight, x, bias), where the libraries would make copies of
+    the weight in float32, and keep its values, those of all layers, for the backward."""
+    by_id = {id(w.held): w for w in quantized_in(model).values() if w.is_linear}
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    layers = [(m, by_id[id(w)]) for m in linear if id(w := m._parameters.get("weight")) in by_id]
+    forwards = [(layer, layer.__dict__.get("forward")) for layer, _ in layers]
+
+    def forward(weight: Quantized, layer: nn.Linear, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        return product(weight, x, None if layer.bias is None else layer.bias.to(x.dtype))
+
     try:
+        for layer, weight in layers:
+            layer.forward = partial(forward, weight, layer)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer, forward in forwards:
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
-def _seen(model: nn.Module, weights: Mapping[str, Tensor | Quantized], uses: Uses):
+def _seen(model: nn.Module, weights: Mapping[str, Tensor | Quantized], uses: Uses) -> AbstractContextManager[None]:
     """Context: a quantized weight's products count as those of its values, which exist for one product at a time."""
 
-    def count(weight: Quantized, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        with _disable_current_modes():
-            uses.add_linear(weight.name, weight.values(), x, y, layer.bias)
+    def product(weight: Quantized, x: Tensor, bias: Tensor | None) -> Tensor:
+        values = weight.values().to(x.dtype)
+        y = F.linear(x, values, bias)
+        if weight.name in weights:
+            with _disable_current_modes():
+                uses.add_linear(weight.name, values, x, y, bias)
+        return y
 
-    return _hooked(model, weights.values(), count)
+    return _multiplied(model, product)
 
 
-def _tapped(model: nn.Module, weights: Mapping[str, Quantized], leaves: Mapping[str, Tensor]):
+def _tapped(model: nn.Module, leaves: Mapping[str, Tensor]) -> AbstractContextManager[None]:
     """Context: each leaf gets the gradient that its quantized weight's values would have."""
-
-    def tap(weight: Quantized, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return _Tap.apply(y, x, leaves[weight.name])
-
-    return _hooked(model, weights.values(), tap)
+    return _multiplied(model, lambda weight, x, bias: _Tap.apply(x, leaves.get(weight.name), bias, weight))
 
 
 class _Tap(torch.autograd.Function):
-    """y = x Wᵀ as it is, with the gradient of W going to a leaf of its shape."""
+    """y = x Wᵀ + b of a quantized W, whose gradient goes to a leaf of its shape, if there is one."""
 
     @staticmethod
-    def forward(ctx, y, x, leaf):
-        ctx.save_for_backward(x)
-        return y.view_as(y)
+    def forward(ctx, x, leaf, bias, weight):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+        ctx.weight = weight
+        return F.linear(x, weight.values().to(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        gradient = grad.flatten(0, -2).mT @ x.to(grad.dtype).flatten(0, -2)
-        return grad, None, gradient
+    def backward(ctx, dY):
+        (x,), dX, dW, db = ctx.saved_tensors, None, None, None
+        if ctx.needs_input_grad[0]:
+            dX = dY @ ctx.weight.values().to(dY.dtype)
+        if ctx.needs_input_grad[1]:
+            dW = dY.flatten(0, -2).mT @ x.flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            db = dY.flatten(0, -2).sum(0)
+        return dX, dW, db, None
 
 
 def _loss_of(model: nn.Module, output: Any, batch: Any, loss: Loss | None) -> Tensor:

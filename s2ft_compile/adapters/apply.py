@@ -41,10 +41,11 @@ def overflow_of(block: Tensor) -> str:
 
 
 def dtypes_of(module: nn.Module) -> str:
-    """The types of a model's own parameters that are not quantized, for a person: `bfloat16 and float32`."""
+    """The types of a model's own parameters, for a person: `bfloat16 and float32`, `Int8Tensor and bfloat16`."""
     quantized = quantized_in(module)
-    own = {str(p.dtype) for name, p in base_parameters(module).items() if name not in quantized}
-    return " and ".join(sorted(own)).replace("torch.", "")
+    own = {str(p.dtype).removeprefix("torch.") for n, p in base_parameters(module).items() if n not in quantized}
+    classes = {type(weight.held).__name__ for weight in quantized.values()} - {"Parameter"}
+    return " and ".join(sorted(own | classes))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -71,15 +71,17 @@ def describe_base(
     samples: Mapping[str, str],
     blocks: Mapping[str, str],
     named: Mapping[str, str] = {},
-    quantized: Sequence[str] = (),
+    quantized: Mapping[str, bool] = {},
 ) -> dict[str, Any]:
     """The samples tell base models apart; blocks that were trained are hashed whole, so that no sum is made twice.
 
-    named: what `named_base` says. quantized: the names of weights that are, and whose blocks are their samples.
+    named: what `named_base` says. quantized: the names of weights that are, and whose blocks are their samples, each
+    with whether it is turned.
     """
     return {
         **named,
         **({"quantized": list(quantized)} if quantized else {}),
+        **({"turned": turned} if (turned := [name for name, is_turned in quantized.items() if is_turned]) else {}),
         "class": kind,
         "dtype": dtype,
         "fingerprint": combined(samples),
@@ -207,9 +209,10 @@ def _read_plan(folder: Path, config: Mapping[str, Any]) -> Plan:
         or combined(samples) != plan.fingerprint
     ):
         raise AdapterError(f"{folder / CONFIG}: the samples of the base model do not make its fingerprint")
-    quantized = base.get("quantized", [])
-    if not isinstance(quantized, list) or not all(isinstance(name, str) and name in samples for name in quantized):
-        raise AdapterError(f"{folder / CONFIG}: the quantized weights are not a list of the base model's names")
+    for kind in ("quantized", "turned"):
+        given = base.get(kind, [])
+        if not isinstance(given, list) or not all(isinstance(name, str) and name in samples for name in given):
+            raise AdapterError(f"{folder / CONFIG}: the {kind} weights are not a list of the base model's names")
     return plan
 
 
@@ -275,6 +278,13 @@ def check_base(adapter: Adapter, fingerprints: Mapping[str, str], what: str, qua
             f"{', ...' if len(differ) > 3 else ''}{_alike(differ[0], fingerprints, adapter) if absent else ''}"
         )
 
+    turned = widened.intersection(adapter.base.get("turned", ()), (s.parameter_name for s in adapter.slices))
+    if turned:
+        raise AdapterError(
+            f"{adapter.source} was trained beside quantized weights that are (out, in), and {what} has {min(turned)} "
+            f"as (in, out): it fits the same quantized model, of which save_merged(model, directory, dequantize=True) "
+            f"writes an ordinary one"
+        )
     if widened:
         warnings.warn(
             f"{adapter.source} was trained beside quantized weights, and those of {what} are not: {len(widened)} "

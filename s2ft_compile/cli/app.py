@@ -195,7 +195,7 @@ def train(
         typer.Option(
             help=f"What trains: ROLE=RATIO or ROLE=UNITS, by commas. Roles: {', '.join(HEADS)}, each of these with "
             f"{CHANNELS} behind it, {', '.join(r for r in ROLES if not r.startswith(HEADS))}; or globs; or "
-            f"`default`, {SHARE:g} of every role, more of channels of heads. [default: default]"
+            f"`default`, {SHARE:g} of every role, more of heads. [default: default]"
         ),
     ] = None,
     selection: Annotated[
@@ -227,7 +227,7 @@ def train(
         float | None,
         typer.Option(
             help="Steps, or below 1 a share of them, after which other units train; 0: never. "
-            "[default: a tenth of the run, at least 20]"
+            "[default: a tenth of the run, at least 20; 0 with --quantize, or a --budget of the whole model]"
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: one pass over the data]")] = None,

@@ -107,10 +107,10 @@ class TrainOptions:
     def _check_reselection(self) -> None:
         if not 0 <= self.reselect_every < 1e9:
             raise ConfigError(f"reselect_every is a number of steps, a share, or 0, got {self.reselect_every}")
-        if self.reselect_every and (why := self._keeps_units()):
+        if self.reselect_every and (why := self.keeps_units()):
             raise ConfigError(f"reselect_every: {why}; 0 keeps the units")
 
-    def _keeps_units(self) -> str | None:
+    def keeps_units(self) -> str | None:
         """Why other units cannot train later on."""
         if self.quantize != "none":
             return "the units of a quantized base cannot be chosen anew"
@@ -126,7 +126,7 @@ class TrainOptions:
         """For how many of these steps a unit trains: all of them where units are not chosen anew."""
         every = self.reselect_every
         if every is None:
-            every = 0 if self._keeps_units() else max(20, steps / 10)
+            every = 0 if self.keeps_units() else max(20, steps / 10)
         return min(steps, round(every if every >= 1 else max(1, every * steps))) if every else steps
 
     def warmup_steps(self, steps: int) -> int:

@@ -58,6 +58,8 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
             plan = _prepared(model, training, options, work)
+        if options.reselect_every is None and (why := options.keeps_units()):
+            console.print(f"the same units train to the end: {why}", highlight=False)
         options = replace(options, lr=options.lr or learning_rate(model, options.total_steps(len(training))))
         _remember(work, options, plan, blocks)
         with progress(console) as bars:
