@@ -686,6 +686,23 @@ def test_top_layers_hold_the_norms_that_are_not_below_them(analyzed):
     ]
 
 
+def test_structures_of_no_role_are_targeted_by_name():
+    class Quantized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.codes, self.out = nn.Linear(8, 6), nn.Embedding(5, 6), nn.Linear(6, 8)
+
+        def forward(self, x):
+            z = self.inside(x)
+            q = self.codes(torch.cdist(z, self.codes.weight[None]).argmin(-1))
+            return self.out(z + (q - z).detach())
+
+    x = torch.randn(2, 4, 8)
+    with pytest.raises(ConfigError, match="1 residual.*; target weights by their names, for example .'inside.weight'"):
+        s2ft.prepare(Quantized(), (x,))
+    assert s2ft.prepare(Quantized(), (x,), S2FTConfig({"inside.weight": 2})).slices
+
+
 def test_norms_that_an_excluded_adapter_trains_are_not_of_the_default(analyzed):
     analysis = analyzed("llama")[1]
     gone = {"model.norm.weight": [(0, torch.arange(16))]}

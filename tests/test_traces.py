@@ -4,6 +4,7 @@ Each model below has a coupling in the trace of its example that is none elsewhe
 """
 
 import copy
+import logging
 import re
 
 import pytest
@@ -347,3 +348,26 @@ def test_an_unread_view_of_a_weight_refuses_its_axes():
     assert not s2ft.analyze(model, (x(),)).couplings
     model.seen = {"w": model.up.weight.detach().clone()}
     assert s2ft.analyze(model, (x(),)).couplings
+
+
+class Placed(Feed):
+    """Takes sequences of one length."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x):
+        return super().forward(x + self.places)
+
+
+def test_a_size_that_does_not_run_is_not_logged_as_an_error(caplog):
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(caplog.handler)
+    try:
+        assert s2ft.analyze(Placed(), (torch.randn(2, 5, 6),)).roles()
+        assert not [record for record in caplog.records if record.name == logger.name]
+        logger.error("failed while attempting to run meta for another, elsewhere")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [record for record in caplog.records if record.name == logger.name]

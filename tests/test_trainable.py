@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from small import full_gradients
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 import s2ft_compile as s2ft
 from s2ft_compile.cli.inspect import describe
@@ -103,6 +104,28 @@ def test_slices_by_their_rules_are_those_of_all_gradients(monkeypatch):
     )
     with pytest.raises((AssertionError, RuntimeError)):
         assert_sliced(Accumulated(), (X,))
+
+
+def test_what_is_offered_and_has_no_slice_rule_after_all_is_found(monkeypatch):
+    monkeypatch.setattr("s2ft_compile.testing.gradients.trained_bands", lambda model, inputs, analysis: ({}, {}))
+    with pytest.raises(AssertionError, match="ffn.in is offered, and .*'u'.* does not train"):
+        assert_sliced(Accumulated(), (X,))
+
+
+class Timed(nn.Module):
+    """Adds what it makes of integers; recomputed in the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = x + (torch.arange(x.shape[1])[:, None] / 3 * 1e3).sin()
+        return x + checkpoint(lambda x: self.down(self.up(x).relu()), x, use_reentrant=False)
+
+
+def test_slices_are_compared_in_float64_throughout():
+    assert assert_sliced(Timed(), (X,)) == {"ffn.out": (1, 0), "ffn.in": (1, 0)}
 
 
 def test_slices_pass_a_pooling():
@@ -213,6 +236,10 @@ def test_what_trains_is_what_prepare_takes(make):
         else:
             with pytest.raises(ConfigError, match="cannot train"):
                 s2ft.prepare(make(), (X,), config)
+    sliced = assert_sliced(model, (X,), analysis=analysis)
+    assert {role: n for role, (n, _) in sliced.items() if n} == {
+        role: len({b.parameter_name for b in bands}) for role, bands in trained.items()
+    }
 
 
 NORMED = {  # along a dimension, each of which needs sums along that for its gradient; and one that does not

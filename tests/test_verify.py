@@ -143,6 +143,24 @@ def test_weights_that_cannot_tell():
     )
 
 
+class Scaled(nn.Module):
+    """Every other one of its parameters is constant, by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.randn(6, 4))
+        self.c, self.d = nn.Parameter(torch.ones(6)), nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x):
+        return ((x @ self.b.T + self.a).relu() * self.c) @ self.d.T
+
+
+def test_a_control_leaves_weights_behind_and_no_constants():
+    model, inputs = Scaled(), (torch.randn(2, 4),)
+    verification = s2ft.verify(model, inputs, s2ft.analyze(model, inputs))
+    assert verification.alike == ("a", "c") and verification.ok and verification.sharp, str(verification)
+
+
 def test_no_couplings_is_fine():
     model, inputs = nn.Linear(4, 2), (torch.randn(3, 4),)
     verification = s2ft.verify(model, inputs, s2ft.analyze(model, inputs))

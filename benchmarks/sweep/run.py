@@ -32,7 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tiny import build
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from s2ft_compile.capture.capture import capture
@@ -51,7 +51,7 @@ MAPPINGS = {
     "audio": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
     "text-encoder": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
 }
-LIMIT_S, MEMORY = 240, 9 * 2**30  # of CPU time
+LIMIT_S, MEMORY = 600, 9 * 2**30  # of CPU time
 WAIT_S = 20 * LIMIT_S  # where other work has the cores
 console = Console(width=160)
 
@@ -110,8 +110,8 @@ def coverage(model: nn.Module, traces, analysis) -> dict:
     read = {
         captured.parameters[n.name]
         for captured in traces
-        for n in captured.graph_module.graph.nodes
-        if n.name in captured.parameters and n.users
+        for n in _reached(captured.graph_module.graph)
+        if n.name in captured.parameters
     }
     read |= {other for other, first in traces[0].tied.items() if first in read}
     roles = {"ffn": ("ffn", "moe", "conv"), "attention": ("attention", "ssm")}
@@ -135,6 +135,16 @@ def coverage(model: nn.Module, traces, analysis) -> dict:
             "why": _reasons(analysis, missing[:2]),
         }
     return report
+
+
+def _reached(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes on which an output depends: a last layer may compute what nothing uses."""
+    reached, stack = set(), [graph.output_node()]
+    while stack:
+        if (node := stack.pop()) not in reached:
+            reached.add(node)
+            stack += node.all_input_nodes
+    return reached
 
 
 def _reasons(analysis, paths) -> list[str]:
@@ -167,10 +177,11 @@ def examine_zoo(name: str) -> dict:
     import zoo
 
     try:
-        model, inputs = zoo.models()[name]()
+        with torch.no_grad():  # a weight that another one makes is copied with its model
+            model, inputs = zoo.models()[name]()
     except Exception as error:
         return {"status": "no model", "reason": f"{type(error).__name__}: {str(error)[:300]}"}
-    return examine_made(model, inputs)
+    return examine_made(zoo.roused(model), inputs)
 
 
 def trains(model: nn.Module, inputs, analysis, whole: bool) -> dict:
@@ -516,6 +527,9 @@ def main() -> None:
     if arguments.report:
         return report(arguments.folder)
     torch.set_num_threads(1)
+    import zoo
+
+    zoo.import_torchvision()
     import transformers
     from transformers.models.auto import modeling_auto  # noqa: F401, imported once, before any fork
 
@@ -523,8 +537,6 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     if {"zoo", "all"} & set(arguments.mapping):
-        import zoo
-
         zoo.models()
     warm()
     if arguments.layers:

@@ -20,6 +20,16 @@ def image(size: int = 64, channels: int = 3, batch: int = 2) -> Tensor:
     return torch.randn(batch, channels, size, size)
 
 
+@torch.no_grad()
+def roused(model: nn.Module) -> nn.Module:
+    """The same with noise where a parameter starts as a constant: zeros would hide everything behind them, and of
+    others no permutation shows."""
+    for p in model.parameters():
+        if p.is_floating_point() and (p.numel() == 1 or not p.std() > 0):
+            p.add_(torch.randn_like(p), alpha=0.05)
+    return model
+
+
 def tokens(length: int = 8, vocabulary: int = 50) -> Tensor:
     return torch.randint(vocabulary, (2, length))
 
@@ -102,10 +112,6 @@ def _timm(name: str) -> Made:
     if made is None:
         raise RuntimeError(f"{name} could not be built")
     model, size = made
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.numel() == 1 or not p.std() > 0:  # what starts as zeros would hide everything behind it
-                p.add_(torch.randn_like(p), alpha=0.05)
     fewer = (_without_repeats(model, kinds) for kinds in ((nn.Sequential, nn.ModuleList), nn.Sequential))
     return next((shallow for shallow in fewer if _runs(shallow, size)), model), (image(size),)
 
@@ -281,7 +287,13 @@ def torchtune_models() -> Iterator[tuple[str, Callable[[], Made]]]:
     positions = dict(rel_pos_num_buckets=8, rel_pos_max_dist=16, max_seq_len=8)
     yield "t5", lambda: (t5._component_builders.t5_encoder(**encoder, **positions), (tokens(),))
     text = dict(embed_dim=32, num_heads=4, num_layers=2, vocab_size=50, max_seq_len=8)
-    yield "clip", lambda: (clip._component_builders.clip_text_encoder(**text), (tokens(),))
+
+    def clip_text() -> nn.Module:
+        model = clip._component_builders.clip_text_encoder(**text)
+        nn.init.normal_(model.position_embedding)  # which it leaves to a checkpoint
+        return model
+
+    yield "clip", lambda: (clip_text(), (tokens(),))
 
 
 # --- open_clip, diffusers -------------------------------------------------------------------------------------------
@@ -324,7 +336,10 @@ LIBRARIES: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Made]]]]] = {
 
 
 def import_torchvision() -> None:
-    """Its wheels for GPUs bring no operators to a CPU build of torch, but need them declared to be imported."""
+    """Before anything else does, where it is there: its wheels for GPUs bring no operators to a CPU build of torch, but
+    need them declared to be imported."""
+    if not find_spec("torchvision"):
+        return
     library = torch.library.Library("torchvision", "FRAGMENT")
     DECLARED.append(library)
     while True:
@@ -347,8 +362,7 @@ DECLARED: list[torch.library.Library] = []  # an operator lives as long as its l
 @cache
 def models() -> dict[str, Callable[[], Made]]:
     """ "library name" -> what makes it, of the libraries that are installed."""
-    if find_spec("torchvision"):
-        import_torchvision()
+    import_torchvision()
     makers = {}
     for library, listed in LIBRARIES.items():
         try:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from s2ft_compile.capture.examples import arguments, several
 from s2ft_compile.capture.models import held_again, inference_mode_of, tensors_of, tied_names
-from s2ft_compile.capture.recording import Recorder, exporting, recording
+from s2ft_compile.capture.recording import Recorder, exporting, recording, unlogged
 from s2ft_compile.config import CHANNELS, S2FTConfig
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.editor import Mismatch
@@ -133,8 +133,8 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class Joint:
-    """graph_module: (parameters and buffers, inputs, deltas) -> (loss, the gradient of each delta). refused: slice ->
-    why its gradient has no slice rule; that one is taken of the full gradient."""
+    """graph_module: (parameters and buffers, inputs, deltas) -> (loss, ..., the gradient of each delta). refused: slice
+    -> why its gradient has no slice rule; that one is taken of the full gradient."""
 
     graph_module: fx.GraphModule
     refused: Mapping[Taken, Mismatch]
@@ -162,6 +162,7 @@ def sliced_gradients(
             else:
                 refused[taken] = why
     module.graph.eliminate_dead_code()
+    module.recompile()
     return Joint(module, refused)
 
 
@@ -202,7 +203,7 @@ def _joint_graph(
         return (loss(torch.func.functional_call(model, values, args, kwargs, tie_weights=False)),)
 
     deltas = [tensors[s.parameter_name].detach().narrow(s.dim, 0, sum(s.lengths)) for s in slices]
-    with inference_mode_of(model), torch.enable_grad():
+    with inference_mode_of(model), torch.enable_grad(), unlogged():
         try:
             return _recorded(model, run, [*tensors.values(), *given], deltas)
         except Exception as error:
@@ -213,7 +214,20 @@ def _joint_graph(
             delta.requires_grad_()
         with mode, exporting():
             joint = aot_export_joint_simple(run, fakes, trace_joint=True, decompositions=_decompositions())
-    return joint if isinstance(joint, fx.GraphModule) else joint[0]
+    return _taking_all(joint if isinstance(joint, fx.GraphModule) else joint[0])
+
+
+def _taking_all(joint: fx.GraphModule) -> fx.GraphModule:
+    """An exported joint graph of a loss with its inputs as plain arguments and, for the loss's own gradient, 1."""
+    graph = joint.graph
+    graph.set_codegen(fx.CodeGen())
+    tangent = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(tangent):
+        one = graph.call_function(torch.ops.aten.ones.default, ([],), {"dtype": tangent.meta["val"].dtype})
+    one.meta = dict(tangent.meta)
+    tangent.replace_all_uses_with(one)
+    graph.erase_node(tangent)
+    return joint
 
 
 def _recorded(model: nn.Module, run: Callable, fixed: Sequence[Tensor], deltas: Sequence[Tensor]) -> fx.GraphModule:

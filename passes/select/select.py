@@ -6,6 +6,7 @@ of it, in any of these bands, is changed by an adapter that is excluded.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -116,10 +117,18 @@ def notes(analysis: Analysis, config: S2FTConfig) -> tuple[str, ...]:
 
 def roles_of(analysis: Analysis, taken: Taken | None = None) -> list[str]:
     """Those of `ROLES` that the model has, in their order; without norms where an excluded adapter trains those. Raises
-    `ConfigError` where it has no structures."""
+    `ConfigError` where it has no structures, or none of a role."""
     _check_structures(analysis)
     of_norms = set(_norms(analysis)) & set(taken or ())
-    return [role for role in offered(analysis) if role != NORM or not of_norms]
+    roles = [role for role in offered(analysis) if role != NORM or not of_norms]
+    if not roles:
+        found = ", ".join(f"{n} {role}" for role, n in Counter(c.role for c in analysis.couplings).items())
+        names = [b.parameter_name for b in bands(analysis, _matrices(analysis))]
+        raise ConfigError(
+            f"no structure of this model has a role that trains by default (of its couplings: {found or 'none'})"
+            + (f"; target weights by their names, for example {{{names[0]!r}: 0.02}}" if names else "")
+        )
+    return roles
 
 
 def targeted_bands(analysis: Analysis, config: S2FTConfig) -> Mapping[str, list[Band]]:

@@ -18,7 +18,7 @@ from s2ft_compile.quantized import __file__ as STAND_INS
 
 from .examples import arguments
 from .models import held_tensors, memory_span, mode_of, one_draw, overlapping_names, tied_names
-from .recording import Recorded, record
+from .recording import Recorded, record, unlogged
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def capture(
     if any(p.is_meta for p in model.parameters()):  # structure without weights takes inputs without values
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
     check_known(model)
-    with stand_ins(model) as quantized, mode_of(model, training), one_draw(), warnings.catch_warnings():
+    with stand_ins(model) as quantized, mode_of(model, training), one_draw(), unlogged(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         recorded = _recorded(model, args, kwargs, trace)
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
@@ -193,6 +193,8 @@ ADVICE = {
     "not on the expected device": "Tensors of two devices meet: make the example inputs on the model's device.",
     "same device": "Tensors of two devices meet: make the example inputs on the model's device.",
     "unexpected keyword argument": "The example inputs are the forward's arguments by name; one of them is not.",
+    "cast notimplemented to tensor": "A kind of tensor takes part that cannot be traced, such as a nested one; padded "
+    "ones with a mask trace.",
     "missing": "The example inputs have to hold every argument that the forward needs.",
 }
 

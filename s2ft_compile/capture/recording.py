@@ -4,6 +4,7 @@
 them apart) in five runs, each of which writes code: 8 times as long. What this cannot record raises, and is exported.
 """
 
+import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,22 @@ from .repeats import Layers, copies_of, now, repeated
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Without the traceback that torch logs of an operator that takes no such sizes: whoever tries raises, or goes on
+    in another way."""
+
+    def is_no_attempt(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("failed while attempting to run meta for")
+
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addFilter(is_no_attempt)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_attempt)
 
 
 class NotRecorded(Exception):
