@@ -30,8 +30,9 @@ def reselect(
     which `slices` are what trains now.
 
     calibration, loss: as for `prepare`. seed: of a random selection; by default another one each time. Nothing is
-    compiled again. An optimizer of the deltas goes on, and forgets at its next step what it knew of those that were
-    chosen; of what trains whole, such as norms, it forgets nothing.
+    compiled again, unless heads of grouped queries lie in other groups than before (docs/limits.md). An optimizer of the
+    deltas goes on, and forgets at its next step what it knew of those that were chosen; of what trains whole, such as
+    norms, it forgets nothing.
     Of several processes each calls this, and they have to choose alike. Raises `StateError` for a model that is not
     prepared, is sharded or has slices beside quantized weights, `ConfigError` for a selection that would be of another
     size (a budget of the whole model); the model is then unchanged.
