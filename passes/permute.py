@@ -3,13 +3,14 @@
 Inverse of `move(p, dim, index)`: `move(p, dim, argsort(index))`.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from s2ft_compile.layout import coordinates, gather_index, leaves
 from s2ft_compile.passes.select.select import Selection
+from s2ft_compile.plan import Slice
 from s2ft_compile.structure import Analysis
 
 
@@ -38,6 +39,23 @@ def dense_orders(
     So does every axis of a parameter in `unmovable`.
     """
     counts: dict[int, Tensor] = {}
+    may_move = movable(analysis, selections, unmovable)
+    for selection in selections:
+        layout = analysis.layouts[selection.parameter_name, selection.dim]
+        for axis in {leaf.axis for leaf in leaves(layout)} & may_move:
+            unit = coordinates(layout, axis)
+            taken = unit[selection.indices]
+            number = torch.bincount(taken[taken >= 0], minlength=int(unit.max()) + 1)
+            hit = (number > number.min()).long()  # beside channels of every head, the heads of which more trains
+            if hit.any():  # an axis inside the unit is taken whole
+                counts[axis] = counts.get(axis, 0) + hit
+    return {axis: torch.argsort(-count, stable=True) for axis, count in counts.items()}
+
+
+def movable(
+    analysis: Analysis, selections: Iterable[Selection | Slice], unmovable: Collection[str] = ()
+) -> Collection[int]:
+    """The axes that may be put in another order: not those that a selected weight has along another dimension."""
     selected = {s.parameter_name: s.dim for s in selections}
     crossing = {
         leaf.axis
@@ -45,15 +63,4 @@ def dense_orders(
         if selected.get(name, dim) != dim or name in unmovable
         for leaf in leaves(layout)
     }
-    for selection in selections:
-        layout = analysis.layouts[selection.parameter_name, selection.dim]
-        for axis in {leaf.axis for leaf in leaves(layout)} & analysis.free - crossing:
-            unit = coordinates(layout, axis)
-            size = int(unit.max()) + 1
-            taken = unit[selection.indices]
-            if len(taken) and (taken >= 0).any():
-                hit = torch.zeros(size, dtype=torch.int64)
-                hit[taken[taken >= 0].unique()] = 1
-                if not hit.all():  # an axis inside the unit is taken whole
-                    counts[axis] = counts.get(axis, 0) + hit
-    return {axis: torch.argsort(-count, stable=True) for axis, count in counts.items()}
+    return analysis.free - crossing

@@ -14,12 +14,12 @@ from s2ft_compile.adapters.apply import check_fits
 from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.passes.backward.trainable import trainable
 from s2ft_compile.passes.couple.couple import couple
-from s2ft_compile.passes.couple.recheck import Permuted
 from s2ft_compile.passes.permute import dense_orders, move, moves_for
 from s2ft_compile.passes.ranges import ranges
 from s2ft_compile.passes.select.calibrate import Loss, calibrate
 from s2ft_compile.passes.select.calibrate import check as check_calibration
-from s2ft_compile.passes.select.select import WHOLE, Selection, Taken, notes, roles_of, select, targeted_bands
+from s2ft_compile.passes.select.ranking import WHOLE, Taken
+from s2ft_compile.passes.select.select import Selection, notes, roles_of, select, targeted_bands
 
 from .adapters.fingerprint import fingerprint
 from .capture.examples import several
@@ -147,7 +147,7 @@ def prepare(
             parameters.own[name].requires_grad_(False)
             undo.callback(parameters.own[name].requires_grad_, True)
         plan = Plan(config, base, tuple(piece for _, piece in pairs), lines)
-        state = State(plan, [block for block, _ in pairs], moves, frozen, Permuted.of(analysis, orders), analysis)
+        state = State(plan, [block for block, _ in pairs], orders, frozen, analysis)
         undo.callback(state.uninstall, model)
         state.install(model)
         undo.pop_all()

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from s2ft_compile.passes.select.anew import select_anew
 from s2ft_compile.passes.select.calibrate import Loss
 from s2ft_compile.passes.select.calibrate import check as check_calibration
-from s2ft_compile.passes.select.select import Selection, select
+from s2ft_compile.passes.select.select import Selection, ranked
 
 from .capture.models import unwrap
 from .errors import ConfigError
@@ -30,9 +31,9 @@ def reselect(
     which `slices` are what trains now.
 
     calibration, loss: as for `prepare`. seed: of a random selection; by default another one each time. Nothing is
-    compiled again, unless heads of grouped queries lie in other groups than before (docs/limits.md). An optimizer of the
-    deltas goes on, and forgets at its next step what it knew of those that were chosen; of what trains whole, such as
-    norms, it forgets nothing.
+    compiled again: heads of grouped queries are chosen so that they share groups as those did that trained. An
+    optimizer of the deltas goes on, and forgets at its next step what it knew of those that were chosen; of what trains
+    whole, such as norms, it forgets nothing.
     Of several processes each calls this, and they have to choose alike. Raises `StateError` for a model that is not
     prepared, is sharded or has slices beside quantized weights, `ConfigError` for a selection that would be of another
     size (a budget of the whole model); the model is then unchanged.
@@ -49,8 +50,9 @@ def reselect(
         of_others = {}
     with merged(model), torch.compiler.set_stance("force_eager"):
         scores = measured(module, state.analysis, config, calibration, loss)
-        selections = select(state.analysis, config, Values(module), scores, of_others)
-    arrange(state, _in_order(selections, state), learned_by(state))
+        ranking = ranked(state.analysis, config, Values(module), scores, of_others)
+        selections, orders = select_anew(state.analysis, ranking, state.plan.slices, state.orders)
+    arrange(state, _in_order(selections, state), orders, learned_by(state))
     state.reselected += 1
     state.compared = False
     log.info("chosen anew: %d slices train, %d keep what they learned", len(state.blocks), len(state.left_behind))

@@ -1,6 +1,7 @@
 """Units chosen anew: what trained before stays, exactly, and the new ones train in its place."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from s2ft_compile import exporters
 from s2ft_compile.errors import ConfigError, StateError
 from s2ft_compile.passes.select.select import offered
 from s2ft_compile.slices.state import merged, state_of
+from s2ft_compile.testing.models import Drawn
 
 BATCH = {"input_ids": tokens(), "labels": tokens()}
 INPUTS = {"input_ids": BATCH["input_ids"]}
@@ -121,6 +123,48 @@ def test_gradients_of_the_new_units_are_those_of_the_whole_weights(case, data):
         )
 
 
+def ranges_of(model: nn.Module) -> list:
+    return [(block.name, block.starts, block.lengths) for block in state_of(model).blocks]
+
+
+@settings(max_examples=10)
+@given(cases(max_blocks=1), st.integers(2, 4), st.integers(1, 3), st.data())
+def test_heads_are_chosen_anew_in_the_places_of_others(case, kv_heads, groups, data):
+    """Whatever heads of grouped queries train, beside keys, values and channels: other units, and the same ranges. A
+    fresh model that is given such a state has every weight's bits."""
+    case = Drawn(replace(case.spec, kv_heads=kv_heads, groups=groups))
+    few = st.integers(1, kv_heads - 1)
+    others = data.draw(st.sets(st.sampled_from(["key", "out", "value", "out.channels"])))
+    targets = {f"attention.{role}": 1 if "." in role else data.draw(few) for role in ["query", *sorted(others)]}
+    model, fresh = case.make(), case.make()
+    for one in (model, fresh):
+        s2ft.prepare(one, case.inputs, s2ft.S2FTConfig(targets))
+    places, chosen = ranges_of(model), set()
+    for _ in range(6):
+        for s in s2ft.reselect(model).slices:
+            nn.init.normal_(s.delta, std=0.1)
+            chosen.add((s.parameter_name, tuple(s.indices.tolist())))
+        assert ranges_of(model) == places
+    assert len(chosen) > len(places)
+    model(*case.inputs)  # writes the deltas
+    s2ft.load_trained_state(fresh, s2ft.trained_state(model))
+    assert all(same_bits(p, dict(fresh.named_parameters())[n]) for n, p in model.named_parameters())
+
+
+def test_heads_stay_where_no_others_fit():
+    """Two of six heads train that share a group. Then those may that do not, then some that do."""
+    allowed = [[0, 1], [2, 3], [3, 2, 5]]
+    model = hf("llama", num_attention_heads=6, hidden_size=24)
+    config = s2ft.S2FTConfig({"attention.query": 2}, lambda *_: allowed[0])
+    plan = s2ft.prepare(model, INPUTS, config)
+    places = ranges_of(model)
+    for heads in ([0, 1], [3, 5]):
+        allowed.pop(0)
+        plan = s2ft.reselect(model)
+        assert ranges_of(model) == places
+        assert all(sorted({i // 4 for i in s.indices.tolist()}) == heads for s in plan.slices)
+
+
 def test_an_optimizer_forgets_other_units_and_goes_on():
     model = hf("llama")
     s2ft.prepare(model, INPUTS, s2ft.S2FTConfig({"ffn.out": 4}))
@@ -205,7 +249,7 @@ def test_a_trained_state_goes_back_and_on(dtype, data):
     bits."""
     taken, rounds = data.draw(st.integers(0, 2)), 3
     base = hf("llama").to(dtype)
-    config = s2ft.S2FTConfig({"ffn.in": 6, "ffn.out": 6, "attention.query": 1}, selection="gradient")
+    config = s2ft.S2FTConfig({"ffn.in": 6, "ffn.out": 6, "attention.query": 2, "attention.key": 1}, "gradient")
 
     def prepared():
         model = copy.deepcopy(base)

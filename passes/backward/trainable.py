@@ -23,7 +23,8 @@ from s2ft_compile.capture.recording import Recorder, exporting, recording, unlog
 from s2ft_compile.config import CHANNELS, S2FTConfig
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.passes.editor import Mismatch
-from s2ft_compile.passes.select.select import WHOLE, Band, Selection, offered
+from s2ft_compile.passes.select.ranking import WHOLE, Band
+from s2ft_compile.passes.select.select import Selection, offered
 from s2ft_compile.quantized import stand_ins
 from s2ft_compile.structure import Analysis
 

@@ -14,7 +14,7 @@ from torch import nn
 from s2ft_compile.config import ROLES, S2FTConfig, units_for
 from s2ft_compile.passes.backward.trainable import trained_bands
 from s2ft_compile.passes.editor import Mismatch
-from s2ft_compile.passes.select.select import Band
+from s2ft_compile.passes.select.ranking import Band
 from s2ft_compile.structure import Analysis, Coupling
 
 LAYER = re.compile(r"\.(\d+)\.")

@@ -7,7 +7,7 @@ W[block] == cast(W0 + delta) for every block.
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from s2ft_compile.capture.models import tensors_of, unwrap
 from s2ft_compile.errors import StateError
 from s2ft_compile.passes.couple.recheck import Crossing, Permuted
-from s2ft_compile.passes.permute import move
+from s2ft_compile.passes.permute import move, moves_for
 from s2ft_compile.plan import Plan, Slice, delta_of
 from s2ft_compile.quantized import quantized_in
 from s2ft_compile.structure import Analysis
@@ -92,19 +92,13 @@ def take_off(module: nn.Module) -> bool:
 
 class State:
     """blocks: what trains. left_behind: what trained before a reselection. analysis: of the model in the base's order.
-    moves: (parameter or buffer, dim, gather index) that made the blocks dense. frozen: the
-    names of the parameters that `prepare` froze. permuted: the axes that are not in the base's order, and left: those
-    that a graph returned to others so. `active` is False while the weights are not the trained ones in training
-    order."""
+    orders: axis -> the order of its units that makes the blocks dense. moves: (parameter or buffer, dim, gather index)
+    of that. frozen: the names of the parameters that `prepare` froze. permuted: the axes that are not in the base's
+    order, and left: those that a graph returned to others so. `active` is False while the weights are not the trained
+    ones in training order."""
 
     def __init__(
-        self,
-        plan: Plan,
-        blocks: list[Block],
-        moves: list[tuple[str, int, Tensor]],
-        frozen: list[str],
-        permuted: Permuted,
-        analysis: Analysis,
+        self, plan: Plan, blocks: list[Block], orders: Mapping[int, Tensor], frozen: list[str], analysis: Analysis
     ):
         self._plan = plan
         self.analysis = analysis
@@ -113,9 +107,8 @@ class State:
         self.reselected = 0  # how often
         self.first = [s.indices for s in plan.slices]  # what trained before the first time
         self.arranged = 0  # how often blocks became other units
-        self.moves = moves
         self.frozen = frozen
-        self.permuted = permuted
+        self.reorder(orders)
         self.left: set[Crossing] = set()
         self.compared = False  # with what other processes selected
         self.active = True
@@ -184,6 +177,12 @@ class State:
                 f"{lost[0]} ({len(lost)} in all) is not in this model as it was prepared: layers were removed or "
                 f"replaced. Put them back, or do that before s2ft.prepare or after s2ft.release(model)"
             )
+
+    def reorder(self, orders: Mapping[int, Tensor]) -> None:
+        """Says that the units are in these orders; `move` brings them there."""
+        self.orders = orders
+        self.moves = [(*place, index) for place, index in moves_for(orders, self.analysis.layouts).items()]
+        self.permuted = Permuted.of(self.analysis, orders)
 
     def move(self, back: bool) -> None:
         """Brings the units into training order, or back into the base model's."""

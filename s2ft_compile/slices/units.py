@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from s2ft_compile.errors import StateError
-from s2ft_compile.passes.couple.recheck import Permuted
 from s2ft_compile.passes.permute import dense_orders, moves_for
 from s2ft_compile.passes.ranges import ranges
+from s2ft_compile.passes.select.anew import orders_between
 from s2ft_compile.passes.select.select import Selection
 from s2ft_compile.plan import Slice, delta_of
 
@@ -74,7 +74,10 @@ def load_trained_state(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             Selection(s.parameter_name, s.dim, s.roles, one.units.sort().values)
             for one, s in zip(given, state.plan.slices)
         ]
-        arrange(state, selections, {s.parameter_name: one.all() for one, s in zip(given, state.plan.slices)})
+        orders = orders_between(state.analysis, state.plan.slices, state.orders, [one.units for one in given])
+        if orders is None:
+            orders = dense_orders(state.analysis, selections)
+        arrange(state, selections, orders, {s.parameter_name: one.all() for one, s in zip(given, state.plan.slices)})
         for block in state.blocks:
             block.came_from = None  # an optimizer's state comes from the same checkpoint
     else:
@@ -166,10 +169,11 @@ def _some_names(state: State) -> str:
 
 
 @torch.no_grad()
-def arrange(state: State, selections: Sequence[Selection], learned: Mapping[str, Learned]) -> None:
-    """The selections train from here on; of all units of a parameter that have learned something, those keep it that
-    do not train."""
-    orders = dense_orders(state.analysis, selections)
+def arrange(
+    state: State, selections: Sequence[Selection], orders: Mapping[int, Tensor], learned: Mapping[str, Learned]
+) -> None:
+    """The selections train from here on, with axes in these orders; of all units of a parameter that have learned
+    something, those keep it that do not train."""
     index = moves_for(orders, state.analysis.layouts)
     to_base_order(state, trained=False)
     now = state.tensors()
@@ -179,8 +183,7 @@ def arrange(state: State, selections: Sequence[Selection], learned: Mapping[str,
         backup = now[block.name].detach().index_select(block.dim, indices.to(block.weight.device)).cpu()
         before[block.name] = Left(block.name, block.dim, indices, delta, backup)
         before[block.name].put(now[block.name], None, trained=True)
-    state.moves = [(name, dim, order) for (name, dim), order in index.items()]
-    state.permuted = Permuted.of(state.analysis, orders)
+    state.reorder(orders)
     state.move(back=False)
     trained = [s.indices for s in state.plan.slices]
     pairs = [_replaced(b, s, index, before[b.name], t) for b, s, t in zip(state.blocks, selections, trained)]

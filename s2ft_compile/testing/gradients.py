@@ -15,7 +15,8 @@ from s2ft_compile.config import NORM, ROLES, CompileOptions, S2FTConfig
 from s2ft_compile.errors import ConfigError, StateError
 from s2ft_compile.passes.backward.attach import runs
 from s2ft_compile.passes.backward.trainable import Taken, sliced_gradients, trained_bands
-from s2ft_compile.passes.select.select import Band, select, targeted_bands
+from s2ft_compile.passes.select.ranking import Band
+from s2ft_compile.passes.select.select import select, targeted_bands
 from s2ft_compile.passes.tracing import recorded
 from s2ft_compile.plan import Plan, Slice
 from s2ft_compile.preparation import analyze, prepare
