@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import s2ft_compile as s2ft
+from s2ft_compile.slices.state import state_of
 from s2ft_compile.testing import assert_same, changed, random_orders
 from s2ft_compile.testing.models import Drawn, Spec, models
 
@@ -50,6 +51,32 @@ def test_orders_compose(drawn: Drawn, data):
     s2ft.permute(twice, coupling, p)
     s2ft.permute(once, coupling, q[p])
     assert_bits(twice, bits(once))
+
+
+@given(st.data())
+@settings(max_examples=max(8, settings.default.max_examples // 3))
+def test_heads_that_share_groups_alike_lie_alike(data):
+    """Query heads and a key head of one layer, and those that other groups and other places in them make of these: both
+    layers' blocks have the same ranges, so both have one graph."""
+    groups, kv_heads = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 4))
+    every = [(k, g) for k in range(kv_heads) for g in range(groups)]
+    heads = data.draw(st.lists(st.sampled_from(every), min_size=1, max_size=min(3, len(every) - 1), unique=True))
+    key = data.draw(st.integers(0, kv_heads - 1))
+    kv, place = (data.draw(st.permutations(range(n))) for n in (kv_heads, groups))
+    queries = [[k * groups + g for k, g in heads], sorted(kv[k] * groups + place[g] for k, g in heads)]
+
+    def chosen(bands, scores):
+        layer = int(bands[0].parameter_name.split(".")[1])
+        return [key, kv[key]][layer] if len(scores) == kv_heads and bands[0].role == "attention.key" else queries[layer]
+
+    drawn = Drawn(Spec(blocks=2, kv_heads=kv_heads, groups=groups, qkv="separate"))
+    s2ft.prepare(
+        drawn.model, drawn.inputs, s2ft.S2FTConfig({"attention.key": 1, "attention.query": len(heads)}, chosen)
+    )
+    ranges = {b.name.split(".", 2)[2]: set() for b in state_of(drawn.model).blocks}
+    for block in state_of(drawn.model).blocks:
+        ranges[block.name.split(".", 2)[2]].add(block.ranges)
+    assert all(len(of) == 1 for of in ranges.values()), ranges
 
 
 def test_new_unit_i_is_old_unit_order_i():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2ft_compile.layout import coordinates, leaves
-from s2ft_compile.passes.permute import dense_orders, movable
+from s2ft_compile.passes.permute import Units, dense_orders, fill, movable, replaced, take
 from s2ft_compile.plan import Slice
 from s2ft_compile.structure import Analysis
 
@@ -21,7 +21,6 @@ from .ranking import Ranking
 from .select import Selection, gathered
 
 Orders = dict[int, Tensor]  # axis -> int64 (units,), as `gather_index` takes them
-Units = dict[int, dict[int, int]]  # axis -> unit that trains -> the one that takes its place
 
 
 def select_anew(
@@ -42,9 +41,11 @@ def select_anew(
         if group in crossing and len(of) == len(units[target][group])
     }
     for target, group in sorted(kept, key=lambda part: len(kept[part])):
-        at = [dict(zip(group, unit)) for unit in product(*(range(size[axis]) for axis in group))]
-        places = [{axis: unit[axis] for axis in crossing[group]} for unit in at]
-        units[target][group] = sorted(_in_pattern(kept[target, group], ranking.best_first(group), places, new))
+        at = list(product(*(range(size[axis]) for axis in group)))
+        places = [{a: u for a, u in zip(group, unit) if a in crossing[group]} for unit in at]
+        best = ranking.best_first(group)
+        chosen = fill([places[unit] for unit in kept[target, group]], [places[unit] for unit in best], new)
+        units[target][group] = sorted(best[i] for i in chosen)
     if any(len(units[target][group]) < len(of) for (target, group), of in kept.items()):
         for (target, group), of in kept.items():
             units[target][group] = of
@@ -78,7 +79,7 @@ def orders_between(
         for axis in {leaf.axis for leaf in leaves(layout)} & axes:
             unit = coordinates(layout, axis)
             for a, b in set(zip(unit[s.indices].tolist(), unit[others].tolist())):
-                if not _take({axis: a}, {axis: b}, new):
+                if not take({axis: a}, {axis: b}, new):
                     return None
     if any(to.pop(-1, -1) != -1 or -1 in to.values() for to in new.values()):
         return None
@@ -95,38 +96,9 @@ def _crossing(analysis: Analysis, ranking: Ranking, selections: Sequence[Selecti
     return {group: of for group, of in moving.items() if not crossed.isdisjoint(of)}
 
 
-def _in_pattern(now: list[int], best: list[int], places: list[dict[int, int]], new: Units) -> list[int]:
-    """The best units that take the places of `now`, one after another, with the others in `new`, which gets them, too.
-    As many where all units are free."""
-    left, chosen = list(now), []
-    for unit in best:
-        for before in left:
-            if _take(places[before], places[unit], new):
-                left.remove(before)
-                chosen.append(unit)
-                break
-    return chosen
-
-
-def _take(before: dict[int, int], after: dict[int, int], new: Units) -> bool:
-    """Whether a unit takes another's place along each axis; then `new` says so."""
-    for axis, a in before.items():
-        to = new.setdefault(axis, {})
-        if to[a] != after[axis] if a in to else after[axis] in to.values():
-            return False
-    for axis, a in before.items():
-        new[axis][a] = after[axis]
-    return True
-
-
 def _replaced(analysis: Analysis, orders: Mapping[int, Tensor], new: Units) -> Orders:
-    """The orders in which new units lie where those that train do, and the others around them in base order."""
-    size, result = _sizes(analysis), {}
-    for axis, to in new.items():
-        others = iter(sorted({*range(size[axis])} - {*to.values()}))
-        now = orders[axis].tolist() if axis in orders else range(size[axis])
-        result[axis] = torch.tensor([to[unit] if unit in to else next(others) for unit in now])
-    return result
+    size = _sizes(analysis)
+    return {axis: replaced(orders.get(axis, torch.arange(size[axis])), to) for axis, to in new.items()}
 
 
 def _sizes(analysis: Analysis) -> dict[int, int]:
