@@ -23,7 +23,7 @@ from statistics import median
 
 import torch
 from base import DEVICE, SETTINGS, Setting, base
-from contenders import CONTENDERS, MAIN, optimizer, tuned
+from contenders import CONTENDERS, MAIN, Contender, Tuned, optimizer, tuned
 from material import IGNORED, Material, Rows, Task
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
@@ -55,13 +55,32 @@ class Bench:
 
     def row(self, task_name: str, method: str, exponent: float, seed: int) -> Row:
         """One run: trains a copy of the base model, and measures all that is reported."""
-        task, contender, setting = self.tasks[task_name], CONTENDERS[method], self.setting
-        rate, batches = 10**exponent, self._batches(task, seed)
+        trial, opt, spent = self.train(task_name, CONTENDERS[method], exponent, seed)
+        held = sum(v.numel() * v.element_size() for s in opt.state.values() for v in s.values() if v.ndim)
+        return {
+            "setting": self.setting.name,
+            "steps": self.setting.steps,
+            "task": task_name,
+            "method": method,
+            "exponent": exponent,
+            "rate": 10**exponent,
+            "seed": seed,
+            "numbers": trial.numbers,
+            "step_cpu_ms": 1e3 * median(spent),
+            "training_bytes": held + 4 * trial.numbers,
+            **self.measured(trial.model, self.tasks[task_name]),
+        }
+
+    def train(
+        self, task_name: str, contender: Contender, exponent: float, seed: int
+    ) -> tuple[Tuned, torch.optim.Optimizer, list[float]]:
+        """A trained copy of the base model, its optimizer, and the CPU seconds of each step."""
+        setting, batches = self.setting, self._batches(self.tasks[task_name], seed)
         calibration = [next(batches) for _ in range(CALIBRATION)]
         trial = tuned(contender, self.base, setting, seed, calibration)
         trial.model.train()
-        numbers, spent = trial.numbers, []
-        opt = optimizer(contender, trial, rate, setting.steps)
+        spent = []
+        opt = optimizer(contender, trial, 10**exponent, setting.steps)
         rates = LambdaLR(opt, partial(schedule, steps=setting.steps))
         period = math.ceil(setting.steps / contender.again)
         for step in range(setting.steps):
@@ -76,20 +95,7 @@ class Bench:
             spent.append(time.process_time() - began)
             if not math.isfinite(loss.item()):
                 break
-        held = sum(v.numel() * v.element_size() for s in opt.state.values() for v in s.values() if v.ndim)
-        return {
-            "setting": setting.name,
-            "steps": setting.steps,
-            "task": task_name,
-            "method": method,
-            "exponent": exponent,
-            "rate": rate,
-            "seed": seed,
-            "numbers": numbers,
-            "step_cpu_ms": 1e3 * median(spent),
-            "training_bytes": held + 4 * numbers,
-            **self.measured(trial.model, task),
-        }
+        return trial, opt, spent
 
     def measured(self, net: nn.Module, task: Task) -> Row:
         net.eval()
