@@ -128,7 +128,23 @@ def prepare(
     check_gradients(parameters.quantized.values())
     for weight in parameters.quantized.values():
         settle(weight.layer, weight.key)
-    analysis, base = analyze(model, example_inputs, train=train), fingerprint(model)
+    analysis = analyze(model, example_inputs, train=train)
+    return prepare_analyzed(model, example_inputs, analysis, config, given, calibration, loss, of_others)
+
+
+def prepare_analyzed(
+    model: nn.Module,
+    example_inputs: Any,
+    analysis: Analysis,
+    config: S2FTConfig,
+    given: Plan | None = None,
+    calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    of_others: Taken | None = None,
+) -> Plan:
+    """The same of a model of which all else is known: `prepare` checks it. given: the plan whose slices are taken.
+    of_others: what adapters that are excluded change."""
+    parameters, base = Values(model), fingerprint(model)
     if given is None and (config.targets is None or DEFAULT in config.targets):
         config = replace(config, targets=config.targets_of(roles_of(analysis, of_others)))
     asked = candidates(analysis, config)

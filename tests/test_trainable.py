@@ -146,6 +146,23 @@ def test_slices_pass_an_operator_that_checks_values(how):
     assert counts["ffn.in"] == counts["ffn.out"] == (1, 0)
 
 
+class Weighed(nn.Module):
+    """Norms, and weighs with a single number, whose weight the norm's gradient is a multiple of."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.gate, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 1), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.gate(h).sigmoid() * self.down(self.up(h).relu())
+
+
+def test_a_weight_that_a_gradient_is_a_multiple_of_is_no_gradient(caplog):
+    assert assert_sliced(Weighed(), (X,)) == {"ffn.out": (1, 0), "ffn.in": (1, 0), "norm": (2, 0)}
+    assert "full size" not in caplog.text
+
+
 def test_slices_pass_a_pooling():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3))
     assert assert_sliced(model, (torch.randn(2, 3, 10, 10),)) == {"conv.out": (1, 0), "conv.in": (1, 0)}
