@@ -12,17 +12,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from s2ft_compile.adapters.apply import check_fits
 from s2ft_compile.adapters.format import read_adapter
-from s2ft_compile.passes.backward.trainable import trainable
+from s2ft_compile.passes.backward.trainable import trainable, trained_bands
 from s2ft_compile.passes.couple.couple import couple
 from s2ft_compile.passes.permute import dense_orders, move, moves_for
 from s2ft_compile.passes.ranges import ranges
 from s2ft_compile.passes.select.calibrate import Loss, calibrate
 from s2ft_compile.passes.select.calibrate import check as check_calibration
-from s2ft_compile.passes.select.ranking import WHOLE, Taken
-from s2ft_compile.passes.select.select import Selection, notes, roles_of, select, targeted_bands
+from s2ft_compile.passes.select.ranking import WHOLE, Band, Taken
+from s2ft_compile.passes.select.select import Selection, candidates, notes, roles_of, select, targeted_bands
 
 from .adapters.fingerprint import fingerprint
-from .capture.examples import several
 from .capture.models import tensors_of, unwrap
 from .capture.traces import captures
 from .config import DEFAULT, S2FTConfig, looks_at_data
@@ -119,17 +118,36 @@ def prepare(
     check_gradients(parameters.quantized.values())
     for weight in parameters.quantized.values():
         settle(weight.layer, weight.key)
-    analysis, base = analyze(model, example_inputs, train=train), fingerprint(model)
+    analysis = analyze(model, example_inputs, train=train)
+    return prepare_analyzed(model, example_inputs, analysis, config, given, calibration, loss, of_others)
+
+
+def prepare_analyzed(
+    model: nn.Module,
+    example_inputs: Any,
+    analysis: Analysis,
+    config: S2FTConfig,
+    given: Plan | None = None,
+    calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    of_others: Taken | None = None,
+) -> Plan:
+    """The same of a model of which all else is known: `prepare` checks it. given: the plan whose slices are taken.
+    of_others: what adapters that are excluded change."""
+    parameters, base = Values(model), fingerprint(model)
+    if given is None and (config.targets is None or DEFAULT in config.targets):
+        config = replace(config, targets=config.targets_of(roles_of(analysis, of_others)))
+    asked = candidates(analysis, config)
+    if given is not None:
+        wanted = _selected(given, base, analysis)
+        asked[""] = [Band(s.parameter_name, s.dim, role, (), s.indices[None]) for s in wanted for role in s.roles]
+    _, refused = trained_bands(model, example_inputs, analysis, asked)
+    analysis = replace(analysis, untrained=frozenset((*place, role) for place in refused for role in refused[place]))
     if given is None:
-        if config.targets is None or DEFAULT in config.targets:
-            config = replace(config, targets=config.targets_of(roles_of(analysis, of_others)))
-        selections = select(
-            analysis, config, parameters, measured(model, analysis, config, calibration, loss), of_others
-        )
-    else:
-        selections = _selected(given, base, analysis)
-    _check_trainable(selections, parameters, analysis)
-    wanted, selections = selections, trainable(model, several(example_inputs)[0], config, selections, analysis.copies)
+        scores = measured(model, analysis, config, calibration, loss)
+        wanted = select(analysis, config, parameters, scores, of_others)
+    _check_trainable(wanted, parameters, analysis)
+    selections = trainable(model, config, wanted, refused)
     lines = (*notes(analysis, config), *_left_out(wanted, selections))
     for line in lines:
         log.info("%s", line)

@@ -70,7 +70,8 @@ class Analysis:
     depths: parameter -> how far down the model it is first used; layers are told apart and ordered by it.
     unread: the parameters that no trace reads. statistics: buffers that are permuted with parameters. elsewhere: the
     quantized weights that something else than their own layers reads. copies: weight -> that of a layer that every
-    trace calls as it calls its own.
+    trace calls as it calls its own. untrained: (parameter, dim, role) whose gradients have no slice rule; `prepare`
+    adds them for what it is asked to train.
     """
 
     couplings: tuple[Coupling, ...]
@@ -85,6 +86,7 @@ class Analysis:
     elsewhere: frozenset[str] = field(repr=False, default=frozenset())
     ordered: frozenset[int] = field(repr=False, default=frozenset())
     copies: Mapping[str, str] = field(repr=False, default_factory=dict)
+    untrained: frozenset[tuple[str, int, str]] = field(repr=False, default=frozenset())
 
     def roles(self) -> Counter[str]:
         """How many members each role has."""

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_data import TEXT, lines, tiny_tokenizer
 from typer.testing import CliRunner
 
+import s2ft_compile as s2ft
 from s2ft_compile import exporters
 from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.cli import inspect as summary
@@ -260,6 +261,27 @@ def test_inspect_writes_a_page_that_needs_no_network(base, tmp_path):
 def test_a_name_cannot_end_the_page_s_script():
     facts = {"model": "</script><script>alert(1)", "couplings": [], "refusals": []}
     assert "</script><script>" not in summary.page(facts)
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(4, 6), torch.nn.Linear(6, 4)
+        self.register_buffer("scale", torch.arange(6.0))
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu() * self.scale)
+
+
+def test_inspect_shows_a_reason_that_layers_share_once():
+    model, x = torch.nn.Sequential(Scaled(), Scaled(), Scaled()), (torch.ones(2, 4),)
+    model = torch.nn.Sequential(model, torch.nn.Linear(4, 4))
+    refusals = summary.tables(summary.describe(model, x, s2ft.analyze(model, x)))[2]
+    rows = list(zip(*(list(column.cells) for column in refusals.columns)))
+    of_scales = [row for row in rows if "scale" in row[3]]
+    assert [(row[0], row[1], row[3]) for row in of_scales] == [
+        ("0.0-2", "6", "it meets 0.*.scale, which varies along it")
+    ]
 
 
 def test_inspect_refuses_what_is_no_model(tmp_path):

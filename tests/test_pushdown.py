@@ -141,6 +141,18 @@ CASES = {
         MM,
         (0,),
     ),
+    "complex": (
+        lambda a, b: aten.view_as_real(
+            aten.mul(aten._conj(aten.view_as_complex(aten.view(aten.mm(a, b), [ROWS, 3, 2]))), 2.0)
+        ),
+        MM,
+        (0, 1),
+    ),
+    "complex by its type": (
+        lambda a, b: aten.view(aten.mul(aten.view(aten.mm(a, b), a.dtype.to_complex()), 1j), a.dtype),
+        MM,
+        (0,),
+    ),
     "a long way": (
         lambda a, b: aten._to_copy(
             aten.view(aten.permute(aten.mm(b.t(), a.t()), [1, 0]), [ROWS, 1, COLUMNS]) * 2.0, dtype=torch.float32

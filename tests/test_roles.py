@@ -255,6 +255,55 @@ class Stacked(nn.Module):
         return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class AtOnce(Absorbed):
+    """The same by products of three."""
+
+    def forward(self, x):
+        heads, key, value = self.sizes
+        q, latent = self.a(x).unflatten(-1, (heads, key)), self.b(x)
+        by_key, by_value = self.c.weight.view(heads, key + value, -1).split([key, value], 1)
+        scores = torch.einsum("bthk,hkr,bsr->bhts", q, by_key, latent)
+        return x + self.d(torch.einsum("bhts,bsr,hvr->bthv", scores.softmax(-1), latent, by_value).flatten(2))
+
+
+class Slots(nn.Module):
+    """Experts that each read a mixture of all tokens, and tokens that each read a mixture of all experts' results."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.slots = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 3, 2))
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 12)), nn.Parameter(torch.randn(3, 12, 8))
+
+    def forward(self, x):
+        x = self.a(x)
+        scores = torch.einsum("btd,dep->btep", x, self.slots)
+        h = torch.einsum("btd,btep->bepd", x, scores.softmax(1))
+        y = torch.einsum("bepn,end->bepd", torch.einsum("bepd,edn->bepn", h, self.up).relu(), self.down)
+        return x + torch.einsum("bepd,btep->btd", y, scores.flatten(2).softmax(-1).view_as(scores))
+
+
+class HeadsChosen(nn.Module):
+    """Attention whose heads' results are weighed for each token, by a product of three."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.gate, self.o = nn.Linear(8, 24), nn.Linear(8, 2), nn.Parameter(torch.randn(2, 4, 8))
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + torch.einsum("bhtk,hkd,bth->btd", y, self.o, self.gate(x).softmax(-1))
+
+
+class Maxout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 36), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return x + self.b(self.a(x).unflatten(-1, (12, 3)).amax(-1))
+
+
 ROLES = {  # model -> (parameter, dim, what it is, units), each of which one coupling has
     Packed: [
         ("m.in_proj_weight", 0, "attention.query", 2),
@@ -274,6 +323,14 @@ ROLES = {  # model -> (parameter, dim, what it is, units), each of which one cou
         ("d.weight", 1, "attention.out", 2),
         ("b.weight", 0, "attention.key", 5),
     ],
+    AtOnce: [
+        ("a.weight", 0, "attention.query", 2),
+        ("d.weight", 1, "attention.out", 2),
+        ("b.weight", 0, "attention.key", 5),
+    ],
+    Slots: [("slots", 1, "moe.expert", 3), ("up", 2, "moe.in", 12), ("down", 1, "moe.out", 12)],
+    HeadsChosen: [("o", 1, "attention.out", 4), ("qkv.weight", 0, "attention.value", 2)],
+    Maxout: [("a.weight", 0, "ffn.in", 12), ("a.weight", 0, "ffn.in", 3), ("b.weight", 1, "ffn.out", 12)],
     Adapted: [("a.weight", 0, "ffn.in", 12), ("b.weight", 1, "ffn.out", 12), ("c.weight", 0, "other.in", 2)],
     Once: [("a.weight", 0, "residual.in", 8), ("c.weight", 1, "ffn.out", 12)],
     Streams: [
@@ -330,3 +387,8 @@ def test_queries_keys_and_values_of_one_weight_train_apart():
         assert band.positions.shape == (2, 4)
         places[role] = set(band.positions.flatten().tolist())
     assert [min(rows) for rows in places.values()] == [0, 8, 16] and len(set().union(*places.values())) == 24
+
+
+def test_a_sum_over_experts_has_no_heads():
+    analysis = couple(capture(Slots(), (torch.randn(2, 4, 8),)))
+    assert not analysis.heads and not analysis.ordered

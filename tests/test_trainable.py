@@ -91,7 +91,7 @@ def test_a_gradient_at_full_size_says_once_which_functions_it_is_for(monkeypatch
 
 def test_every_role_that_is_offered_trains(monkeypatch):
     assert assert_trains(Experts(), (X,), inner=None) == {"ffn.out": 1, "ffn.in": 1}
-    monkeypatch.setattr("s2ft_compile.preparation.trainable", lambda model, inputs, config, selections, _: selections)
+    monkeypatch.setattr("s2ft_compile.preparation.trainable", lambda model, config, selections, _: selections)
     with pytest.raises(AssertionError, match="(?s)ffn.in is offered and does not train.*logcumsumexp"):
         assert_trains(Accumulated(), (X,))
 
@@ -126,6 +126,41 @@ class Timed(nn.Module):
 
 def test_slices_are_compared_in_float64_throughout():
     assert assert_sliced(Timed(), (X,)) == {"ffn.out": (1, 0), "ffn.in": (1, 0)}
+
+
+class Whitened(nn.Module):
+    """Divides by a product of its keys, by an operator of linear algebra that checks values."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.up, self.down, self.key = how, nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        k = self.key(x)
+        return x + self.down(self.up(x).relu()) + k @ self.how(k.mT @ k + torch.eye(4)).mT @ k.mT @ x
+
+
+@pytest.mark.parametrize("how", [torch.linalg.inv, torch.linalg.cholesky, lambda a: torch.linalg.solve(a, a.tanh())])
+def test_slices_pass_an_operator_that_checks_values(how):
+    counts = assert_sliced(Whitened(how), (X,))
+    assert counts["ffn.in"] == counts["ffn.out"] == (1, 0)
+
+
+class Weighed(nn.Module):
+    """Norms, and weighs with a single number, whose weight the norm's gradient is a multiple of."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.gate, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 1), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.gate(h).sigmoid() * self.down(self.up(h).relu())
+
+
+def test_a_weight_that_a_gradient_is_a_multiple_of_is_no_gradient(caplog):
+    assert assert_sliced(Weighed(), (X,)) == {"ffn.out": (1, 0), "ffn.in": (1, 0), "norm": (2, 0)}
+    assert "full size" not in caplog.text
 
 
 def test_slices_pass_a_pooling():
@@ -274,3 +309,29 @@ def test_a_weight_normalized_along_its_slice_needs_its_whole_gradient_and_is_ref
     products = alone.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
     assert rows * columns not in [n.meta["val"].numel() for n in products]
     assert all("summed along the slice's dimension" in why.reason for why in joint.refused.values())
+
+
+class Convolved(nn.Module):
+    """Three convolutions, the one in the middle normalized along a dimension of its weight: the longer one, or not."""
+
+    def __init__(self, dim: int, channels: tuple[int, int]):
+        super().__init__()
+        self.dim, (n, m) = dim, channels
+        self.u, self.v, self.o = nn.Conv1d(4, n, 3), nn.Parameter(torch.randn(m, n, 3)), nn.Conv1d(m, 4, 3)
+
+    def forward(self, x):
+        return self.o(F.conv1d(self.u(x).relu(), NORMED["norm"](self.v, self.dim)).relu())
+
+
+@pytest.mark.parametrize("channels", [(8, 12), (12, 8)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_weight_in_the_middle_of_a_chain_trains_along_the_dimension_that_can(dim, channels):
+    x, model = torch.randn(2, 4, 9), Convolved(dim, channels)
+    plan = s2ft.prepare(model, (x,), s2ft.S2FTConfig({"conv.in": 3, "conv.out": 3}))
+    places = {(s.parameter_name, s.dim) for s in plan.slices}
+    assert places == {("u.weight", 0), ("v", 1 - dim), ("o.weight", 1)}
+    assert {(s.parameter_name, s.dim) for s in s2ft.reselect(model).slices} == places
+    s2ft.release(model)
+    again = s2ft.prepare(model, (x,), s2ft.Plan.from_json(plan.to_json()))
+    assert_gradients(model, again, (x,))
+    assert {(s.parameter_name, s.dim) for s in s2ft.reselect(model).slices} == places

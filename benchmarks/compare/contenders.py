@@ -190,7 +190,7 @@ def _prepare(model: nn.Module, config: s2ft.S2FTConfig, batches: list[Batch]) ->
     sizes = tuple(p.shape for p in model.parameters())
     with ExitStack() as stack:
         if sizes in _known:
-            known = {"analyze": lambda *_, **__: _known[sizes], "trainable": lambda *given: given[3]}
+            known = {"analyze": lambda *_, **__: _known[sizes], "trained_bands": lambda *_: ({}, {})}
             for name, function in known.items():
                 stack.enter_context(mock.patch.object(preparation, name, function))
         else:

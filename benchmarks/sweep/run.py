@@ -195,7 +195,8 @@ def trains(model: nn.Module, inputs, analysis, whole: bool) -> dict:
                 return {"trains": assert_sliced(model, inputs, analysis=analysis)}
             except (DataDependentOutputException, DynamicOutputShapeException):  # what it does depends on values
                 pass
-        return {"eager": True, "trains": {role: (n, 0) for role, n in assert_trains(model, inputs, None).items()}}
+        of_roles = assert_trains(model, inputs, None, analysis=analysis)
+        return {"eager": True, "trains": {role: (n, 0) for role, n in of_roles.items()}}
     except Exception as error:
         if isinstance(error, AssertionError) and "s2ft_compile" in _raised_in(error):  # offered, and does not train
             return {"not trained": str(error)[:600]}

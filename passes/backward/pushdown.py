@@ -65,8 +65,12 @@ class Slicer(Editor):
         """What computes `node` (a take of a gradient) without its full-size input."""
         self.at = node
         x, dim = node.args[:2]
-        if x.op == "placeholder":  # a piece of the model that returned its weight: the gradient comes in from outside
-            log.warning("the gradient of a frozen weight is computed at its full size %s", list(x.meta["val"].shape))
+        if x.op == "placeholder":
+            if (
+                x not in self.needed
+            ):  # of a piece of the model that returned its weight: the gradient comes from outside
+                size = list(x.meta["val"].shape)
+                log.warning("the gradient of a frozen weight is computed at its full size %s", size)
             return node
         rule = rule_for(x.target) if x.op == "call_function" else None
         summed, self._summed = self._summed, self._summed or x.target is aten.sum.dim_IntList

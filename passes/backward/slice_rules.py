@@ -263,6 +263,14 @@ def push_expand(editor, node, x, dim):
     return editor.call(aten.expand.default, source, size, like=x)
 
 
+def push_complex(editor, node, x, dim):
+    """A view of complex numbers as real ones, or of real ones as complex: both have the dimensions before the last."""
+    old, new = x.args[0].meta["val"].shape, x.meta["val"].shape
+    if dim >= len(old) or old[dim] != new[dim]:
+        return Mismatch("it holds real and imaginary parts")
+    return editor.call(x.target, editor.push(x.args[0], dim, node), *x.args[1:], like=x)
+
+
 def push_take(editor, node, x, dim):
     """A slice of a slice along another dimension: they commute."""
     if x.args[1] == dim:
@@ -297,6 +305,10 @@ SLICE_RULES: dict[Any, Callable] = {
     aten.full.default: push_constant,
     aten.new_zeros.default: push_constant,
     aten.expand.default: push_expand,
+    aten.view_as_real.default: push_complex,
+    aten.view_as_complex.default: push_complex,
+    aten.view.dtype: push_complex,
+    aten._conj.default: push_elementwise,
     aten._to_copy.default: push_elementwise,
     aten.clone.default: push_elementwise,
     aten.alias.default: push_elementwise,

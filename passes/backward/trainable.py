@@ -33,64 +33,63 @@ from .pushdown import Slicer
 
 log = logging.getLogger(__name__)
 Place = tuple[str, int]
+Refused = Mapping[Place, Mapping[str, Mismatch]]  # where no gradient can be sliced: place -> role -> why
 
 
 def trainable(
-    model: nn.Module,
-    example_inputs: Any,
-    config: S2FTConfig,
-    selections: Sequence[Selection],
-    copies: Mapping[str, str] = MappingProxyType({}),
+    model: nn.Module, config: S2FTConfig, selections: Sequence[Selection], refused: Refused
 ) -> tuple[Selection, ...]:
-    """The selections whose gradients have slice rules. A weight that is targeted by its name, or all of which a target
-    consists, raises `ConfigError`; others of a role are left out, with a line in the log. copies: as for
-    `refused_gradients`."""
+    """The selections whose gradients have slice rules. refused: of `trained_bands`. A weight that is targeted by its
+    name, or all of which a target consists, raises `ConfigError`; others of a role are left out, with a line in the
+    log."""
     tensors = tensors_of(model)
-    parts = [s for s in selections if len(s.indices) < tensors[s.parameter_name].shape[s.dim]]  # others need no rule
-    with stand_ins(model) as quantized:
-        taken = {(s.parameter_name, s.dim): _taken(s) for s in parts if s.parameter_name not in quantized}
-        whys = refused_gradients(model, example_inputs, list(taken.values()), copies)
-        refused = {place: whys[one] for place, one in taken.items() if one in whys}
-    for name, other in held_again(model).items():  # what reads that does not read the delta
-        refused |= {place: Mismatch(f"lost where {other} is read in its place") for place in taken if place[0] == name}
-    left = tuple(s for s in selections if (s.parameter_name, s.dim) not in refused)
+    left: list[Selection] = []
+    whys: list[tuple[Selection, Mismatch]] = []
     for s in selections:
-        why = refused.get((s.parameter_name, s.dim))
-        if why and (not left or not any(role in config.targets for role in s.roles)):
+        of_roles = refused.get((s.parameter_name, s.dim), {})
+        why = next((of_roles[role] for role in s.roles if role in of_roles), None)
+        if why is None or len(s.indices) == tensors[s.parameter_name].shape[s.dim]:  # all of it needs no rule
+            left.append(s)
+        else:
+            whys.append((s, why))
+    for s, why in whys:
+        if not left or not any(role in config.targets for role in s.roles):
             raise ConfigError(f"{s.parameter_name} cannot train along dim {s.dim}: its gradient would be {why}")
-        if why:
-            log.warning("%s is left out of %s: its gradient would be %s", s.parameter_name, ", ".join(s.roles), why)
-    return left
+        log.warning("%s is left out of %s: its gradient would be %s", s.parameter_name, ", ".join(s.roles), why)
+    return tuple(left)
 
 
-def _taken(selection: Selection) -> "Taken":
-    """What stands for a selection: any one of its units, but of channels of heads what each of the heads has."""
-    return _stands_for(selection.parameter_name, selection.dim, selection.roles, selection.indices)
-
-
-def _stands_for(name: str, dim: int, roles: Sequence[str], indices: Tensor) -> "Taken":
-    if not any(role.endswith(CHANNELS) for role in roles):
-        return Taken(name, dim)
-    starts, lengths = runs(indices.sort().values.tolist())
-    return Taken(name, dim, tuple(starts), tuple(lengths))
+def _stands_for(band: Band) -> "Taken":
+    """Any one of a band's units, but of channels of heads what each of the heads has."""
+    if not band.role.endswith(CHANNELS):
+        return Taken(band.parameter_name, band.dim)
+    starts, lengths = runs(band.positions[0].sort().values.tolist())
+    return Taken(band.parameter_name, band.dim, tuple(starts), tuple(lengths))
 
 
 def trained_bands(
-    model: nn.Module, example_inputs: Any, analysis: Analysis
-) -> tuple[dict[str, list[Band]], dict[Place, dict[str, Mismatch]]]:
-    """What of what is `offered` trains, by role, and the places whose gradient has no slice rule: role -> why. Whole
-    heads of a place may train where their channels do not."""
+    model: nn.Module, example_inputs: Any, analysis: Analysis, bands: Mapping[str, Sequence[Band]] | None = None
+) -> tuple[dict[str, list[Band]], Refused]:
+    """What trains of these bands, by target, and what does not, since its gradient has no slice rule. Whole heads of a
+    place may train where their channels do not. bands: by default all that is `offered`."""
+    bands = offered(analysis) if bands is None else bands
+    with stand_ins(model) as quantized:  # the slices of quantized weights lie beside them, and need no rule
+        parts = [b for of in bands.values() for b in of if b.role != WHOLE and b.parameter_name not in quantized]
+        taken = {id(b): _stands_for(b) for b in parts}
+        slices = list(dict.fromkeys(taken.values()))
+        whys = refused_gradients(model, several(example_inputs)[0], slices, analysis.copies)
+    elsewhere = held_again(model)  # what reads that does not read the delta
     kept: dict[str, list[Band]] = {}
     refused: dict[Place, dict[str, Mismatch]] = {}
-    of_roles = offered(analysis)
-    every = [band for bands in of_roles.values() for band in bands if band.role != WHOLE]
-    taken = {id(b): _stands_for(b.parameter_name, b.dim, [b.role], b.positions[0]) for b in every}
-    whys = refused_gradients(model, several(example_inputs)[0], list(dict.fromkeys(taken.values())), analysis.copies)
-    for role, bands in of_roles.items():
-        if trained := [b for b in bands if taken.get(id(b)) not in whys]:
-            kept[role] = trained
-        for b in (b for b in bands if taken.get(id(b)) in whys):
-            refused.setdefault((b.parameter_name, b.dim), {})[role] = whys[taken[id(b)]]
+    for target, of in bands.items():
+        for b in of:
+            why = whys.get(taken.get(id(b)))
+            if b.parameter_name in elsewhere and b.role != WHOLE:
+                why = Mismatch(f"lost where {elsewhere[b.parameter_name]} is read in its place")
+            if why is None:
+                kept.setdefault(target, []).append(b)
+            else:
+                refused.setdefault((b.parameter_name, b.dim), {})[b.role] = why
     return kept, refused
 
 

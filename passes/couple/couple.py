@@ -170,8 +170,8 @@ def _freeze(axis: Axis, roles: FirstRoles, ids: dict[Axis, int]) -> Layout:
         if root.parts:
             beside = next((p.role for p in root.parts if p.role), None) if own and root.kind == PRODUCT else None
             parts = [walk(p, (marks[0], marks[1] or beside), uses, own, last) for p in root.parts]
-            if root.kind == PRODUCT and all(leaf.size == 1 for leaf in leaves(parts[-1])):
-                parts[-1] = _with_role(parts[-1], end_roles(parts[-2])[0])  # every other element of a larger unit
+            if root.kind == PRODUCT and all(map(_is_part_of_a_unit, leaves(parts[-1]))):
+                parts[-1] = _with_role(parts[-1], end_roles(parts[-2])[0])
             parts = tuple(parts)
             return Product(parts) if root.kind == PRODUCT else Sum(parts)
         group = roles.of(root)
@@ -181,6 +181,12 @@ def _freeze(axis: Axis, roles: FirstRoles, ids: dict[Axis, int]) -> Layout:
         return Leaf(ids.setdefault(root, len(ids)), root.size, role)
 
     return walk(axis.twin or axis, (None, None), set(), True, None)
+
+
+def _is_part_of_a_unit(leaf: Leaf) -> bool:
+    """Whether what lies inside a larger unit is for nothing by itself: one number of it (every other element), or what
+    no product reads (the pieces of a maxout, the places of a channel that were made one row)."""
+    return leaf.size == 1 or str(leaf.role).startswith("other.")
 
 
 def _with_role(layout: Layout, role: str | None) -> Layout:

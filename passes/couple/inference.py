@@ -41,7 +41,7 @@ class Inference:
             pin_all(self.parameters[name], Pin(what, closed=True))
         for name, why in captured.refused.items():
             pin_all(self.parameters[name], Pin(why, closed=True))
-        self.border = captured.border
+        self.border, self.buffers = captured.border, captured.buffers
         held = {place: name for place, name in captured.buffers.items() if name in self.parameters}
         self.names, self.uniform = {**captured.parameters, **held}, captured.uniform
         self.written = {out: name for out, name in captured.written.items() if name in self.parameters}
@@ -84,7 +84,8 @@ class Inference:
         if not isinstance(val, torch.Tensor):
             return val
         fixed = node.name.startswith(("b_", "c_"))
-        why = Pin(f"it meets {node.name}, which varies along it" if fixed else f"it is an input of {self.border}")
+        buffer = self.buffers.get(node.name, node.name)
+        why = Pin(f"it meets {buffer}, which varies along it" if fixed else f"it is an input of {self.border}")
         alike = self.uniform.get(node.name, ())  # zeros are the same in any order
         return Value([Axis(n, pin=None if d in alike else why) for d, n in enumerate(val.shape)], weight=fixed)
 

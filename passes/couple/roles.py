@@ -22,7 +22,8 @@ class Roles:
         produced = atoms_of(axis for p in cx.projections.values() for axis in p.produced)
         self.heads = atoms_of(cx.heads)
         for kept, contracted in cx.pairs:  # queries of several heads may share a key that has none
-            if atoms_of(contracted) & produced:
+            summed = atoms_of(contracted)
+            if summed & produced and not summed & atoms_of(cx.experts):  # and no sum over experts
                 self.heads |= atoms_of(kept) & produced
         self.attention = atoms_of(cx.attention) | self.heads
         for value in parameters:

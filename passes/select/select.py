@@ -85,8 +85,8 @@ def notes(analysis: Analysis, config: S2FTConfig) -> tuple[str, ...]:
     """A line for each role of which weights train as another one, and for each ratio that stands for less than one
     unit, of which one trains."""
     lines = []
-    everything = _by_target(analysis, config)
-    apart = _one_role_each(everything)
+    everything = candidates(analysis, config)
+    apart = _one_role_each(everything, analysis)
     for target, bands in everything.items():
         every, left = ({b.parameter_name for b in of} for of in (bands, apart.get(target, ())))
         if lost := sorted(every - left):
@@ -120,8 +120,7 @@ def roles_of(analysis: Analysis, taken: Taken | None = None) -> list[str]:
 def targeted_bands(analysis: Analysis, config: S2FTConfig) -> Mapping[str, list[Band]]:
     """Target -> the bands it may train a part of; no role whose weights all train as others. Raises `ConfigError`
     where there are none."""
-    _check_structures(analysis)
-    return _of_top_layers(_one_role_each(_by_target(analysis, config)), analysis, config)
+    return _of_top_layers(_one_role_each(candidates(analysis, config), analysis), analysis, config)
 
 
 def _of_top_layers(
@@ -190,7 +189,7 @@ def offered(analysis: Analysis) -> dict[str, list[Band]]:
     of_roles = {role: [b for b in found if b.role == role] for role in ROLES}
     of_roles |= {f"{role}{CHANNELS}": bands(analysis, matrices, f"{role}{CHANNELS}") for role in HEADS}
     of_roles[NORM] = [_whole(name, analysis) for name in _norms(analysis)]
-    return {role: _one_dim_each(listed) for role, listed in of_roles.items() if listed}
+    return {role: _one_dim_each(listed, analysis) for role, listed in of_roles.items() if listed}
 
 
 def _matrices(analysis: Analysis) -> set[str]:
@@ -277,17 +276,20 @@ def _bands_of_role(role: str, analysis: Analysis) -> list[Band]:
         raise ConfigError(
             f"no parameter of this model has the role {role!r}; roles found: {', '.join(valid) or 'none'}"
         )
-    return _one_dim_each(of_role)
+    return _one_dim_each(of_role, analysis)
 
 
-def _by_target(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:
+def candidates(analysis: Analysis, config: S2FTConfig) -> dict[str, list[Band]]:
+    """Target -> the bands of it, those included that train as another role. Raises `ConfigError` where there are
+    none."""
+    _check_structures(analysis)
     return {target: _bands_of(target, amount, analysis) for target, amount in config.targets.items()}
 
 
-def _one_role_each(by_target: Mapping[str, list[Band]]) -> dict[str, list[Band]]:
+def _one_role_each(by_target: Mapping[str, list[Band]], analysis: Analysis) -> dict[str, list[Band]]:
     """The same, but of a weight in the middle of a chain, whose roles lie along several dimensions, those along one."""
     of_roles = [band for target, bands in by_target.items() if not is_glob(target) for band in bands]
-    kept = {(band.parameter_name, band.dim) for band in _one_dim_each(of_roles)}
+    kept = {(band.parameter_name, band.dim) for band in _one_dim_each(of_roles, analysis)}
     left = {
         target: [b for b in bands if is_glob(target) or (b.parameter_name, b.dim) in kept]
         for target, bands in by_target.items()
@@ -295,16 +297,17 @@ def _one_role_each(by_target: Mapping[str, list[Band]]) -> dict[str, list[Band]]
     return {target: bands for target, bands in left.items() if bands}
 
 
-def _one_dim_each(candidates: Sequence[Band]) -> list[Band]:
-    """Of a weight that could train along several dimensions, the bands along the one with the most units."""
+def _one_dim_each(several: Sequence[Band], analysis: Analysis) -> list[Band]:
+    """Of a weight that could train along several dimensions, the bands along the one with the most units that do."""
     units: dict[str, dict[int, int]] = {}
-    for band in candidates:
+    for band in several:
         dims = units.setdefault(band.parameter_name, {})
-        dims[band.dim] = dims.get(band.dim, 0) + len(band.positions)
+        trains = (band.parameter_name, band.dim, band.role) not in analysis.untrained
+        dims[band.dim] = dims.get(band.dim, 0) + trains * len(band.positions)
     best = {name: max(dims, key=dims.__getitem__) for name, dims in units.items()}
     for name in (name for name, dims in units.items() if len(dims) > 1):
         log.debug("%s could train along dims %s; it does along %d", name, sorted(units[name]), best[name])
-    return [band for band in candidates if band.dim == best[band.parameter_name]]
+    return [band for band in several if band.dim == best[band.parameter_name]]
 
 
 def _named(glob: str, analysis: Analysis) -> list[str]:
@@ -339,15 +342,15 @@ def _bands_of_name(glob: str, name: str, analysis: Analysis) -> list[Band]:
     return best
 
 
-def _preferred(candidates: Sequence[Band]) -> list[Band]:
+def _preferred(several: Sequence[Band]) -> list[Band]:
     """The bands of attention, FFN and experts before other ones, and those before the residual stream's."""
 
     def tier(band: Band) -> int:
         group = band.role.split(".")[0]
         return 1 if band.role == "moe.expert" else {"other": 1, "residual": 2}.get(group, 0)
 
-    best = min(map(tier, candidates), default=0)
-    return [b for b in candidates if tier(b) == best]
+    best = min(map(tier, several), default=0)
+    return [b for b in several if tier(b) == best]
 
 
 def _check_one_dim_each(chosen) -> None:

@@ -99,6 +99,15 @@ class Recording:
         return node
 
 
+class Functional(FunctionalTensorMode):
+    """Without `linalg`'s checks of values, which order a graph's operators by tokens that it would take and return."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._linalg_check_errors.default:
+            return None
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 class Recorder(Recording, ProxyTorchDispatchMode):
     """Records the operators that are called while it is `on`, in a functional form: nothing is written to.
 
@@ -115,7 +124,7 @@ class Recorder(Recording, ProxyTorchDispatchMode):
         self.enter_stack: list = []
         self.tracer = SimpleNamespace(tensor_tracker={})  # where proxies would be
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.functional = FunctionalTensorMode(pre_dispatch=self.pre_dispatch, export=self.pre_dispatch)
+        self.functional = Functional(pre_dispatch=self.pre_dispatch, export=self.pre_dispatch)
         self.given: dict[int, tuple[FunctionalTensor, torch.Tensor]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -18,6 +18,7 @@ from s2ft_compile.passes.select.ranking import Band
 from s2ft_compile.structure import Analysis, Coupling
 
 LAYER = re.compile(r"\.(\d+)\.")
+IN_TEXT = re.compile(r"(?<=\.)\d+(?=\.\w)")
 
 
 def describe(model: nn.Module, inputs: Any, analysis: Analysis) -> dict[str, Any]:
@@ -165,9 +166,10 @@ def _merge(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, An
         numbers = [parts[0] for parts in common if parts[0].isdigit()]
         path = ["*" if parts[0].isdigit() else parts[0] for parts in common]
         members = tuple((*path, *n[len(common) :], m["dim"]) for n, m in zip(names, row["members"]))
-        key = (row.get("role"), row["units"], row.get("reason"), members)
+        key = (row.get("role"), row["units"], IN_TEXT.sub("*", row.get("reason", "")), members)
         groups.setdefault(key, ([], row))[0].append(tuple(map(int, numbers)))
-    return [(_places(layers), row) for layers, row in groups.values()]
+    merged = {key: row | {"reason": key[2]} if len(layers) > 1 else row for key, (layers, row) in groups.items()}
+    return [(_places(groups[key][0]), row) for key, row in merged.items()]
 
 
 def _places(layers: list[tuple[int, ...]]) -> str:

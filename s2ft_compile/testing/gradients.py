@@ -19,7 +19,7 @@ from s2ft_compile.passes.select.ranking import Band
 from s2ft_compile.passes.select.select import select, targeted_bands
 from s2ft_compile.passes.tracing import recorded
 from s2ft_compile.plan import Plan, Slice
-from s2ft_compile.preparation import analyze, prepare
+from s2ft_compile.preparation import analyze, prepare_analyzed
 from s2ft_compile.slices.state import find_state, release, state_of
 from s2ft_compile.structure import Analysis
 from s2ft_compile.verification import default_dtype
@@ -119,11 +119,14 @@ def _gradients(of: Tensor, to: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, to)]
 
 
-def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager", ratio: float = 0.3) -> dict[str, int]:
+def assert_trains(
+    model: nn.Module, inputs: Any, inner: str | None = "aot_eager", ratio: float = 0.3, analysis: Analysis | None = None
+) -> dict[str, int]:
     """That every role that a model offers trains: one step's gradients of the slices are slices of all gradients.
 
     Compared in float64 and eval mode on copies; the deltas are float32, so to 2^-20 of a weight's largest gradient.
-    inner: what compiles (`CompileOptions.inner`), None for eager. Returns role -> number of weights that train.
+    inner: what compiles (`CompileOptions.inner`), None for eager. analysis: the couplings, by default what `analyze`
+    finds. Returns role -> number of weights that train.
     Raises `AssertionError` that names the role and the weight, or what the step raised; `ValueError` where the model's
     own gradients are not finite.
     """
@@ -131,14 +134,15 @@ def assert_trains(model: nn.Module, inputs: Any, inner: str | None = "aot_eager"
     base, trained = noisy(model, 0).requires_grad_(True), {}
     full = _finite(full_gradients(base, lambda base: _summed(base, inputs)))
     rounding = _rounding(full)
-    analysis = analyze(copy.deepcopy(base), inputs)
+    analysis = analysis or analyze(copy.deepcopy(base), inputs)
     for role in ROLES:
+        config = S2FTConfig(_targets(role, ratio), selection="random")
         try:
-            targeted_bands(analysis, S2FTConfig(_targets(role, ratio)))
+            targeted_bands(analysis, config)
         except ConfigError:  # it has no such role
             continue
         prepared = noisy(model, 0)
-        plan = prepare(prepared, inputs, S2FTConfig(_targets(role, ratio)))
+        plan = prepare_analyzed(prepared, inputs, analysis, config)
         torch._dynamo.reset()
         net = torch.compile(prepared, backend="s2ft", options={"inner": inner}) if inner else prepared
         try:

@@ -30,7 +30,7 @@ def contract(cx, node, left: Value, right: Value, batch, contracted, left_free, 
         scores = scores and all(axis.size == 1 for axis in made)  # by a vector: one number for each pair
         cx.experts += [*both, *left.looked_up, *right.looked_up]
     else:
-        if not scores:
+        if not scores and left_free and right_free:  # a sum that weights take over experts has one side
             kept = [*[left.dims[d] for d in left_free], *[right.dims[d] for d in right_free]]
             cx.pairs.append((kept, [left.dims[a] for a, _ in contracted]))
         scores = cx.product(left, right, both)
@@ -123,26 +123,31 @@ def axes_matmul(cx, node, left, right):
 
 
 def axes_einsum(cx, node, equation, operands, **kwargs):
+    """Of several activations as products of two, from left to right."""
     equation = equation.replace(" ", "")
     spelled = spelled_out(equation, [len(v.dims) for v in operands])
     if spelled is None:
         return axes_unknown(cx, node, *operands)
     inputs, output = spelled
-    alone = len(operands) == 2 and any(c not in output and sum(c in i for i in inputs) == 1 for i in inputs for c in i)
-    if len(operands) != 2 or alone:
+    if len(inputs) != 2 and sum(not v.weight for v in operands) < 2:
+        return einsum_of_any(cx, node, inputs, output, operands)
+    letters, value = inputs[0], operands[0]
+    for i in range(1, len(inputs)):
+        later = "".join([output, *inputs[i + 1 :]])
+        kept = "".join(c for c in dict.fromkeys(letters + inputs[i]) if c in later)
+        kept = output if i == len(inputs) - 1 else kept
+        value, letters = _einsum_of_two(cx, node, (letters, inputs[i]), kept, (value, operands[i])), kept
+    return value
+
+
+def _einsum_of_two(cx, node, inputs: tuple[str, str], output: str, operands: tuple[Value, Value]) -> Value:
+    if any(c not in output and sum(c in i for i in inputs) == 1 for i in inputs for c in i):
         return einsum_of_any(cx, node, inputs, output, operands)
     a, b = inputs
     pairs = [(c, (a.index(c), b.index(c))) for c in a if c in b]
     batch, contracted = ([p for c, p in pairs if (c in output) == kept] for kept in (True, False))
-    value = contract(
-        cx,
-        node,
-        *operands,
-        batch,
-        contracted,
-        [a.index(c) for c in a if c not in b],
-        [b.index(c) for c in b if c not in a],
-    )
+    free = [a.index(c) for c in a if c not in b], [b.index(c) for c in b if c not in a]
+    value = contract(cx, node, *operands, batch, contracted, *free)
     letters = [c for c, _ in pairs if c in output] + [c for c in a if c not in b] + [c for c in b if c not in a]
     return replace(value, dims=[value.dims[letters.index(c)] for c in output])
 
