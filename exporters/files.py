@@ -102,7 +102,7 @@ def _staging(path: Path, target) -> Iterator[Path]:
     with ExitStack() as undo:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_left_behind(path.parent)
+            remove_left_behind(path.parent)
             folder = _own_folder(path.parent, undo)
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
             yield folder
@@ -129,7 +129,7 @@ def _own_folder(parent: Path, undo: ExitStack) -> Path:
             return folder
 
 
-def _remove_left_behind(parent: Path) -> None:
+def remove_left_behind(parent: Path) -> None:
     """Removes the folders of processes of this machine that were killed while they wrote here."""
     for folder in parent.glob(f"{MINE}*.tmp"):
         descriptor = _lock(folder, wait=False)

@@ -12,6 +12,9 @@ from test_cli import base, invoke, lines, refused, text  # noqa: F401  (fixtures
 
 from s2ft_compile.cli import fit
 from s2ft_compile.cli import train as module
+from s2ft_compile.cli.options import check_begun, check_new
+from s2ft_compile.errors import ConfigError
+from s2ft_compile.exporters.files import MINE
 
 STEPS = 6
 
@@ -119,6 +122,32 @@ def test_a_run_that_was_cut_off_behind_its_last_step_takes_no_other(whole, tmp_p
     assert all(torch.equal(d, deltas(whole)[name]) for name, d in deltas(run).items()) and (run / "merged").exists()
 
 
+def test_a_run_that_was_killed_before_it_had_slices_goes_on(whole, base, text, tmp_path, monkeypatch):  # noqa: F811
+    """With what its folder held at that moment, `--resume` is enough."""
+    killed = tmp_path / "killed"
+
+    def kill(*_, **__):
+        shutil.copytree(tmp_path / "run", killed)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_remember", kill)
+        assert "stopped, before there was a checkpoint" in refused("train", *options(base, text, tmp_path / "run"))
+    assert "holds a run already: go on with --resume" in refused("train", *options(base, text, killed))
+    result = invoke("train", "--resume", "--output", killed)
+    assert result.exit_code == 0, result.output
+    assert all(torch.equal(d, deltas(whole)[name]) for name, d in deltas(killed).items())
+    assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_what_a_run_left_that_was_killed_as_it_began_is_not_in_the_way(tmp_path):
+    (left := tmp_path / f"{MINE}0123.tmp").mkdir()
+    with pytest.raises(ConfigError, match="no run to go on with: run.json is missing; start it without --resume"):
+        check_begun(tmp_path)
+    check_new(tmp_path)
+    assert not left.exists()
+
+
 def test_the_log_has_every_step(whole):
     entries = log(whole)
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
@@ -194,7 +223,8 @@ def test_only_what_a_run_was_begun_with_goes_on(whole, base, text, tmp_path):  #
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     assert "holds a run already: go on with --resume" in refused("train", *options(base, text, run))
-    assert "has no run to go on with" in refused("train", "--resume", *options(base, text, tmp_path / "none"))
+    for given in (options(base, text, tmp_path / "none"), ("--output", tmp_path / "none")):
+        assert "has no run to go on with" in refused("train", "--resume", *given)
     again = ("train", "--resume", "--output", run)
     assert "begun with other slices" in refused(*again, "--targets", "ffn.out=4")
     assert "begun with other batches" in refused(*again, "--batch-size", 3)

@@ -290,13 +290,15 @@ def train(
     ffn.in=0.02,ffn.out=0.02,attention.out=0.05
     """
     with reported(err, debug):
-        from .options import RUN, TrainOptions, layered, parse_targets
+        from .options import RUN, TrainOptions, check_begun, layered, parse_targets
         from .train import report
         from .train import train as run
 
         values = layered(ctx, config, output / RUN if resume and output and (output / RUN).is_file() else None)
         for name in ("data", "output"):
             values[name] = values[name] and Path(values[name])
+        if resume and values["output"]:
+            check_begun(values["output"])
         missing = [f"--{name}" for name in ("model", "data", "output") if not values[name]]
         if missing:
             raise ConfigError(f"{', '.join(missing)} is missing: type it, or write it into the file of --config")

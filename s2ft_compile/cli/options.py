@@ -13,6 +13,7 @@ import torch
 from s2ft_compile.adapters.format import read_adapter
 from s2ft_compile.config import DEFAULT, OPTIMIZERS, ROLES, SHARE, CompileOptions, S2FTConfig, check_choice, is_glob
 from s2ft_compile.errors import ConfigError, ExportError
+from s2ft_compile.exporters.files import remove_left_behind
 from s2ft_compile.passes.backward.fp8 import check_device
 
 from .data import DTYPES, QUANTIZE, check_fp8, load_config, model_class
@@ -21,7 +22,7 @@ from .records import Records, read_records
 COUNTS = ("batch_size", "grad_accum", "seq_len", "calibration_batches", "save_every", "keep")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 REPORTS = ("none", "tensorboard", "wandb")
-PLAN, RUN = "plan.json", "run.json"  # what a run is made of, and what was asked for
+RUN, PLAN = "run.json", "plan.json"  # what was asked for, written first, and what the run is made of
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def check(options: TrainOptions) -> Records:
         raise ConfigError(
             "`s2ft train` runs in one process; in several, Trainer trains a prepared model (examples/train_trainer.py)"
         )
-    _check_output(options.output, options.resume)
+    (check_begun if options.resume else check_new)(Path(options.output))
     if options.report_to != "none" and find_spec(options.report_to) is None:
         raise ConfigError(f"--report-to {options.report_to} needs the package: pip install {options.report_to}")
     if options.fp8:
@@ -235,20 +236,27 @@ def check(options: TrainOptions) -> Records:
     return read_records(options.data)
 
 
-def _check_output(output: Path, resume: bool) -> None:
-    """That a run finds its folder new, and one that goes on finds what it wrote."""
-    output = Path(output)
-    if resume:
-        if not (output / PLAN).is_file():
-            raise ConfigError(f"{output} has no run to go on with: {PLAN} is missing; start it without --resume")
-        return
-    if (output / PLAN).is_file():
+def check_begun(output: Path) -> None:
+    """That there is a run to go on with. One that was killed before it had slices begins anew."""
+    if not _begun(output):
+        raise ConfigError(f"{output} has no run to go on with: {RUN} is missing; start it without --resume")
+
+
+def check_new(output: Path) -> None:
+    """That a run finds its folder new."""
+    if _begun(output):
         raise ExportError(f"output folder {output} holds a run already: go on with --resume, or name a new folder")
+    if output.is_dir():
+        remove_left_behind(output)  # by a run that was killed as it began
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         what = "is not empty" if output.is_dir() else "is a file"
         raise ExportError(
             f"output folder {output} exists and {what}; name a folder that does not exist yet, or an empty one"
         )
+
+
+def _begun(output: Path) -> bool:
+    return any((output / name).is_file() for name in (RUN, PLAN))
 
 
 def _check_causal(model: str, config) -> None:

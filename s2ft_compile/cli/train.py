@@ -50,6 +50,8 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
     training, held_out = split(blocks, options.held_out, options.seed, shuffle=records.form != "text")
     _check_batches(training, options)
     with _folder(options) as work:
+        if not (work / PLAN).exists():
+            write_json(work / RUN, {k: v for k, v in options.given.items() if k not in ("resume", "config")})
         with console.status("loading the model"):
             model = load_model(options.model, options.dtype, options.quantize)
             if options.quantize == "none":
@@ -170,7 +172,7 @@ def _as_one_line(error: BaseException, last: Path | None, reporter: str = "none"
 
 def _prepared(model: nn.Module, training: Blocks, options: TrainOptions, work: Path) -> Plan:
     """Selects; a run that goes on has its slices already, wherever it was begun. Raises `ConfigError` for others."""
-    if not options.resume:
+    if not (work / PLAN).exists():
         return prepare(model, example_inputs(model), options.s2ft, calibration(model, training, options, default=4))
     begun = Plan.from_dict(json.loads((work / PLAN).read_text(encoding="utf-8"))["plan"])
     if not options.s2ft.is_that_of(begun.config):
@@ -182,7 +184,7 @@ def _remember(work: Path, options: TrainOptions, plan: Plan, blocks: Blocks) -> 
     """Writes what the run is made of; of one that goes on, raises `ConfigError` where something else is."""
     data = hashlib.sha256(blocks.input_ids.numpy().tobytes() + blocks.labels.numpy().tobytes()).hexdigest()
     now = {"batches": [options.batch_size, options.grad_accum, options.held_out, options.seed], "data": data}
-    if options.resume:
+    if (work / PLAN).exists():
         then = json.loads((work / PLAN).read_text(encoding="utf-8"))
         differ = [name for name in now if then[name] != now[name]]
         if differ:
@@ -191,7 +193,6 @@ def _remember(work: Path, options: TrainOptions, plan: Plan, blocks: Blocks) -> 
             )
         return
     write_json(work / PLAN, {**now, "plan": plan.to_dict()})
-    write_json(work / RUN, {k: v for k, v in options.given.items() if k not in ("resume", "config")})
 
 
 def _check_vocabulary(model: nn.Module, blocks: Blocks) -> None:
