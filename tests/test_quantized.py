@@ -887,8 +887,7 @@ def test_a_base_that_is_stored_quantized(kind, tmp_path):
     step = (2, 12, "auto", s2ft.S2FTConfig(dict(TARGETS)), s2ft.CompileOptions(logits=False))
     estimates = [estimate_folder(str(tmp_path / n), *step, k) for n, k in (("stored", "none"), ("base", kind))]
     assert estimates[0].weights == estimates[1].weights
-    text = tmp_path / "options"
-    options = TrainOptions(str(tmp_path / "stored"), text, text, reselect_every=2)
+    options = TrainOptions(str(tmp_path / "stored"), tmp_path / "data", tmp_path / "run", reselect_every=2)
     with pytest.raises(ConfigError, match="the units of a quantized base cannot be chosen anew; 0 keeps"):
         options.check_units(quantized=True)
     assert "quantized base" in options.keeps_units(quantized=True) and options.keeps_units() is None

@@ -30,9 +30,9 @@ def estimate_folder(
     """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels. quantize: its
     linear layers but the head, to one of `QUANTIZE`. checkpointing: whether layers are computed again in the
     backward; None as in `s2ft train`, with a quantized base. grad_accum: forwards in a step."""
-    config = load_config(model)
-    check_not_stored(model, config, quantize)
-    quantize = stored_as(config) or quantize
+    of_model = load_config(model)
+    check_not_stored(model, of_model, quantize)
+    quantize = stored_as(of_model) or quantize
     if quantize not in QUANTIZE:
         raise ConfigError(
             f"{model} is stored as {quantize}, of which no estimate is made; valid: {', '.join(QUANTIZE)}"
