@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,29 @@ def as_stored(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         return revert_weight_conversion(model, dict(tensors))
     except Exception as error:  # whatever a conversion raises that lacks a part
         raise ExportError(f"transformers does not say how {type(model).__name__} is stored: {error}") from error
+
+
+@contextmanager
+def reversible(model: nn.Module) -> Iterator[None]:
+    """Context in which a model that was loaded quantized can be saved: what put its weights together from a quantized
+    checkpoint has no way back in transformers, and needs none, since `state_dict` takes them apart."""
+    conversions = vars(model).get("_weight_conversions")
+    if conversions is None or getattr(model, "hf_quantizer", None) is None:
+        yield
+        return
+    vars(model)["_weight_conversions"] = [c for c in conversions if _has_way_back(c)]
+    try:
+        yield
+    finally:
+        vars(model)["_weight_conversions"] = conversions
+
+
+def _has_way_back(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def by_model_names(stored: Mapping[str, Stored], folder: Path, kind: str | None = None) -> Converted:

@@ -22,7 +22,7 @@ from s2ft_compile.slices.state import is_prepared, merged, state_of
 
 from . import sharded
 from .adapter import adapter_of, untrained, write_all
-from .conversion import as_stored
+from .conversion import as_stored, reversible
 from .files import new_directory
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def write_merged(model: nn.Module, folder: Path, dequantize: bool = False) -> No
     if quantized_in(module) and not dequantize:
         _write_quantized(model, folder)
         return
-    with plain(model), dense(module, stored=True):
+    with plain(model), reversible(module), dense(module, stored=True):
         if save := getattr(module, "save_pretrained", None):
             save(folder)
         else:
@@ -117,11 +117,13 @@ def _write_quantized(model: nn.Module, folder: Path) -> None:
     if is_prepared(model):
         with new_directory(folder / ADAPTER) as inside:
             write_all(inside, adapter_of(model))
-    with untrained(model):
+    with untrained(model), reversible(module):
         try:
             module.save_pretrained(folder)
         except (ValueError, RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
-            raise ExportError(f"transformers cannot save this quantized model ({error}): {other}") from error
+            raise ExportError(
+                f"transformers cannot save this quantized model ({type(error).__name__}: {error}): {other}"
+            ) from error
         _find_again(module, folder)
 
 

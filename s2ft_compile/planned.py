@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adapters.layers import is_conv1d
 from .quantized import Kind, register
 
 
@@ -77,9 +78,10 @@ def plan_quantization(model: nn.Module, to: str) -> None:
     one of `PLANS`."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for layer in model.modules():
-        if type(layer) is nn.Linear and layer is not head:
-            out, k = layer.weight.shape
-            layer.values_dtype = layer.weight.dtype
+        turned = to == "nf4" and is_conv1d(layer)  # which bitsandbytes quantizes too
+        if (turned or type(layer) is nn.Linear) and layer is not head:
+            out, k = layer.weight.shape[::-1] if turned else layer.weight.shape
+            layer.in_features, layer.out_features, layer.values_dtype = k, out, layer.weight.dtype
             layer.__class__, dtype = PLANS[to]
             rows = ceil(nf4_bytes(out * k) / k) if to == "nf4" else out
             layer.weight = nn.Parameter(torch.empty(rows, k, dtype=dtype, device="meta"), requires_grad=False)

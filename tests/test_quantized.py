@@ -29,7 +29,10 @@ from s2ft_compile.adapters.stored import digest
 from s2ft_compile.backend import boxed
 from s2ft_compile.backend import s2ft as backend
 from s2ft_compile.capture.capture import capture
-from s2ft_compile.cli.data import checkpoint_layers, load_model, quantization
+from s2ft_compile.cli.data import checkpoint_layers, load_model
+from s2ft_compile.cli.estimate import estimate_folder
+from s2ft_compile.cli.options import TrainOptions
+from s2ft_compile.cli.quantize import check_some, quantization
 from s2ft_compile.errors import AdapterError, ConfigError, ExportError, StateError
 from s2ft_compile.exporters import load_adapter, save_adapter, save_lora, save_merged, unload_adapter
 from s2ft_compile.exporters.onnx.weights import FORMS
@@ -858,6 +861,54 @@ def test_loaded_by_transformers(kind, tmp_path):
         assert said[name]["largest_change"] == pytest.approx(float(change.abs().max()))
     with pytest.raises(ConfigError, match="pass one of"):
         save_merged(model, tmp_path / "both", dequantize=True, requantize=True)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_base_that_is_stored_quantized(kind, tmp_path):
+    """What was loaded from a quantized checkpoint is written again, in every form, and trains as it is."""
+    save_merged(loaded(kind, tmp_path / "base"), tmp_path / "stored")
+    model = load_model(tmp_path / "stored")
+    assert quantized_in(model)
+    s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig(dict(TARGETS)))
+    for delta in s2ft.parameters(model):
+        delta.data.normal_(std=0.01)
+    save_merged(model, tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    load_adapter(again, tmp_path / "again" / "adapter")
+    assert torch.equal(logits(again), logits(model))
+    for source, name in ((model, "dense"), (again, "dense too")):
+        save_merged(source, tmp_path / name, dequantize=True)
+        ordinary = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert not quantized_in(ordinary)
+        assert (logits(ordinary) - logits(model)).abs().max() <= 0.02 * logits(model).abs().max()
+    other = "int8" if kind == "nf4" else "nf4"
+    with pytest.raises(ConfigError, match=f"is quantized already .{kind}.* leave out --quantize {other}"):
+        load_model(tmp_path / "stored", quantize=other)
+    step = (2, 12, "auto", s2ft.S2FTConfig(dict(TARGETS)), s2ft.CompileOptions(logits=False))
+    estimates = [estimate_folder(str(tmp_path / n), *step, k) for n, k in (("stored", "none"), ("base", kind))]
+    assert estimates[0].weights == estimates[1].weights
+    options = TrainOptions(str(tmp_path / "stored"), tmp_path / "data", tmp_path / "run", reselect_every=2)
+    with pytest.raises(ConfigError, match="the units of a quantized base cannot be chosen anew; 0 keeps"):
+        options.check_units(quantized=True)
+    assert "quantized base" in options.keeps_units(quantized=True) and options.keeps_units() is None
+
+
+def test_what_a_library_cannot_quantize_is_told(tmp_path):
+    """Nothing, of GPT-2's layers, which are no linear ones to torchao; too little, of batched experts."""
+    pytest.importorskip("torchao")
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+    dense(transformers.GPT2Config(vocab_size=64, **sizes), torch.bfloat16).save_pretrained(tmp_path / "base")
+    step = (2, 12, "auto", s2ft.S2FTConfig({"ffn.out": 3}), s2ft.CompileOptions())
+    for run in (partial(load_model, tmp_path / "base"), partial(estimate_folder, str(tmp_path / "base"), *step)):
+        with pytest.raises(ConfigError, match="--quantize int8 changes nothing of a GPT2LMHeadModel.*nf4 takes those"):
+            run(quantize="int8")
+    with torch.device("meta"):
+        planned = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, **sizes))
+    plan_quantization(planned, "nf4")
+    assert len(quantized_in(planned)) == 4
+    moe = transformers.MixtralConfig(**SIZES, **HEADS, num_local_experts=4, use_cache=False)
+    with pytest.warns(UserWarning, match="--quantize int8 leaves .*MixtralForCausalLM as it is.*experts.*is in none"):
+        check_some(quantized("own", moe), "int8")
 
 
 def test_a_weight_that_a_library_turned_is_written_as_it_was(tmp_path):

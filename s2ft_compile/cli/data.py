@@ -10,10 +10,8 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,12 +19,13 @@ from torch import nn
 
 from s2ft_compile.config import check_choice
 from s2ft_compile.errors import ConfigError
+from s2ft_compile.quantized import quantized_in
 
 from .pieces import in_pieces
+from .quantize import check_not_stored, check_some, on_one_device, quantization, stored_as
 from .records import Records
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZE = ("none", "nf4", "int8", "fp8")
 IGNORE = -100  # the label that a cross-entropy skips
 
 
@@ -276,45 +275,19 @@ def model_class(config):
 
 def load_model(model: str | Path, dtype: str = "auto", quantize: str = "none") -> nn.Module:
     """A model in eval mode, from a folder or hub id. dtype: `auto` (as stored) or the name of one. quantize: its linear
-    layers but the head, on the device that trains, a weight at a time, in pieces."""
+    layers but the head, on the device that trains, a weight at a time, in pieces; a checkpoint that is stored quantized
+    is loaded as it is. Raises `ConfigError`."""
     check_choice("dtype", dtype, DTYPES)
     config = load_config(model)
-    how = quantization(quantize, getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype))
-    with _one_line(model, "model"), in_pieces(quantize):
-        return _with_loss(model_class(config).from_pretrained(model, dtype=dtype, **how).eval())
-
-
-def quantization(quantize: str, dtype: torch.dtype | None) -> dict[str, Any]:
-    """What `from_pretrained` is given to quantize. dtype: in which products are computed. Raises `ConfigError` for an
-    unknown way, or a library that is not here."""
-    check_choice("quantize", quantize, QUANTIZE)
-    if quantize == "none":
-        return {}
-    library = "bitsandbytes" if quantize == "nf4" else "torchao"
-    if find_spec(library) is None:
-        raise ConfigError(f"--quantize {quantize} needs {library}: pip install 's2ft-compile[quantized]'")
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
-    if quantize == "nf4":
-        config: Any = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype or torch.float32,
-        )
+    check_not_stored(model, config, quantize)
+    if stored_as(config):
+        how = on_one_device()
     else:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
-
-        config = TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[quantize]())
-    return {"quantization_config": config, "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}}
-
-
-def check_fp8(fp8: bool, quantize: str) -> None:
-    """Raises `ConfigError` for products in fp8 with weights that are not."""
-    if fp8 and quantize != "fp8":
-        raise ConfigError(
-            f"--fp8 multiplies by weights that are stored in fp8: it needs --quantize fp8, got {quantize}"
-        )
+        how = quantization(quantize, getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype))
+    with _one_line(model, "model"), in_pieces(quantize):
+        loaded = model_class(config).from_pretrained(model, dtype=dtype, **how).eval()
+    check_some(loaded, quantize)
+    return _with_loss(loaded)
 
 
 def load_structure(model: str | Path, dtype: str = "auto") -> nn.Module:
@@ -326,10 +299,10 @@ def load_structure(model: str | Path, dtype: str = "auto") -> nn.Module:
     return _with_loss(built if dtype == "auto" else built.to(getattr(torch, dtype)))
 
 
-def checkpoint_if(model: nn.Module, checkpointing: bool | None, quantize: str) -> None:
+def checkpoint_if(model: nn.Module, checkpointing: bool | None) -> None:
     """`checkpoint_layers` where that is wanted: None is for a quantized base, of a model that can."""
     if checkpointing is None:
-        checkpointing = quantize != "none" and getattr(model, "supports_gradient_checkpointing", False)
+        checkpointing = bool(quantized_in(model)) and getattr(model, "supports_gradient_checkpointing", False)
     if checkpointing:
         checkpoint_layers(model)
 

@@ -11,7 +11,8 @@ from s2ft_compile.errors import ConfigError
 from s2ft_compile.estimation import Estimate, estimate
 from s2ft_compile.planned import plan_quantization
 
-from .data import DTYPES, QUANTIZE, check_fp8, checkpoint_if, example_inputs, load_structure, takes_labels
+from .data import DTYPES, checkpoint_if, example_inputs, load_config, load_structure, takes_labels
+from .quantize import QUANTIZE, check_fp8, check_not_stored, check_some, stored_as
 
 
 def estimate_folder(
@@ -29,14 +30,21 @@ def estimate_folder(
     """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels. quantize: its
     linear layers but the head, to one of `QUANTIZE`. checkpointing: whether layers are computed again in the
     backward; None as in `s2ft train`, with a quantized base. grad_accum: forwards in a step."""
-    check_choice("quantize", quantize, QUANTIZE)
+    of_model = load_config(model)
+    check_not_stored(model, of_model, quantize)
+    quantize = stored_as(of_model) or quantize
+    if quantize not in QUANTIZE:
+        raise ConfigError(
+            f"{model} is stored as {quantize}, of which no estimate is made; valid: {', '.join(QUANTIZE)}"
+        )
     check_fp8(options.fp8, quantize)
     if grad_accum < 1:
         raise ConfigError(f"grad_accum is at least 1, got {grad_accum}")
     loaded, inputs = structure_and_step(model, batch, length, dtype)
     if quantize != "none":
         plan_quantization(loaded, quantize)
-    checkpoint_if(loaded, checkpointing, quantize)
+        check_some(loaded, quantize)
+    checkpoint_if(loaded, checkpointing)
     return estimate(loaded, inputs, config, options, optimizer, accumulates=grad_accum > 1)
 
 

@@ -16,7 +16,8 @@ from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.exporters.files import remove_left_behind
 from s2ft_compile.passes.backward.fp8 import check_device
 
-from .data import DTYPES, QUANTIZE, check_fp8, load_config, model_class
+from .data import DTYPES, load_config, model_class
+from .quantize import QUANTIZE, check_fp8, check_not_stored
 from .records import Records, read_records
 
 COUNTS = ("batch_size", "grad_accum", "seq_len", "calibration_batches", "save_every", "keep")
@@ -108,12 +109,16 @@ class TrainOptions:
     def _check_reselection(self) -> None:
         if not 0 <= self.reselect_every < 1e9:
             raise ConfigError(f"reselect_every is a number of steps, a share, or 0, got {self.reselect_every}")
-        if self.reselect_every and (why := self.keeps_units()):
+        self.check_units()
+
+    def check_units(self, quantized: bool = False) -> None:
+        """Raises `ConfigError` where other units are to train later on, and cannot."""
+        if self.reselect_every and (why := self.keeps_units(quantized)):
             raise ConfigError(f"reselect_every: {why}; 0 keeps the units")
 
-    def keeps_units(self) -> str | None:
-        """Why other units cannot train later on."""
-        if self.quantize != "none":
+    def keeps_units(self, quantized: bool = False) -> str | None:
+        """Why other units cannot train later on. quantized: whether the base is, by `quantize` or as it is stored."""
+        if quantized or self.quantize != "none":
             return "the units of a quantized base cannot be chosen anew"
         if self.s2ft.budget != "layer":
             return f"layers keep their size only with budget='layer', got {self.s2ft.budget!r}"
@@ -229,6 +234,7 @@ def check(options: TrainOptions) -> Records:
     if options.fp8:
         check_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     config = load_config(options.model)
+    check_not_stored(options.model, config, options.quantize)
     _check_causal(options.model, config)
     _check_globs(config, options.s2ft)
     for folder in options.s2ft.exclude:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from s2ft_compile.errors import ConfigError
+from s2ft_compile.quantized import quantized_in
 
 from .arguments import adapter_folder
 from .data import load_model, load_tokenizer
@@ -60,7 +61,7 @@ def loaded(
     from s2ft_compile.serve.engine import Engine, Limits
 
     tokenizer, model = load_tokenizer(base), load_model(base, dtype, quantize)
-    model = model.cuda() if torch.cuda.is_available() and quantize == "none" else model
+    model = model.cuda() if torch.cuda.is_available() and not quantized_in(model) else model
     engine = Engine(model, Limits(**limits), ends_of(model, tokenizer))
     for name, folder in folders.items():
         engine.add(name, folder)

@@ -25,7 +25,7 @@ from s2ft_compile.exporters import save_adapter, save_merged
 from s2ft_compile.exporters.card import CARD
 from s2ft_compile.plan import Plan
 from s2ft_compile.preparation import prepare
-from s2ft_compile.quantized import Values
+from s2ft_compile.quantized import Values, quantized_in
 from s2ft_compile.slices.optimizers import learning_rate
 from s2ft_compile.slices.state import state_of
 
@@ -54,14 +54,16 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
             write_json(work / RUN, {k: v for k, v in options.given.items() if k not in ("resume", "config")})
         with console.status("loading the model"):
             model = load_model(options.model, options.dtype, options.quantize)
-            if options.quantize == "none":
+            if not (quantized := bool(quantized_in(model))):
                 model.to("cuda" if torch.cuda.is_available() else "cpu")
-        checkpoint_if(model, options.gradient_checkpointing, options.quantize)
+        options.check_units(quantized)
+        checkpoint_if(model, options.gradient_checkpointing)
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):
             plan = _prepared(model, training, options, work)
-        if options.reselect_every is None and (why := options.keeps_units()):
+        if options.reselect_every is None and (why := options.keeps_units(quantized)):
             console.print(f"the same units train to the end: {why}", highlight=False)
+            options = replace(options, reselect_every=0)
         options = replace(options, lr=options.lr or learning_rate(model, options.total_steps(len(training))))
         _remember(work, options, plan, blocks)
         with progress(console) as bars:
