@@ -303,8 +303,12 @@ CASES = {}
 for _name in ("maximum", "minimum", "eq", "ne", "rsub", "logical_and", "logical_or"):
     CASES[_name] = [binary(only(_name))]
 CASES["copy"] = [lambda r: (aten.copy.default, (x := r.x(), r.t(*[r.of(n, 1) for n in x.shape][r.of(0, 1) :])), {})]
-for _name in ("multiply", "polar"):
+for _name in ("multiply", "polar", "complex", "arctan2"):
     CASES[_name] = [binary(only(_name))]
+for _name in ("special_expit", "special_logit"):
+    CASES[_name] = [plain(only(_name))]
+for _name in ("real", "imag", "conj", "_conj", "resolve_conj", "resolve_neg"):
+    CASES[_name] = [lambda r, op=only(_name): (op, (torch.complex(*[r.t(3, 4) for _ in "ri"]),), {})]
 CASES["log_sigmoid"] = [plain(aten.log_sigmoid.default)]
 CASES["pow"] = [
     binary(aten.pow.Tensor_Tensor),

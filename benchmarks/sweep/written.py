@@ -301,6 +301,63 @@ class Skips(nn.Module):
         return self.last(joined).flatten(2).transpose(1, 2)
 
 
+class Latent(nn.Module):
+    """Attention over latents that all heads share, by products of three operands."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv, self.o = nn.Linear(D, H * 4), nn.Linear(D, 8), nn.Linear(H * 5, D)
+        self.by_key, self.by_value = nn.Parameter(torch.randn(H, 4, 8) / 3), nn.Parameter(torch.randn(H, 8, 5) / 3)
+
+    def forward(self, x):
+        q, latent = self.q(x).unflatten(-1, (H, 4)), self.kv(x)
+        scores = torch.einsum("bthk,hkr,bsr->bhts", q, self.by_key, latent).softmax(-1)
+        return self.o(torch.einsum("bhts,bsr,hrv->bthv", scores, latent, self.by_value).flatten(2))
+
+
+class Slots(nn.Module):
+    """Soft experts: each reads a mixture of all tokens, each token a mixture of all that they made."""
+
+    def __init__(self):
+        super().__init__()
+        self.slots = nn.Parameter(torch.randn(D, 3, 2))
+        self.up, self.down = nn.Parameter(torch.randn(3, D, N) / 4), nn.Parameter(torch.randn(3, N, D) / 5)
+
+    def forward(self, x):
+        scores = torch.einsum("btd,dep->btep", F.normalize(x, dim=-1), F.normalize(self.slots, dim=0))
+        read = torch.einsum("btd,btep->bepd", x, scores.softmax(1))
+        made = torch.einsum("bepn,end->bepd", torch.einsum("bepd,edn->bepn", read, self.up).relu(), self.down)
+        return torch.einsum("bepd,btep->btd", made, scores.flatten(2).softmax(-1).view_as(scores))
+
+
+class Maxout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 3 * N), nn.Linear(N, D)
+
+    def forward(self, x):
+        return self.down(self.up(x).unflatten(-1, (N, 3)).amax(-1))
+
+
+class Diagonal(nn.Module):
+    """A state-space model with complex diagonal states (S4D), as a long convolution."""
+
+    def __init__(self, states=3):
+        super().__init__()
+        self.up, self.down, self.skip = nn.Linear(D, N), nn.Linear(N, 2 * D), nn.Parameter(torch.randn(N))
+        self.read, self.step = nn.Parameter(torch.randn(N, states, 2)), nn.Parameter(torch.rand(N))
+        self.decay, self.turn = nn.Parameter(torch.rand(N, states)), nn.Parameter(torch.rand(N, states))
+
+    def forward(self, x):
+        u, length = self.up(x).mT, x.shape[1]
+        rate = torch.complex(-self.decay.exp(), self.turn)
+        power = (rate * self.step.exp()[:, None])[..., None] * torch.arange(length).to(x)
+        kernel = torch.einsum("hn,hnl->hl", torch.view_as_complex(self.read) / rate, power.exp()).real
+        spectrum = torch.fft.rfft(kernel, n=2 * length) * torch.fft.rfft(u, n=2 * length)
+        y = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + u * self.skip[:, None]
+        return F.glu(self.down(F.gelu(y).mT), -1)
+
+
 def _blocks(attn: Callable[[], nn.Module], ffn: Callable[[], nn.Module] = MLP) -> Callable[[], nn.Module]:
     return lambda: Model(lambda: Block(attn(), ffn()))
 
@@ -332,6 +389,10 @@ WRITTEN: dict[str, Callable[[], nn.Module]] = {
     "gru": _mixed(lambda: Recurrent(nn.GRU)),
     "gru cell": _mixed(Stepped),
     "fourier": _mixed(Spectral),
+    "latent attention": _blocks(Latent),
+    "soft experts": _blocks(Packed, Slots),
+    "maxout": _blocks(Packed, Maxout),
+    "diagonal states": _mixed(Diagonal),
     "low-rank adapters": _blocks(Packed, Adapted),
     "bilinear": _mixed(Bilinear),
     "skips": _mixed(Skips),

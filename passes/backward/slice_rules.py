@@ -309,6 +309,7 @@ SLICE_RULES: dict[Any, Callable] = {
     aten.view_as_complex.default: push_complex,
     aten.view.dtype: push_complex,
     aten._conj.default: push_elementwise,
+    aten.complex.default: push_elementwise,
     aten._to_copy.default: push_elementwise,
     aten.clone.default: push_elementwise,
     aten.alias.default: push_elementwise,
