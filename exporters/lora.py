@@ -44,11 +44,12 @@ from torch import Tensor, nn
 
 from s2ft_compile.adapters.apply import check_fits
 from s2ft_compile.adapters.format import CONFIG, WEIGHTS, Adapter, read_adapter
-from s2ft_compile.adapters.layers import held_as, is_conv1d, is_linear, linear_layers
+from s2ft_compile.adapters.layers import held_as, is_linear, linear_layers
 from s2ft_compile.adapters.stored import save_tensors
 from s2ft_compile.capture.models import unwrap
 from s2ft_compile.errors import ConfigError, ExportError
 from s2ft_compile.plan import Slice, delta_of
+from s2ft_compile.quantized import is_conv1d
 from s2ft_compile.slices.state import is_prepared
 
 from .adapter import adapter_of, named_in, untrained

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters.layers import is_conv1d
-from .quantized import Kind, register
+from .quantized import Kind, is_conv1d, register
 
 
 @torch.library.custom_op("s2ft::dequantized", mutates_args=())

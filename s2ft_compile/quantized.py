@@ -39,6 +39,13 @@ class Kind:
     settle: Callable[[nn.Module], Any] = lambda layer: None
 
 
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether it is transformers' linear layer whose weight is stored (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(layer, Conv1D)
+
+
 def _made_by(layer: nn.Module, library: str, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.split(".")[0] == library for c in type(layer).__mro__)
 

@@ -148,6 +148,7 @@ CASES = {
         MM,
         (0, 1),
     ),
+    "complex of two": (lambda a, b: aten.abs(aten.complex(aten.mm(a, b), aten.mul(aten.mm(a, b), 2.0))), MM, (0, 1)),
     "complex by its type": (
         lambda a, b: aten.view(aten.mul(aten.view(aten.mm(a, b), a.dtype.to_complex()), 1j), a.dtype),
         MM,
@@ -478,7 +479,7 @@ def test_a_gradient_without_a_rule_names_its_operator(case):
 
 def test_a_weight_whose_gradient_has_no_rule_is_refused_at_compile_time(monkeypatch):
     """Where `prepare` could not look at gradients."""
-    monkeypatch.setattr("s2ft_compile.preparation.trainable", lambda model, inputs, config, selections, _: selections)
+    monkeypatch.setattr("s2ft_compile.preparation.trainable", lambda model, config, selections, refused: selections)
     model, x = Accumulated(), torch.randn(2, 4, 8)
     s2ft.prepare(model, (x,), s2ft.S2FTConfig({"u": 2}))
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="logcumsumexp") as error:

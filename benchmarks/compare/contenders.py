@@ -177,7 +177,7 @@ def targets(setting: Setting, what: str, attention: Mapping[str, int], norms: bo
     left = lora_numbers(setting) // setting.layers - rows * setting.hidden
     left -= norms * (2 * setting.layers + 1) * setting.hidden // setting.layers
     roles = ("ffn.out",) if what == "columns" else ("ffn.in", "ffn.out")
-    units = max(1, round(left / setting.hidden / (1 if what == "columns" else 3)))
+    units = round(left / setting.hidden / (1 if what == "columns" else 3))
     return {**dict.fromkeys(roles, units), **attention} | ({"norm": 1.0} if norms else {})
 
 

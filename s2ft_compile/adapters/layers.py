@@ -6,6 +6,7 @@ from torch import nn
 
 from s2ft_compile.errors import ExportError
 from s2ft_compile.plan import Slice
+from s2ft_compile.quantized import is_conv1d
 
 ELSEWHERE = "`save_adapter` and `save_merged` take it"
 
@@ -88,10 +89,3 @@ def is_linear(layer: nn.Module) -> bool:
     """Whether it multiplies by its weight where it is called, and does nothing else."""
     direct = isinstance(layer, nn.Linear) and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
     return direct or is_conv1d(layer)
-
-
-def is_conv1d(layer: nn.Module) -> bool:
-    """Whether it is transformers' linear layer whose weight is stored (in, out)."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(layer, Conv1D)
