@@ -15,7 +15,7 @@ from s2ft_compile.passes.couple import rules
 from s2ft_compile.passes.couple.axes import find
 from s2ft_compile.passes.couple.rules import AXIS_RULES, rule_for
 from s2ft_compile.passes.couple.rules.context import Context
-from s2ft_compile.testing import assert_equivalent, check_rule, infer
+from s2ft_compile.testing import assert_equivalent, check_function, check_rule, infer
 
 aten = torch.ops.aten
 MANY = settings(max_examples=3 * settings.default.max_examples)
@@ -823,6 +823,51 @@ CASES["_fft_r2c"] = one_sided(aten._fft_r2c.default, lambda size: True)
 CASES["_fft_c2c"] = one_sided(aten._fft_c2c.default, lambda size: True)
 CASES["_fft_c2r"] = one_sided(aten._fft_c2r.default, lambda size: 2 * (size - 1) or 1)
 
+CASES["cummax"] = [with_dim(aten.cummax.default)]
+CASES["cummin"] = [with_dim(aten.cummin.default)]
+CASES["mode"] = [with_dim(aten.mode.default)]
+CASES["diagonal"] = [
+    lambda r: (aten.diagonal.default, (r.t(*r.shape(r.of(2, 3))), r.of(0, 1, -1), *r.of((0, 1), (-1, 0))), {})
+]
+
+
+def matrices(r, square: bool = True) -> Tensor:
+    """A batch of matrices; square ones are symmetric and positive definite."""
+    x = r.t(r.n(2), r.n(), n := r.n(2, 4), n if square else r.n(2, 4))
+    return x @ x.mT + 3 * torch.eye(n, dtype=torch.float64) if square else x
+
+
+for _name in (
+    "linalg_inv_ex", "linalg_pinv", "linalg_matrix_exp", "linalg_cholesky_ex", "cholesky", "linalg_lu", "linalg_qr",
+    "linalg_lu_factor_ex", "linalg_eig", "_linalg_eigh", "_linalg_svd", "_linalg_det", "_linalg_slogdet",
+):  # fmt: skip
+    CASES[_name] = [lambda r, op=getattr(aten, _name).default: (op, (matrices(r),), {})]
+CASES["linalg_qr"] += [lambda r: (aten.linalg_qr.default, (matrices(r, False), r.of("reduced", "complete", "r")), {})]
+CASES["_linalg_svd"] += [lambda r: (aten._linalg_svd.default, (matrices(r, False), False, r.of(True, False)), {})]
+CASES["linalg_pinv"] = [
+    lambda r: (aten.linalg_pinv.atol_rtol_tensor, (x := matrices(r, False),), {"rtol": 1e-9 * r.t(*x.shape[:2])})
+]
+
+
+def solve_case(r):
+    left, matrix = r.of(True, False), matrices(r)
+    batch, n = r.of(matrix.shape[:2], matrix.shape[1:2]), matrix.shape[-1]
+    right = r.of(r.t(*batch, *((n, 5) if left else (5, n))), r.t(*matrix.shape[:-1]))
+    return aten._linalg_solve_ex.default, (matrix, right), {"left": left or right.shape == matrix.shape[:-1]}
+
+
+CASES["_linalg_solve_ex"] = [solve_case]
+CASES["grid_sampler_2d"] = [
+    lambda r: (aten.grid_sampler_2d.default, (r.t(b := r.n(), r.n(), 3, 4), r.t(b, r.n(), r.n(), 2), 0, 0, False), {})
+]
+CASES["grid_sampler_3d"] = [
+    lambda r: (
+        aten.grid_sampler_3d.default,
+        (r.t(b := r.n(), r.n(), 3, 4, 2), r.t(b, r.n(), r.n(), r.n(), 3), 0, 0, False),
+        {},
+    )
+]
+
 # operators whose values are drawn anew at each call, so that nothing can be compared
 RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "random", "bernoulli", "exponential"}
 RANDOM |= {"uniform", "normal_functional", "log_normal", "cauchy", "geometric"}
@@ -903,6 +948,11 @@ PINNING = (
     "cumsum",
     "cumprod",
     "logcumsumexp",
+    "cummax",
+    "linalg_inv_ex",
+    "_linalg_solve_ex",
+    "grid_sampler_2d",
+    "diagonal",
     "flip",
     "roll",
     "sort",
@@ -952,8 +1002,8 @@ def test_a_rule_without_its_pins_is_caught(name: str, monkeypatch):
 
 
 def test_an_operator_without_a_rule_pins_all_it_touches():
-    inputs, axes, results, _ = infer(aten.diagonal.default, (torch.rand(3, 3),), {})
-    assert all(find(a).pin and "no rule for diagonal" in find(a).pin.reason for dims in [*axes, *results] for a in dims)
+    inputs, axes, results, _ = infer(aten.histc.default, (torch.rand(3, 3),), {})
+    assert all(find(a).pin and "no rule for histc" in find(a).pin.reason for dims in [*axes, *results] for a in dims)
 
 
 @pytest.mark.parametrize(
@@ -987,6 +1037,29 @@ def test_what_is_symmetric_stays_free(name: str, free: int):
         "bmm": (aten.bmm.default, (rand(2, 3, 4), rand(2, 4, 5))),
     }[name]
     assert check_rule(*case, {}) == free
+
+
+@pytest.mark.parametrize(
+    "name, function, free",
+    [
+        ("diff", lambda x: torch.diff(x, dim=1), 2),
+        ("hstack", lambda x: torch.hstack([x, 2 * x]), 3),
+        ("nansum", lambda x: torch.nansum(x, -1), 3),
+        ("quantile", lambda x: torch.quantile(x, 0.3, dim=1, keepdim=True), 2),
+        ("renorm", lambda x: torch.renorm(x, 2, 0, 1.0), 3),
+        ("mse_loss", lambda x: nn.functional.mse_loss(x, torch.zeros_like(x)), 3),
+        ("movedim", lambda x: torch.movedim(x, 0, 2), 3),
+        ("gradient", lambda x: torch.gradient(x, dim=1)[0], 2),
+        ("tensor_split", lambda x: torch.cat([2 * t for t in torch.tensor_split(x, 2, dim=1)], 1), 2),
+        ("matrix_norm", lambda x: torch.linalg.matrix_norm(x), 3),
+        ("svdvals", lambda x: torch.linalg.svdvals(x), 1),
+        ("histc", lambda x: torch.histc(x), 0),
+    ],
+)
+def test_an_operator_without_a_rule_is_taken_apart(name: str, function, free: int, caplog):
+    """What torch makes of others: as much of it may move as of those."""
+    assert check_function(function, [rand(2, 6, 5)]) >= free, name
+    assert not caplog.records, "a rule failed"
 
 
 class Flex(nn.Module):

@@ -18,7 +18,7 @@ from s2ft_compile.structure import Analysis, Coupling, Member, Refusal
 
 from .axes import PRODUCT, Axis, Pin, atoms, find, pin
 from .depth import depths
-from .inference import Inference, atoms_of, source_line
+from .inference import ModelInference, atoms_of, source_line
 from .normalize import concretize, normalize
 from .roles import FirstRoles, member_role
 from .rules import AXIS_RULES
@@ -93,17 +93,17 @@ def _statistics(traces: Sequence[Captured]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _infer(traces: Sequence[Captured]) -> tuple[list[Inference], dict[int, tuple[Pin, str]]]:
+def _infer(traces: Sequence[Captured]) -> tuple[list[ModelInference], dict[int, tuple[Pin, str]]]:
     """Applies the rules to every trace, over the same parameters; also id(pin) -> the pin and which trace made it."""
-    inferences: list[Inference] = []
-    base: Inference | None = None  # of which a resized trace is another size
+    inferences: list[ModelInference] = []
+    base: ModelInference | None = None  # of which a resized trace is another size
     origins: dict[int, tuple[Pin, str]] = {}
     for captured in traces:
         for module in captured.graph_module.modules():
             if isinstance(module, fx.GraphModule):
                 concretize(module.graph)
                 normalize(module.graph, captured.constants)
-        inference = Inference(captured, inferences[0].parameters if inferences else None)
+        inference = ModelInference(captured, inferences[0].parameters if inferences else None)
         before = {a: _division(a) for v in inference.parameters.values() for a in v.dims} if captured.resized else {}
         inference.run(captured.graph_module, None)
         if captured.resized:
@@ -117,7 +117,7 @@ def _infer(traces: Sequence[Captured]) -> tuple[list[Inference], dict[int, tuple
     return inferences, origins
 
 
-def _pin_moved(before: Mapping[Axis, Any], base: Inference, other: Inference) -> None:
+def _pin_moved(before: Mapping[Axis, Any], base: ModelInference, other: ModelInference) -> None:
     """What is divided, or read in part, otherwise at other sizes of the inputs has an order: any size may come."""
     read, base_read = atoms_of(other.cx.consumed), atoms_of(base.cx.consumed)
     for axis, division in before.items():
@@ -141,7 +141,7 @@ def _is_divided(axis: Axis, division: Any) -> bool:
     return (root.kind, len(root.parts)) == (kind, len(parts)) and all(map(_is_divided, root.parts, parts))
 
 
-def _pin_unread(inferences: Sequence[Inference]) -> set[Axis]:
+def _pin_unread(inferences: Sequence[ModelInference]) -> set[Axis]:
     """An axis that stays free is summed over in the end; one that is not was cut off by the example's sizes. Returns
     those that are."""
     read = atoms_of(axis for inference in inferences for axis in inference.cx.consumed)

@@ -3,7 +3,7 @@
 import logging
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import fx
 from s2ft_compile import quantized
 from s2ft_compile.capture import capture, models, recording
 from s2ft_compile.capture.capture import Captured, uniform_dims
-from s2ft_compile.passes.couple.rules.context import Context, Value, axes_pinned, shapes
+from s2ft_compile.passes.couple.rules.context import Context, Value, axes_pinned, axes_unknown, shapes
 from s2ft_compile.passes.couple.rules.context import name as operator_name
 
+from .apart import taken_apart
 from .axes import Axis, Pin, atoms, pin, unify
 from .rules import rule_for
 
@@ -26,30 +27,12 @@ INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph"
 class Inference:
     """Applies the rules to every node once. `env` maps nodes to values (or lists of them)."""
 
-    written: Mapping[str, str] = {}  # output -> the buffer that it is the next value of
-    border = "the model"
-
-    def __init__(self, captured: Captured, parameters: dict[str, Value] | None = None):
-        self.cx = Context(captured.training)
+    def __init__(self, cx: Context | None = None):
+        self.cx = cx or Context()
         self.env: dict[fx.Node, Any] = {}
-        self.parameters = parameters or {
-            name: Value([Axis(size) for size in shape], weight=True) for name, shape in captured.shapes.items()
-        }
-        for name, other in captured.overlapping.items():
-            what = f"it shares memory with {other}, which is not the same parameter"
-            what = "elements of it share memory (it is expanded)" if other == name else what
-            pin_all(self.parameters[name], Pin(what, closed=True))
-        for name, why in captured.refused.items():
-            pin_all(self.parameters[name], Pin(why, closed=True))
-        self.border, self.buffers = captured.border, captured.buffers
-        held = {place: name for place, name in captured.buffers.items() if name in self.parameters}
-        self.names, self.uniform = {**captured.parameters, **held}, captured.uniform
-        self.written = {out: name for out, name in captured.written.items() if name in self.parameters}
-        placeholders = (n for n in captured.graph_module.graph.nodes if n.op == "placeholder" and n.users)
-        self.used = {self.names[n.name] for n in placeholders if n.name in self.names}
 
     def run(self, module: fx.GraphModule, inputs: list | None) -> Any:
-        """Interprets a graph; `inputs` are a subgraph's arguments, None for the model's own graph."""
+        """Interprets a graph. inputs: values of its placeholders; None where they are sources, which end in outputs."""
         placeholders = iter(inputs or ())
         for node in module.graph.nodes:
             if node.op == "placeholder":
@@ -62,32 +45,14 @@ class Inference:
             elif node.op == "output":
                 result = fx.node.map_arg(node.args[0], lambda n: self.env[n])
                 if inputs is None:
-                    self._returned(self._without_statistics(node.args[0]) if self.written else result)
+                    self._returned(node.args[0], result)
                 return result
 
-    def _without_statistics(self, outputs: Any) -> Any:
-        """What a forward returns to its caller. The next value of a buffer has the axes of the one before."""
-        for node in [n for n in outputs if isinstance(n, fx.Node) and n.name in self.written]:
-            why = Pin(f"it is the next value of {self.written[node.name]}", node)
-            for a, b in zip(self.env[node].dims, self.parameters[self.written[node.name]].dims, strict=True):
-                unify(a, b, why)
-        given = tuple(n for n in outputs if not (isinstance(n, fx.Node) and n.name in self.written))
-        return fx.node.map_arg(given, lambda n: self.env[n])
-
-    def _returned(self, result: Any) -> None:
-        pin_all(result, Pin(f"it is an output of {self.border}"))
-
     def _source(self, node: fx.Node) -> Any:
-        if node.name in self.names:
-            return self.parameters[self.names[node.name]]
-        val = node.meta.get("val")
-        if not isinstance(val, torch.Tensor):
-            return val
-        fixed = node.name.startswith(("b_", "c_"))
-        buffer = self.buffers.get(node.name, node.name)
-        why = Pin(f"it meets {buffer}, which varies along it" if fixed else f"it is an input of {self.border}")
-        alike = self.uniform.get(node.name, ())  # zeros are the same in any order
-        return Value([Axis(n, pin=None if d in alike else why) for d, n in enumerate(val.shape)], weight=fixed)
+        raise NotImplementedError
+
+    def _returned(self, nodes: Any, result: Any) -> None:
+        """What the graph returns: `nodes`, and their values."""
 
     def _constant(self, node: fx.Node, held: Any) -> Any:
         """held: its value, of which the dimensions matter along which it varies."""
@@ -107,6 +72,8 @@ class Inference:
             return self.run(args[graphs[0]], [a for a in args[graphs[0] + 1 :] if not isinstance(a, str)])
         if not _has_tensor(node.meta.get("val")):
             return None
+        if rule_for(node.target) is axes_unknown and (parts := taken_apart(node)) is not None:
+            return self.run(parts, [self.env[n] for n in node.all_input_nodes])
         result = self._apply(node, args, kwargs)
         operands = list(values((args, kwargs)))
         weight = all(v.weight for v in operands)
@@ -134,6 +101,52 @@ class Inference:
                 log.warning("the rule for %s failed, so its axes are refused: %r", node.target, error)
             why = f"the rule for {operator_name(node)} failed ({type(error).__name__}: {error})"
             return axes_pinned(node, why, (args, kwargs))
+
+
+class ModelInference(Inference):
+    """Inference over a model's own graph: parameters start free, inputs and outputs are pinned."""
+
+    def __init__(self, captured: Captured, parameters: dict[str, Value] | None = None):
+        super().__init__(Context(captured.training))
+        self.parameters = parameters or {
+            name: Value([Axis(size) for size in shape], weight=True) for name, shape in captured.shapes.items()
+        }
+        for name, other in captured.overlapping.items():
+            what = f"it shares memory with {other}, which is not the same parameter"
+            what = "elements of it share memory (it is expanded)" if other == name else what
+            pin_all(self.parameters[name], Pin(what, closed=True))
+        for name, why in captured.refused.items():
+            pin_all(self.parameters[name], Pin(why, closed=True))
+        self.border, self.buffers = captured.border, captured.buffers
+        held = {place: name for place, name in captured.buffers.items() if name in self.parameters}
+        self.names, self.uniform = {**captured.parameters, **held}, captured.uniform
+        self.written = {out: name for out, name in captured.written.items() if name in self.parameters}
+        placeholders = (n for n in captured.graph_module.graph.nodes if n.op == "placeholder" and n.users)
+        self.used = {self.names[n.name] for n in placeholders if n.name in self.names}
+
+    def _source(self, node: fx.Node) -> Any:
+        if node.name in self.names:
+            return self.parameters[self.names[node.name]]
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor):
+            return val
+        fixed = node.name.startswith(("b_", "c_"))
+        buffer = self.buffers.get(node.name, node.name)
+        why = Pin(f"it meets {buffer}, which varies along it" if fixed else f"it is an input of {self.border}")
+        alike = self.uniform.get(node.name, ())  # zeros are the same in any order
+        return Value([Axis(n, pin=None if d in alike else why) for d, n in enumerate(val.shape)], weight=fixed)
+
+    def _returned(self, nodes: Any, result: Any) -> None:
+        pin_all(self._without_statistics(nodes) if self.written else result, Pin(f"it is an output of {self.border}"))
+
+    def _without_statistics(self, outputs: Any) -> Any:
+        """What a forward returns to its caller. The next value of a buffer has the axes of the one before."""
+        for node in [n for n in outputs if isinstance(n, fx.Node) and n.name in self.written]:
+            why = Pin(f"it is the next value of {self.written[node.name]}", node)
+            for a, b in zip(self.env[node].dims, self.parameters[self.written[node.name]].dims, strict=True):
+                unify(a, b, why)
+        given = tuple(n for n in outputs if not (isinstance(n, fx.Node) and n.name in self.written))
+        return fx.node.map_arg(given, lambda n: self.env[n])
 
 
 def _inlines(node: fx.Node) -> bool:

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -34,8 +33,7 @@ from s2ft_compile.structure import Analysis
 from .axes import ATOM, PRODUCT, SUM, Axis, Pin, atoms, find, unify
 from .inference import Inference, source_line, values
 from .normalize import concretize, normalize
-from .rules import rule_for
-from .rules.context import Context, Value, axes_unknown
+from .rules.context import Value
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -161,7 +159,7 @@ def _aten(graph: fx.GraphModule, weights: Weights) -> tuple[fx.GraphModule, Weig
     if any("example_value" in n.meta for n in places):
         with _fake(places), torch.fx.traceback.preserve_node_meta(), torch.no_grad():
             mapped = any("vmap" in str(n.target) for n in graph.graph.nodes)  # torch.vmap is resolved in dispatch
-            make = make_fx(_Through(graph).run, decomposition_table=composites(), pre_dispatch=not mapped)
+            make = make_fx(_Through(graph).run, pre_dispatch=not mapped)
             traced = make(*(_value(n) for n in places))
     else:
         traced = fx.GraphModule(graph, fx.Graph(tracer_cls=graph.graph._tracer_cls))
@@ -183,21 +181,6 @@ def _constants(module: fx.GraphModule) -> dict[str, torch.Tensor]:
     return {name: t for name, t in held.items() if isinstance(t, torch.Tensor) and is_small_index(t)}
 
 
-@cache
-def composites() -> dict[Any, Callable]:
-    """The operators without a rule that torch defines by others: those are traced instead."""
-    packets = (getattr(aten, name) for name in dir(aten) if not name.startswith("__"))
-    overloads = (getattr(p, o) for p in packets if isinstance(p, torch._ops.OpOverloadPacket) for o in p.overloads())
-    return {op: op.decompose for op in overloads if rule_for(op) is axes_unknown and _is_composite(op)}
-
-
-def _is_composite(op: torch._ops.OpOverload) -> bool:
-    try:
-        return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
-    except RuntimeError:  # TorchScript's own
-        return False
-
-
 @contextmanager
 def _fake(places: Sequence[fx.Node]):
     """The mode of the graph's fake values, in which constants and fresh sizes make no trouble."""
@@ -216,7 +199,7 @@ class _Piece(Inference):
     """Axis inference over a graph whose inputs and outputs are free."""
 
     def __init__(self, weights: Weights):
-        self.cx, self.env = Context(), {}
+        super().__init__()
         self.weights = weights
         self.permuted: dict[Crossing, Axis] = {}
         self.borders: list[tuple[fx.Node, Axis]] = []
@@ -270,10 +253,10 @@ class _Piece(Inference):
             unify(before, after, Pin(f"{plain} in place of two axes that cannot be aligned", node))
         return result
 
-    def _returned(self, returned: Any) -> None:
-        """What the graph returns: the permuted axes in it leave."""
+    def _returned(self, nodes: Any, result: Any) -> None:
+        """The permuted axes in what the graph returns leave."""
         roots = {find(axis): key for key, axis in self.permuted.items()}
-        for value in values(returned):
+        for value in values(result):
             self.leaving |= {roots[atom] for axis in value.dims for atom in atoms(axis) if atom in roots}
 
     def broken(self, left: Collection[Crossing] | None) -> tuple[Axis | None, str] | None:

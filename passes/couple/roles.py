@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from .axes import PRODUCT, Axis, find
-from .inference import Inference, atoms_of
+from .inference import ModelInference, atoms_of
 from .rules.context import Value
 
 aten = torch.ops.aten
@@ -17,7 +17,7 @@ class Roles:
     """What each atom is for: heads and attention, experts, the residual stream, channels of sequence mixers, of
     convolutions and of FFNs."""
 
-    def __init__(self, inference: Inference):
+    def __init__(self, inference: ModelInference):
         cx, parameters = inference.cx, list(inference.parameters.values())
         produced = atoms_of(axis for p in cx.projections.values() for axis in p.produced)
         self.heads = atoms_of(cx.heads)
@@ -130,7 +130,7 @@ def _beside(axis: Axis, heads: set[Axis]) -> set[Axis]:
 class FirstRoles:
     """For each atom, what it is for in the first trace that reads it."""
 
-    def __init__(self, inferences: Sequence[Inference]):
+    def __init__(self, inferences: Sequence[ModelInference]):
         self._inferences = inferences
         self._made: dict[int, Roles] = {}
         self._first: dict[Axis, int] = {}
@@ -153,7 +153,7 @@ class FirstRoles:
         return self._in(self._first.get(atom, 0)).is_output(handle)
 
 
-def _residual_atoms(inference: Inference, one: bool = False) -> set[Axis]:
+def _residual_atoms(inference: ModelInference, one: bool = False) -> set[Axis]:
     """The axes along which a sum joins a tensor with what a projection made of that very tensor. one: also where that
     tensor came right out of a projection, with no sum before."""
     env, projections = inference.env, inference.cx.projections

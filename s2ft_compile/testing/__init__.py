@@ -26,7 +26,7 @@ from .equivalence import (
 )
 from .gradients import assert_gradients, assert_sliced, assert_slices, assert_trains, full_gradients
 from .models import Drawn, Spec, models
-from .operators import Solution, check_rule, frozen, infer, rulecheck
+from .operators import Solution, check_function, check_rule, frozen, infer, rulecheck
 from .strategies import configurations, permutations
 
 __all__ = [
@@ -39,5 +39,16 @@ __all__ = [
     "permutations",
     "rulecheck",
 ]
-__all__ += ["Drawn", "Promoted", "Solution", "Spec", "assert_same", "assert_slices", "changed", "check_rule", "frozen"]
+__all__ += [
+    "Drawn",
+    "Promoted",
+    "Solution",
+    "Spec",
+    "assert_same",
+    "assert_slices",
+    "changed",
+    "check_function",
+    "check_rule",
+    "frozen",
+]
 __all__ += ["full_gradients", "infer", "outputs_of", "pairs", "random_orders", "reorder", "signature", "tolerance"]

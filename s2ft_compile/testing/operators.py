@@ -1,16 +1,21 @@
 """Axis rules against the operators that they are for."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
+from s2ft_compile.capture.recording import Recorder
 from s2ft_compile.errors import ConfigError
 from s2ft_compile.layout import Layout, Leaf, Product, Sum, gather_index
 from s2ft_compile.passes.couple.axes import PRODUCT, SUM, Axis, atoms, find
+from s2ft_compile.passes.couple.inference import Inference
+from s2ft_compile.passes.couple.normalize import concretize, normalize
 from s2ft_compile.passes.couple.rules import rule_for
-from s2ft_compile.passes.couple.rules.context import Context, Value
+from s2ft_compile.passes.couple.rules.context import Context, Value, axes_unknown
 
 
 class Solution:
@@ -73,7 +78,11 @@ def infer(op: Callable, args: Sequence, kwargs: Mapping[str, Any]) -> tuple[list
     values = {p: Value(a, weight=False) for p, a in zip(graph.find_nodes(op="placeholder"), axes)}
     rule_args, rule_kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     context = Context()
-    results = rule_for(op)(context, node, *rule_args, **rule_kwargs)
+    if rule_for(op) is axes_unknown:
+        graph.output(node)
+        results = Inference(context).run(SimpleNamespace(graph=graph), list(values.values()))
+    else:
+        results = rule_for(op)(context, node, *rule_args, **rule_kwargs)
     several = isinstance(node.meta["val"], (list, tuple))
     results = [results.dims if isinstance(results, Value) else results] if not several else results
     return inputs, axes, [list(m.dims) if isinstance(m, Value) else list(m) for m in results], context
@@ -85,13 +94,35 @@ def check_rule(op: Callable, args: Sequence, kwargs: Mapping[str, Any], seed: in
     Every atom gets a random order: op(permuted inputs) has to be permuted op(inputs).
     """
     inputs, axes, results, _ = infer(op, args, kwargs)
+
+    def call(*moved: Tensor) -> Any:
+        of = iter(moved)
+        given = fx.node.map_aggregate((tuple(args), dict(kwargs)), lambda a: next(of) if isinstance(a, Tensor) else a)
+        return op(*given[0], **given[1])
+
+    return _moves_as_said(call, inputs, axes, results, seed)
+
+
+def check_function(function: Callable, inputs: Sequence[Tensor], seed: int = 0) -> int:
+    """The same of a function of tensors, looked at as a model's code is: recorded, inferred operator by operator."""
+    recorder = Recorder()
+    given = [recorder.input(t)[0] for t in inputs]
+    with torch.no_grad(), recorder.on():
+        result = function(*given)
+    graph = recorder.returns([t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)])
+    concretize(graph)
+    normalize(graph, {})
+    axes = [[Axis(n) for n in t.shape] for t in inputs]
+    returned = Inference().run(SimpleNamespace(graph=graph, **recorder.constants), [Value(dims) for dims in axes])
+    return _moves_as_said(function, inputs, axes, [list(value.dims) for value in returned], seed)
+
+
+def _moves_as_said(call: Callable, inputs: Sequence[Tensor], axes: list, results: list, seed: int) -> int:
     solution = Solution([a for dims in [*axes, *results] for a in dims], seed)
-    moved = iter([solution.move(x, dims) for x, dims in zip(inputs, axes)])
-    moved_args, moved_kwargs = fx.node.map_aggregate(
-        (tuple(args), dict(kwargs)), lambda a: next(moved) if isinstance(a, Tensor) else a
+    after, before = (
+        [t for t in pytree.tree_leaves(v) if isinstance(t, Tensor)]
+        for v in (call(*map(solution.move, inputs, axes)), call(*inputs))
     )
-    after, before = op(*moved_args, **moved_kwargs), op(*args, **kwargs)
-    after, before = (list(v) if isinstance(v, (list, tuple)) else [v] for v in (after, before))
     for a, b, dims in zip(after, before, results, strict=True):
         torch.testing.assert_close(a, solution.move(b, dims), rtol=1e-9, atol=1e-9, equal_nan=True)
     return sum(1 for dims in axes for axis in dims for atom in set(atoms(axis)) if atom.pin is None and atom.size > 1)

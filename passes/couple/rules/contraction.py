@@ -298,7 +298,7 @@ def axes_distance(cx, node, left, right, *args, **kwargs):
     return [*batch, left.dims[-2], right.dims[-2]]
 
 
-def axes_similarity(cx, node, left, right, dim=None):
+def axes_similarity(cx, node, left, right, *args, **kwargs):
     """vecdot, cosine_similarity: a reduction of a product of two along one dimension."""
     dims = broadcast(cx, node, left, right)
     gone = dims.pop(argument(node, "dim"))
@@ -306,13 +306,39 @@ def axes_similarity(cx, node, left, right, dim=None):
     return dims
 
 
-def axes_solve_triangular(cx, node, matrix, right, *args, **kwargs):
+def axes_matrix(cx, node, x, *args, **kwargs):
+    """inv, cholesky, svd, eigh, det, ...: of each matrix of a batch, whose order is kept."""
     why = Pin(f"{name(node)} depends on the order along the axis", node)
-    solved = -2 if argument(node, "left", True) else -1
+    tolerances = [axis for value in tensors((args, kwargs)) for axis in value.dims]
+    for axis in (*x.dims[-2:], *tolerances):
+        pin(axis, why)
+    batch, sizes = x.dims[:-2], x.sizes[:-2]
+    kept = [len(batch) if out[: len(batch)] == sizes else 0 for out in shapes(node)]  # what is not computed is empty
+    outputs = [[*batch[:n], *(Axis(size, pin=why) for size in out[n:])] for n, out in zip(kept, shapes(node))]
+    return outputs if isinstance(node.meta["val"], (list, tuple)) else outputs[0]
+
+
+def axes_solve(cx, node, matrix, right, *args, **kwargs):
+    """Solves matrix @ x = right, or x @ matrix = right: each column, or row, of `right` by itself."""
+    why = Pin(f"{name(node)} depends on the order along the axis", node)
+    is_vector = right.sizes == matrix.sizes[:-1]
+    solved = -2 if argument(node, "left", True) and not is_vector else -1
     for axis in (*matrix.dims[-2:], right.dims[solved]):
         pin(axis, why)
-    batch = broadcast(cx, node, Value(matrix.dims[:-2]), Value(right.dims[:-2]))
-    return [*batch, *right.dims[-2:]]
+    rank = 1 if is_vector else 2
+    solution = [*broadcast(cx, node, Value(matrix.dims[:-2]), Value(right.dims[:-rank])), *right.dims[-rank:]]
+    if not isinstance(node.meta["val"], (list, tuple)):
+        return solution
+    return [solution, *(matrix.dims[: len(out)] for out in shapes(node)[1:])]  # the factors, the pivots, the status
+
+
+def axes_grid_sample(cx, node, x, grid, *args, **kwargs):
+    """Each position of the grid (batch, ..., 2 or 3) looks up all channels of x (batch, channels, ...)."""
+    why = Pin(f"{name(node)} depends on the order along the axis", node)
+    for axis in (*x.dims[2:], grid.dims[-1]):
+        pin(axis, why)
+    unify(x.dims[0], grid.dims[0], why)
+    return [*x.dims[:2], *grid.dims[1:-1]]
 
 
 def axes_flex_attention(cx, node, q, k, v, score=None, mask=(), *args, **kwargs):

@@ -91,6 +91,8 @@ def axes_index_select(cx, node, x, dim, index):
 
 
 def axes_gather(cx, node, x, dim, index, *args, **kwargs):
+    if len(x.dims) != len(index.dims):  # a single element, looked up
+        return axes_unknown(cx, node, x, index)
     pin(x.dims[dim], Pin("elements are looked up by index", node))
     dims = list(index.dims)
     for d, axis in enumerate(dims):

@@ -11,6 +11,14 @@ def axes_reshape(cx, node, x, *args, **kwargs):
     return reshape(x.dims, shape(node), Pin(f"{name(node)} from {x.sizes} to {shape(node)} mixes axes", node))
 
 
+def axes_diagonal(cx, node, x, *args, **kwargs):
+    why = Pin("a diagonal is read", node)
+    two = {argument(node, "dim1") % len(x.dims), argument(node, "dim2") % len(x.dims)}
+    for d in two:
+        pin(x.dims[d], why)
+    return [*(axis for d, axis in enumerate(x.dims) if d not in two), Axis(shape(node)[-1], pin=why)]
+
+
 def axes_permute(cx, node, x, order):
     return [x.dims[d] for d in order]
 
