@@ -173,10 +173,14 @@ def _changes(module: nn.Module, again: nn.Module) -> dict[str, dict[str, float]]
     changes: dict[str, dict[str, float]] = {}
     for block in blocks_in(module):
         if isinstance(block, Beside):
-            part = (block.dim, block.index)
-            wanted = ours[block.name].index_select(*part).double() + block.delta
-            change = (theirs[block.name].index_select(*part).double() - wanted).abs().max()
-            changes[block.name] = {"largest_change": float(change), "largest_delta": float(block.delta.abs().max())}
+            values, others, largest = ours[block.name], theirs[block.name], {"change": 0.0, "delta": 0.0}
+            for index, delta in block.all_of_it():
+                part = (block.dim, index.to(values.device))
+                wanted = values.index_select(*part).double() + delta.to(values.device)
+                change = (others.index_select(*part).double() - wanted).abs().max()
+                largest["change"] = max(largest["change"], float(change))
+                largest["delta"] = max(largest["delta"], float(delta.abs().max()))
+            changes[block.name] = {f"largest_{what}": value for what, value in largest.items()}
     return changes
 
 
@@ -195,9 +199,7 @@ def dense(module: nn.Module, stored: bool = False) -> Iterator[None]:
     def value(weight: Quantized) -> nn.Parameter:
         values, block = weight.values(), blocks.get(id(weight.held))
         dtype = others or values.dtype
-        dense = values.to(dtype)
-        if block is not None:
-            dense.index_copy_(block.dim, block.index.to(dense.device), block.trained(values, dtype))
+        dense = values.to(dtype) if block is None else block.with_all(values, dtype)
         if not dense.isfinite().all():
             raise ExportError(
                 f"the trained {weight.name} is not finite: its delta is not, or their sum exceeds {dtype}"

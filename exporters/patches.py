@@ -77,7 +77,9 @@ def patches(model: nn.Module) -> Iterator[Patch]:
 
 def _trained(block: Block | Left, quantized: Mapping[str, Quantized], others: torch.dtype | None) -> Tensor:
     """What a block is with its delta: the sum, rounded once. others: the type of what is not quantized."""
-    if isinstance(block, InPlace | Left):
+    if isinstance(block, Left):
+        return block.trained(others if block.beside else None)
+    if isinstance(block, InPlace):
         return block.trained()
     assert isinstance(block, Beside)
     return block.trained(quantized[block.name].values(), others)

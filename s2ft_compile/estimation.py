@@ -22,9 +22,10 @@ from .capture.examples import Inputs, arguments
 from .config import OPTIMIZERS, CompileOptions, S2FTConfig, check_choice
 from .errors import ConfigError
 from .preparation import prepare
-from .slices.blocks import InPlace
+from .quantized import Values
+from .slices.blocks import Beside, InPlace
 from .slices.optimizers import state_bytes
-from .slices.state import parameters, state_of
+from .slices.state import Left, parameters, state_of
 
 aten = torch.ops.aten
 # Beside the elementwise operators: what Inductor computes where it is read, and what reads its operands that way.
@@ -73,14 +74,16 @@ def estimate(
     options: CompileOptions | None = None,
     optimizer: str = "adamw",
     accumulates: bool = False,
+    selections: int = 1,
 ) -> Estimate:
     """What training `model` on `example_inputs` takes; `model` lies on the `meta` device, and is prepared by this.
 
     example_inputs: a tuple or a dict of the forward's arguments of one step, with labels if the model computes its loss
     (else the loss is the sum of its outputs). config: its selection is replaced by `random`: which units train makes no
     difference here. optimizer: "adamw" or "muon". accumulates: whether gradients of forwards before this one wait in
-    `delta.grad`. Layers that the model checkpoints are computed again, as they are in training. Raises `ConfigError`
-    for a model with storage, and what `prepare` and the backend raise.
+    `delta.grad`. selections: how often units are chosen up to the step: what trained earlier lies beside quantized
+    weights. Layers that the model checkpoints are computed again, as they are in training. Raises `ConfigError` for a
+    model with storage, and what `prepare` and the backend raise.
     """
     check_choice("optimizer", optimizer, OPTIMIZERS)
     if not all(p.is_meta for p in model.parameters()):
@@ -90,8 +93,23 @@ def estimate(
     unlabelled = {k: v for k, v in kwargs.items() if "label" not in k}
     plain = S2FTConfig(config.targets, budget=_plain(config.budget), top_layers=config.top_layers)
     prepare(model, Inputs(args, unlabelled), plain)
+    if selections > 1:
+        _select_again(model, selections - 1)
     fake, graphs = graphs_of_step(model, args, kwargs, options)
     return _summed(fake, graphs, (args, kwargs), optimizer, accumulates)
+
+
+def _select_again(model: nn.Module, times: int) -> None:
+    """As if all units beside quantized weights had been others before, so many times."""
+    values = Values(model)
+    for block in state_of(model).blocks:
+        if isinstance(block, Beside):
+            indices = torch.arange(min(times * len(block.index), block.size - len(block.index)))
+            shape = [*block.delta.shape]
+            shape[block.dim] = len(indices)
+            delta = torch.empty(shape, device="meta")
+            backup = delta.to(values.dtype(block.name))
+            block.keep(Left(block.name, block.dim, indices, delta, backup, beside=True), times)
 
 
 def _plain(budget: str) -> str:

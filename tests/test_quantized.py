@@ -49,8 +49,8 @@ from s2ft_compile.quantized import (
     register,
     same_parts,
 )
-from s2ft_compile.slices.blocks import Beside, InPlace
-from s2ft_compile.slices.state import state_of
+from s2ft_compile.slices.blocks import Beside, InPlace, Trained, padded, room
+from s2ft_compile.slices.state import Left, merged, state_of
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 STEP = {"input_ids": IDS, "labels": IDS}
@@ -166,7 +166,7 @@ def oracle(model: nn.Module, config=LLAMA, dtype=torch.float64) -> nn.Module:
     whole = dense(config).to(dtype)
     with s2ft.disabled(model):
         values = {name: w.detach().to(dtype).clone() for name, w in Values(model).items() if name in whole.state_dict()}
-    for s in state_of(model).plan.slices:
+    for s in state_of(model).all_trained.slices:
         values[s.parameter_name].index_add_(s.dim, s.indices, s.delta.detach().to(dtype))
     whole.load_state_dict(values)
     whole(**STEP).loss.backward()
@@ -609,6 +609,110 @@ def test_state_goes_on_bit_for_bit(kind):
     assert torch.equal(s2ft.parameters(again)[0], deltas[0])
 
 
+def chosen_anew(kind: str, times: int = 3) -> nn.Module:
+    """Trained for a step of each selection, the first but for one of which other units had learned something before."""
+    model = quantized(kind)
+    s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig({**TARGETS, "norm": 1.0}, seed=4))
+    optimizer = s2ft.optimizer(model, lr=0.03)
+    for step in range(times + 1):
+        if step:
+            s2ft.reselect(model)
+        model.train()(**STEP).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4 twice"])
+def test_units_chosen_anew_beside_weights(kind, tmp_path):
+    first, before = logits(quantized(kind)), fingerprint(quantized(kind))
+    model = chosen_anew(kind)
+    state, trained = state_of(model), logits(model)
+    beside = [left for left in state.left_behind if left.beside]
+    assert {left.name for left in beside} == {b.name for b in state.blocks if b.beside}
+    model.train()(**STEP).loss.backward()
+    assert_gradients(model)
+    wanted = oracle(model)(input_ids=IDS).logits
+    assert (trained - wanted).norm() <= 20 * 128**0.5 * 2.0**-24 * wanted.norm()
+    with s2ft.disabled(model):
+        assert torch.equal(logits(model), first) and fingerprint(model) == before
+    with s2ft.base_values(model):
+        assert torch.equal(logits(model), first)
+    with merged(model):
+        assert torch.equal(logits(model), trained)
+
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    again = quantized(kind)
+    s2ft.prepare(again, {"input_ids": IDS}, s2ft.S2FTConfig({**TARGETS, "norm": 1.0}))
+    assert str(again.load_state_dict(torch.load(file, weights_only=False))) == "<All keys matched successfully>"
+    same = [again, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert all(torch.equal(logits(other), trained) for other in same)
+    s2ft.load_trained_state(same[1], {name: t.clone() for name, t in s2ft.trained_state(model).items()})
+    assert torch.equal(logits(same[1]), trained)
+    s2ft.reselect(same[1])  # goes on
+    for other, size in zip(state_of(same[1]).blocks, state.blocks):
+        assert other.delta.shape == size.delta.shape
+
+    values, plan = Values(quantized(kind)), state.all_trained
+    save_adapter(model, tmp_path / "adapter")
+    plain = quantized(kind)
+    load_adapter(plain, tmp_path / "adapter")
+    assert (logits(plain) - wanted).norm() <= 20 * 128**0.5 * 2.0**-24 * wanted.norm()
+    patches = {patch.name: patch for patch in s2ft.patches(model)}
+    s2ft.release(same[0])
+    assert torch.equal(logits(same[0]), trained)
+    for name, source in (("prepared", model), ("released", same[0]), ("loaded", plain)):
+        save_merged(source, tmp_path / name, dequantize=True)
+        found = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).named_parameters())
+        for s in plan.slices:
+            expected = values[s.parameter_name].float().index_add(s.dim, s.indices, s.delta.detach())
+            assert torch.equal(found[s.parameter_name], expected), s.parameter_name
+    assert patches.keys() == {s.parameter_name for s in plan.slices}
+    unload_adapter(same[0])
+    assert torch.equal(logits(same[0]), first) and not any("earlier" in n for n, _ in same[0].named_buffers())
+
+
+def test_what_is_chosen_anew_is_scored_with_all_that_trained():
+    """The oracle: the dense model in float64, with what its units have learned."""
+    model = chosen_anew("int8", 1)
+    dense64 = oracle(model)
+    names = [block.name for block in state_of(model).blocks if block.beside]
+    for selection in ("gradient", "weight_activation"):
+        with merged(model):
+            found = calibrate(model, [(name, 0) for name in names], selection, [STEP])
+        wanted = calibrate(dense64, [(name, 0) for name in names], selection, [STEP])
+        for place, scores in wanted.items():
+            assert (found[place] - scores).norm() <= 40 * 128**0.5 * 2.0**-24 * scores.norm(), place
+    present = Trained(model)
+    for name in names:
+        torch.testing.assert_close(present[name].double(), dict(dense64.named_parameters())[name], rtol=2e-7, atol=1e-9)
+
+
+def test_graphs_of_units_chosen_anew_beside_weights():
+    """The room for what trained before grows in steps: by four selections, then by eight."""
+    rooms = [room(3, times, 999) / 3 for times in range(1, 33)]
+    assert sorted(set(rooms)) == [4, 8, 12, 16, 24, 32] and all(place >= n for n, place in enumerate(rooms, 1))
+    assert room(3, 9, 20) == 17, "all others"
+    left = Left("w", 0, torch.arange(6), torch.ones(6, 4), torch.ones(0, dtype=torch.bfloat16), beside=True)
+    delta, index, inverse = padded(left, 12, 99)
+    assert delta.shape == (12, 4) and delta.sum() == 24 and delta.dtype == torch.bfloat16 and len(index) == 12
+    assert inverse[:7].tolist() == [0, 1, 2, 3, 4, 5, 6] and (inverse[7:] == 6).all(), "6: zeros"
+    torch._dynamo.reset()
+    model = quantized("int8", DEEPER)
+    s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig(dict(TARGETS), seed=4))
+    counter = torch._dynamo.testing.CompileCounter()
+    net, optimizer = torch.compile(model.train(), backend=counter), s2ft.optimizer(model, lr=0.003)
+    for times in range(11):
+        if times:
+            s2ft.reselect(model)
+        net(**STEP).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert counter.frame_count == 1 + (times > 0) + (times > 4) + (times > 8), times
+
+
 @pytest.mark.parametrize("kind", LIBRARIES)
 def test_adapter_and_merged_model(kind, tmp_path):
     model = prepared(kind, norm=1.0)
@@ -630,10 +734,10 @@ def test_adapter_and_merged_model(kind, tmp_path):
     assert not (tmp_path / "refused").exists()
     for name, source in (("merged", model), ("loaded", plain)):
         save_merged(source, tmp_path / name, dequantize=True)
-        merged = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).named_parameters())
+        found = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).named_parameters())
         for s in plan.slices:
             expected = values[s.parameter_name].float().index_add(s.dim, s.indices, s.delta.detach())
-            assert torch.equal(merged[s.parameter_name], expected), s.parameter_name
+            assert torch.equal(found[s.parameter_name], expected), s.parameter_name
     assert torch.equal(logits(model), trained) and torch.equal(logits(plain), trained)
     save_lora(model, tmp_path / "lora")
 
@@ -887,9 +991,15 @@ def test_a_base_that_is_stored_quantized(kind, tmp_path):
     step = (2, 12, "auto", s2ft.S2FTConfig(dict(TARGETS)), s2ft.CompileOptions(logits=False))
     estimates = [estimate_folder(str(tmp_path / n), *step, k) for n, k in (("stored", "none"), ("base", kind))]
     assert estimates[0].weights == estimates[1].weights
+    later = estimate_folder(str(tmp_path / "stored"), *step, selections=5)
+    slices = [s for s in state_of(model).plan.slices if s.parameter_name in quantized_in(model)]
+    rooms = 0
+    for s in slices:
+        n = len(s.indices)
+        places = room(n, 4, s.shape[s.dim])
+        rooms += places * (s.delta.numel() // n) * 2 + 8 * (places + s.shape[s.dim])
+    assert later.weights - estimates[0].weights == rooms, "room for four selections in bfloat16, their positions, the inverse"
     options = TrainOptions(str(tmp_path / "stored"), tmp_path / "data", tmp_path / "run", reselect_every=2)
-    with pytest.raises(ConfigError, match="the units of a quantized base cannot be chosen anew; 0 keeps"):
-        options.check_units(quantized=True)
     assert "quantized base" in options.keeps_units(quantized=True) and options.keeps_units() is None
 
 
@@ -954,7 +1064,7 @@ def test_train_quantized(kind, base, text, tmp_path):  # noqa: F811
     result = invoke("train", *(piece for name, value in how.items() for piece in (f"--{name}", value)), *less)
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())  # a narrow terminal wraps it
-    assert "the same units train to the end: the units of a quantized base cannot be chosen anew" in said
+    assert "the same units train to the end: beside a quantized base those of before take memory" in said
     numbers = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(base).parameters())
     assert json.loads((run / "metrics.json").read_text())["parameters"] == numbers  # though packed in fewer
     loaded = transformers.AutoModelForCausalLM.from_pretrained(run / "merged").eval()

@@ -9,7 +9,25 @@ gathering both ways, which a compiler fuses into what reads them, and which adds
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+HELD = "_s2ft"  # a module's attribute: name of a weight -> its block
+
+
+def with_slices(y: Tensor, x: Tensor, module: nn.Module) -> Tensor:
+    """What a layer gives for x with the slices beside its weights, of what it gives without."""
+    for block in getattr(module, HELD, {}).values():
+        if block.beside and block.active:
+            y = block.add_to(y, x, module)
+    return y
+
+
+def trained_values(values: Tensor, module: nn.Module) -> Tensor:
+    """A layer's weight with the slice beside it, of its values without."""
+    for block in getattr(module, HELD, {}).values():
+        if block.beside and block.active:
+            values = block.with_all(values)
+    return values
 
 
 def inverse_of(index: Tensor, size: int) -> Tensor:

@@ -6,7 +6,7 @@ changes. So that blocks stay where they lie, and graphs fit, such heads are chos
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import product
 
 import torch
@@ -24,17 +24,21 @@ Orders = dict[int, Tensor]  # axis -> int64 (units,), as `gather_index` takes th
 
 
 def select_anew(
-    analysis: Analysis, ranking: Ranking, training: Sequence[Slice], orders: Mapping[int, Tensor]
+    analysis: Analysis,
+    ranking: Ranking,
+    training: Sequence[Slice],
+    orders: Mapping[int, Tensor],
+    unmovable: Collection[str] = (),
 ) -> tuple[tuple[Selection, ...], Orders]:
     """What `select` chooses, but where axes cross the best that fit the places of `training`, and the orders of axes
     that bring them there. Where too few that are free fit, those that train stay.
 
-    orders: those of `training`.
+    orders: those of `training`. unmovable: as for `dense_orders`.
     """
     units = {target: ranking.choose(target) for target in ranking.targeted}
     selections = gathered(ranking.targeted, units)
     size, new, now = _sizes(analysis), Units(), _training(ranking, training)
-    crossing = _crossing(analysis, ranking, selections)
+    crossing = _crossing(analysis, ranking, selections, unmovable)
     kept = {
         (target, group): of
         for (target, group), of in now.items()
@@ -51,7 +55,7 @@ def select_anew(
             units[target][group] = of
         new = {axis: {unit: unit for unit in range(size[axis])} for axis in new}
     selections = gathered(ranking.targeted, units)
-    return selections, dense_orders(analysis, selections) | _replaced(analysis, orders, new)
+    return selections, dense_orders(analysis, selections, unmovable) | _replaced(analysis, orders, new)
 
 
 def _training(ranking: Ranking, training: Sequence[Slice]) -> dict[tuple[str, tuple], list[int]]:
@@ -66,14 +70,18 @@ def _training(ranking: Ranking, training: Sequence[Slice]) -> dict[tuple[str, tu
 
 
 def orders_between(
-    analysis: Analysis, training: Sequence[Slice], orders: Mapping[int, Tensor], stored: Iterable[Tensor]
+    analysis: Analysis,
+    training: Sequence[Slice],
+    orders: Mapping[int, Tensor],
+    stored: Iterable[Tensor],
+    unmovable: Collection[str] = (),
 ) -> Orders | None:
     """The orders of axes that bring other units of the slices to where `training` is in `orders`; None where none do.
 
     stored: of each slice the int64 positions, in the order of its delta.
     """
     new: Units = {}
-    axes = movable(analysis, training)
+    axes = movable(analysis, training, unmovable)
     for s, others in zip(training, stored):
         layout = analysis.layouts[s.parameter_name, s.dim]
         for axis in {leaf.axis for leaf in leaves(layout)} & axes:
@@ -86,9 +94,11 @@ def orders_between(
     return _replaced(analysis, orders, new)
 
 
-def _crossing(analysis: Analysis, ranking: Ranking, selections: Sequence[Selection]) -> dict[tuple, list[int]]:
+def _crossing(
+    analysis: Analysis, ranking: Ranking, selections: Sequence[Selection], unmovable: Collection[str]
+) -> dict[tuple, list[int]]:
     """Group -> its axes that may move, of each that has several of them, or shares one with another group."""
-    axes = movable(analysis, selections)
+    axes = movable(analysis, selections, unmovable)
     groups = {band.group for bands in ranking.targeted.values() for band in bands if isinstance(band.group[0], int)}
     moving = {group: [axis for axis in group if axis in axes] for group in groups}
     held = Counter(axis for of in moving.values() for axis in of)

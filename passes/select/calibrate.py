@@ -28,6 +28,7 @@ from s2ft_compile.capture.examples import arguments
 from s2ft_compile.capture.models import inference_mode_of
 from s2ft_compile.config import SELECTIONS, looks_at_data
 from s2ft_compile.errors import ConfigError
+from s2ft_compile.passes.backward.beside import trained_values, with_slices
 from s2ft_compile.quantized import Quantized, quantized_in
 
 from .lean_saving import lean_saving
@@ -174,7 +175,7 @@ def _seen(model: nn.Module, weights: Mapping[str, Tensor | Quantized], uses: Use
     """Context: a quantized weight's products count as those of its values, which exist for one product at a time."""
 
     def product(weight: Quantized, x: Tensor, bias: Tensor | None) -> Tensor:
-        values = weight.values().to(x.dtype)
+        values = trained_values(weight.values().to(x.dtype), weight.layer)
         y = F.linear(x, values, bias)
         if weight.name in weights:
             with _disable_current_modes():
@@ -186,7 +187,11 @@ def _seen(model: nn.Module, weights: Mapping[str, Tensor | Quantized], uses: Use
 
 def _tapped(model: nn.Module, leaves: Mapping[str, Tensor]) -> AbstractContextManager[None]:
     """Context: each leaf gets the gradient that its quantized weight's values would have."""
-    return _multiplied(model, lambda weight, x, bias: _Tap.apply(x, leaves.get(weight.name), bias, weight))
+
+    def product(weight: Quantized, x: Tensor, bias: Tensor | None) -> Tensor:
+        return with_slices(_Tap.apply(x, leaves.get(weight.name), bias, weight), x, weight.layer)
+
+    return _multiplied(model, product)
 
 
 class _Tap(torch.autograd.Function):

@@ -90,6 +90,9 @@ def estimate(
     batch: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
     seq: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     grad_accum: Annotated[int, typer.Option(help="Forwards in an optimizer step.")] = 1,
+    selections: Annotated[
+        int, typer.Option(help="How often units are chosen in the run: those of before lie beside quantized weights.")
+    ] = 1,
     targets: Annotated[str | None, typer.Option(help="What trains, as for `s2ft train`.")] = None,
     dtype: Annotated[
         str, typer.Option(help="Type of the weights: auto (the configuration's), or float32, bfloat16, float16.")
@@ -111,7 +114,7 @@ def estimate(
         how = CompileOptions(activation_budget=activation_budget, logits=logits, fp8=fp8)
         with err.status(f"compiling {model} without weights"):
             what = S2FTConfig(parse_targets(targets))
-            saving = quantize, optimizer, gradient_checkpointing, grad_accum
+            saving = quantize, optimizer, gradient_checkpointing, grad_accum, selections
             estimated = estimate_folder(model, batch, seq, dtype, what, how, *saving)
         if as_json:
             print(json.dumps({**asdict(estimated), "total": estimated.total}))

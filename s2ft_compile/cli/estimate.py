@@ -26,10 +26,12 @@ def estimate_folder(
     optimizer: str = "muon",
     checkpointing: bool | None = None,
     grad_accum: int = 1,
+    selections: int = 1,
 ) -> Estimate:
     """`estimate` for a Hugging Face folder or hub id, on `batch` rows of `length` tokens with labels. quantize: its
     linear layers but the head, to one of `QUANTIZE`. checkpointing: whether layers are computed again in the
-    backward; None as in `s2ft train`, with a quantized base. grad_accum: forwards in a step."""
+    backward; None as in `s2ft train`, with a quantized base. grad_accum: forwards in a step. selections: as for
+    `estimate`."""
     of_model = load_config(model)
     check_not_stored(model, of_model, quantize)
     quantize = stored_as(of_model) or quantize
@@ -38,14 +40,15 @@ def estimate_folder(
             f"{model} is stored as {quantize}, of which no estimate is made; valid: {', '.join(QUANTIZE)}"
         )
     check_fp8(options.fp8, quantize)
-    if grad_accum < 1:
-        raise ConfigError(f"grad_accum is at least 1, got {grad_accum}")
+    for name, times in (("grad_accum", grad_accum), ("selections", selections)):
+        if times < 1:
+            raise ConfigError(f"{name} is at least 1, got {times}")
     loaded, inputs = structure_and_step(model, batch, length, dtype)
     if quantize != "none":
         plan_quantization(loaded, quantize)
         check_some(loaded, quantize)
     checkpoint_if(loaded, checkpointing)
-    return estimate(loaded, inputs, config, options, optimizer, accumulates=grad_accum > 1)
+    return estimate(loaded, inputs, config, options, optimizer, grad_accum > 1, selections)
 
 
 def structure_and_step(model: str, batch: int, length: int, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -109,19 +109,16 @@ class TrainOptions:
     def _check_reselection(self) -> None:
         if not 0 <= self.reselect_every < 1e9:
             raise ConfigError(f"reselect_every is a number of steps, a share, or 0, got {self.reselect_every}")
-        self.check_units()
-
-    def check_units(self, quantized: bool = False) -> None:
-        """Raises `ConfigError` where other units are to train later on, and cannot."""
-        if self.reselect_every and (why := self.keeps_units(quantized)):
-            raise ConfigError(f"reselect_every: {why}; 0 keeps the units")
+        if self.reselect_every and self.s2ft.budget != "layer":
+            raise ConfigError(f"reselect_every: {self.keeps_units()}; 0 keeps the units")
 
     def keeps_units(self, quantized: bool = False) -> str | None:
-        """Why other units cannot train later on. quantized: whether the base is, by `quantize` or as it is stored."""
-        if quantized or self.quantize != "none":
-            return "the units of a quantized base cannot be chosen anew"
+        """Why no other units train later on unless that is asked for. quantized: whether the base is, by `quantize` or
+        as it is stored."""
         if self.s2ft.budget != "layer":
             return f"layers keep their size only with budget='layer', got {self.s2ft.budget!r}"
+        if quantized or self.quantize != "none":
+            return "beside a quantized base those of before take memory; --reselect-every 0.1 chooses units anew"
         return None
 
     def total_steps(self, blocks: int) -> int:

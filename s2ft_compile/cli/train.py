@@ -56,7 +56,6 @@ def train(options: TrainOptions, console: Console) -> dict[str, Any]:
             model = load_model(options.model, options.dtype, options.quantize)
             if not (quantized := bool(quantized_in(model))):
                 model.to("cuda" if torch.cuda.is_available() else "cpu")
-        options.check_units(quantized)
         checkpoint_if(model, options.gradient_checkpointing)
         _check_vocabulary(model, blocks)
         with console.status("finding coupled structures and selecting slices"):

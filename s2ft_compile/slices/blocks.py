@@ -9,7 +9,7 @@ blocks is `sliced`.
 
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,12 +19,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from s2ft_compile.errors import StateError
 from s2ft_compile.kernels import refresh as kernel
-from s2ft_compile.passes.backward.beside import added, inverse_of
-from s2ft_compile.passes.ranges import put, take
-from s2ft_compile.quantized import Quantized, same_parts, settle
+from s2ft_compile.passes.backward.beside import HELD, added, inverse_of
+from s2ft_compile.passes.ranges import put, ranges, take
+from s2ft_compile.quantized import Quantized, Values, same_parts, settle
 
 from .processes import check_not_partitioned, other_process
-from .sliced import HELD, reclass
+from .sliced import reclass
 
 Ranges = tuple[tuple[int, int], ...]
 _blocks = WeakIdKeyDictionary()  # a weight or a delta -> its block
@@ -126,6 +126,18 @@ class Block:
         """Raises `StateError` for a weight, called `name`, that is not of this block's base."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def choose(self, mask: Tensor, again: Tensor, earlier, came_from: Tensor) -> None:
+        """The block becomes other positions of the weight, those of `mask`; their deltas are zero, but for those at
+        `again` in it, which have trained before and go on: `earlier` has their delta and the base's values. came_from:
+        the places that they had in the block, -1 where they did not train."""
+        self.delta.zero_()
+        self.delta.grad = None
+        self.delta.index_copy_(self.dim, again.to(self.delta.device), earlier.delta.to(self.delta.device))
+        if self.came_from is not None:  # chosen twice between two steps
+            came_from = torch.where(came_from >= 0, self.came_from[came_from], -1)
+        self.came_from = came_from
+
     # --- what there is to do where the weight holds the slice (`InPlace`), and nothing where it holds the base's values
 
     def edited(self) -> bool:
@@ -133,6 +145,9 @@ class Block:
 
     def put(self, trained: bool) -> None:
         pass
+
+    def keep(self, left, times: int) -> None:
+        """What trained before (a `Left`) and gave way, after units were chosen anew so many times."""
 
     def refresh(self) -> None:
         pass
@@ -184,20 +199,12 @@ class InPlace(Block):
         return hasattr(self.weight, "placements")
 
     @torch.no_grad()
-    def choose(self, ranges: Ranges, again: Tensor, earlier, came_from: Tensor) -> None:
-        """The block becomes other positions of the weight, which hold their base's values; but for those at `again` in
-        it, which have trained before and go on: earlier has their delta and the base's values. came_from: the places
-        that they had in the block, -1 where they did not train."""
-        self._lie_in(ranges)
-        self.backup = self.read()
-        self.delta.zero_()
-        self.delta.grad = None
-        again = again.to(self.delta.device)
-        self.delta.index_copy_(self.dim, again, earlier.delta.to(self.delta.device))
-        self.backup.index_copy_(self.dim, again, earlier.backup.to(self.delta.device))
-        if self.came_from is not None:  # chosen twice between two steps
-            came_from = torch.where(came_from >= 0, self.came_from[came_from], -1)
-        self.seen, self.came_from = None, came_from
+    def choose(self, mask: Tensor, again: Tensor, earlier, came_from: Tensor) -> None:
+        super().choose(mask, again, earlier, came_from)
+        self._lie_in(ranges(mask))
+        self.backup = self.read()  # the base's values, but at `again`
+        self.backup.index_copy_(self.dim, again.to(self.backup.device), earlier.backup.to(self.backup.device))
+        self.seen = None
 
     # --- the weight's values -----------------------------------------------------------------------------------------
 
@@ -348,19 +355,27 @@ class Beside(Block):
     """A slice beside a weight that is never written.
 
     size: of the weight's values along `dim`. index: int64, the slice's positions there, in the base model's order.
+    earlier: a `Left`, what trained before units were chosen anew, `times` times; a second slice, which is frozen.
     """
 
     beside = True
     size: int
     index: Tensor
+    earlier: Any = None
+    times: int = 0
 
     def _register(self) -> None:
         _blocks[self.delta] = self  # a weight that is known by weak references cannot be moved to another device
 
     @property
-    def buffers(self) -> tuple[str, str]:
-        """What the module calls the positions, and their inverse: with them it moves them to another device."""
-        return f"{self.delta_key}_index", f"{self.delta_key}_inverse"
+    def buffers(self) -> dict[str, Tensor]:
+        """What the module holds besides, by name, and moves to another device: the positions and their inverse, and the
+        same of what trained before, with its delta in the type of the weight's values."""
+        held = {"index": self.index, "inverse": inverse_of(self.index, self.size)}
+        if self.earlier is not None:
+            delta, index, inverse = padded(self.earlier, room(len(self.index), self.times, self.size), self.size)
+            held |= {"earlier": delta, "earlier_index": index, "earlier_inverse": inverse}
+        return {f"{self.delta_key}_{part}": t.to(self.delta.device) for part, t in held.items()}
 
     def install(self) -> None:
         for module, key in self.places:
@@ -371,32 +386,74 @@ class Beside(Block):
                     f"model on one device"
                 )
             settle(module, key)
-            for name, t in zip(self.buffers, (self.index, inverse_of(self.index, self.size))):
-                module.register_buffer(name, t.to(self.delta.device), persistent=False)
+        self._hold(self.buffers)
         super().install()
 
     def uninstall(self) -> None:
         super().uninstall()
+        self._hold({})
+
+    def _hold(self, buffers: Mapping[str, Tensor]) -> None:
+        """The modules hold these from now on; in the same memory, where they have as much of it."""
         for module, _ in self.places:
-            for name in self.buffers:
-                module._buffers.pop(name, None)
+            held = {f"{self.delta_key}_{part}" for part in PARTS} & module._buffers.keys()
+            for name in held - buffers.keys():
+                del module._buffers[name]
                 module._non_persistent_buffers_set.discard(name)
+            for name, t in buffers.items():
+                if name in held and (module._buffers[name].shape, module._buffers[name].dtype) == (t.shape, t.dtype):
+                    module._buffers[name].copy_(t)
+                else:
+                    module.register_buffer(name, t.clone(), persistent=False)
+
+    def choose(self, mask: Tensor, again: Tensor, earlier, came_from: Tensor) -> None:
+        super().choose(mask, again, earlier, came_from)
+        self.index = mask.nonzero().squeeze(1).to(self.index.device)
+
+    def keep(self, left, times: int) -> None:
+        self.earlier, self.times = left, times
+        self._hold(self.buffers)
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self._hold(self.buffers)  # `fn` may have rounded them
 
     def add_to(self, y: Tensor, x: Tensor, module: nn.Module) -> Tensor:
         """What the layer gives for x, of what it gives without the slice."""
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self.attached = True
-        index, inverse = (module._buffers[name] for name in self.buffers)
-        return added(x, y, module._parameters[self.delta_key], self.dim, index, inverse)
+        key, held = self.delta_key, module._buffers
+        y = added(x, y, module._parameters[key], self.dim, held[f"{key}_index"], held[f"{key}_inverse"])
+        if f"{key}_earlier" in held:
+            of = (held[f"{key}_earlier{part}"] for part in ("", "_index", "_inverse"))
+            delta, index, inverse = of
+            y = added(x, y, delta, self.dim, index, inverse)
+        return y
 
     @torch.no_grad()
     def trained(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """cast(W0 + D), of shards the whole: the sum in the wider of the two types, rounded once. values: the weight's,
         dequantized. dtype: of the result; by default theirs."""
-        delta = whole(self.delta).to(values.device)
+        return self._sum(values, self.index, whole(self.delta), dtype)
+
+    def _sum(self, values: Tensor, index: Tensor, delta: Tensor, dtype: torch.dtype | None) -> Tensor:
+        delta = delta.to(values.device)
         wide = torch.promote_types(values.dtype, delta.dtype)
-        block = values.index_select(self.dim, self.index.to(values.device))
+        block = values.index_select(self.dim, index.to(values.device))
         return block.to(wide).add(delta.to(wide)).to(dtype or values.dtype)
+
+    @torch.no_grad()
+    def with_all(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight's values, dequantized, with all that trains or ever did: each sum rounded once, to `dtype`."""
+        result = values.to(dtype or values.dtype, copy=True)
+        for index, delta in self.all_of_it():
+            result.index_copy_(self.dim, index.to(result.device), self._sum(values, index, delta, dtype))
+        return result
+
+    def all_of_it(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(positions, delta) of what trains, and of what trained before."""
+        yield self.index, whole(self.delta)
+        if self.earlier is not None and len(self.earlier.indices):
+            yield self.earlier.indices, self.earlier.delta
 
     def follow_shards(self) -> bool:
         held = self.places[0][0]._parameters.get(self.delta_key)
@@ -408,6 +465,25 @@ class Beside(Block):
         """Raises `StateError` for another weight than this one: it is compared, never loaded."""
         if not weight.is_meta and not same_parts(self.weight.detach(), weight.detach()):
             raise _other_base(name)
+
+
+PARTS = ("index", "inverse", "earlier", "earlier_index", "earlier_inverse")  # of a slice beside a weight
+
+
+def room(n: int, times: int, size: int) -> int:
+    """How many units there is room for, of `size`, that trained before `n` others were chosen so many times: 4, 8, 12,
+    16, 24, 32, 48, ... times `n`. A graph is compiled for each; so the room is not that of what a weight needs."""
+    step = 1 << max(2, times.bit_length() - 2)
+    return min(size - n, n * (-(-times // step) * step))
+
+
+def padded(left, room: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What trained before as a slice of `room` units: its delta, zero where it has fewer, positions, their inverse."""
+    shape = [*left.delta.shape[: left.dim], room, *left.delta.shape[left.dim + 1 :]]
+    delta, index = left.delta.new_zeros(shape, dtype=left.backup.dtype), torch.zeros(room, dtype=torch.int64)
+    delta.narrow(left.dim, 0, len(left.indices)).copy_(left.delta)
+    index[: len(left.indices)] = left.indices
+    return delta, index, inverse_of(left.indices, size)
 
 
 def _other_base(name: str) -> StateError:
@@ -534,6 +610,18 @@ def beside_of(model: nn.Module, weight: Quantized, dim: int, index: Tensor, delt
         size=weight.shape[dim],
         index=index.to(torch.int64),
     )
+
+
+class Trained(Values):
+    """The same with all that slices beside quantized weights have learned."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.blocks = {block.name: block for block in blocks_in(model) if isinstance(block, Beside)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        values = super().__getitem__(name)
+        return self.blocks[name].with_all(values) if name in self.blocks else values
 
 
 def places_of(model: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, str]]:

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from s2ft_compile.errors import StateError
 from s2ft_compile.passes.backward.attach import attach
+from s2ft_compile.passes.backward.beside import HELD, with_slices
 from s2ft_compile.passes.backward.eager import attached, composed, read_from
 
 from .processes import replacing
 
 if TYPE_CHECKING:
     from .blocks import Block
-
-HELD = "_s2ft"  # a sliced module's attribute: name of a weight -> its block
 
 
 def _read(module: nn.Module, key: str) -> Tensor:
@@ -108,12 +107,8 @@ def _class(base: type, keys: tuple[str, ...], adds: bool) -> type:
 
 def _adding(base: type) -> Callable:
     def forward(self, *args, **kwargs):
-        y = base.forward(self, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        for block in getattr(self, HELD).values():
-            if block.beside and block.active:
-                y = block.add_to(y, x, self)
-        return y
+        return with_slices(base.forward(self, *args, **kwargs), x, self)
 
     return forward
 

@@ -37,18 +37,20 @@ _live: "weakref.WeakSet[State]" = weakref.WeakSet()
 @dataclass(frozen=True, eq=False)
 class Left:
     """What trained in one parameter before a reselection, on the CPU, or before it was released. indices: int64 (n,),
-    along `dim`, in the base's order. delta: float32, backup: W0, both of the parameter's shape with n along `dim`."""
+    along `dim`, in the base's order. delta: float32, backup: W0, both of the parameter's shape with n along `dim`.
+    beside: whether the weight is quantized and never written, so that a block keeps this beside it."""
 
     name: str
     dim: int
     indices: Tensor
     delta: Tensor
     backup: Tensor
+    beside: bool = False
 
-    def trained(self) -> Tensor:
-        """cast(W0 + D), as `InPlace.trained`."""
+    def trained(self, dtype: torch.dtype | None = None) -> Tensor:
+        """cast(W0 + D), as `InPlace.trained`. dtype: by default W0's."""
         wide = torch.promote_types(self.backup.dtype, self.delta.dtype)
-        return self.backup.to(wide).add(self.delta.to(wide)).to(self.backup.dtype)
+        return self.backup.to(wide).add(self.delta.to(wide)).to(dtype or self.backup.dtype)
 
     def take(self, rows: Tensor) -> "Left":
         delta, backup = (t.index_select(self.dim, rows) for t in (self.delta, self.backup))
@@ -64,6 +66,8 @@ class Left:
     def put(self, weight: Tensor, order: Tensor | None, trained: bool) -> None:
         """Writes it into the weight, or the base's values; without its version counter. order: gather index of the
         weight's order, None for the base's."""
+        if self.beside:
+            return
         places = self.indices if order is None else torch.argsort(order.cpu())[self.indices]
         values = self.trained() if trained else self.backup
         weight.data.index_copy_(self.dim, places.to(weight.device), values.to(weight))
@@ -143,6 +147,11 @@ class State:
                 s = replace(s, indices=torch.cat([s.indices, left.indices]), delta=nn.Parameter(delta, False))
             slices.append(s)
         return replace(self.plan, slices=tuple(slices))
+
+    @property
+    def unmovable(self) -> set[str]:
+        """The parameters whose units stay where they are: quantized ones."""
+        return set(quantized_in(self.model))
 
     def replan(self, slices: tuple[Slice, ...]) -> None:
         notes = [*(note for note in self._plan.notes if note != ANEW), *([ANEW] if self.left_behind else [])]
@@ -393,7 +402,8 @@ def release(model: nn.Module) -> None:
     to_base_order(state, trained=True)
     if quantized_in(module):
         pairs = [(s.indices, b) for s, b in zip(state.plan.slices, state.blocks) if isinstance(b, InPlace)]
-        keep_written(module, [Left(b.name, b.dim, i, b.delta.detach(), b.backup) for i, b in pairs])
+        written = [Left(b.name, b.dim, i, b.delta.detach(), b.backup) for i, b in pairs]
+        keep_written(module, [*written, *(left for left in state.left_behind if not left.beside)])
     state.uninstall(module, trained=True)
     for block in state.blocks:
         if isinstance(block, Beside):

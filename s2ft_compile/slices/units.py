@@ -9,19 +9,19 @@ that moved, exact as ever:
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from s2ft_compile.errors import StateError
 from s2ft_compile.passes.permute import dense_orders, moves_for
-from s2ft_compile.passes.ranges import ranges
 from s2ft_compile.passes.select.anew import orders_between
 from s2ft_compile.passes.select.select import Selection
 from s2ft_compile.plan import Slice, delta_of
+from s2ft_compile.quantized import Values
 
-from .blocks import Block, InPlace
+from .blocks import Block
 from .state import Left, State, state_of, to_base_order
 
 COUNT = "_s2ft_reselected"  # in a state: how often units were chosen anew, int64 (1,)
@@ -62,7 +62,7 @@ def load_trained_state(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     An optimizer of the deltas is loaded by itself. Raises `StateError` for values of other slices; the model is then
     unchanged.
     """
-    state = state_of(model)
+    state, times = state_of(model), int(values.get(COUNT, 0))
     given = [_given(values, s, block) for s, block in zip(state.plan.slices, state.blocks)]
     names = {name for block in state.blocks for name in _names(block)} | {COUNT}
     if strange := sorted(values.keys() - names):
@@ -74,17 +74,19 @@ def load_trained_state(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             Selection(s.parameter_name, s.dim, s.roles, one.units.sort().values)
             for one, s in zip(given, state.plan.slices)
         ]
-        orders = orders_between(state.analysis, state.plan.slices, state.orders, [one.units for one in given])
+        of, units = (state.analysis, state.plan.slices, state.orders), [one.units for one in given]
+        orders = orders_between(*of, units, state.unmovable)
         if orders is None:
-            orders = dense_orders(state.analysis, selections)
-        arrange(state, selections, orders, {s.parameter_name: one.all() for one, s in zip(given, state.plan.slices)})
+            orders = dense_orders(state.analysis, selections, state.unmovable)
+        learned = {s.parameter_name: one.all() for one, s in zip(given, state.plan.slices)}
+        arrange(state, selections, orders, learned, times)
         for block in state.blocks:
             block.came_from = None  # an optimizer's state comes from the same checkpoint
     else:
         for one, block in zip(given, state.blocks):
             block.delta.copy_(one.delta)
+        state.reselected = times
         state.refresh()
-    state.reselected = int(values.get(COUNT, 0))
 
 
 # --- a part of state_dict() --------------------------------------------------------------------------------------
@@ -170,25 +172,32 @@ def _some_names(state: State) -> str:
 
 @torch.no_grad()
 def arrange(
-    state: State, selections: Sequence[Selection], orders: Mapping[int, Tensor], learned: Mapping[str, Learned]
+    state: State,
+    selections: Sequence[Selection],
+    orders: Mapping[int, Tensor],
+    learned: Mapping[str, Learned],
+    times: int,
 ) -> None:
     """The selections train from here on, with axes in these orders; of all units of a parameter that have learned
-    something, those keep it that do not train."""
+    something, those keep it that do not train. times: how often units have been chosen anew, so that all have room."""
     index = moves_for(orders, state.analysis.layouts)
     to_base_order(state, trained=False)
-    now = state.tensors()
+    now, values = state.tensors(), Values(state.model)
     before: dict[str, Left] = {}
     for block in state.blocks:
         indices, delta = (t.detach().cpu() for t in learned[block.name])
-        backup = now[block.name].detach().index_select(block.dim, indices.to(block.weight.device)).cpu()
-        before[block.name] = Left(block.name, block.dim, indices, delta, backup)
+        backup = values[block.name].detach().index_select(block.dim, indices.to(block.weight.device)).cpu()
+        before[block.name] = Left(block.name, block.dim, indices, delta, backup, block.beside)
         before[block.name].put(now[block.name], None, trained=True)
     state.reorder(orders)
     state.move(back=False)
-    trained = [s.indices for s in state.plan.slices]
-    pairs = [_replaced(b, s, index, before[b.name], t) for b, s, t in zip(state.blocks, selections, trained)]
+    pairs = [
+        _replaced(block, s, selection, index, before[block.name], times)
+        for block, s, selection in zip(state.blocks, state.plan.slices, selections)
+    ]
     state.left_behind = [left for _, left in pairs if left is not None]
     state.replan(tuple(piece for piece, _ in pairs))
+    state.reselected = times
     state.set_active(True)
     state.refresh()
 
@@ -196,13 +205,8 @@ def arrange(
 def check_can_change(state: State) -> None:
     if not state.active:
         raise StateError("the model is inside disabled() or merged()")
-    for block in state.blocks:
-        if not isinstance(block, InPlace):
-            raise StateError(
-                f"{block.name} is quantized: the units of a slice beside a weight cannot be chosen anew yet"
-            )
-        if block.follow_shards():
-            raise StateError("this model is sharded (fully_shard): choose units anew before that")
+    if any(block.follow_shards() for block in state.blocks):
+        raise StateError("this model is sharded (fully_shard): choose units anew before that")
 
 
 def learned_by(state: State) -> dict[str, Learned]:
@@ -218,20 +222,21 @@ def _places(units: Tensor, among: Tensor, size: int) -> Tensor:
 
 
 def _replaced(
-    block: Block, selection: Selection, index: Mapping[tuple[str, int], Tensor], before: Left, trained: Tensor
+    block: Block, piece: Slice, selection: Selection, index: Mapping[tuple[str, int], Tensor], before: Left, times: int
 ) -> tuple[Slice, Left | None]:
-    """Gives a block other units than `trained`, in the weight's new order. Returns its slice, and what gave way in the
-    weight."""
-    assert isinstance(block, InPlace)  # `check_can_change`
-    shape = tuple(block.weight.shape)
-    order = index.get((block.name, block.dim), torch.arange(shape[block.dim]))
+    """Gives a block other units than those of its slice, in the weight's new order. before: all that ever trained in
+    the weight. Returns its new slice, and what gave way."""
+    size = piece.shape[block.dim]
+    order = index.get((block.name, block.dim), torch.arange(size))
     mask = torch.isin(order, selection.indices)
     indices = order[mask]
-    where = _places(indices, before.indices, shape[block.dim])
+    where = _places(indices, before.indices, size)
     again = where >= 0
     # What is chosen starts afresh, where it trained before too: so restarted, AdamW learns more.
-    came_from = _places(indices, trained.cpu(), shape[block.dim]) if mask.all() else torch.full_like(indices, -1)
-    block.choose(ranges(mask), again.nonzero().squeeze(1), before.take(where[again]), came_from)
+    came_from = _places(indices, piece.indices.cpu(), size) if mask.all() else torch.full_like(indices, -1)
+    block.choose(mask, again.nonzero().squeeze(1), before.take(where[again]), came_from)
     gone = ~torch.isin(before.indices, indices)
-    left = before.take(gone.nonzero().squeeze(1)).moved()
-    return Slice(block.name, block.dim, indices, shape, selection.roles, block.delta), left
+    kept = before.take(gone.nonzero().squeeze(1))
+    left = kept.moved()
+    block.keep(left or kept.take(torch.arange(0)), times)
+    return replace(piece, indices=indices, roles=selection.roles, delta=block.delta), left
