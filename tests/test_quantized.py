@@ -34,7 +34,7 @@ from s2ft_compile.cli.estimate import estimate_folder
 from s2ft_compile.cli.options import TrainOptions
 from s2ft_compile.cli.quantize import check_some, quantization
 from s2ft_compile.errors import AdapterError, ConfigError, ExportError, StateError
-from s2ft_compile.exporters import load_adapter, save_adapter, save_lora, save_merged, unload_adapter
+from s2ft_compile.exporters import load_adapter, save_adapter, save_lora, save_merged, save_shira, unload_adapter
 from s2ft_compile.exporters.onnx.weights import FORMS
 from s2ft_compile.passes.select.calibrate import calibrate
 from s2ft_compile.planned import plan_quantization
@@ -700,6 +700,24 @@ def test_an_adapter_on_a_base_that_was_quantized_otherwise(trained, loaded, tmp_
     changed.model.norm.weight.data.mul_(2)
     with pytest.raises(AdapterError, match="another base model.*differs in model.norm.weight"):
         load_adapter(changed, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("save", [save_lora, save_shira])
+def test_peft_gives_the_outputs_of_training_on_the_same_base(kind, save, tmp_path):
+    """Up to the rounding of sums of 128 terms through 20 operators. In train mode, where bitsandbytes does not round
+    its scales to bfloat16."""
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("torchao" if kind == "int8" else "bitsandbytes")
+    dense().save_pretrained(tmp_path / "base")
+    model = load_model(tmp_path / "base", quantize=kind)
+    s2ft.prepare(model, {"input_ids": IDS}, s2ft.S2FTConfig({**TARGETS, "norm": 1.0}))
+    for delta in s2ft.parameters(model):
+        delta.data.normal_(std=0.02)
+    save(model, tmp_path / "peft")
+    theirs = peft.PeftModel.from_pretrained(load_model(tmp_path / "base", quantize=kind), tmp_path / "peft").train()
+    trained = logits(model.train())
+    assert (logits(theirs) - trained).norm() <= 20 * 128**0.5 * 2.0**-24 * trained.norm()
 
 
 def adapters(kind: str, folder) -> dict[str, s2ft.plan.Plan]:

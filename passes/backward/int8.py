@@ -1,7 +1,7 @@
 """int8 products on a CPU: weights whose sizes are not of whole blocks stay away from a kernel that reads past them.
 
-Inductor makes `mm(X, bf16(Q).T) * s` one call of `_weight_int8pack_mm`, which reads rows of Q sixteen numbers at a time:
-of a row of another length (torch 2.13) it gives numbers of any size, or the process ends. Such a Q is cast by way of
+Inductor makes `mm(X, bf16(Q).T) * s` one call of `_weight_int8pack_mm`, which reads rows of Q sixteen at a time: of
+a row of another length (torch 2.13) it gives numbers of any size, or the process ends. Such a Q is cast by way of
 int16, which is exact, costs nothing in a fused loop, and is not what Inductor looks for.
 """
 

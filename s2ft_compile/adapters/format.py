@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -299,9 +299,9 @@ def check_base(
         )
     if otherwise:
         warnings.warn(
-            f"{adapter.source} was trained with {base_of(adapter)}, and this is {what}: {len(otherwise)} weights, which "
-            f"are quantized otherwise or in one of the two alone, were not compared. They differ by their quantization "
-            f"error, and so do the outputs; the same model gives what was trained",
+            f"{adapter.source} was trained with {base_of(adapter)}, and this is {what}: {len(otherwise)} weights, "
+            f"which are quantized otherwise or in one of the two alone, were not compared. They differ by their "
+            f"quantization error, and so do the outputs; the same model gives what was trained",
             stacklevel=3,
         )
     return otherwise
