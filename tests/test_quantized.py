@@ -35,6 +35,8 @@ from s2ft_compile.cli.options import TrainOptions
 from s2ft_compile.cli.quantize import check_some, quantization
 from s2ft_compile.errors import AdapterError, ConfigError, ExportError, StateError
 from s2ft_compile.exporters import load_adapter, save_adapter, save_lora, save_merged, save_shira, unload_adapter
+from s2ft_compile.exporters.checkpoint import merge_checkpoint
+from s2ft_compile.exporters.extraction import extract
 from s2ft_compile.exporters.onnx.weights import FORMS
 from s2ft_compile.passes.select.calibrate import calibrate
 from s2ft_compile.planned import plan_quantization
@@ -934,6 +936,10 @@ def test_a_base_that_is_stored_quantized(kind, tmp_path):
         ordinary = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert not quantized_in(ordinary)
         assert (logits(ordinary) - logits(model)).abs().max() <= 0.02 * logits(model).abs().max()
+    for write in (merge_checkpoint, extract):
+        given = [tmp_path / "again" / "adapter"] if write is merge_checkpoint else tmp_path / "dense"
+        with pytest.raises(ExportError, match="stored is stored quantized.*s2ft export merged"):
+            write(tmp_path / "stored", given, tmp_path / "refused")
     other = "int8" if kind == "nf4" else "nf4"
     with pytest.raises(ConfigError, match=f"is quantized already .{kind}.* leave out --quantize {other}"):
         load_model(tmp_path / "stored", quantize=other)
