@@ -124,8 +124,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Plan:
     """Puts an adapter on the model it was trained from, and returns its plan.
 
     A plain model's weights become the trained ones, bit for bit those of `save_merged`. Quantized weights are not
-    written: the slices lie beside them, the outputs are those of training bit for bit, and `unload_adapter` takes them
-    off. On a model prepared with the same slices the deltas (and the weights) become the adapter's.
+    written: the slices lie beside them, the outputs are those of training bit for bit (of dense weights that trained in
+    another order, to rounding), and `unload_adapter` takes them off. On a model prepared with the same slices the
+    deltas (and the weights) become the adapter's.
 
     Warns where the slices were trained beside quantized weights, and these are not. Raises `AdapterError` for files
     that are missing, damaged or made for another base, and for a model prepared with other slices; the model is then

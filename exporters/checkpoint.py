@@ -22,7 +22,7 @@ from s2ft_compile.adapters.stored import Stored, same_bits, sampled, stored_tens
 from s2ft_compile.errors import AdapterError, ExportError
 from s2ft_compile.plan import Slice, delta_of
 
-from .conversion import Assembled, by_model_names
+from .conversion import Assembled, by_model_names, check_dense
 from .files import new_directory
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ def merge_checkpoint(
     are not. Raises `AdapterError` for an adapter of another base, `ExportError` for a checkpoint that cannot be read
     or a folder that exists.
     """
+    check_dense(base)
     stored = stored_tensors(base)
     factors = [1.0] * len(adapters) if weights is None else list(weights)
     if len(factors) != len(adapters) or not adapters or not all(map(math.isfinite, factors)):
@@ -108,7 +109,7 @@ def _patch(stored: Stored | Assembled, parts: Sequence[Part]) -> None:
     name = parts[0][1].parameter_name
     with stored.opened(write=True) as W:
         for adapter, s, _ in parts:
-            check_slice(adapter, s, W)
+            check_slice(adapter, s, W, compared=name not in adapter.base.get("quantized", ()))
         dim, indices, block = summed(W, [(s, weight) for _, s, weight in parts])
         check_finite(name, block)
         W.index_copy_(dim, indices, block)

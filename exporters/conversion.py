@@ -5,8 +5,10 @@ be asked of positions instead: what it makes of arange(numel) says which entry o
 is, and that is the way there and the way back.
 """
 
+import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +94,20 @@ def _has_way_back(conversion: Any) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def check_dense(folder: str | os.PathLike[str]) -> None:
+    """Raises `ExportError` for a checkpoint that is stored quantized: its tensors are not its weights."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(config, dict) and config.get("quantization_config"):
+        raise ExportError(
+            f"{folder} is stored quantized, and what its files hold cannot be changed by a sum. `s2ft export merged "
+            f"--model {folder} --adapter ADAPTER` writes an ordinary model, and load_adapter puts an adapter beside "
+            f"the quantized one"
+        )
 
 
 def by_model_names(stored: Mapping[str, Stored], folder: Path, kind: str | None = None) -> Converted:

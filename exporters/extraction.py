@@ -29,7 +29,7 @@ from s2ft_compile.slices.state import is_prepared
 
 from .adapter import named_in
 from .card import CARD, card
-from .conversion import Converted, by_model_names
+from .conversion import Converted, by_model_names, check_dense
 from .files import new_directory
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ def extract(
     where the changes are no slice, and where nothing changed.
     """
     folders = [Path(source) for source in (base, tuned) if not isinstance(source, nn.Module)]
+    for folder in folders:
+        check_dense(folder)
     described = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     refused: dict[str, str] = {}
     before, after = (_tensors(source, described, refused) for source in (base, tuned))

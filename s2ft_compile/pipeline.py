@@ -20,7 +20,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from s2ft_compile.passes import tracing
-from s2ft_compile.passes.backward import chunk_loss, fp8, lower, pushdown
+from s2ft_compile.passes.backward import chunk_loss, fp8, int8, lower, pushdown
 from s2ft_compile.passes.couple import recheck
 
 from .config import CompileOptions
@@ -80,6 +80,7 @@ PASSES = (
     Pass("fp8", JOINT, lambda graph, _: fp8.fp8_products(graph), fp8.left_over, (fp8,), everywhere=True),
     Pass("lower", JOINT, lambda graph, _: lower.lower_where_possible(graph), lower.rounded, (lower,)),
     Pass("see_through", INDUCTOR, lambda graph, _: lower.see_through(graph), lower.opaque, (lower,)),
+    Pass("int8", INDUCTOR, lambda graph, _: int8.by_int16(graph), int8.left_over, (int8,), everywhere=True),
 )
 
 

@@ -280,14 +280,18 @@ def test_onnx_runtime_quantizes_the_weights_and_not_the_adapters(tmp_path, names
 
 
 @pytest.mark.parametrize("quantize, names", [("int8", "model"), pytest.param("int4", "genai", marks=pytest.mark.slow)])
-def test_a_quantized_graph_is_the_float_one_within_its_limit_with_an_adapter_and_without(tmp_path, quantize, names):
-    """An embedding that is the head too; no weight of a product is left in float, and no adapter input is not."""
+def test_a_quantized_graph_is_the_float_one_within_its_limit(tmp_path, quantize, names, monkeypatch):
+    """With an adapter and without. An embedding that is the head too; no weight of a product is left in float, and no
+    adapter input is not; no data of the float graph, which is beside the file, is left where the other's is in it."""
     changes = {**QUANTIZABLE, "vocab_size": 96, "tie_word_embeddings": True}
     base, model = hf("llama", **changes), tuned("llama", 0, **changes)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     genai = names == "genai"
     options = {"cache": genai, "names": names, "quantize": quantize}
+    size = sum(p.nbytes for p in base.parameters())
+    monkeypatch.setattr("s2ft_compile.exporters.onnx.export.INLINE_BYTES", 3 * size // 4)
     path = export_onnx(model, tmp_path / "m.onnx", {"input_ids": tokens()}, "separate", **options)
+    assert not (tmp_path / "m.onnx.data").exists()
     assert_weights(model, before)
     assert not list(tmp_path.glob("*.tmp"))
     file = save_onnx_adapter(model, tmp_path / "a.onnx_adapter", names=names)

@@ -252,8 +252,10 @@ def _write(onnx_model: Any, file: Path) -> None:
     import onnx_ir as ir
 
     ir.passes.common.ClearMetadataAndDocStringPass()(onnx_model)
-    size = sum(v.const_value.nbytes for v in onnx_model.graph.initializers.values())
-    ir.save(onnx_model, file, external_data=f"{file.name}.data" if size > INLINE_BYTES else None)
+    size, data = sum(v.const_value.nbytes for v in onnx_model.graph.initializers.values()), f"{file.name}.data"
+    if size <= INLINE_BYTES:
+        file.with_name(data).unlink(missing_ok=True)  # of the float graph, where the quantized one's fits
+    ir.save(onnx_model, file, external_data=data if size > INLINE_BYTES else None)
 
 
 # --- small things ------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def quantized(onnx_model: Any, kind: str) -> Any:
     say = log.warning if 2 * after > before else log.info
     say(
         "%s: %.1f MB of weights became %.1f MB; what is no constant factor of a product (batched experts, "
-        "convolutions) stays as it is",
+        "convolutions) stays as it is, and embeddings are in float16, beside their copy where they are the head too",
         kind,
         before / 1e6,
         after / 1e6,

@@ -17,11 +17,12 @@ from .format import Adapter, check_base, check_slice
 def check_fits(module: nn.Module, adapter: Adapter) -> None:
     """That a plain model is the adapter's base, its blocks untouched, and can hold the sums. Raises `AdapterError`."""
     values, samples = Values(module), samples_of(module)
-    check_base(adapter, samples, f"a {type(module).__name__} in {dtypes_of(module)}", values.quantized)
+    turned, dtype = {name: weight.turned for name, weight in values.quantized.items()}, dtypes_of(module)
+    otherwise = check_base(adapter, samples, f"a {type(module).__name__} in {dtype}", turned, dtype)
     for s in adapter.slices:
-        W = values[s.parameter_name]
-        check_slice(adapter, s, W, samples[s.parameter_name] if s.parameter_name in values.quantized else None)
-        check_finite(s.parameter_name, summed(W, [(s, 1.0)])[2])
+        W, name = values[s.parameter_name], s.parameter_name
+        check_slice(adapter, s, W, samples[name] if name in values.quantized else None, name not in otherwise)
+        check_finite(name, summed(W, [(s, 1.0)])[2])
 
 
 def check_finite(name: str, block: Tensor) -> None:

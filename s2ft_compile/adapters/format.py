@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -260,16 +260,28 @@ def _check_delta(s: Slice, dtypes: Mapping[str, str]) -> None:
 # --- against a base model ----------------------------------------------------------------------------------
 
 
-def check_base(adapter: Adapter, fingerprints: Mapping[str, str], what: str, quantized: Collection[str] = ()) -> None:
+def check_base(
+    adapter: Adapter,
+    fingerprints: Mapping[str, str],
+    what: str,
+    quantized: Mapping[str, bool] = {},
+    dtype: str | None = None,
+) -> frozenset[str]:
     """That what has these samples is the adapter's base: what both have is the same, and every slice is there.
 
     A checkpoint may hold buffers besides parameters, and a tied weight once or twice. quantized: names of weights that
-    are. Where the adapter's base was quantized and this is not, everything else is compared, and a warning says so.
+    are, each with whether it is turned. dtype: of all of them, as `dtypes_of` says. Weights that the adapter's base had
+    otherwise, in full precision or quantized in another way, are not compared: a warning says so. Returns their names.
     """
-    widened = {name for name in adapter.base.get("quantized", ()) if name in fingerprints and name not in quantized}
-    theirs = {name: sample for name, sample in adapter.base["samples"].items() if name not in widened}
+    theirs, turned = set(adapter.base.get("quantized", ())), set(adapter.base.get("turned", ()))
+    alike = theirs & quantized.keys() if dtype == adapter.base.get("dtype") else set()
+    otherwise = frozenset(n for n in theirs | quantized.keys() if n in fingerprints and n not in alike)
     absent = [s.parameter_name for s in adapter.slices if s.parameter_name not in fingerprints]
-    differ = absent + [name for name in theirs if name in fingerprints and fingerprints[name] != theirs[name]]
+    differ = absent + [
+        name
+        for name, sample in adapter.base["samples"].items()
+        if name in fingerprints and name not in otherwise and fingerprints[name] != sample
+    ]
     if differ:
         raise AdapterError(
             f"{adapter.source} was trained from another base model: {base_of(adapter)} with fingerprint "
@@ -277,21 +289,22 @@ def check_base(adapter: Adapter, fingerprints: Mapping[str, str], what: str, qua
             f"{combined(fingerprints)}, which {'has no' if absent else 'differs in'} {', '.join(differ[:3])}"
             f"{', ...' if len(differ) > 3 else ''}{_alike(differ[0], fingerprints, adapter) if absent else ''}"
         )
-
-    turned = widened.intersection(adapter.base.get("turned", ()), (s.parameter_name for s in adapter.slices))
-    if turned:
+    trained = otherwise.intersection(s.parameter_name for s in adapter.slices)
+    if other_way := [name for name in trained if (name in turned) != quantized.get(name, False)]:
+        here, there = ("(in, out)", "(out, in)") if other_way[0] in turned else ("(out, in)", "(in, out)")
         raise AdapterError(
-            f"{adapter.source} was trained beside quantized weights that are (out, in), and {what} has {min(turned)} "
-            f"as (in, out): it fits the same quantized model, of which save_merged(model, directory, dequantize=True) "
+            f"{adapter.source} was trained with weights that are {there}, and {what} has {min(other_way)} as {here}: "
+            f"it fits the model that it was trained from, and save_merged(model, directory, dequantize=True) of that "
             f"writes an ordinary one"
         )
-    if widened:
+    if otherwise:
         warnings.warn(
-            f"{adapter.source} was trained beside quantized weights, and those of {what} are not: {len(widened)} "
-            f"weights differ from what it was trained with by their quantization error, and so do the outputs. The "
-            f"same quantized model gives what was trained",
+            f"{adapter.source} was trained with {base_of(adapter)}, and this is {what}: {len(otherwise)} weights, "
+            f"which are quantized otherwise or in one of the two alone, were not compared. They differ by their "
+            f"quantization error, and so do the outputs; the same model gives what was trained",
             stacklevel=3,
         )
+    return otherwise
 
 
 def _alike(name: str, fingerprints: Mapping[str, str], adapter: Adapter) -> str:
@@ -300,9 +313,9 @@ def _alike(name: str, fingerprints: Mapping[str, str], adapter: Adapter) -> str:
     return f"; it has {alike[0]}: save it as a {adapter.base.get('class')}, whose names these are" if alike else ""
 
 
-def check_slice(adapter: Adapter, s: Slice, W: Tensor, sample: str | None = None) -> None:
+def check_slice(adapter: Adapter, s: Slice, W: Tensor, sample: str | None = None, compared: bool = True) -> None:
     """That the slice is one of `W`, in base order, and that its block there is what was trained. sample: of a quantized
-    weight, whose values are W."""
+    weight, whose values are W. compared: whether the base had it as it is here (`check_base`)."""
     where = f"adapter slice {s.parameter_name!r}"
     if tuple(W.shape) != s.shape:
         raise AdapterError(f"{where}: a parameter of shape {s.shape}; the model has {tuple(W.shape)}")
@@ -311,9 +324,7 @@ def check_slice(adapter: Adapter, s: Slice, W: Tensor, sample: str | None = None
             f"{where}: {str(W.dtype).removeprefix('torch.')} weights cannot take a delta; valid: "
             f"float64, float32, bfloat16, float16"
         )
-    if sample is None and s.parameter_name in adapter.base.get("quantized", ()):
-        return  # `check_base` has warned
-    if (sample or hash_of_block(W, s)) != adapter.base["blocks"].get(s.parameter_name):
+    if compared and (sample or hash_of_block(W, s)) != adapter.base["blocks"].get(s.parameter_name):
         raise AdapterError(
             f"{where}: the model has other values there than the base model; was an adapter loaded "
             f"into it before, or was it trained?"
