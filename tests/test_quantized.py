@@ -1065,7 +1065,7 @@ def test_a_base_that_is_stored_quantized(kind, tmp_path):
         n = len(s.indices)
         places = room(n, 4, s.shape[s.dim])
         rooms += places * (s.delta.numel() // n) * 2 + 8 * (places + s.shape[s.dim])
-    assert later.weights - estimates[0].weights == rooms, "room for four selections in bfloat16, their positions, the inverse"
+    assert later.weights - estimates[0].weights == rooms, "of four selections in bfloat16, positions, inverse"
     options = TrainOptions(str(tmp_path / "stored"), tmp_path / "data", tmp_path / "run", reselect_every=2)
     assert "quantized base" in options.keeps_units(quantized=True) and options.keeps_units() is None
 
