@@ -151,7 +151,8 @@ def _reasons(analysis, paths) -> list[str]:
     why = Counter()
     for r in analysis.refusals:
         if any(m.parameter_name.startswith(path + ".") for m in r.members for path in paths):
-            why[f"{r.reason} [{r.operator}] × {r.units} {r.source}"] += 1
+            source = re.sub(r"\S*/site-packages/", "", r.source)  # wherever that is on this machine
+            why[f"{r.reason} [{r.operator}] × {r.units} {source}"] += 1
     others = [
         f"{c.role} × {c.units}"
         for c in analysis.couplings
