@@ -66,7 +66,7 @@ def explain(
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     >>> made = explain(model, (torch.ones(2, 4),), S2FTConfig({"ffn.out": 2}))
     >>> [step.name for step in made.steps]
-    ['recheck', 'slice_pushdown', 'keep_saved', 'lower', 'see_through']
+    ['recheck', 'slice_pushdown', 'keep_saved', 'lower', 'see_through', 'int8']
     >>> made.gradients, made.axes[0].reason
     ({}, 'it is an input of the model')
     """

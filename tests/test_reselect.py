@@ -100,7 +100,7 @@ def test_three_rounds_in_one_graph(family, targets, dtype, tmp_path):
     assert_weights(loaded, expected)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(cases(), st.data())
 def test_gradients_of_the_new_units_are_those_of_the_whole_weights(case, data):
     """Of any model and role, after a step of the first selection."""

@@ -342,7 +342,6 @@ def test_a_run_that_was_stopped_goes_on_with_the_units_it_had(base, text, tmp_pa
 def test_the_command_refuses_what_cannot_be_chosen_anew(base, text, tmp_path):  # noqa: F811
     for given_options, message in (
         ({"reselect-every": -1}, "a share, or 0"),
-        ({"reselect-every": 0.5, "quantize": "int8"}, "quantized"),
         ({"reselect-every": 0.5, "budget": "model"}, "budget='layer'"),
     ):
         assert message in refused("train", *options(base, text, tmp_path / "run", **given_options))
